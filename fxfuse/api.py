@@ -1,0 +1,98 @@
+"""The public functions: optimize and explain."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxfuse.capture import CallForm
+from fxfuse.compare import State, fresh
+from fxfuse.module import OptimizedModule, View, optimize_parts
+from fxfuse.patterns import Legality
+from fxfuse.pipeline import Options
+from fxfuse.report import Report
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    precision: str | None = None,
+    allow: Collection[str | Legality] | None = None,
+    submodules: Sequence[str] | None = None,
+    verify: bool = False,
+) -> nn.Module:
+    """Rewrite and fuse what follows the transposed convolutions of ``model``.
+
+    The model itself is not changed, and neither are its buffers. The result shares its modules and
+    parameters, has the same ``state_dict`` keys in the same order, and follows later weight updates,
+    ``train()``/``eval()`` and ``to()``. Its ``fxfuse_report`` says what was done.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            With them the model is captured here and now, and the capture's result compared with the
+            model's. Without, the first real call runs the model itself, compares, and returns the
+            model's own result.
+        precision: numerics class of float32 convolutions on a GPU, "tf32" or "ieee"; None follows
+            torch's settings at call time.
+        allow: legality classes of rewrites, out of "bitwise", "reassociating", "finite-only". The
+            default is the first two.
+        submodules: names or shell patterns ("decoder.*"): only these parts are optimised, for models
+            that cannot be captured whole.
+        verify: compare the result for each new set of shapes with float64; raise VerificationError
+            where it is further off than rounding explains.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: an argument has a value that is not accepted; the message lists those that are.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
+    if isinstance(model, OptimizedModule):
+        model = model._fxfuse_original
+    options = Options.make(precision, allow)
+    if submodules is not None:
+        result: nn.Module = optimize_parts(model, submodules, options, verify)
+    else:
+        result = OptimizedModule(model, options, verify)
+    if example_inputs is not None:
+        args, kwargs = _arguments(example_inputs)
+        if isinstance(result, OptimizedModule):
+            result._fxfuse_runtime.prepare(args, kwargs)
+        else:
+            _run_once(result, args, kwargs)
+    return result
+
+
+def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
+    """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed."""
+    if isinstance(model, View):
+        model = model._fxfuse_original
+    optimized = optimize(model)
+    optimized._fxfuse_runtime.prepare(example_inputs, kwargs)  # type: ignore[union-attr,operator]
+    return optimized.fxfuse_report  # type: ignore[return-value]
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise TypeError(f"example_inputs must be a tensor, a tuple or a dict, not {type(example_inputs).__name__}")
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let every part meet its real inputs twice (compare, then specialise); leave no other trace."""
+    form, tensors = CallForm.of(args, kwargs)
+    state = State.of(model, tensors)
+    try:
+        for _ in range(2):
+            again, named = form.arguments(fresh(tensors))
+            model(*again, **named)
+    finally:
+        state.restore()

@@ -1,0 +1,1 @@
+"""How a region runs: cost estimates and the plan. Generated kernels enter here, behind the same plan."""

@@ -1,0 +1,72 @@
+"""What a program costs: arithmetic and memory traffic, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse import vocabulary
+from fxfuse.program import Instr, Program, Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates of a device, for comparing programs on it: multiply-adds and bytes per second."""
+
+    macs: float
+    bandwidth: float
+
+
+#: two CPU cores; one H100 (TF32 matrix rate and copy bandwidth as measured there)
+MACHINES = {"cpu": Machine(macs=5e10, bandwidth=1e10), "cuda": Machine(macs=2e14, bandwidth=3e12)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """``macs`` multiply-adds; ``bytes`` read and written when every operator runs by itself."""
+
+    macs: int
+    bytes: int
+
+    def seconds(self, machine: Machine) -> float:
+        return self.macs / machine.macs + self.bytes / machine.bandwidth
+
+
+@functools.lru_cache(maxsize=1024)
+def estimate(program: Program) -> Cost | None:
+    """The cost of running ``program`` operator by operator; None where a size is not known."""
+    if any(size is None for _, kind in program.inputs for size in kind.shape):
+        return None
+    macs = traffic = 0
+    with FakeTensorMode(), torch.no_grad():
+        values: dict[str, Tensor] = {
+            name: torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for name, kind in program.inputs
+        }
+        for instr in program.body:
+            operands = [values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
+            result = vocabulary.lookup(instr.op)(*operands, **dict(instr.attributes))
+            results: Sequence[Tensor] = result if isinstance(result, tuple) else (result,)
+            values.update(zip(instr.outs, results, strict=True))
+            macs += _macs(instr, [o for o in operands if isinstance(o, Tensor)], results[0])
+            if not vocabulary.lookup(instr.op).view:
+                tensors = [*(o for o in operands if isinstance(o, Tensor)), *results]
+                traffic += sum(t.numel() * t.element_size() for t in tensors)
+    return Cost(macs, traffic)
+
+
+def _macs(instr: Instr, operands: Sequence[Tensor], result: Tensor) -> int:
+    if instr.op == "conv_transpose":
+        x, weight = operands[0], operands[1]
+        spatial = weight.dim() - 2
+        positions = math.prod(result.shape[-spatial:]) // max(math.prod(dict(instr.attributes)["stride"]), 1)
+        batch = x.shape[0] if x.dim() == spatial + 2 else 1
+        return int(batch * positions * weight.numel())
+    if instr.op == "contract_taps":
+        return operands[0].shape[0] * operands[1].numel()
+    return 0

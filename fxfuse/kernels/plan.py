@@ -1,0 +1,41 @@
+"""Which way a region runs in an eager call. Pure: from the region and the call's needs alone."""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+from fxfuse.kernels.cost import MACHINES, estimate
+from fxfuse.region import Region
+
+
+class Path(enum.Enum):
+    """How a region runs."""
+
+    REWRITTEN = "rewritten"  #: the rewritten chain; nobody asks for gradients
+    ORIGINAL = "original"  #: the chain as the model wrote it, recorded by autograd
+    RECOMPUTE = "recompute"  #: the rewritten chain forward; the original chain again, in the backward
+
+
+#: with gradients, run the rewritten chain where it costs at most this part of the original
+RECOMPUTE_BELOW = 0.1
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(region: Region, device: str, gradients: bool) -> Path:
+    """The path for a call on ``device`` ("cpu", "cuda") that does or does not ask for gradients.
+
+    A backward needs the original chain's intermediates. Recomputing them costs a forward more than
+    autograd's way, so the rewritten chain pays only where it is a small part of the original: then
+    a call that is never differentiated gains it all, and one that is loses next to nothing.
+    """
+    if not gradients:
+        return Path.REWRITTEN
+    if region.rewritten == region.original:
+        return Path.ORIGINAL
+    before, after = estimate(region.original), estimate(region.rewritten)
+    if before is None or after is None:
+        return Path.ORIGINAL
+    machine = MACHINES.get(device, MACHINES["cuda"])
+    worth = after.seconds(machine) <= RECOMPUTE_BELOW * before.seconds(machine)
+    return Path.RECOMPUTE if worth else Path.ORIGINAL

@@ -1,0 +1,190 @@
+"""The operator behind every region, and the shorter way to it in eager calls.
+
+``torch.ops.fxfuse.region(Tensor[] inputs, str region) -> Tensor[]`` is functional and complete: it
+has a fake implementation and a backward, so that torch.compile, torch.export, AOTAutograd and
+autograd treat it like any other operator. ``region`` is the text of a :class:`~fxfuse.region.Region`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse.chain import no_autocast
+from fxfuse.kernels.plan import Path, choose
+from fxfuse.region import Region
+
+_library = torch.library.Library("fxfuse", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("region(Tensor[] inputs, str region) -> Tensor[]", tags=_tags)
+_library.define("region_backward(Tensor[] grads, Tensor[] inputs, str region, bool[] needs) -> Tensor[]", tags=_tags)
+
+
+# --- watching -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One execution of a region: which, and which way."""
+
+    region: Region
+    path: Path
+
+
+_watchers: list[list[Run]] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Run]]:
+    """Collect the regions that run inside the block (of all threads): tests assert that they did."""
+    runs: list[Run] = []
+    _watchers.append(runs)
+    try:
+        yield runs
+    finally:
+        _watchers.remove(runs)
+
+
+def _report(region: Region, path: Path) -> None:
+    for runs in _watchers:
+        runs.append(Run(region, path))
+
+
+# --- the door in eager calls ----------------------------------------------------------------------
+def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
+    """Run the region that ``text`` spells: what a fused node of the graph calls.
+
+    Plain tensors go the way that the plan chooses, past the dispatcher where no gradient needs it;
+    anything that traces or transforms meets ``torch.ops.fxfuse.region`` itself.
+    """
+    if not _plain(inputs):
+        return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
+    region = Region.parse(text)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    path = choose(region, inputs[0].device.type, gradients)
+    if path is Path.RECOMPUTE:
+        return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
+    if path is Path.ORIGINAL:
+        region.original.check(inputs)
+        _report(region, path)
+        with no_autocast(), _precision(region):
+            return region.original.run(inputs)
+    return _forward(inputs, text)
+
+
+def _plain(inputs: Sequence[Tensor]) -> bool:
+    if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in inputs)
+
+
+@contextlib.contextmanager
+def _precision(region: Region) -> Iterator[None]:
+    """cuDNN's float32 class as the region asks for it; nothing to do for None."""
+    if region.precision is None:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=region.precision == "tf32",
+    ):
+        yield
+
+
+# --- the operator ---------------------------------------------------------------------------------
+def _forward(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    region = Region.parse(text)
+    region.rewritten.check(inputs)
+    _report(region, Path.REWRITTEN)
+    with no_autocast(), _precision(region):
+        return _separate(region.rewritten.run(inputs, reuse=True), inputs)
+
+
+def _separate(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs in memory of their own: an operator may return neither an input nor two views of one tensor."""
+    taken = {t.untyped_storage()._cdata for t in inputs}
+    for i, out in enumerate(outputs):
+        if out.untyped_storage()._cdata in taken:
+            outputs[i] = out = out.clone()
+        taken.add(out.untyped_storage()._cdata)
+    return outputs
+
+
+def _fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    with no_autocast():
+        return _separate(Region.parse(text).rewritten.run(inputs), inputs)
+
+
+def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str, needs: Sequence[bool]) -> list[Tensor]:
+    """Gradients of the inputs that ``needs`` marks, from the original chain, run once more."""
+    region = Region.parse(text)
+    with torch.enable_grad(), no_autocast(), _precision(region):
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+        outputs = region.original.run(leaves)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        wanted = [t for t in leaves if t.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    return _separate(
+        [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)], [*inputs, *grads]
+    )
+
+
+def _fake_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str, needs: Sequence[bool]) -> list[Tensor]:
+    return [torch.empty_like(t) for t, need in zip(inputs, needs, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
+    tensors, text = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.text = text
+    ctx.needs = [t.requires_grad for t in tensors]
+    ctx.like = [(o.shape, o.dtype, o.device) for o in output]
+    ctx.mark_non_differentiable(*(output[i] for i in Region.parse(text).statistics))
+
+
+def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    given = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for g, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
+    ]
+    found = iter(torch.ops.fxfuse.region_backward(given, list(ctx.saved_tensors), ctx.text, ctx.needs))
+    return [next(found) if need else None for need in ctx.needs], None
+
+
+_library.impl("region", _forward, "CompositeExplicitAutograd")
+_library.impl("region_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("fxfuse::region", _fake, lib=_library)
+torch.library.register_fake("fxfuse::region_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("fxfuse::region", _autograd, setup_context=_setup_context, lib=_library)
+
+
+def update_running_statistics(
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | Tensor | None,
+) -> None:
+    """What a training-mode BatchNorm does to its buffers, given the batch's mean and unbiased variance.
+
+    ``running = (1 - f)*running + f*batch`` with f the momentum, or 1/count where it is None (the
+    cumulative average); ``count``, where present, grows by one first.
+    """
+    with torch.no_grad():
+        if count is not None:
+            count.add_(1)
+        factor = momentum
+        if factor is None:
+            assert count is not None
+            factor = 1.0 / count.to(running_mean.dtype)
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            running.mul_(1 - factor).add_(batch.detach().to(running.dtype) * factor)

@@ -1,0 +1,301 @@
+"""Grow a region from every anchor, and say why it stopped.
+
+A region takes every operator of the vocabulary that depends on its anchor, as long as the whole
+stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes order:
+a node that writes to memory comes after earlier readers of it and before later ones, and random
+operators keep their order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse import vocabulary
+from fxfuse.call import Call, Statistics
+from fxfuse.chain import Builder, op_of, same_type
+from fxfuse.propagate import UNKNOWN, Facts, facts
+from fxfuse.vocabulary import Kind
+
+
+@dataclasses.dataclass
+class Draft:
+    """A region in the making: nodes of the user's graph, and the chain they mean."""
+
+    anchor: fx.Node
+    build: Builder
+    members: dict[fx.Node, fx.Node]  #: node of the user's graph -> its value in the chain
+    inputs: dict[fx.Node, fx.Node]  #: node of the user's graph -> placeholder of the chain
+    statistics: list[tuple[Statistics, fx.Node, fx.Node]]  #: buffers to update, from (mean, var) of the chain
+    ended: list[tuple[fx.Node, str]]  #: the nodes that ended it, and why
+    outputs: list[fx.Node] = dataclasses.field(default_factory=list)  #: members whose value is used outside
+
+
+def label(node: fx.Node) -> str:
+    """How a person knows the node: the module's path, or the node's name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def looks_like_anchor(node: fx.Node) -> bool:
+    call = facts(node).call
+    return call is not None and vocabulary.lookup(call.op).kind is Kind.ANCHOR
+
+
+def partition(graph: fx.Graph, order: Order) -> list[Draft]:
+    """All regions of a propagated graph, in order. Regions never share a node; ``order`` learns of them."""
+    drafts: list[Draft] = []
+    taken: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node in taken or not looks_like_anchor(node):
+            continue
+        draft = _grow(graph, node, order, taken)
+        if draft is not None:
+            drafts.append(draft)
+            taken.update(draft.members)
+            order.merge(draft.members)
+    return drafts
+
+
+def forward_inplace_results(graph: fx.Graph) -> None:
+    """Let later readers of a value that was written in place read the writer's result: the same tensor."""
+    for node in graph.nodes:
+        known = facts(node)
+        if known.call is None or not known.call.inplace or not isinstance(node.args[0], fx.Node):
+            continue
+        base = node.args[0]
+        if known.holds == facts(base).holds:
+            for user in [u for u in base.users if facts(u).index > known.index]:
+                user.replace_input_with(base, node)
+
+
+# --- what must come before what -------------------------------------------------------------------
+class Order:
+    """The nodes that each node must come after, through data and through effects."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.before: dict[fx.Node, set[fx.Node]] = {n: set(n.all_input_nodes) for n in graph.nodes}
+        self._unit: dict[fx.Node, set[fx.Node]] = {}
+        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+        writers = [n for n in nodes if facts(n).writes or _opaque(n)]
+        for writer in writers:
+            touched = facts(writer).writes or facts(writer).reads
+            for other in nodes:
+                if other is writer or not touched & (facts(other).reads | facts(other).holds):
+                    continue
+                first, last = sorted((writer, other), key=lambda n: facts(n).index)
+                self.before[last].add(first)
+        chained = [n for n in nodes if facts(n).random or _opaque(n)]
+        for first, last in itertools.pairwise(chained):
+            self.before[last].add(first)
+
+    def merge(self, members: Any) -> None:
+        """From now on ``members`` are one node: whoever needs one needs all that any of them needs."""
+        unit = set(members)
+        for member in members:
+            self._unit[member] = unit
+
+    def needs(self, node: fx.Node) -> set[fx.Node]:
+        unit = self._unit.get(node)
+        if unit is None:
+            return self.before[node]
+        return set().union(*(self.before[m] for m in unit)) - unit
+
+    def sorted(self, graph: fx.Graph) -> list[fx.Node]:
+        """All nodes in an order that respects ``needs``, units together, else as captured."""
+        done: dict[fx.Node, None] = {}
+        for root in graph.nodes:
+            stack = [root]
+            while stack:
+                node = stack[-1]
+                missing = [n for n in self.needs(node) if n not in done]
+                if node in done:
+                    stack.pop()
+                elif missing:
+                    stack.extend(sorted(missing, key=_index, reverse=True))
+                else:
+                    stack.pop()
+                    unit = sorted(self._unit.get(node, {node}), key=_index)
+                    done.update(dict.fromkeys(unit))
+        return list(done)
+
+
+def _index(node: fx.Node) -> int:
+    return facts(node).index
+
+
+def _opaque(node: fx.Node) -> bool:
+    """A node of unknown effect: it could not be run on fake tensors, or is not an operator of torch."""
+    return facts(node).val is UNKNOWN and node.op != "output" and node.target is not operator.getitem
+
+
+# --- growing --------------------------------------------------------------------------------------
+def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -> Draft | None:
+    val = facts(anchor).tensor
+    if val is None or not val.is_floating_point():
+        return None
+    mode = detect_fake_mode([val]) or FakeTensorMode()
+    draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, [], [])
+    reason = _join(draft, anchor)
+    if reason is not None:
+        draft.ended.append((anchor, reason))
+        return None
+    tainted: set[fx.Node] = set()  # outside, but after some member
+    for node in _after(graph, anchor):
+        needs = order.needs(node)
+        if not (needs & draft.members.keys() or needs & tainted):
+            continue
+        reads = any(n in draft.members for n in node.all_input_nodes)
+        reason = _refuse(draft, node, needs, tainted, taken) if reads else "not a reader of the region"
+        if reason is None:
+            reason = _join(draft, node)
+        if reason is not None:
+            tainted.add(node)
+            if node in taken:  # the whole other region comes after this one
+                tainted |= order._unit[node]
+            if reads and node.op != "output":
+                draft.ended.append((node, reason))
+            elif reads:
+                draft.ended.append((node, "its value is an output of the model"))
+    _close(draft)
+    return draft
+
+
+def _after(graph: fx.Graph, anchor: fx.Node) -> list[fx.Node]:
+    nodes = list(graph.nodes)
+    return nodes[nodes.index(anchor) + 1 :]
+
+
+def _refuse(draft: Draft, node: fx.Node, needs: set[fx.Node], tainted: set[fx.Node], taken: set[fx.Node]) -> str | None:
+    """Why ``node`` may not join, seen from the graph; None where it may."""
+    known = facts(node)
+    if node.op == "output":
+        return "the model ends"
+    if node in taken:
+        return "it belongs to another region"
+    if known.call is None:
+        return known.refusal or "it is not in the vocabulary"
+    if vocabulary.lookup(known.call.op).kind is Kind.ANCHOR:
+        return "it is the anchor of a region of its own"
+    late = [n for n in needs if n in tainted]
+    if late:
+        return f"it also needs {label(late[0])}, which comes after the region"
+    if known.call.inplace:
+        return _refuse_inplace(draft, node, known)
+    if known.call.statistics is not None:
+        shared = _touching(node, known.writes)
+        if shared:
+            return f"its running statistics are also used by {label(shared[0])}"
+    elif known.writes:
+        return "it writes to memory"
+    return None
+
+
+def _refuse_inplace(draft: Draft, node: fx.Node, known: Facts) -> str | None:
+    base = node.args[0]
+    if not isinstance(base, fx.Node) or base not in draft.members:
+        return "it writes in place to a value from outside the region"
+    storage = facts(base).holds
+    for other in node.graph.nodes:
+        if other in (node, base) or not facts(other).holds & storage or facts(other).index > known.index:
+            continue
+        if any(facts(user).index > known.index for user in other.users):
+            return f"it writes in place to memory that {label(other)} shares and that is read later"
+    return None
+
+
+def _touching(node: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
+    return [
+        n
+        for n in node.graph.nodes
+        if n is not node and n.op not in ("placeholder", "output") and memory & (facts(n).reads | facts(n).holds)
+    ]
+
+
+def _join(draft: Draft, node: fx.Node) -> str | None:
+    """Add ``node`` to the chain; why not, and nothing changed, where it does not mean what torch did."""
+    call, wanted = facts(node).call, facts(node).tensor
+    assert call is not None
+    if wanted is None:
+        return "its value is not one tensor known before the call"
+    devices = {
+        t.device for o in call.operands if isinstance(o, fx.Node) and (t := facts(o).tensor) is not None and t.dim()
+    }
+    if len(devices) > 1:
+        return "its operands are on several devices"
+    graph, marks = draft.build.graph, set(draft.build.graph.nodes)
+    inputs = dict(draft.inputs)
+    try:
+        operands = [_operand(draft, o) for o in call.operands]
+        new = _call_as_eager(draft.build, call, operands, wanted, facts(node).autocast)
+        value = draft.build.output(new, 0) if op_of(new).outputs > 1 else new
+        if not same_type(value.meta["val"], wanted):
+            raise TypeError(f"it would give {value.meta['val']} where torch gives {wanted}")
+    except Exception as error:  # noqa: BLE001 - then the node stays as the model wrote it
+        for added in reversed(graph.nodes):
+            if added not in marks:
+                graph.erase_node(added)
+        draft.inputs = inputs
+        return f"its meaning could not be built ({type(error).__name__}: {error})"
+    value.meta["label"] = new.meta["label"] = label(node)
+    draft.members[node] = value
+    if call.statistics is not None:
+        draft.statistics.append((call.statistics, draft.build.output(new, 1), draft.build.output(new, 2)))
+    return None
+
+
+def _operand(draft: Draft, operand: Any) -> Any:
+    if not isinstance(operand, fx.Node):
+        return operand
+    if operand in draft.members:
+        return draft.members[operand]
+    if operand not in draft.inputs:
+        graph = draft.build.graph
+        first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+        if first is None:
+            draft.inputs[operand] = draft.build.input(operand.name, facts(operand).val)
+        else:
+            with graph.inserting_before(first):
+                draft.inputs[operand] = draft.build.input(operand.name, facts(operand).val)
+    return draft.inputs[operand]
+
+
+def _call_as_eager(build: Builder, call: Call, operands: list[Any], wanted: Tensor, autocast: bool) -> fx.Node:
+    """The operator, with the casts written out that autocast would insert around it.
+
+    Every policy of autocast is "run in this dtype", and shows in the dtype of the result: where it
+    differs from the one without autocast, the floating-point operands are cast to it.
+    """
+    if not autocast:
+        return build.call(call.op, *operands, **call.attributes)
+    with contextlib.suppress(Exception):  # operands of mixed dtypes, which only the casts make equal
+        plain = build.call(call.op, *operands, **call.attributes)
+        val = plain.meta["val"][0] if isinstance(plain.meta["val"], tuple) else plain.meta["val"]
+        if val.dtype is wanted.dtype:
+            return plain
+        build.graph.erase_node(plain)
+    return build.call(call.op, *(_cast(build, o, wanted.dtype) for o in operands), **call.attributes)
+
+
+def _cast(build: Builder, operand: Any, dtype: torch.dtype) -> Any:
+    if isinstance(operand, fx.Node):
+        val = operand.meta["val"]
+        if val.is_floating_point() and val.dtype is not dtype:
+            return build.call("cast", operand, dtype=dtype)
+    return operand
+
+
+def _close(draft: Draft) -> None:
+    """Name the values that leave the region, the statistics last."""
+    draft.outputs = [n for n in draft.members if any(u not in draft.members for u in n.users) or not n.users]
+    results = [draft.members[n] for n in draft.outputs]
+    for _, mean, var in draft.statistics:
+        results += [mean, var]
+    draft.build.graph.output(tuple(results))

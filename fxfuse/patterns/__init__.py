@@ -1,0 +1,59 @@
+"""The rewrite rules, one module per family, listed here in order and explicitly.
+
+The order is a matter of taste: the result is the same fixed point for any order.
+"""
+
+from fxfuse.patterns.affine import (
+    CancelBiasBeforeStatistics,
+    FoldBatchNormIntoConvTranspose,
+    FoldScaleIntoConvTranspose,
+    FoldShiftIntoConvTranspose,
+)
+from fxfuse.patterns.dead import DropCopies, DropDeadOutputs
+from fxfuse.patterns.means import CollapseMeanOfConvTranspose, MoveAffineBehindMean
+from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
+from fxfuse.patterns.rule import (
+    Application,
+    Legality,
+    Match,
+    P,
+    Pat,
+    Reject,
+    Rejection,
+    RewriteError,
+    Rule,
+    Settings,
+    X,
+    apply_rules,
+)
+
+#: every rule that `optimize` applies
+DEFAULT_RULES: tuple[Rule, ...] = (
+    DropCopies(),
+    ComposeMaxPools(),
+    ComposeAvgPools(),
+    MoveMonotoneBehindMaxPool(),
+    FoldScaleIntoConvTranspose(),
+    FoldShiftIntoConvTranspose(),
+    FoldBatchNormIntoConvTranspose(),
+    CancelBiasBeforeStatistics(),
+    MoveAffineBehindMean(),
+    CollapseMeanOfConvTranspose(),
+    DropDeadOutputs(),
+)
+
+__all__ = [
+    "DEFAULT_RULES",
+    "Application",
+    "Legality",
+    "Match",
+    "P",
+    "Pat",
+    "Reject",
+    "Rejection",
+    "RewriteError",
+    "Rule",
+    "Settings",
+    "X",
+    "apply_rules",
+]

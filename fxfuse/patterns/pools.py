@@ -1,0 +1,182 @@
+"""Pools of pools, and pools of monotone maps."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
+from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule
+from fxfuse.vocabulary.pools import output_size
+
+
+class ComposeMaxPools(Rule):
+    """max_pool(max_pool(x; k1, s1, p1); k2, s2, p2) = max_pool(x; k1 + (k2-1)*s1, s1*s2, p1 + s1*p2)
+
+    Per dim, where the inner windows leave no gap (s1 <= k1, or k2 = 1) and nothing is dilated. With
+    p2 = 0 and both in floor mode the output sizes agree: (floor(a/s1) - b) / s2 rounds as a/(s1*s2).
+    Otherwise the composed pool could read inputs that no inner window reads, so the input is cropped
+    to min(L, (O1-1)*s1 - p1 + k1), and the sizes are compared. The same bits, NaN included; but ties
+    between equal values route their gradient to another winner.
+    """
+
+    legality = Legality.BITWISE
+    forward_only = True
+    pattern = P("max_pool", P("max_pool", name="inner"), name="outer")
+
+    def check(self, match: Match) -> Reject | None:
+        inner, outer = match["inner"], match["outer"]
+        if len(attributes(inner)["kernel"]) != len(attributes(outer)["kernel"]):
+            return Reject("the pools run over different dims", outer)
+        for node in (inner, outer):
+            if any(d != 1 for d in attributes(node)["dilation"]):
+                return Reject(f"dilation {attributes(node)['dilation']} makes a window with holes", node)
+        k1, s1, k2 = attributes(inner)["kernel"], attributes(inner)["stride"], attributes(outer)["kernel"]
+        for k, s, second in zip(k1, s1, k2, strict=True):
+            if s > k and second > 1:
+                return Reject(f"stride {s} > kernel {k} leaves gaps between the inner windows", inner)
+        if self._plain(inner, outer):
+            return None
+        if sizes(operands(inner)[0]) is None:
+            return Reject("padding or ceil_mode of the outer pool needs sizes that are known", outer)
+        if self._crop(inner, outer) is None:
+            return Reject("no single window gives both pools' output sizes", outer)
+        return None
+
+    @staticmethod
+    def _plain(inner: fx.Node, outer: fx.Node) -> bool:
+        floors = not attributes(inner)["ceil_mode"] and not attributes(outer)["ceil_mode"]
+        return floors and not any(attributes(outer)["padding"])
+
+    @staticmethod
+    def _composed(inner: fx.Node, outer: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        one, two = attributes(inner), attributes(outer)
+        dims = range(len(one["kernel"]))
+        kernel = tuple(one["kernel"][d] + (two["kernel"][d] - 1) * one["stride"][d] for d in dims)
+        stride = tuple(one["stride"][d] * two["stride"][d] for d in dims)
+        padding = tuple(one["padding"][d] + one["stride"][d] * two["padding"][d] for d in dims)
+        return kernel, stride, padding
+
+    def _crop(self, inner: fx.Node, outer: fx.Node) -> tuple[tuple[int, ...], bool] | None:
+        """The input extent that the inner windows read, and the composed ceil_mode; None if no mode fits."""
+        kernel, stride, padding = self._composed(inner, outer)
+        length = sizes(operands(inner)[0])
+        between, wanted = sizes(inner), sizes(outer)
+        assert length is not None and between is not None and wanted is not None
+        first = len(length) - len(kernel)
+        one = attributes(inner)
+        extent = tuple(
+            min(length[first + d], (between[first + d] - 1) * one["stride"][d] - one["padding"][d] + one["kernel"][d])
+            for d in range(len(kernel))
+        )
+        for ceil_mode in (False, True):
+            if ceil_mode and any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
+                continue  # written out as explicit padding, where ceil_mode counts otherwise
+            if all(
+                output_size(extent[d], kernel[d], stride[d], padding[d], 1, ceil_mode) == wanted[first + d]
+                for d in range(len(kernel))
+            ):
+                return extent, ceil_mode
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        inner, outer = match["inner"], match["outer"]
+        kernel, stride, padding = self._composed(inner, outer)
+        x, ceil_mode = operands(inner)[0], False
+        if not self._plain(inner, outer):
+            crop = self._crop(inner, outer)
+            assert crop is not None
+            extent, ceil_mode = crop
+            if extent != tuple(x.meta["val"].shape[-len(extent) :]):
+                x = build.call("crop", x, extent=extent)
+        return build.call(
+            "max_pool",
+            x,
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=(1,) * len(kernel),
+            ceil_mode=ceil_mode,
+        )
+
+
+class ComposeAvgPools(Rule):
+    """avg_pool(avg_pool(x; k1, s1); k2, s2) = avg_pool(x; k1 + (k2-1)*s1, s1*s2)
+
+    Per dim, where the inner windows tile (s1 = k1) or k2 = 1: then every input of the composed window
+    counts once. Unpadded, floor mode, the divisor the window's size.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P("avg_pool", P("avg_pool", name="inner"), name="outer")
+
+    def check(self, match: Match) -> Reject | None:
+        if len(attributes(match["inner"])["kernel"]) != len(attributes(match["outer"])["kernel"]):
+            return Reject("the pools run over different dims", match["outer"])
+        for node in (match["inner"], match["outer"]):
+            if any(attributes(node)["padding"]):
+                return Reject("padding changes the weight of border values", node)
+            if attributes(node)["ceil_mode"]:
+                return Reject("ceil_mode averages partial windows", node)
+            if attributes(node)["divisor_override"] is not None:
+                return Reject("divisor_override is not the window's size", node)
+        one, two = attributes(match["inner"]), attributes(match["outer"])
+        for k1, s1, k2 in zip(one["kernel"], one["stride"], two["kernel"], strict=True):
+            if s1 != k1 and k2 != 1:
+                return Reject(f"stride {s1} != kernel {k1}: the inner windows overlap or leave gaps", match["inner"])
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        one, two = attributes(match["inner"]), attributes(match["outer"])
+        dims = range(len(one["kernel"]))
+        return build.call(
+            "avg_pool",
+            operands(match["inner"])[0],
+            kernel=tuple(one["kernel"][d] + (two["kernel"][d] - 1) * one["stride"][d] for d in dims),
+            stride=tuple(one["stride"][d] * two["stride"][d] for d in dims),
+            padding=(0,) * len(dims),
+            ceil_mode=False,
+            count_include_pad=True,
+            divisor_override=None,
+        )
+
+
+class MoveMonotoneBehindMaxPool(Rule):
+    """max_pool(f(x)) = f(max_pool(x)) for a non-decreasing f: relu, clamp, leaky_relu, + c, * c with c > 0
+
+    The maximum of the images is the image of the maximum, also in floating point, where rounding is
+    monotone; f then runs on fewer elements. NaN stays NaN. Where f is constant on a window (relu on
+    negative values) the gradient goes elsewhere.
+    """
+
+    legality = Legality.BITWISE
+    forward_only = True
+    pattern = P(
+        "max_pool",
+        P(("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "add", "sub", "mul", "div"), name="map"),
+        name="pool",
+    )
+
+    def check(self, match: Match) -> Reject | None:
+        node, pool = match["map"], match["pool"]
+        if not isinstance(operands(node)[0], fx.Node):
+            return Reject("a number minus or divided by the value is not non-decreasing", node)
+        if dtype(node) is not dtype(operands(node)[0]) or not dtype(node).is_floating_point:
+            return Reject("the map changes the dtype", node)
+        if any(isinstance(a, fx.Node) for a in operands(node)[1:]):
+            return Reject("its other operand is a tensor, whose values are not known before the call", node)
+        if not all(a is None or math.isfinite(a) for a in operands(node)[1:]):
+            return Reject("its other operand is not finite", node)
+        if op_name(node) in ("mul", "div") and not operands(node)[1] > 0:
+            return Reject(f"a factor of {operands(node)[1]} is not positive", node)
+        if op_name(node) == "leaky_relu" and not 0 <= attributes(node)["negative_slope"] < math.inf:
+            return Reject(f"a slope of {attributes(node)['negative_slope']} is not non-negative and finite", node)
+        if any(d != 1 for d in attributes(pool)["dilation"]) and any(attributes(pool)["padding"]):
+            return Reject("a dilated, padded window can hold padding alone, which the map would change", pool)
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        node, pool = match["map"], match["pool"]
+        smaller = build.call("max_pool", operands(node)[0], **attributes(pool))
+        return build.call(op_of(node).name, smaller, *operands(node)[1:], **attributes(node))

@@ -1,0 +1,337 @@
+"""A program: straight-line operators of the vocabulary over typed tensors. Frozen, hashable, text and back.
+
+The text is Python syntax, read with :mod:`ast` and never executed::
+
+    def chain(x: f32[2, 32, 8, 8, 8], w: f32[32, 64, 5, 5, 5], b: f32[64]):
+        y = conv_transpose(x, w, b, stride=(2, 2, 2), padding=(2, 2, 2), ...)
+        m = max_pool(y, kernel=(2, 2, 2), ...)
+        return m
+
+``_`` in a shape is a size not known when the program was made.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse import vocabulary
+
+_DTYPES = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "i8": torch.int8,
+    "i16": torch.int16,
+    "i32": torch.int32,
+    "i64": torch.int64,
+    "u8": torch.uint8,
+    "b1": torch.bool,
+    "c64": torch.complex64,
+    "c128": torch.complex128,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class ProgramError(ValueError):
+    """A program that is not well formed; the message names the instruction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorType:
+    """dtype and shape of a tensor; a size of None is not known."""
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join("_" if s is None else str(s) for s in self.shape)
+        return f"{DTYPE_NAMES[self.dtype]}[{sizes or '()'}]"
+
+    def mismatch(self, tensor: Tensor) -> str | None:
+        """Why ``tensor`` is not of this type, or None."""
+        if tensor.dtype is not self.dtype:
+            return f"dtype {tensor.dtype} where {self.dtype} is expected"
+        if len(self.shape) != tensor.dim() or any(
+            s is not None and s != t for s, t in zip(self.shape, tensor.shape, strict=True)
+        ):
+            return f"shape {tuple(tensor.shape)} where {self} is expected"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ref:
+    """An operand that is a value of the program."""
+
+    name: str
+
+
+Operand = Ref | float | int | bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Instr:
+    """``outs = op(*operands, **attributes)``; the attributes are complete and in the operator's order."""
+
+    outs: tuple[str, ...]
+    op: str
+    operands: tuple[Operand, ...]
+    attributes: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        defaults = vocabulary.lookup(self.op).attributes
+        given = [_show(o) for o in self.operands]
+        given += [f"{k}={_show(v)}" for k, v in self.attributes if not _same(v, defaults[k])]
+        return f"{', '.join(self.outs)} = {self.op}({', '.join(given)})"
+
+    def reads(self) -> Iterator[str]:
+        return (o.name for o in self.operands if isinstance(o, Ref))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Typed inputs, instructions in order, names of the outputs."""
+
+    inputs: tuple[tuple[str, TensorType], ...]
+    body: tuple[Instr, ...]
+    outputs: tuple[str, ...]
+
+    def text(self, name: str) -> str:
+        head = ", ".join(f"{n}: {t}" for n, t in self.inputs)
+        lines = [f"def {name}({head}):", *(f"    {i}" for i in self.body)]
+        return "\n".join([*lines, f"    return {', '.join(self.outputs) or '()'}"]) + "\n"
+
+    def __str__(self) -> str:
+        return self.text("program")
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.inputs, self.body, self.outputs))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def verify(self) -> None:
+        """Every operator known and fully attributed, every name defined once and before its use."""
+        defined: set[str] = set()
+        for name, _ in self.inputs:
+            _define(defined, name, "the inputs")
+        for instr in self.body:
+            try:
+                op = vocabulary.lookup(instr.op)
+                complete = op.complete(dict(instr.attributes))
+            except (KeyError, TypeError) as error:
+                raise ProgramError(f"in `{instr.op}`: {error.args[0]}") from None
+            if tuple(complete) != tuple(k for k, _ in instr.attributes):
+                raise ProgramError(f"`{instr}`: attributes must be complete and in the order {tuple(complete)}")
+            if len(instr.outs) != op.outputs:
+                raise ProgramError(f"`{instr}`: {op.name} gives {op.outputs} tensors, not {len(instr.outs)}")
+            for read in instr.reads():
+                if read not in defined:
+                    raise ProgramError(f"`{instr}`: {read} is not defined here")
+            for out in instr.outs:
+                _define(defined, out, f"`{instr}`")
+        for out in self.outputs:
+            if out not in defined:
+                raise ProgramError(f"the output {out} is not defined")
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """Raise ProgramError unless ``tensors`` fit the input types."""
+        if len(tensors) != len(self.inputs):
+            raise ProgramError(f"{len(tensors)} tensors given; the program takes {len(self.inputs)}")
+        for (name, kind), tensor in zip(self.inputs, tensors, strict=True):
+            wrong = kind.mismatch(tensor)
+            if wrong:
+                raise ProgramError(f"input {name}: {wrong}")
+
+    def run(self, tensors: Sequence[Tensor], *, reuse: bool = False) -> list[Tensor]:
+        """Run in plain torch. ``reuse`` lets pointwise operators write over dead intermediates (no autograd)."""
+        values: list[Any] = [*tensors, *([None] * (self._steps.slots - len(tensors)))]
+        for step in self._steps.steps:
+            operands = [values[o] if is_value else o for is_value, o in step.operands]
+            if reuse and step.inplace is not None and _fits_inplace(operands):
+                result = step.inplace(*operands, **step.attributes)
+            else:
+                result = step.op(*operands, **step.attributes)
+            for slot in step.dead:
+                values[slot] = None
+            del operands
+            if len(step.outs) == 1:
+                values[step.outs[0]] = result
+            else:
+                for slot, value in zip(step.outs, result, strict=True):
+                    values[slot] = value
+        return [values[o] for o in self._steps.outputs]
+
+    @functools.cached_property
+    def _steps(self) -> _Steps:
+        return _schedule(self)
+
+    @staticmethod
+    def parse(text: str) -> tuple[str, Program]:
+        """The name and the program that ``text`` spells; ProgramError names what is wrong."""
+        tree = ast.parse(text)
+        if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+            raise ProgramError("a program is one `def`")
+        return parse_function(tree.body[0])
+
+
+# --- running --------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    op: Callable[..., Any]
+    operands: tuple[tuple[bool, Any], ...]
+    attributes: dict[str, Any]
+    outs: tuple[int, ...]
+    dead: tuple[int, ...]  # slots that nothing reads afterwards
+    inplace: Callable[..., Any] | None  # the first operand is ours and dies here
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    steps: tuple[_Step, ...]
+    slots: int
+    outputs: tuple[int, ...]
+
+
+def _schedule(program: Program) -> _Steps:
+    slot = {name: i for i, (name, _) in enumerate(program.inputs)}
+    last: dict[str, int] = {}
+    for i, instr in enumerate(program.body):
+        for out in instr.outs:
+            slot[out] = len(slot)
+            last[out] = i  # a value that nothing reads dies where it is made
+        for name in instr.reads():
+            last[name] = i
+    inputs, keep = {n for n, _ in program.inputs}, set(program.outputs)
+    shared = _shared_memory(program)
+    steps = []
+    for i, instr in enumerate(program.body):
+        op = vocabulary.lookup(instr.op)
+        candidates = {*instr.reads(), *instr.outs}
+        dead = {n for n in candidates if last[n] == i and n not in keep}
+        reads = list(instr.reads())
+        first = instr.operands[0] if instr.operands else None
+        own = isinstance(first, Ref) and first.name in dead - inputs - shared and reads.count(first.name) == 1
+        steps.append(
+            _Step(
+                op=op.fn,
+                operands=tuple((True, slot[o.name]) if isinstance(o, Ref) else (False, o) for o in instr.operands),
+                attributes=dict(instr.attributes),
+                outs=tuple(slot[o] for o in instr.outs),
+                dead=tuple(slot[n] for n in dead if n not in instr.outs),
+                inplace=op.inplace if own else None,
+            )
+        )
+    return _Steps(tuple(steps), len(slot), tuple(slot[o] for o in program.outputs))
+
+
+def _shared_memory(program: Program) -> set[str]:
+    """Values that may share memory with another one: results and operands of views."""
+    shared: set[str] = set()
+    for instr in program.body:
+        if vocabulary.lookup(instr.op).view:
+            shared.update(instr.reads(), instr.outs)
+    return shared
+
+
+def _fits_inplace(operands: Sequence[Any]) -> bool:
+    first = operands[0]
+    if not first.is_floating_point():
+        return False
+    for other in operands[1:]:
+        if isinstance(other, Tensor):
+            if other.dtype is not first.dtype or other.dim() > first.dim():
+                return False
+            if torch.broadcast_shapes(other.shape, first.shape) != first.shape:
+                return False
+    return True
+
+
+# --- text -----------------------------------------------------------------------------------------
+def _define(defined: set[str], name: str, where: str) -> None:
+    if name in defined:
+        raise ProgramError(f"{where}: {name} is defined twice")
+    defined.add(name)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Ref):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return DTYPE_NAMES[value]
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_show(v) for v in value) + ("," if len(value) == 1 else "") + ")"
+    return repr(value)
+
+
+_CONSTANTS = {"inf": math.inf, "nan": math.nan, **_DTYPES}
+
+
+def parse_literal(node: ast.expr) -> Any:
+    """A literal of the text: numbers, strings, None, tuples, ``inf``, ``nan`` and dtype names."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name) if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        case ast.Tuple(elts=elements):
+            return tuple(parse_literal(e) for e in elements)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -parse_literal(operand)
+    raise ProgramError(f"not a literal: {ast.unparse(node)}")
+
+
+def _parse_type(node: ast.expr | None) -> TensorType:
+    match node:
+        case ast.Subscript(value=ast.Name(id=name), slice=sizes) if name in _DTYPES:
+            elements = sizes.elts if isinstance(sizes, ast.Tuple) else [sizes]
+            shape = [None if isinstance(e, ast.Name) and e.id == "_" else parse_literal(e) for e in elements]
+            return TensorType(_DTYPES[name], tuple(shape))
+    raise ProgramError(f"not a tensor type: {ast.unparse(node) if node else 'nothing'}")
+
+
+def _parse_instr(node: ast.Assign) -> Instr:
+    target, call = node.targets[0], node.value
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ProgramError(f"not a call of an operator: {ast.unparse(node)}")
+    op = vocabulary.lookup(call.func.id)
+    operands = tuple(
+        Ref(a.id) if isinstance(a, ast.Name) and a.id not in _CONSTANTS else parse_literal(a) for a in call.args
+    )
+    attributes = op.complete({str(k.arg): parse_literal(k.value) for k in call.keywords})
+    outs = tuple(n.id for n in names if isinstance(n, ast.Name))
+    return Instr(outs, op.name, operands, tuple(attributes.items()))
+
+
+def parse_function(node: ast.FunctionDef) -> tuple[str, Program]:
+    """The name and the program of one parsed ``def``."""
+    inputs = tuple((a.arg, _parse_type(a.annotation)) for a in node.args.args)
+    body: list[Instr] = []
+    outputs: tuple[str, ...] = ()
+    for statement in node.body:
+        if isinstance(statement, ast.Assign):
+            body.append(_parse_instr(statement))
+        elif isinstance(statement, ast.Return) and statement.value is not None:
+            value = statement.value
+            outputs = tuple(
+                e.id for e in (value.elts if isinstance(value, ast.Tuple) else [value]) if isinstance(e, ast.Name)
+            )
+        else:
+            raise ProgramError(f"neither an assignment nor a return: {ast.unparse(statement)}")
+    program = Program(inputs, tuple(body), outputs)
+    program.verify()
+    return node.name, program

@@ -1,0 +1,180 @@
+"""What each node of a graph computes and touches, found by running it once on fake tensors.
+
+Besides shapes and dtypes this observes, from the aten operators that really run, which storages a
+node writes to and whether it draws random numbers: exact in every dialect, where names would lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fxfuse import vocabulary
+from fxfuse.call import HOOKS, Call, Unsupported
+from fxfuse.normalize import normalize
+
+log = logging.getLogger(__name__)
+
+
+class _Unknown:
+    """The value of a node that could not be run on fake tensors."""
+
+    def __repr__(self) -> str:
+        return "unknown"
+
+
+UNKNOWN = _Unknown()
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known of a node."""
+
+    val: Any  #: fake tensors (or other values) that it returns; UNKNOWN where it cannot be run
+    index: int  #: its position in the graph as captured
+    writes: frozenset[int]  #: storages that it writes to
+    reads: frozenset[int]  #: storages that it is given
+    holds: frozenset[int]  #: storages of its value
+    random: bool
+    autocast: bool  #: whether autocast is on for the value's device
+    call: Call | None  #: its meaning in the vocabulary
+    refusal: str  #: why it has none
+    spelling: str  #: how the model spells it: a module's class, a function's or method's name
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.val if isinstance(self.val, Tensor) else None
+
+
+def facts(node: fx.Node) -> Facts:
+    return node.meta["fxfuse"]  # type: ignore[no-any-return]
+
+
+def storages(value: Any) -> frozenset[int]:
+    return frozenset(
+        t.untyped_storage()._cdata
+        for t in pytree.tree_leaves(value)
+        if isinstance(t, Tensor) and t.layout is torch.strided
+    )
+
+
+class _Effects(TorchDispatchMode):
+    """Records writes and randomness of the aten operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: set[int] = set()
+        self.random = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        if func._schema.is_mutable:
+            for i, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self.writes |= storages(args[i] if i < len(args) else kwargs.get(argument.name))
+        elif func._schema.name in _HIDDEN_WRITES and args[5]:
+            self.writes |= storages(args[3:5])  # running statistics, which the schema does not mark
+        return func(*args, **kwargs)
+
+
+_HIDDEN_WRITES = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """No tracing mode, autograd or changed autocast leaks into the compiler, nor out of it."""
+    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+    with _disable_current_modes(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for device, enabled in autocast.items():
+                torch.set_autocast_enabled(device, enabled)
+
+
+def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[Any]) -> None:
+    """Annotate every node with ``meta["fxfuse"]`` (:class:`Facts`) and ``meta["fxfuse_val"]``.
+
+    ``inputs``: one value per placeholder, fake tensors for tensors. A node that cannot be run on
+    fake tensors, and all that depend on it, are unknown: they stay as they are.
+    """
+    mode = detect_fake_mode(list(inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
+    values: dict[fx.Node, Any] = {}
+    waiting = iter(inputs)
+    for index, node in enumerate(graph.nodes):
+        effects, refusal, call = _Effects(), "", None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "placeholder":
+            value = next(waiting)
+        elif node.op == "output" or any(a is UNKNOWN for a in pytree.tree_leaves((args, kwargs))):
+            value = UNKNOWN
+        else:
+            call, refusal = _meaning(node, modules)
+            try:
+                with mode, effects:
+                    value = _run(node, call, modules, mode, args, kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the node then runs as the model wrote it
+                log.debug("%s cannot be run on fake tensors: %s", node.name, error)
+                value, call = UNKNOWN, None
+                refusal = refusal or "its shape cannot be found out before the call"
+        values[node] = value
+        reads = storages((args, kwargs)) if node.op != "placeholder" else frozenset()
+        if call is not None and call.statistics is not None:
+            updated = [call.statistics.mean, call.statistics.var, call.statistics.count]
+            touched = storages([values[n] for n in updated if n is not None])
+            effects.writes |= touched
+            reads |= touched
+        node.meta["fxfuse_val"] = value
+        node.meta["fxfuse"] = Facts(
+            val=value,
+            index=index,
+            writes=frozenset(effects.writes),
+            reads=reads,
+            holds=storages(value) if value is not UNKNOWN else frozenset(),
+            random=effects.random,
+            autocast=any(
+                torch.is_autocast_enabled(t.device.type) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)
+            ),
+            call=call,
+            refusal=refusal,
+            spelling=type(modules[node.target]).__name__ if node.op == "call_module" else str(node.target),
+        )
+
+
+def _meaning(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Call | None, str]:
+    try:
+        return normalize(node, modules.get(str(node.target)), node.meta.get("fxfuse_params", {})), ""
+    except Unsupported as reason:
+        return None, str(reason)
+
+
+def _run(
+    node: fx.Node, call: Call | None, modules: dict[str, nn.Module], mode: FakeTensorMode, args: Any, kwargs: Any
+) -> Any:
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    module = modules[str(node.target)]
+    if any(getattr(m, hooks) for m in module.modules() for hooks in HOOKS):
+        raise Unsupported("hooks may change the value, and must not run on fake tensors")
+    if call is not None and not call.inplace:  # not the module itself: it could count batches
+        operands = [o.meta["fxfuse_val"] if isinstance(o, fx.Node) else o for o in call.operands]
+        result = vocabulary.lookup(call.op)(*operands, **call.attributes)
+        return result[0] if isinstance(result, tuple) else result
+    if next(module.buffers(), None) is not None:
+        with FakeCopyMode(mode):
+            module = copy.deepcopy(module)
+    return module(*args, **kwargs)
