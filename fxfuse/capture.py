@@ -203,7 +203,7 @@ def _lift(capture: Capture, flat: _Flat) -> None:
         key = (id(holder), name)
         if key not in made:
             with graph.inserting_before(first):
-                made[key] = graph.placeholder(path.replace(".", "_"))
+                made[key] = graph.placeholder("p_" + path.replace(".", "_"))
             capture.lifted.append(Lifted(holder, name, path))
         return made[key]
 

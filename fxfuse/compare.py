@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,16 @@ class State:
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda:
             torch.cuda.set_rng_state(state, device)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Come back to this state at the end, unnoticed by autograd, which may have saved these buffers."""
+        counted = tuple(buffer for buffer, _ in self.buffers if not buffer.is_inference())
+        with torch.autograd._unsafe_preserve_version_counter(counted) if counted else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self.restore()
 
     def differs(self, other: State) -> str | None:
         """The position of a buffer that differs between two states of one model, as text, or None."""

@@ -123,10 +123,8 @@ class Runtime:
         if changed is not None:
             notes.append(f"left alone: a call changes {changed} of a module, which a graph would not do")
         else:
-            try:
+            with after.kept():
                 found = self._find_capture(form, inputs, (result, tensors), before, after, notes)
-            finally:
-                after.restore()
         entry = Entry(Guards(self.model), found, notes)
         self.report = Report(type(self.model).__name__, list(notes))
         return result, entry

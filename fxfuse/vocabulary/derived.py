@@ -17,7 +17,8 @@ def scale_weight(weight: Tensor, scale: Tensor | float, *, groups: int) -> Tenso
     """
     if not isinstance(scale, Tensor) or scale.numel() == 1:
         factor = scale.reshape(()) if isinstance(scale, Tensor) else scale
-        return weight * factor
+        scaled: Tensor = weight * factor
+        return scaled
     kernel = weight.shape[2:]
     grouped = weight.unflatten(0, (groups, -1))
     return (grouped * scale.reshape(groups, 1, weight.shape[1], *(1 for _ in kernel))).flatten(0, 1)
