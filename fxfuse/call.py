@@ -34,7 +34,7 @@ class Call:
     statistics: Statistics | None = None
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818 - a verdict on a node, not a failure
     """A node that the vocabulary does not cover; the message completes "<node> ends the region: ..."."""
 
 

@@ -62,43 +62,47 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
     """Replace the members of every region by one call of ``target``, in place; lints the result."""
     sequence = order.sorted(graph)
     output = graph.output_node()
+    placed: dict[fx.Node, list[fx.Node]] = {}
     updates: list[fx.Node] = []
-    replaced: dict[fx.Node, list[fx.Node]] = {}
-    for rewritten in regions:
-        draft = rewritten.draft
-        inputs = list(draft.inputs)
-        placeholders = [n for n in draft.build.graph.nodes if n.op == "placeholder"]
-        inputs.sort(key=lambda n, d=draft, p=placeholders: p.index(d.inputs[n]))  # type: ignore[misc]
-        with graph.inserting_before(output):
-            fused = graph.call_function(target, (inputs, rewritten.region.text))
-            fused.meta["fxfuse_region"] = rewritten.region
-            items = [
-                graph.call_function(operator.getitem, (fused, i)) for i in range(len(rewritten.region.original.outputs))
-            ]
-            statistics = iter(items[len(draft.outputs) :])
-            for buffers, _, _ in draft.statistics:
-                mean, var = next(statistics), next(statistics)
-                args = (buffers.mean, buffers.var, buffers.count, mean, var, buffers.momentum)
-                updates.append(graph.call_function(update_running_statistics, args))
-        for member, item in zip(draft.outputs, items, strict=False):
-            member.replace_all_uses_with(item, delete_user_cb=lambda user, d=draft: user not in d.members)  # type: ignore[misc]
-            item.meta["label"] = member.name
-        first = next(n for n in sequence if n in draft.members)
-        replaced[first] = [fused, *items]
+    with graph.inserting_before(output):
+        calls = [_call(graph, rewritten, target) for rewritten in regions]
+        for rewritten, (fused, items) in zip(regions, calls, strict=True):
+            updates += _updates(graph, rewritten.draft, items)
+            first = next(n for n in sequence if n in rewritten.draft.members)
+            placed[first] = [fused, *items]
+    for rewritten, (_, items) in zip(regions, calls, strict=True):
+        for member, item in zip(rewritten.draft.outputs, items, strict=False):
+            for user in [u for u in member.users if u not in rewritten.draft.members]:
+                user.replace_input_with(member, item)
     members = {m for r in regions for m in r.draft.members}
-    final: list[fx.Node] = []
     for node in sequence:
-        if node in replaced:
-            final += replaced[node]
-        elif node not in members and node is not output:
-            final.append(node)
-    for node in members:
-        node.args, node.kwargs = (), {}
-    for node in members:
-        graph.erase_node(node)
-    for node in [*final, *updates]:
+        for moved in placed.get(node, [node]):
+            if moved not in members and moved is not output:
+                output.prepend(moved)
+    for node in updates:  # last: a call that fails on the way leaves the buffers as they were
         output.prepend(node)
-    for node in reversed(graph.nodes):
-        if node.target is operator.getitem and not node.users:
-            graph.erase_node(node)
+    for node in reversed([n for n in sequence if n in members]):
+        graph.erase_node(node)
+    for item in [i for _, items in calls for i in items if not i.users]:
+        graph.erase_node(item)
     graph.lint()
+
+
+def _call(graph: fx.Graph, rewritten: Rewritten, target: Callable[..., Any]) -> tuple[fx.Node, list[fx.Node]]:
+    """The fused node, and one node per output of the region."""
+    fused = graph.call_function(target, (list(rewritten.draft.inputs), rewritten.region.text))
+    fused.meta["fxfuse_region"] = rewritten.region
+    count = len(rewritten.region.original.outputs)
+    return fused, [graph.call_function(operator.getitem, (fused, i)) for i in range(count)]
+
+
+def _updates(graph: fx.Graph, draft: Draft, items: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes that update running statistics from the region's last outputs."""
+    values = iter(items[len(draft.outputs) :])
+    return [
+        graph.call_function(
+            update_running_statistics,
+            (buffers.mean, buffers.var, buffers.count, next(values), next(values), buffers.momentum),
+        )
+        for buffers, _, _ in draft.statistics
+    ]

@@ -21,7 +21,8 @@ def scale_weight(weight: Tensor, scale: Tensor | float, *, groups: int) -> Tenso
         return scaled
     kernel = weight.shape[2:]
     grouped = weight.unflatten(0, (groups, -1))
-    return (grouped * scale.reshape(groups, 1, weight.shape[1], *(1 for _ in kernel))).flatten(0, 1)
+    factors = scale.reshape(groups, 1, weight.shape[1], *(1 for _ in kernel))
+    return torch.mul(grouped, factors).flatten(0, 1)
 
 
 @define(Kind.DERIVED)
