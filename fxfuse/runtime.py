@@ -33,13 +33,15 @@ log = logging.getLogger(__name__)
 
 #: fused graphs kept per capture; the least recently used goes first
 SPECIALISATIONS = 64
+#: captures kept per form of call, for as many states of the modules' attributes
+ENTRIES = 8
 
 
 @dataclasses.dataclass
 class Specialisation:
     """The fused graph for one set of shapes, dtypes and layouts."""
 
-    run: fx.GraphModule
+    run: fx.GraphModule | None  #: None where the model runs as it is
     lifted: list[Lifted]
     report: Report
     verified: bool = False
@@ -65,7 +67,7 @@ class Runtime:
         self.options = options
         self.verify = verify
         self.report = Report(type(model).__name__, ["nothing is captured yet: the first call decides"])
-        self._entries: dict[Any, Entry] = {}
+        self._entries: dict[Any, list[Entry]] = {}
         self._lock = threading.RLock()
 
     # --- calls --------------------------------------------------------------------------------
@@ -76,19 +78,21 @@ class Runtime:
             self._note(reason)
             return self.model.forward(*args, **kwargs)
         key = _form_key(form, tensors)
-        entry = self._entries.get(key)
-        if entry is None or not entry.guards.hold():
+        entry = next((e for e in self._entries.get(key, ()) if e.guards.hold()), None)
+        if entry is None:
             if _tracing(tensors):
                 self._note("a call is being traced that was never run for real: the original operators are traced")
                 return self.model.forward(*args, **kwargs)
             with self._lock:
-                result, self._entries[key] = self._first_call(form, tensors)
+                result, entry = self._first_call(form, tensors)
+                self._remember(key, entry)
             return result
         if entry.capture is None:
             return self.model.forward(*args, **kwargs)
         special = self._specialisation(entry, tensors)
         if special is None:
             return self.model.forward(*args, **kwargs)
+        assert special.run is not None
         flat = special.run(*tensors, *[t.fetch() for t in special.lifted])
         return pytree.tree_unflatten(flat, entry.capture.out_spec)
 
@@ -103,11 +107,15 @@ class Runtime:
         try:
             with self._lock:
                 _, entry = self._first_call(form, fresh(tensors))
-                self._entries[_form_key(form, tensors)] = entry
+                self._remember(_form_key(form, tensors), entry)
                 if entry.capture is not None:
                     self._specialisation(entry, tensors)
         finally:
             state.restore()
+
+    def _remember(self, key: Any, entry: Entry) -> None:
+        """Keep the most recent entries per form of call: one for train(), one for eval(), and some more."""
+        self._entries[key] = [entry, *self._entries.get(key, ())][:ENTRIES]
 
     # --- capture ------------------------------------------------------------------------------
     def _first_call(self, form: CallForm, tensors: list[Tensor]) -> tuple[Any, Entry]:
@@ -163,21 +171,34 @@ class Runtime:
         capture = entry.capture
         assert capture is not None
         lifted = [t.fetch() for t in capture.lifted]
-        key = (tuple(map(_type_key, tensors)), tuple(map(_type_key, lifted)), _autocast_key())
+        key = (tuple(map(_type_key, tensors)), tuple(map(_type_key, lifted)))
         special = entry.specialisations.get(key)
         if special is None:
             if _tracing(tensors) and capture.how == "torch.export":
                 return None
             with self._lock:
-                special = self._specialise(capture, tensors, lifted, entry.notes)
+                special = self._specialise_or_leave(capture, tensors, lifted, entry)
                 entry.specialisations[key] = special
                 while len(entry.specialisations) > SPECIALISATIONS:
                     entry.specialisations.popitem(last=False)
             self.report = special.report
+        if special.run is None:
+            return None
         if self.verify and not special.verified and not _tracing(tensors):
             check(self.model, capture, special.run, [t.fetch() for t in special.lifted], tensors)
             special.verified = True
         return special
+
+    def _specialise_or_leave(
+        self, capture: Capture, tensors: Sequence[Tensor], lifted: Sequence[Tensor], entry: Entry
+    ) -> Specialisation:
+        """A defect of the compiler must not break a model: it is logged, and the model runs as it is."""
+        try:
+            return self._specialise(capture, tensors, lifted, entry.notes)
+        except Exception as error:
+            log.exception("compiling %s failed; it runs as it is", type(self.model).__name__)
+            note = f"left alone for these shapes: the compiler failed with {type(error).__name__}: {error}"
+            return Specialisation(None, [], Report(type(self.model).__name__, [*entry.notes, note]))
 
     def _specialise(
         self, capture: Capture, tensors: Sequence[Tensor], lifted: Sequence[Tensor], notes: list[str]
@@ -235,7 +256,8 @@ def _tracing(tensors: Sequence[Tensor]) -> bool:
 
 def _form_key(form: CallForm, tensors: Sequence[Tensor]) -> Any:
     constants = tuple((i, type(c), c if c.__hash__ else repr(c)) for i, c in form.constants)
-    return form.spec, constants, tuple((t.dtype, t.device) for t in tensors)
+    modes = (torch.is_grad_enabled(), _autocast_key())  # a trace does not see a block that changes nothing
+    return form.spec, constants, tuple((t.dtype, t.device) for t in tensors), modes
 
 
 def _type_key(tensor: Tensor) -> Any:
