@@ -130,7 +130,8 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        with torch.enable_grad():
+            self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooked = any(getattr(m, h) for h in HOOKS)
@@ -172,7 +173,7 @@ def symbolic_trace(model: nn.Module, form: CallForm) -> Capture:
     tracer = _Tracer()
     rng = torch.get_rng_state()
     try:
-        with _attributes_kept(model) as changed:
+        with _attributes_kept(model) as changed, torch.enable_grad():  # so that a no_grad block shows
             graph = tracer.trace(flat)
     except CaptureError:
         raise
@@ -253,7 +254,7 @@ def export(model: nn.Module, form: CallForm, tensors: Sequence[Tensor]) -> Captu
     guards = Guards(model)
     args, kwargs = form.arguments(tensors)
     try:
-        with _attributes_kept(model) as changed:
+        with _attributes_kept(model) as changed, torch.enable_grad():
             program = torch.export.export(_Callable(model), args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error

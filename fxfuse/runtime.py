@@ -256,8 +256,8 @@ def _tracing(tensors: Sequence[Tensor]) -> bool:
 
 def _form_key(form: CallForm, tensors: Sequence[Tensor]) -> Any:
     constants = tuple((i, type(c), c if c.__hash__ else repr(c)) for i, c in form.constants)
-    modes = (torch.is_grad_enabled(), _autocast_key())  # a trace does not see a block that changes nothing
-    return form.spec, constants, tuple((t.dtype, t.device) for t in tensors), modes
+    # autocast belongs to the key: a trace does not see a block that switches off what is off
+    return form.spec, constants, tuple((t.dtype, t.device) for t in tensors), _autocast_key()
 
 
 def _type_key(tensor: Tensor) -> Any:
