@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
+from torch._guards import detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxfuse import vocabulary
 from fxfuse.call import HOOKS, Call, Unsupported
-from fxfuse.normalize import normalize
+from fxfuse.normalize import _has_any_global_hook, normalize
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,9 @@ class Facts:
     index: int  #: its position in the graph as captured
     writes: frozenset[int]  #: storages that it writes to
     reads: frozenset[int]  #: storages that it is given
-    holds: frozenset[int]  #: storages of its value
+    holds: frozenset[int]  #: storages of its value; of an unknown value, all that it may share
     random: bool
+    switches: bool  #: it changes what later nodes mean (autocast, gradients): nothing moves across it
     autocast: bool  #: whether autocast is on for the value's device
     call: Call | None  #: its meaning in the vocabulary
     refusal: str  #: why it has none
@@ -67,6 +68,11 @@ def storages(value: Any) -> frozenset[int]:
         for t in pytree.tree_leaves(value)
         if isinstance(t, Tensor) and t.layout is torch.strided
     )
+
+
+#: what a node is called for when it has no other effect
+_VALUES = (Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+_VALUES += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, slice, type(None), type(...))
 
 
 class _Effects(TorchDispatchMode):
@@ -94,14 +100,21 @@ _HIDDEN_WRITES = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::mi
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """No tracing mode, autograd or changed autocast leaks into the compiler, nor out of it."""
-    autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
-    with _disable_current_modes(), torch.no_grad():
+    """No tracing mode, tracing context, autograd or changed autocast leaks into the compiler, nor out of it."""
+    autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+    with tracing(None), _disable_current_modes(), torch.no_grad():
         try:
             yield
         finally:
-            for device, enabled in autocast.items():
+            for device, (enabled, dtype) in autocast.items():
                 torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+
+
+def _modes() -> tuple[Any, ...]:
+    """The global switches that change what an operator does."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast)
 
 
 def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[Any]) -> None:
@@ -114,10 +127,12 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
     values: dict[fx.Node, Any] = {}
     waiting = iter(inputs)
     for index, node in enumerate(graph.nodes):
-        effects, refusal, call = _Effects(), "", None
+        effects, refusal, call, modes = _Effects(), "", None, _modes()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
             value = next(waiting)
+        elif isinstance(node.meta.get("example_value"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            value = node.meta["example_value"]  # Dynamo's symbol, where another run would make a new one
         elif node.op == "output" or any(a is UNKNOWN for a in pytree.tree_leaves((args, kwargs))):
             value = UNKNOWN
         else:
@@ -144,6 +159,7 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             reads=reads,
             holds=storages(value) if value is not UNKNOWN else frozenset(),
             random=effects.random,
+            switches=node.op.startswith("call") and (modes != _modes() or _is_switch(value, effects)),
             autocast=any(
                 torch.is_autocast_enabled(t.device.type) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)
             ),
@@ -151,6 +167,15 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             refusal=refusal,
             spelling=type(modules[node.target]).__name__ if node.op == "call_module" else str(node.target),
         )
+
+
+def _is_switch(value: Any, effects: _Effects) -> bool:
+    """Whether a node that gives ``value`` was called for something that cannot be seen here: an assertion, a context."""
+    if value is UNKNOWN:
+        return False  # whatever depends on it stays where it is
+    if value is None:
+        return not effects.writes
+    return not isinstance(value, _VALUES) and not all(isinstance(v, _VALUES) for v in pytree.tree_leaves(value))
 
 
 def _meaning(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[Call | None, str]:

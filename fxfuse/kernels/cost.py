@@ -68,5 +68,6 @@ def _macs(instr: Instr, operands: Sequence[Tensor], result: Tensor) -> int:
         batch = x.shape[0] if x.dim() == spatial + 2 else 1
         return int(batch * positions * weight.numel())
     if instr.op == "contract_taps":
-        return operands[0].shape[0] * operands[1].numel()
+        positions = math.prod(result.shape[2:]) // max(math.prod(dict(instr.attributes)["stride"]), 1)
+        return int(operands[0].shape[0] * positions * operands[1].numel())
     return 0

@@ -10,6 +10,7 @@ from fxfuse.patterns.affine import (
     FoldShiftIntoConvTranspose,
 )
 from fxfuse.patterns.dead import DropCopies, DropDeadOutputs
+from fxfuse.patterns.linear import DropShiftBeforeSoftmax, FoldAvgPoolIntoConvTranspose, FoldChannelSumIntoConvTranspose
 from fxfuse.patterns.means import CollapseMeanOfConvTranspose, MoveAffineBehindMean
 from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
 from fxfuse.patterns.rule import (
@@ -39,6 +40,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     CancelBiasBeforeStatistics(),
     MoveAffineBehindMean(),
     CollapseMeanOfConvTranspose(),
+    FoldChannelSumIntoConvTranspose(),
+    FoldAvgPoolIntoConvTranspose(),
+    DropShiftBeforeSoftmax(),
     DropDeadOutputs(),
 )
 

@@ -79,6 +79,10 @@ class MoveAffineBehindMean(Rule):
         return build.call("reshape", new, shape=sizes(mean))
 
 
+#: attributes of a convolution that have one value per spatial dim
+_GEOMETRY = ("stride", "padding", "output_padding", "dilation")
+
+
 def _known(node: fx.Node) -> tuple[int, ...]:
     shape = sizes(node)
     assert shape is not None
@@ -97,8 +101,9 @@ class CollapseMeanOfConvTranspose(Rule):
     """sum over outputs of conv(x; W, b) = Q*b + sum over taps t of W_t^T * (sum of x over R_t)
 
     Q is the number of outputs and R_t the box of inputs whose tap t lands inside, per dim
-    [ceil((p - t*d)/s), floor((Q - 1 + p - t*d)/s)] within [0, L-1]. No convolution remains. A tap whose
-    box is empty takes no part; Inf and NaN meet the same weights as in the convolution.
+    [ceil((p - t*d)/s), floor((Q - 1 + p - t*d)/s)] within [0, L-1]. Over all of space no convolution
+    remains; over some dims, one in the other dims does, with the taps of the summed dims as channels.
+    A tap whose box is empty takes no part; Inf and NaN meet the same weights as in the convolution.
     """
 
     legality = Legality.REASSOCIATING
@@ -109,8 +114,11 @@ class CollapseMeanOfConvTranspose(Rule):
         spatial = len(attributes(conv)["stride"])
         if conv.meta["val"].dim() != spatial + 2:
             return Reject("an input without a batch dim has its channels elsewhere", conv)
-        if attributes(reduce)["dims"] != tuple(range(2, 2 + spatial)):
-            return Reject(f"dims {attributes(reduce)['dims']} are not all of space", reduce)
+        dims = attributes(reduce)["dims"]
+        if not dims or min(dims) < 2:
+            return Reject(f"dims {dims} are not dims of space alone", reduce)
+        if len(dims) < spatial and dtype(conv) not in (torch.float32, torch.float64):
+            return Reject(f"sums along some dims may overflow in {dtype(conv)}", reduce)
         out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
         if out is None or x is None or weight is None:
             return Reject("the boxes of inputs need sizes that are known", conv)
@@ -118,7 +126,8 @@ class CollapseMeanOfConvTranspose(Rule):
             return Reject("some outputs are already dropped", conv)
         if 0 in (*out, *x):
             return Reject("the tensor is empty", conv)
-        if any(not any(high > low for low, high in boxes) for boxes in self._boxes(conv)):
+        boxes = self._boxes(conv)
+        if any(not any(high > low for low, high in boxes[d - 2]) for d in dims):
             return Reject("no tap reaches an output", conv)
         return None
 
@@ -145,12 +154,16 @@ class CollapseMeanOfConvTranspose(Rule):
         if narrow is not wide:  # sums of 16-bit values overflow: as torch, accumulate in float32
             x, weight = (build.call("cast", v, dtype=wide) for v in (x, weight))
             bias = None if bias is None else build.call("cast", bias, dtype=wide)
-        boxes = self._boxes(conv)
-        live = tuple(tuple(t for t, (low, high) in enumerate(ranges) if high > low) for ranges in boxes)
-        kept = tuple(tuple(ranges[t] for t in taps) for ranges, taps in zip(boxes, live, strict=True))
-        sums = build.call("tap_sums", x, boxes=kept)
-        total = build.call("contract_taps", sums, weight, taps=live, groups=attributes(conv)["groups"])
-        count = math.prod(_known(conv)[2:])
+        dims, boxes = attributes(reduce)["dims"], self._boxes(conv)
+        live = tuple(tuple(t for t, (low, high) in enumerate(boxes[d - 2]) if high > low) for d in dims)
+        kept = tuple(tuple(boxes[d - 2][t] for t in taps) for d, taps in zip(dims, live, strict=True))
+        sums = build.call("tap_sums", x, dims=dims, boxes=kept)
+        rest = [d for d in range(len(boxes)) if d + 2 not in dims]
+        along = {k: tuple(attributes(conv)[k][d] for d in rest) for k in _GEOMETRY}
+        total = build.call(
+            "contract_taps", sums, weight, dims=dims, taps=live, groups=attributes(conv)["groups"], **along
+        )
+        count = math.prod(_known(conv)[d] for d in dims)
         if op_name(reduce) == "mean":
             total = build.call("mul", total, 1.0 / count)
         if bias is not None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fxfuse.vocabulary.op import Kind, define
 
-_CONV = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+#: torch's function per number of spatial dims
+CONVOLUTIONS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @define(Kind.ANCHOR)
@@ -31,7 +32,7 @@ def conv_transpose(
     """
     if extent is not None:
         x, output_padding, narrow = _crop(x, weight, stride, padding, output_padding, dilation, extent)
-    y: Tensor = _CONV[len(stride)](x, weight, bias, stride, padding, output_padding, groups, dilation)
+    y: Tensor = CONVOLUTIONS[len(stride)](x, weight, bias, stride, padding, output_padding, groups, dilation)
     if extent is not None and narrow:
         spatial = range(y.dim() - len(extent), y.dim())
         for dim, size in zip(spatial, extent, strict=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from fxfuse.vocabulary.conv import CONVOLUTIONS
 from fxfuse.vocabulary.op import Kind, define
 
 
@@ -34,36 +37,54 @@ def to_channels(value: Tensor | float, like: Tensor, *, channels: int) -> Tensor
 
 
 @define(Kind.DERIVED)
-def tap_sums(x: Tensor, *, boxes: tuple[tuple[tuple[int, int], ...], ...]) -> Tensor:
-    """``S[n, c, a, b, ...] = sum of x[n, c] over the box boxes[0][a] x boxes[1][b] x ...``.
+def tap_sums(x: Tensor, *, dims: tuple[int, ...], boxes: tuple[tuple[tuple[int, int], ...], ...]) -> Tensor:
+    """Along each of ``dims``, position a of the result is the sum of x over ``boxes[..][a]``, a half-open range.
 
-    x: (N, C, *spatial). ``boxes``: per spatial dim, per tap, the half-open range of input
-    positions. A dim whose taps all sum the same range has size 1 in the result.
+    x: (N, C, *spatial). A dim whose ranges are all the same has size 1 in the result.
     """
-    for d, ranges in enumerate(boxes):
-        dim = 2 + d
-        parts = dict.fromkeys(ranges)
-        sums = {(low, high): x.narrow(dim, low, high - low).sum(dim, keepdim=True) for low, high in parts}
+    for dim, ranges in zip(dims, boxes, strict=True):
+        sums = {
+            (low, high): x.narrow(dim, low, high - low).sum(dim, keepdim=True) for low, high in dict.fromkeys(ranges)
+        }
         x = next(iter(sums.values())) if len(sums) == 1 else torch.cat([sums[r] for r in ranges], dim)
     return x
 
 
 @define(Kind.DERIVED)
-def contract_taps(sums: Tensor, weight: Tensor, *, taps: tuple[tuple[int, ...], ...], groups: int) -> Tensor:
-    """``z[n, o] = sum over c and taps of sums[n, c, tap] * weight[c, o, tap]``, shape (N, Cout, 1, ...).
+def contract_taps(
+    sums: Tensor,
+    weight: Tensor,
+    *,
+    dims: tuple[int, ...],
+    taps: tuple[tuple[int, ...], ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """``z[n, o] = sum over c and taps of sums[n, c, tap] * weight[c, o, tap]`` along ``dims``, which get size 1.
 
-    ``taps``: per spatial dim the taps of ``weight`` that take part, in order. They are
-    summed one by one, never their weights first: an Inf meets every weight, as in the convolution.
+    ``taps``: per dim of ``dims`` the taps of ``weight`` that take part, in order. They are summed one
+    by one, never their weights first: an Inf meets every weight, as in the convolution. Along the
+    other spatial dims it is a transposed convolution, whose geometry the other attributes give.
     """
-    for d, kept in enumerate(taps):
-        if len(kept) < weight.shape[2 + d]:
-            weight = torch.cat([weight.narrow(2 + d, tap, 1) for tap in kept], 2 + d)
-    n, spatial = sums.shape[0], weight.shape[2:]
-    sums = sums.expand(*sums.shape[:2], *spatial)
-    left = sums.reshape(n, groups, -1).transpose(0, 1)  # (groups, N, Cin/groups * taps)
-    right = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)  # (groups, Cout/groups, Cin/groups * taps)
-    out = torch.bmm(left, right.transpose(1, 2))  # (groups, N, Cout/groups)
-    return out.transpose(0, 1).reshape(n, -1, *(1 for _ in spatial))
+    for dim, kept in zip(dims, taps, strict=True):
+        if len(kept) < weight.shape[dim]:
+            weight = torch.cat([weight.narrow(dim, tap, 1) for tap in kept], dim)
+    n, first = sums.shape[0], range(2, 2 + len(dims))
+    sums = sums.expand(*(weight.shape[d] if d in dims else size for d, size in enumerate(sums.shape)))
+    left = sums.movedim(dims, tuple(first)).flatten(1, 1 + len(dims))  # (N, Cin*taps, *rest)
+    right = weight.movedim(dims, tuple(d - 1 for d in first)).flatten(0, len(dims))  # (Cin*taps, Cout/groups, *rest)
+    if stride:
+        convolve: Callable[..., Tensor] = CONVOLUTIONS[len(stride)]
+        out = convolve(left, right, None, stride, padding, output_padding, groups, dilation)
+    else:
+        grouped = torch.bmm(left.reshape(n, groups, -1).transpose(0, 1), right.unflatten(0, (groups, -1)))
+        out = grouped.transpose(0, 1).reshape(n, -1)  # from (groups, N, Cout/groups)
+    for dim in dims:
+        out = out.unsqueeze(dim)
+    return out
 
 
 @define(Kind.DERIVED, view=True)
@@ -72,3 +93,16 @@ def crop(x: Tensor, *, extent: tuple[int, ...]) -> Tensor:
     for dim, size in zip(range(x.dim() - len(extent), x.dim()), extent, strict=True):
         x = x.narrow(dim, 0, size)
     return x
+
+
+@define(Kind.DERIVED)
+def window_sums(weight: Tensor, *, windows: tuple[tuple[tuple[int, int], ...], ...]) -> Tensor:
+    """Along each kernel dim, tap t of the result is the sum of the taps in the half-open range ``windows[..][t]``.
+
+    weight: (Cin, Cout/groups, *kernel). An empty range gives zeros.
+    """
+    for d, ranges in enumerate(windows):
+        dim = 2 + d
+        parts = [weight.narrow(dim, low, high - low).sum(dim, keepdim=True) for low, high in ranges]
+        weight = torch.cat(parts, dim)
+    return weight
