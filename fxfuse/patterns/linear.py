@@ -85,7 +85,7 @@ class FoldAvgPoolIntoConvTranspose(Rule):
     def _windows(
         conv: fx.Node, pool: fx.Node
     ) -> tuple[tuple[tuple[tuple[int, int], ...], ...], tuple[int, ...], tuple[int, ...], bool]:
-        """Per dim the ranges of W's taps behind G's; stride and padding of the new convolution; whether it overshoots."""
+        """Per dim the ranges of W's taps behind G's; the new stride and padding; whether its output is too long."""
         x, weight, out = sizes(operands(conv)[0]), sizes(operands(conv)[1]), sizes(pool)
         assert x is not None and weight is not None and out is not None
         windows, strides, paddings, longer = [], [], [], False
