@@ -2,8 +2,8 @@
 
 A region takes every operator of the vocabulary that depends on its anchor, as long as the whole
 stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes order:
-a node that writes to memory comes after earlier readers of it and before later ones, and random
-operators keep their order.
+a node that writes to memory comes after earlier readers of it and before later ones, random
+operators keep their order, and nothing moves across a switch of autocast or of gradients.
 """
 
 from __future__ import annotations
@@ -95,6 +95,12 @@ class Order:
         chained = [n for n in nodes if facts(n).random or _opaque(n)]
         for first, last in itertools.pairwise(chained):
             self.before[last].add(first)
+        for switch in [n for n in nodes if facts(n).switches]:
+            for other in nodes:
+                if facts(other).index < facts(switch).index:
+                    self.before[switch].add(other)
+                elif other is not switch:
+                    self.before[other].add(switch)
 
     def merge(self, members: Any) -> None:
         """From now on ``members`` are one node: whoever needs one needs all that any of them needs."""
@@ -185,6 +191,8 @@ def _refuse(draft: Draft, node: fx.Node, needs: set[fx.Node], tainted: set[fx.No
     if vocabulary.lookup(known.call.op).kind is Kind.ANCHOR:
         return "it is the anchor of a region of its own"
     late = [n for n in needs if n in tainted]
+    if any(facts(n).switches for n in late):
+        return "autocast, gradients or another mode is switched between it and the region"
     if late:
         return f"it also needs {label(late[0])}, which comes after the region"
     if known.call.inplace:

@@ -1,0 +1,205 @@
+"""The backend of torch.compile: ``torch.compile(model, backend="fxfuse", options={...})``.
+
+torch finds :func:`backend` through the entry point ``torch_dynamo_backends``, so that nothing needs
+to be imported. It fuses the regions of a graph that Dynamo captured and hands the rest on: to
+Inductor, or, with ``options={"remainder": "eager"}``, to torch's own operators.
+
+``torch.compile`` takes either ``mode=`` or ``options=``; for both, give it the function::
+
+    backend = functools.partial(fxfuse.dynamo.backend, mode="max-autotune", options={"precision": "ieee"})
+    torch.compile(model, backend=backend)
+
+``TORCH_LOGS="fxfuse"`` prints the report of every graph as it is compiled, ``"+fxfuse"`` every step.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fxfuse.ops import run_region, update_running_statistics
+from fxfuse.pipeline import Options, fuse
+from fxfuse.propagate import UNKNOWN
+from fxfuse.report import Report
+from fxfuse.version import __version__
+
+log = logging.getLogger(__name__)
+
+#: who may run what is not fused
+REMAINDERS = ("inductor", "eager")
+OPTIONS = ("remainder", "precision", "allow")
+#: how many reports are kept
+KEPT = 64
+
+_reports: collections.deque[Report] = collections.deque(maxlen=KEPT)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's; torch.compile calls this once per graph and set of guards.
+
+    Args:
+        gm: the captured graph, its weights among the placeholders. Belongs to the backend from here on.
+        example_inputs: the tensors (and sizes) of the call that is being compiled.
+        mode: Inductor's, as in ``torch.compile(mode=...)``: "default", "reduce-overhead", ...
+        options: "remainder": who runs what is not fused, "inductor" (the default) or "eager";
+            "precision" and "allow": as in :func:`fxfuse.optimize`.
+
+    Raises:
+        ValueError: an unknown mode or option, or a value that is not accepted; the message lists
+            those that are. (torch.compile wraps it in its ``BackendCompilerFailed``.)
+    """
+    choices = Choices.make(mode, options)
+    _fuse(gm, example_inputs, choices)
+    if choices.remainder == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx  # slow to import, and not needed for eager
+
+    return compile_fx(gm, example_inputs, config_patches=choices.inductor)  # type: ignore[no-any-return,arg-type]
+
+
+#: the name that the entry point gives; in Python, say ``backend``
+fxfuse = backend
+
+
+def reports() -> list[Report]:
+    """What was done to the most recently compiled graphs, the latest last; at most 64."""
+    return list(_reports)
+
+
+# --- mode and options -----------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """``mode=`` and ``options=``, checked. ``inductor`` are changes to Inductor's configuration."""
+
+    options: Options
+    remainder: str
+    inductor: dict[str, Any]
+
+    @staticmethod
+    def make(mode: str | None, options: Mapping[str, Any] | None) -> Choices:
+        given = dict(options or {})
+        unknown = [name for name in given if name not in OPTIONS]
+        if unknown:
+            raise ValueError(f"options={{{unknown[0]!r}: ...}} is not known; known: {_listed(OPTIONS)}")
+        remainder = given.pop("remainder", "inductor")
+        if remainder not in REMAINDERS:
+            raise ValueError(f'options={{"remainder": {remainder!r}}} is not one of {_listed(REMAINDERS)}')
+        if remainder == "eager":
+            if mode is not None and mode != "default":
+                raise ValueError(f'mode={mode!r} is for Inductor, and options={{"remainder": "eager"}} leaves it out')
+            patches = {}
+        else:
+            patches = _inductor(mode)
+        return Choices(Options.make(given.get("precision"), given.get("allow")), remainder, patches)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _inductor(mode: str | None) -> dict[str, Any]:
+    """Inductor's configuration for ``mode``, and what its caches may take for granted about our functions."""
+    from torch._inductor import config, list_mode_options
+
+    modes: dict[str, dict[str, Any]] = list_mode_options()
+    if (mode or "default") not in modes:
+        raise ValueError(f"mode={mode!r} is not one of {_listed(modes)}")
+    known = dict(config.unsafe_marked_cacheable_functions)
+    # pure but for its arguments; another version of fxfuse is another key
+    known[f"{update_running_statistics.__module__}.{update_running_statistics.__name__}"] = __version__
+    return {**modes[mode or "default"], "unsafe_marked_cacheable_functions": known}
+
+
+# --- one graph ------------------------------------------------------------------------------------
+def _fuse(gm: fx.GraphModule, example_inputs: Sequence[Any], choices: Choices) -> None:
+    """Fuse the regions of ``gm``, in place, and keep the report; a graph that fails stays untouched."""
+    target = run_region if choices.remainder == "eager" else torch.ops.fxfuse.region.default
+    reason = _unsupported(gm.graph, example_inputs)
+    if reason is not None:
+        return _remember(Report(notes=[f"left alone: {reason}"]))
+    graph = _copy(gm.graph)
+    try:
+        inputs = _fake_inputs(graph, example_inputs)
+        report = fuse(graph, dict(gm.named_modules()), inputs, choices.options, target)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model must run
+        log.warning("compiling a graph failed, and it goes on as it is; please report this", exc_info=True)
+        return _remember(Report(notes=[f"left alone: the compiler failed with {type(error).__name__}: {error}"]))
+    for node in graph.nodes:
+        for key in ("fxfuse", "fxfuse_val"):
+            node.meta.pop(key, None)
+    if report.regions:
+        gm.graph = graph
+    report.graph_before, report.graph_after = _bare(report.graph_before), _bare(graph)
+    return _remember(report)
+
+
+def _remember(report: Report) -> None:
+    report.model = f"graph {CompileContext.current_compile_id() or ''}".strip()
+    _reports.append(report)
+    log.info("%s", report)
+
+
+def _unsupported(graph: fx.Graph, example_inputs: Sequence[Any]) -> str | None:
+    """Why a graph goes on as it is."""
+    for value in example_inputs:
+        if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter, FakeTensor):
+            return f"an input is of class {type(value).__name__}, a subclass of Tensor"
+    for node in graph.nodes:
+        if node.op == "call_function" and "_functorch" in (getattr(node.target, "__module__", None) or ""):
+            return f"{node.name} is part of a torch.func transform"
+    return None
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy with what Dynamo attached to the placeholders beside their ``meta``."""
+    new = copy.deepcopy(graph)
+    for old, placeholder in zip(graph.nodes, new.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            placeholder._dynamo_source = old._dynamo_source
+    return new
+
+
+def _bare(graph: fx.Graph | None) -> fx.Graph | None:
+    """A copy to look at: nodes without the fake tensors and stack traces that Dynamo keeps there."""
+    new = copy.deepcopy(graph)
+    for node in new.nodes if new is not None else ():
+        node.meta = {k: v for k, v in node.meta.items() if k == "fxfuse_region"}
+    return new
+
+
+def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[Any]:
+    """One fake value per placeholder, with Dynamo's symbols for sizes.
+
+    Not the ones in ``meta["example_value"]``: Dynamo ran the graph on these, and where it changes an
+    input's shape they are as the graph leaves them. For the same reason the fake mode is our own.
+    """
+    context = TracingContext.try_get()
+    traced = detect_fake_mode(example_inputs)
+    mode = FakeTensorMode(shape_env=traced.shape_env if traced is not None else None)
+    values = []
+    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        if not isinstance(value, Tensor):
+            values.append(node.meta.get("example_value", value))
+        elif context is not None and value in context.tensor_to_context:
+            symbols: Any = context.tensor_to_context[value]
+            values.append(mode.from_tensor(value, symbolic_context=symbols, source=symbols.tensor_source))
+        elif mode.shape_env is None or value.dim() == 0 or isinstance(value, FakeTensor):
+            values.append(mode.from_tensor(value))
+        else:
+            values.append(UNKNOWN)
+    return values
