@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -46,6 +46,8 @@ def refuse(reason: str) -> NoReturn:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Adapter = Callable[..., Call]
+#: how an adapter of a module class asks for the node of a parameter or buffer; None where the module has none
+Param = Callable[[str], fx.Node | None]
 FUNCTIONS: dict[Any, Adapter] = {}
 METHODS: dict[str, Adapter] = {}
 ATEN: dict[str, Adapter] = {}
@@ -71,18 +73,10 @@ def spells(*spellings: Any) -> Callable[[Adapter], Adapter]:
 
 
 def everywhere(name: str) -> list[Any]:
-    """The spellings of one pointwise operator: torch.name, F.name, Tensor.name, aten.name."""
+    """The spellings of one pointwise operator that exist: torch.name, F.name, Tensor.name, aten.name."""
     found = [getattr(space, name) for space in (torch, F) if hasattr(space, name)]
-    return [*found, *([name] if hasattr(Tensor, name) else []), f"aten::{name}"]
-
-
-def inplace_twins(names: Sequence[str]) -> None:
-    for name in names:
-        for space in (torch, F):
-            twin, plain = getattr(space, f"{name}_", None), getattr(space, name, None)
-            if twin is not None and plain in FUNCTIONS:
-                FUNCTIONS[twin] = FUNCTIONS[plain]
-                INPLACE_FUNCTIONS.add(twin)
+    found += [name] if hasattr(Tensor, name) else []
+    return [*found, *([f"aten::{name}"] if hasattr(torch.ops.aten, name) else [])]
 
 
 def module(*kinds: type[nn.Module]) -> Callable[[Callable[..., Call]], Callable[..., Call]]:
@@ -99,6 +93,7 @@ def call(op: str, *operands: Any, inplace: bool = False, **attributes: Any) -> C
     return Call(op, operands, vocabulary.lookup(op).complete(attributes), inplace)
 
 
+# --- reading arguments ----------------------------------------------------------------------------
 def ints(value: Any, count: int) -> tuple[int, ...]:
     """torch's "int or tuple" as a tuple of ``count`` ints."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -128,13 +123,14 @@ def all_dims(value: Any, dim: Any) -> tuple[int, ...]:
     count = rank(value)
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return tuple(range(count))
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if not all(isinstance(d, int) for d in dims):
-        refuse("named or symbolic dims")
-    return tuple(sorted(d % count if count else 0 for d in dims))
+    return tuple(sorted(one_dim(value, d) for d in (dim if isinstance(dim, (tuple, list)) else (dim,))))
 
 
 def one_dim(value: Any, dim: Any) -> int:
+    """A non-negative dim; refuses one that torch would not accept."""
+    count = max(rank(value), 1)  # torch lets a 0-dim tensor have dim 0
     if not isinstance(dim, int):
-        refuse("a dim that is not known before the call")
-    return dim % max(rank(value), 1)
+        refuse("a named dim, or one that is not known before the call")
+    if not -count <= dim < count:
+        refuse(f"dim {dim} of a tensor of {rank(value)} dims")
+    return dim % count

@@ -220,14 +220,20 @@ def _lift(capture: Capture, flat: _Flat) -> None:
             module = flat.get_submodule(str(node.target))
             node.target = str(node.target).removeprefix("model.") if str(node.target) != "model" else "model"
             capture.modules[node.target] = module
-            if type(module) in MODULES:
-                tensors = {**module._parameters, **module._buffers}
-                node.meta["fxfuse_params"] = {
-                    name: lifted(_holder(module, name), name, f"{node.target}.{name}")
-                    for name, value in tensors.items()
-                    if value is not None
-                }
+            node.meta["fxfuse_params"] = {
+                path: lifted(holder, name, f"{node.target}.{path}") for path, holder, name in _tensors_of(module)
+            }
     assert [n for n in graph.nodes if n.op == "placeholder"][: len(placeholders)] == placeholders
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Path, holder and name of what a module's node may touch: parameters, if it may join a region, and all buffers."""
+    if type(module) in MODULES:
+        yield from ((name, module._parameters, name) for name, t in module._parameters.items() if t is not None)
+    for path, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.layout is torch.strided:
+                yield f"{path}.{name}".removeprefix("."), child._buffers, name
 
 
 def _owner(root: nn.Module, target: str) -> tuple[Any, str]:

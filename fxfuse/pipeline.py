@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxfuse.lower import lower, rewrite
+from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
 from fxfuse.partition import Order, forward_inplace_results, partition
 from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings
@@ -55,6 +56,7 @@ def fuse(
     before = copy.deepcopy(graph)
     settings = Settings.from_environment(options.allow)
     with isolated():
+        values_only(graph)
         propagate(graph, modules, inputs)  # shapes, effects, and each node's meaning in the vocabulary
         forward_inplace_results(graph)
         order = Order(graph)

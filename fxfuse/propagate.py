@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fxfuse import vocabulary
 from fxfuse.call import HOOKS, Call, Unsupported
-from fxfuse.normalize import _has_any_global_hook, normalize
+from fxfuse.normalize import normalize
 
 log = logging.getLogger(__name__)
 
@@ -76,23 +77,34 @@ _VALUES += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_fo
 
 
 class _Effects(TorchDispatchMode):
-    """Records writes and randomness of the aten operators that run."""
+    """Records writes and randomness of the aten operators that run, and tensors whose shape they change."""
 
     def __init__(self) -> None:
         super().__init__()
         self.writes: set[int] = set()
         self.random = False
+        self.reshaped: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        written: list[Tensor] = []
         if func._schema.is_mutable:
             for i, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self.writes |= storages(args[i] if i < len(args) else kwargs.get(argument.name))
+                    given = args[i] if i < len(args) else kwargs.get(argument.name)
+                    written += [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
         elif func._schema.name in _HIDDEN_WRITES and args[5]:
-            self.writes |= storages(args[3:5])  # running statistics, which the schema does not mark
-        return func(*args, **kwargs)
+            written += [t for t in args[3:5] if t is not None]  # running statistics, which the schema does not mark
+        self.writes |= storages(written)
+        before = [_layout(t) for t in written]
+        result = func(*args, **kwargs)
+        self.reshaped += [t for t, layout in zip(written, before, strict=True) if _layout(t) != layout]
+        return result
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), storages(tensor)
 
 
 _HIDDEN_WRITES = {"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"}
@@ -121,7 +133,8 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
     """Annotate every node with ``meta["fxfuse"]`` (:class:`Facts`) and ``meta["fxfuse_val"]``.
 
     ``inputs``: one value per placeholder, fake tensors for tensors. A node that cannot be run on
-    fake tensors, and all that depend on it, are unknown: they stay as they are.
+    fake tensors, and all that depend on it, are unknown: they stay as they are. So is, from then on,
+    a value whose shape is changed in place.
     """
     mode = detect_fake_mode(list(inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
     values: dict[fx.Node, Any] = {}
@@ -145,19 +158,17 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
                 value, call = UNKNOWN, None
                 refusal = refusal or "its shape cannot be found out before the call"
         values[node] = value
-        reads = storages((args, kwargs)) if node.op != "placeholder" else frozenset()
-        if call is not None and call.statistics is not None:
-            updated = [call.statistics.mean, call.statistics.var, call.statistics.count]
-            touched = storages([values[n] for n in updated if n is not None])
-            effects.writes |= touched
-            reads |= touched
+        reads = storages((args, kwargs)).union(*(facts(n).holds for n in node.all_input_nodes))
+        updated = _buffers(node, call, modules)
+        reads |= (touched := storages([values[n] for n in updated]))
+        effects.writes |= touched
         node.meta["fxfuse_val"] = value
         node.meta["fxfuse"] = Facts(
             val=value,
             index=index,
             writes=frozenset(effects.writes),
             reads=reads,
-            holds=storages(value) if value is not UNKNOWN else frozenset(),
+            holds=storages(value) if value is not UNKNOWN else reads,
             random=effects.random,
             switches=node.op.startswith("call") and (modes != _modes() or _is_switch(value, effects)),
             autocast=any(
@@ -167,6 +178,19 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             refusal=refusal,
             spelling=type(modules[node.target]).__name__ if node.op == "call_module" else str(node.target),
         )
+        for changed in effects.reshaped:
+            values.update((n, UNKNOWN) for n, v in values.items() if any(t is changed for t in pytree.tree_leaves(v)))
+
+
+def _buffers(node: fx.Node, call: Call | None, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The buffers that ``node`` updates besides its operands; all those of a module that is not understood."""
+    if call is not None and call.statistics is not None:
+        updated = (call.statistics.mean, call.statistics.var, call.statistics.count)
+        return [n for n in updated if n is not None]
+    if call is None and node.op == "call_module":
+        names = {name for name, _ in modules[str(node.target)].named_buffers()}
+        return [n for name, n in node.meta.get("fxfuse_params", {}).items() if name in names]
+    return []
 
 
 def _is_switch(value: Any, effects: _Effects) -> bool:
@@ -193,9 +217,9 @@ def _run(
     if node.op == "call_function":
         return node.target(*args, **kwargs)  # type: ignore[operator]
     module = modules[str(node.target)]
-    if any(getattr(m, hooks) for m in module.modules() for hooks in HOOKS):
+    if _has_any_global_hook() or any(getattr(m, hooks) for m in module.modules() for hooks in HOOKS):
         raise Unsupported("hooks may change the value, and must not run on fake tensors")
-    if call is not None and not call.inplace:  # not the module itself: it could count batches
+    if call is not None and (module._parameters or module._buffers):  # not the module itself: it could count batches
         operands = [o.meta["fxfuse_val"] if isinstance(o, fx.Node) else o for o in call.operands]
         result = vocabulary.lookup(call.op)(*operands, **call.attributes)
         return result[0] if isinstance(result, tuple) else result

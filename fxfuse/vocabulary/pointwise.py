@@ -126,8 +126,20 @@ def cast(x: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 @define(Kind.POINTWISE)
 def clone(x: Tensor) -> Tensor:
-    """x in memory of its own (also what ``contiguous`` means here: layout is not part of a region)."""
+    """x in memory of its own, laid out as it is."""
     return x.clone()
+
+
+@define(Kind.POINTWISE)
+def contiguous(x: Tensor) -> Tensor:
+    """x in memory of its own, laid out contiguously: what follows the region may rely on it."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@define(Kind.POINTWISE, view=True)
+def detach(x: Tensor) -> Tensor:
+    """x, through which no gradient passes."""
+    return x.detach()
 
 
 # --- several operands -----------------------------------------------------------------------------
