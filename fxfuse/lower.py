@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.chain import Builder, to_graph, to_program
+from fxfuse.chain import Builder, op_of, to_graph, to_program
 from fxfuse.ops import run_region, update_running_statistics
 from fxfuse.partition import Draft, Order
 from fxfuse.patterns import Application, Rejection, RewriteError, Rule, Settings, apply_rules
@@ -36,16 +36,29 @@ def rewrite(draft: Draft, rules: Sequence[Rule], settings: Settings, precision: 
     except RewriteError as error:
         applied, rejected = [], [Rejection("the rewriting", draft.anchor.name, str(error))]
         rewritten = original
-    count = len(original.outputs)
-    region = Region(
-        original,
-        rewritten,
-        tuple(a.rule for a in applied),
-        precision,
-        tuple(range(count - 2 * len(draft.statistics), count)),
-    )
+    names = tuple(a.rule for a in applied)
+    region = Region(original, rewritten, names, precision, _without_gradient(draft.build.graph))
     region.verify()
     return Rewritten(draft, region, applied, rejected)
+
+
+def _without_gradient(graph: fx.Graph) -> tuple[int, ...]:
+    """The outputs that carry no gradient, whatever the inputs: statistics, and what is behind a detach."""
+    carry: set[fx.Node] = set()
+    *nodes, output = graph.nodes
+    for node in nodes:
+        val = node.meta["val"]
+        if not (isinstance(val, tuple) or val.is_floating_point()):
+            continue
+        if node.target is operator.getitem:
+            carries = node.args[0] in carry and node.args[1] == 0
+        elif node.op == "placeholder":
+            carries = True
+        else:
+            carries = op_of(node).name != "detach" and any(n in carry for n in node.all_input_nodes)
+        if carries:
+            carry.add(node)
+    return tuple(i for i, result in enumerate(output.args[0]) if result not in carry)
 
 
 def _copy(build: Builder, program: Any) -> Builder:

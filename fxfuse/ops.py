@@ -71,7 +71,7 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
         region.original.check(inputs)
         _report(region, path)
         with no_autocast(), _precision(region):
-            return region.original.run(inputs)
+            return _separate(region.original.run(inputs), inputs)
     return _forward(inputs, text)
 
 
@@ -125,16 +125,23 @@ def _fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
 
 def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients of the inputs that ``needs`` marks, from the original chain, run once more."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+    return _separate(_differentiate(grads, leaves, text, needs), [*inputs, *grads])
+
+
+def _differentiate(
+    grads: Sequence[Tensor], leaves: Sequence[Tensor], text: str, needs: Sequence[bool], create_graph: bool = False
+) -> list[Tensor]:
+    """The chain rule through the original chain; zeros for a leaf that it does not reach."""
     region = Region.parse(text)
     with torch.enable_grad(), no_autocast(), _precision(region):
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         outputs = region.original.run(leaves)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        wanted = [t for t in leaves if t.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-    return _separate(
-        [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)], [*inputs, *grads]
-    )
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, create_graph=create_graph
+        )
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
 
 
 def _fake_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str, needs: Sequence[bool]) -> list[Tensor]:
@@ -155,7 +162,11 @@ def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
     ]
-    found = iter(torch.ops.fxfuse.region_backward(given, list(ctx.saved_tensors), ctx.text, ctx.needs))
+    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated once more
+        leaves = [t.view_as(t) for t in ctx.saved_tensors]
+        found = iter(_differentiate(given, leaves, ctx.text, ctx.needs, create_graph=True))
+    else:
+        found = iter(torch.ops.fxfuse.region_backward(given, list(ctx.saved_tensors), ctx.text, ctx.needs))
     return [next(found) if need else None for need in ctx.needs], None
 
 

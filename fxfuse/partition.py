@@ -86,7 +86,7 @@ class Order:
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         writers = [n for n in nodes if facts(n).writes or _opaque(n)]
         for writer in writers:
-            touched = facts(writer).writes or facts(writer).reads
+            touched = _written(writer)
             for other in nodes:
                 if other is writer or not touched & (facts(other).reads | facts(other).holds):
                     continue
@@ -142,6 +142,11 @@ def _opaque(node: fx.Node) -> bool:
     return facts(node).val is UNKNOWN and node.op != "output" and node.target is not operator.getitem
 
 
+def _written(node: fx.Node) -> frozenset[int]:
+    """The storages that ``node`` writes to, or may write to."""
+    return facts(node).writes | (facts(node).reads if _opaque(node) else frozenset())
+
+
 # --- growing --------------------------------------------------------------------------------------
 def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -> Draft | None:
     val = facts(anchor).tensor
@@ -154,7 +159,7 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
         draft.ended.append((anchor, reason))
         return None
     tainted: set[fx.Node] = set()  # outside, but after some member
-    for node in _after(graph, anchor):
+    for node in _after(graph, anchor, order):
         needs = order.needs(node)
         if not (needs & draft.members.keys() or needs & tainted):
             continue
@@ -174,8 +179,9 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
     return draft
 
 
-def _after(graph: fx.Graph, anchor: fx.Node) -> list[fx.Node]:
-    nodes = list(graph.nodes)
+def _after(graph: fx.Graph, anchor: fx.Node, order: Order) -> list[fx.Node]:
+    """The nodes that may come after ``anchor``, each behind all that it needs, whole regions included."""
+    nodes = order.sorted(graph)
     return nodes[nodes.index(anchor) + 1 :]
 
 
@@ -203,20 +209,40 @@ def _refuse(draft: Draft, node: fx.Node, needs: set[fx.Node], tainted: set[fx.No
             return f"its running statistics are also used by {label(shared[0])}"
     elif known.writes:
         return "it writes to memory"
-    return None
+    return _refuse_alias(node, known)
 
 
 def _refuse_inplace(draft: Draft, node: fx.Node, known: Facts) -> str | None:
     base = node.args[0]
     if not isinstance(base, fx.Node) or base not in draft.members:
         return "it writes in place to a value from outside the region"
-    storage = facts(base).holds
-    for other in node.graph.nodes:
-        if other in (node, base) or not facts(other).holds & storage or facts(other).index > known.index:
-            continue
-        if any(facts(user).index > known.index for user in other.users):
+    for other in _read_after(node, facts(base).holds):
+        if other is not base:
             return f"it writes in place to memory that {label(other)} shares and that is read later"
     return None
+
+
+def _refuse_alias(node: fx.Node, known: Facts) -> str | None:
+    """A value that shares memory gets memory of its own in a region: no later write may be missed by a reader."""
+    memory = known.holds & known.reads
+    for writer in node.graph.nodes if memory else ():
+        if facts(writer).index <= known.index or not _written(writer) & memory:
+            continue
+        given = [n for n in writer.all_input_nodes if facts(n).holds & memory]
+        stale = [n for n in _read_after(writer, memory) if len(given) > 1 or n not in given]
+        if stale:
+            return f"it shares memory that {label(writer)} writes to and that is read later as {label(stale[0])}"
+    return None
+
+
+def _read_after(writer: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
+    """The values in ``memory`` that were made before ``writer`` and are read after it."""
+    now = _index(writer)
+    return [
+        n
+        for n in writer.graph.nodes
+        if _index(n) < now and facts(n).holds & memory and any(_index(user) > now for user in n.users)
+    ]
 
 
 def _touching(node: fx.Node, memory: frozenset[int]) -> list[fx.Node]:

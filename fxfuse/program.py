@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import keyword
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ _DTYPES = {
     "i32": torch.int32,
     "i64": torch.int64,
     "u8": torch.uint8,
+    "u16": torch.uint16,
+    "u32": torch.uint32,
+    "u64": torch.uint64,
     "b1": torch.bool,
     "c64": torch.complex64,
     "c128": torch.complex128,
@@ -77,9 +81,12 @@ class Ref:
 Operand = Ref | float | int | bool | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instr:
-    """``outs = op(*operands, **attributes)``; the attributes are complete and in the operator's order."""
+    """``outs = op(*operands, **attributes)``; the attributes are complete and in the operator's order.
+
+    Equal where written alike: 1, 1.0 and True are three operands, and NaN is equal to itself.
+    """
 
     outs: tuple[str, ...]
     op: str
@@ -89,8 +96,17 @@ class Instr:
     def __str__(self) -> str:
         defaults = vocabulary.lookup(self.op).attributes
         given = [_show(o) for o in self.operands]
-        given += [f"{k}={_show(v)}" for k, v in self.attributes if not _same(v, defaults[k])]
+        given += [f"{k}={_show(v)}" for k, v in self.attributes if _show(v) != _show(defaults.get(k))]
         return f"{', '.join(self.outs)} = {self.op}({', '.join(given)})"
+
+    def _key(self) -> Any:
+        return self.outs, self.op, [*map(_show, self.operands)], [(k, _show(v)) for k, v in self.attributes]
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Instr) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(repr(self._key()))
 
     def reads(self) -> Iterator[str]:
         return (o.name for o in self.operands if isinstance(o, Ref))
@@ -119,21 +135,17 @@ class Program:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> Any:
+        # without what is cached: functions, and hashes that another process computes otherwise
+        return Program, (self.inputs, self.body, self.outputs)
+
     def verify(self) -> None:
         """Every operator known and fully attributed, every name defined once and before its use."""
         defined: set[str] = set()
         for name, _ in self.inputs:
             _define(defined, name, "the inputs")
         for instr in self.body:
-            try:
-                op = vocabulary.lookup(instr.op)
-                complete = op.complete(dict(instr.attributes))
-            except (KeyError, TypeError) as error:
-                raise ProgramError(f"in `{instr.op}`: {error.args[0]}") from None
-            if tuple(complete) != tuple(k for k, _ in instr.attributes):
-                raise ProgramError(f"`{instr}`: attributes must be complete and in the order {tuple(complete)}")
-            if len(instr.outs) != op.outputs:
-                raise ProgramError(f"`{instr}`: {op.name} gives {op.outputs} tensors, not {len(instr.outs)}")
+            _verify_instr(instr)
             for read in instr.reads():
                 if read not in defined:
                     raise ProgramError(f"`{instr}`: {read} is not defined here")
@@ -178,10 +190,32 @@ class Program:
     @staticmethod
     def parse(text: str) -> tuple[str, Program]:
         """The name and the program that ``text`` spells; ProgramError names what is wrong."""
-        tree = ast.parse(text)
-        if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
+        statements = parse_statements(text)
+        if len(statements) != 1 or not isinstance(statements[0], ast.FunctionDef):
             raise ProgramError("a program is one `def`")
-        return parse_function(tree.body[0])
+        return parse_function(statements[0])
+
+
+def _verify_instr(instr: Instr) -> None:
+    try:
+        op = vocabulary.lookup(instr.op)
+        complete = op.complete(dict(instr.attributes))
+    except (KeyError, TypeError) as error:
+        raise ProgramError(f"in `{instr.op}`: {error.args[0]}") from None
+    if tuple(complete) != tuple(k for k, _ in instr.attributes):
+        raise ProgramError(f"`{instr}`: attributes must be complete and in the order {tuple(complete)}")
+    if len(instr.operands) != op.arity:
+        raise ProgramError(f"`{instr}`: {op.name} takes {op.arity} operands, not {len(instr.operands)}")
+    if len(instr.outs) != op.outputs:
+        raise ProgramError(f"`{instr}`: {op.name} gives {op.outputs} tensors, not {len(instr.outs)}")
+    for operand in instr.operands:
+        if operand is not None and type(operand) not in (Ref, bool, int, float):
+            raise ProgramError(f"`{instr}`: {operand!r} is neither a value nor a real number")
+    for name, value in instr.attributes:
+        if not _is_literal(value):
+            raise ProgramError(f"`{instr}`: {name}={value!r} cannot be written as text")
+    if not any(isinstance(o, Ref) for o in instr.operands):
+        raise ProgramError(f"`{instr}`: no operand is a value")
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -258,13 +292,17 @@ def _fits_inplace(operands: Sequence[Any]) -> bool:
 
 # --- text -----------------------------------------------------------------------------------------
 def _define(defined: set[str], name: str, where: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name) or name in _CONSTANTS or name == "_":
+        raise ProgramError(f"{where}: {name!r} cannot be the name of a value")
     if name in defined:
         raise ProgramError(f"{where}: {name} is defined twice")
     defined.add(name)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_literal, value))
+    return value is None or type(value) in (bool, int, float, str) or value in DTYPE_NAMES
 
 
 def _show(value: Any) -> str:
@@ -280,18 +318,36 @@ def _show(value: Any) -> str:
 _CONSTANTS = {"inf": math.inf, "nan": math.nan, **_DTYPES}
 
 
+def parse_statements(text: str) -> list[ast.stmt]:
+    """The statements of ``text``; ProgramError where it is not Python, or too deeply nested to be a program."""
+    try:
+        return ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ProgramError(f"not the text of a program: {error}") from None
+
+
+def source_of(node: ast.AST) -> str:
+    """The text of a node, for a message."""
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return "something too deeply nested"
+
+
 def parse_literal(node: ast.expr) -> Any:
     """A literal of the text: numbers, strings, None, tuples, ``inf``, ``nan`` and dtype names."""
     match node:
-        case ast.Constant(value=value):
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
             return value
         case ast.Name(id=name) if name in _CONSTANTS:
             return _CONSTANTS[name]
         case ast.Tuple(elts=elements):
             return tuple(parse_literal(e) for e in elements)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -parse_literal(operand)
-    raise ProgramError(f"not a literal: {ast.unparse(node)}")
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.Name() as operand):
+            value = parse_literal(operand)
+            if type(value) in (int, float):
+                return -value
+    raise ProgramError(f"not a literal: {source_of(node)}")
 
 
 def _parse_type(node: ast.expr | None) -> TensorType:
@@ -299,39 +355,49 @@ def _parse_type(node: ast.expr | None) -> TensorType:
         case ast.Subscript(value=ast.Name(id=name), slice=sizes) if name in _DTYPES:
             elements = sizes.elts if isinstance(sizes, ast.Tuple) else [sizes]
             shape = [None if isinstance(e, ast.Name) and e.id == "_" else parse_literal(e) for e in elements]
-            return TensorType(_DTYPES[name], tuple(shape))
-    raise ProgramError(f"not a tensor type: {ast.unparse(node) if node else 'nothing'}")
+            if all(s is None or (type(s) is int and s >= 0) for s in shape):
+                return TensorType(_DTYPES[name], tuple(shape))
+    raise ProgramError(f"not a tensor type: {source_of(node) if node else 'nothing'}")
 
 
 def _parse_instr(node: ast.Assign) -> Instr:
-    target, call = node.targets[0], node.value
-    names = target.elts if isinstance(target, ast.Tuple) else [target]
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ProgramError(f"not a call of an operator: {ast.unparse(node)}")
-    op = vocabulary.lookup(call.func.id)
+    call = node.value
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or len(node.targets) != 1:
+        raise ProgramError(f"not a call of an operator: {source_of(node)}")
     operands = tuple(
         Ref(a.id) if isinstance(a, ast.Name) and a.id not in _CONSTANTS else parse_literal(a) for a in call.args
     )
-    attributes = op.complete({str(k.arg): parse_literal(k.value) for k in call.keywords})
-    outs = tuple(n.id for n in names if isinstance(n, ast.Name))
-    return Instr(outs, op.name, operands, tuple(attributes.items()))
+    try:
+        op = vocabulary.lookup(call.func.id)
+        attributes = op.complete({str(k.arg): parse_literal(k.value) for k in call.keywords})
+    except (KeyError, TypeError) as error:
+        raise ProgramError(f"in `{source_of(node)}`: {error.args[0]}") from None
+    return Instr(_names(node.targets[0]), op.name, operands, tuple(attributes.items()))
+
+
+def _names(node: ast.expr) -> tuple[str, ...]:
+    """``a`` or ``a, b``."""
+    elements = node.elts if isinstance(node, ast.Tuple) else [node]
+    names = tuple(e.id for e in elements if isinstance(e, ast.Name))
+    if len(names) < len(elements):
+        raise ProgramError(f"not the names of values: {source_of(node)}")
+    return names
 
 
 def parse_function(node: ast.FunctionDef) -> tuple[str, Program]:
     """The name and the program of one parsed ``def``."""
-    inputs = tuple((a.arg, _parse_type(a.annotation)) for a in node.args.args)
+    given = node.args
+    if given.posonlyargs or given.kwonlyargs or given.vararg or given.kwarg or given.defaults or node.decorator_list:
+        raise ProgramError(f"{node.name}: a program has plain inputs, no defaults and no decorators")
+    inputs = tuple((a.arg, _parse_type(a.annotation)) for a in given.args)
+    *statements, last = node.body
+    if not isinstance(last, ast.Return) or last.value is None:
+        raise ProgramError(f"{node.name}: a program ends with the return of its outputs")
     body: list[Instr] = []
-    outputs: tuple[str, ...] = ()
-    for statement in node.body:
-        if isinstance(statement, ast.Assign):
-            body.append(_parse_instr(statement))
-        elif isinstance(statement, ast.Return) and statement.value is not None:
-            value = statement.value
-            outputs = tuple(
-                e.id for e in (value.elts if isinstance(value, ast.Tuple) else [value]) if isinstance(e, ast.Name)
-            )
-        else:
-            raise ProgramError(f"neither an assignment nor a return: {ast.unparse(statement)}")
-    program = Program(inputs, tuple(body), outputs)
+    for statement in statements:
+        if not isinstance(statement, ast.Assign):
+            raise ProgramError(f"not an assignment: {source_of(statement)}")
+        body.append(_parse_instr(statement))
+    program = Program(inputs, tuple(body), _names(last.value))
     program.verify()
     return node.name, program

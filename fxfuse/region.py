@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fxfuse import vocabulary
-from fxfuse.program import Instr, Program, ProgramError, parse_function, parse_literal
+from fxfuse.program import Instr, Program, ProgramError, parse_function, parse_literal, parse_statements, source_of
 
 #: version of the text; a text of another version is refused
 SCHEMA = 1
@@ -37,6 +37,10 @@ class Region:
     rules: tuple[str, ...] = ()
     precision: str | None = None
     statistics: tuple[int, ...] = ()
+
+    def __reduce__(self) -> Any:
+        # without what is cached: another process computes other hashes
+        return Region, (self.original, self.rewritten, self.rules, self.precision, self.statistics)
 
     def __str__(self) -> str:
         facts: dict[str, Any] = {
@@ -79,8 +83,14 @@ class Region:
             raise ProgramError("the rewritten program takes other inputs than the original")
         if len(self.original.outputs) != len(self.rewritten.outputs):
             raise ProgramError("the rewritten program gives another number of outputs than the original")
-        if not all(0 <= s < len(self.original.outputs) for s in self.statistics):
+        if not _all(self.statistics, int) or not all(0 <= s < len(self.original.outputs) for s in self.statistics):
             raise ProgramError(f"statistics {self.statistics} names an output that does not exist")
+        if not _all(self.rules, str):
+            raise ProgramError(f"rules {self.rules} must be names")
+        if self.precision not in (None, "tf32", "ieee"):
+            raise ProgramError(f"precision {self.precision!r} is none of None, 'tf32', 'ieee'")
+        if not any(vocabulary.lookup(i.op).kind is vocabulary.Kind.ANCHOR for i in self.original.body):
+            raise ProgramError("the region has no anchor")
 
     def reference(self, *tensors: Tensor) -> list[Tensor]:
         """Run the rewritten chain in plain torch: the oracle of the kernels, and the path without a GPU.
@@ -91,28 +101,30 @@ class Region:
         return self.rewritten.run(tensors)
 
 
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple) and all(type(v) is kind for v in values)
+
+
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> Region:
     facts: dict[str, Any] = {}
-    programs: dict[str, Program] = {}
-    try:
-        statements = ast.parse(text).body
-    except SyntaxError as error:
-        raise ProgramError(f"not the text of a region: {error}") from None
-    for statement in statements:
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            facts[statement.targets[0].id] = parse_literal(statement.value)
-        elif isinstance(statement, ast.FunctionDef):
-            name, program = parse_function(statement)
-            programs[name] = program
-        else:
-            raise ProgramError(f"unexpected in a region: {ast.unparse(statement)}")
+    definitions: dict[str, ast.FunctionDef] = {}
+    for statement in parse_statements(text):
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name not in facts:
+                facts[name] = parse_literal(value)
+            case ast.FunctionDef(name=name) if name in ("original", "rewritten") and name not in definitions:
+                definitions[name] = statement
+            case _:
+                raise ProgramError(f"unexpected in a region: {source_of(statement)}")
     if facts.pop("schema", None) != SCHEMA:
         raise ProgramError(f"the region's text is not of schema {SCHEMA}: made by another version of fxfuse")
-    if "original" not in programs:
+    if "original" not in definitions:
         raise ProgramError("the region has no `original` program")
-    original = programs["original"]
-    region = Region(original, programs.get("rewritten", original), **facts)
+    if unknown := facts.keys() - {"rules", "precision", "statistics"}:
+        raise ProgramError(f"unexpected in a region: {', '.join(sorted(unknown))}")
+    programs = {name: parse_function(definition)[1] for name, definition in definitions.items()}
+    region = Region(programs["original"], programs.get("rewritten", programs["original"]), **facts)
     region.verify()
     return region
 

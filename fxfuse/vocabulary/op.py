@@ -47,6 +47,8 @@ class Op:
         self.view = view
         self.__doc__ = fn.__doc__
         parameters = inspect.signature(fn).parameters.values()
+        #: how many operands it takes
+        self.arity = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
         #: attribute name -> default (``inspect.Parameter.empty`` where it must be given)
         self.attributes = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 

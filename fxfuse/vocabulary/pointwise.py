@@ -208,17 +208,21 @@ BINARY: dict[str, Op] = {
 }
 
 
+def _bounds(x: Tensor, low: Operand | None, high: Operand | None) -> Any:
+    """Two numbers or two tensors, as torch asks for."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return [b if b is None or isinstance(b, Tensor) else _tensors(x, b)[1] for b in (low, high)]
+    return low, high
+
+
 def _clamp_inplace(x: Tensor, low: Operand | None, high: Operand | None) -> Tensor:
-    return torch.clamp_(x, low, high)  # type: ignore[arg-type]
+    return torch.clamp_(x, *_bounds(x, low, high))
 
 
 @define(Kind.POINTWISE, inplace=_clamp_inplace)
 def clamp(x: Tensor, low: Operand | None, high: Operand | None) -> Tensor:
     """min(max(x, low), high); a bound of None is absent."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        bounds = [b if b is None or isinstance(b, Tensor) else _tensors(x, b)[1] for b in (low, high)]
-        return torch.clamp(x, bounds[0], bounds[1])
-    return torch.clamp(x, low, high)
+    return torch.clamp(x, *_bounds(x, low, high))
 
 
 @define(Kind.POINTWISE)
