@@ -68,12 +68,16 @@ def forward_inplace_results(graph: fx.Graph) -> None:
     """Let later readers of a value that was written in place read the writer's result: the same tensor."""
     for node in graph.nodes:
         known = facts(node)
-        if known.call is None or not known.call.inplace or not isinstance(node.args[0], fx.Node):
+        if known.call is None or not known.call.inplace or not isinstance(known.call.operands[0], fx.Node):
             continue
-        base = node.args[0]
+        base = known.call.operands[0]
         if known.holds == facts(base).holds:
             for user in [u for u in base.users if facts(u).index > known.index]:
                 user.replace_input_with(base, node)
+                call = facts(user).call
+                if call is not None:
+                    operands = tuple(node if o is base else o for o in call.operands)
+                    facts(user).call = dataclasses.replace(call, operands=operands)
 
 
 # --- what must come before what -------------------------------------------------------------------
@@ -213,7 +217,8 @@ def _refuse(draft: Draft, node: fx.Node, needs: set[fx.Node], tainted: set[fx.No
 
 
 def _refuse_inplace(draft: Draft, node: fx.Node, known: Facts) -> str | None:
-    base = node.args[0]
+    assert known.call is not None
+    base = known.call.operands[0]
     if not isinstance(base, fx.Node) or base not in draft.members:
         return "it writes in place to a value from outside the region"
     for other in _read_after(node, facts(base).holds):
