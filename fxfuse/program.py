@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import vocabulary
+from fxfuse.trim import late_trims
 
 _DTYPES = {
     "f16": torch.float16,
@@ -247,6 +248,7 @@ def _schedule(program: Program) -> _Steps:
             last[name] = i
     inputs, keep = {n for n, _ in program.inputs}, set(program.outputs)
     shared = _shared_memory(program)
+    replaced = late_trims(program.body, program.outputs)
     steps = []
     for i, instr in enumerate(program.body):
         op = vocabulary.lookup(instr.op)
@@ -257,7 +259,7 @@ def _schedule(program: Program) -> _Steps:
         own = isinstance(first, Ref) and first.name in dead - inputs - shared and reads.count(first.name) == 1
         steps.append(
             _Step(
-                op=op.fn,
+                op=replaced.get(i, op.fn),
                 operands=tuple((True, slot[o.name]) if isinstance(o, Ref) else (False, o) for o in instr.operands),
                 attributes=dict(instr.attributes),
                 outs=tuple(slot[o] for o in instr.outs),

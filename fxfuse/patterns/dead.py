@@ -86,8 +86,9 @@ class DropDeadOutputs(Rule):
         for d, k in enumerate(attributes(pool)["kernel"]):
             stride, padding = attributes(pool)["stride"][d], attributes(pool)["padding"][d]
             dilation = attributes(pool)["dilation"][d] if op_name(pool) == "max_pool" else 1
-            read = (out[2 + d] - 1) * stride - padding + dilation * (k - 1) + 1
-            extent.append(min(shape[2 + d], read))
+            window = dilation * (k - 1) + 1
+            read = (out[2 + d] - 1) * stride - padding + window
+            extent.append(min(shape[2 + d], max(read, window)))  # torch refuses a pool of less than a window
         return tuple(extent) if tuple(extent) != shape[2:] and min(extent) > 0 else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:

@@ -30,14 +30,35 @@ def conv_transpose(
     ``extent``, where given, is the number of leading positions per dim that are computed and
     returned: the rest of the output is dead.
     """
+    geometry = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    y = conv_transpose_untrimmed(x, weight, bias, groups=groups, extent=extent, **geometry)
+    return y if extent is None else leading(y, extent)
+
+
+def conv_transpose_untrimmed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    extent: tuple[int, ...] | None,
+) -> Tensor:
+    """:data:`conv_transpose`, but the result may be longer than ``extent``: by what comes for free."""
     if extent is not None:
-        x, output_padding, narrow = _crop(x, weight, stride, padding, output_padding, dilation, extent)
-    y: Tensor = CONVOLUTIONS[len(stride)](x, weight, bias, stride, padding, output_padding, groups, dilation)
-    if extent is not None and narrow:
-        spatial = range(y.dim() - len(extent), y.dim())
-        for dim, size in zip(spatial, extent, strict=True):
-            y = y.narrow(dim, 0, size)
-    return y
+        x, output_padding = _crop(x, weight, stride, padding, output_padding, dilation, extent)
+    return CONVOLUTIONS[len(stride)](x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def leading(x: Tensor, extent: tuple[int, ...]) -> Tensor:
+    """The leading ``extent`` positions of the last dims: ``x`` itself where it has no more."""
+    for dim, size in zip(range(x.dim() - len(extent), x.dim()), extent, strict=True):
+        if x.shape[dim] != size:
+            x = x.narrow(dim, 0, size)
+    return x
 
 
 def _crop(
@@ -48,10 +69,10 @@ def _crop(
     output_padding: tuple[int, ...],
     dilation: tuple[int, ...],
     extent: tuple[int, ...],
-) -> tuple[Tensor, tuple[int, ...], bool]:
-    """Drop the inputs that reach no output below ``extent``; say whether the output is still too long."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Drop the inputs that reach no output below ``extent``; give the output padding that then reaches it."""
     first = x.dim() - len(extent)
-    crop_padding, narrow = [], False
+    crop_padding = []
     for d, size in enumerate(extent):
         length = x.shape[first + d]
         # input i reaches outputs from i*stride - padding on
@@ -65,8 +86,7 @@ def _crop(
         if keep < length:
             x = x.narrow(first + d, 0, keep)
         crop_padding.append(extra)
-        narrow |= plain + extra > size
-    return x, tuple(crop_padding), narrow
+    return x, tuple(crop_padding)
 
 
 def output_size(length: int, kernel: int, stride: int, padding: int, output_padding: int, dilation: int) -> int:

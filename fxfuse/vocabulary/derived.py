@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxfuse.vocabulary.conv import CONVOLUTIONS
+from fxfuse.vocabulary.conv import CONVOLUTIONS, leading
 from fxfuse.vocabulary.op import Kind, define
 
 
@@ -90,9 +90,7 @@ def contract_taps(
 @define(Kind.DERIVED, view=True)
 def crop(x: Tensor, *, extent: tuple[int, ...]) -> Tensor:
     """The leading ``extent`` positions of the last dims."""
-    for dim, size in zip(range(x.dim() - len(extent), x.dim()), extent, strict=True):
-        x = x.narrow(dim, 0, size)
-    return x
+    return leading(x, extent)
 
 
 @define(Kind.DERIVED)
