@@ -126,7 +126,17 @@ def _fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
 def _backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients of the inputs that ``needs`` marks, from the original chain, run once more."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
-    return _separate(_differentiate(grads, leaves, text, needs), [*inputs, *grads])
+    found = _differentiate(grads, leaves, text, needs)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    return _separate([_laid_out_like(t, g) for t, g in zip(wanted, found, strict=True)], [*inputs, *grads])
+
+
+def _laid_out_like(like: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the strides that the fake implementation promises; a library's backward may choose others."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if value.stride() == strides:
+        return value
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _differentiate(
