@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse import vocabulary
-from fxfuse.program import Instr, Program, Ref, TensorType
+from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.program import Program
 from fxfuse.vocabulary import Op
 
 
@@ -106,9 +107,12 @@ def same_type(a: Any, b: Any) -> bool:
     """Whether two fake values have the same dtype and, provably, the same shape."""
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(same_type(x, y) for x, y in zip(a, b, strict=True))
-    if a.dtype is not b.dtype or a.dim() != b.dim() or a.device != b.device:
-        return False
-    return all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+    return a.dtype is b.dtype and a.device == b.device and same_shape(a, b)
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two fake tensors have, provably, the same shape."""
+    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
 # --- program <-> graph ----------------------------------------------------------------------------

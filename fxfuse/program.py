@@ -17,100 +17,19 @@ import dataclasses
 import functools
 import keyword
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxfuse import vocabulary
+from fxfuse.instr import DTYPE_NAMES, DTYPES, Instr, Ref, TensorType
 from fxfuse.trim import late_trims
-
-_DTYPES = {
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "f64": torch.float64,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "u8": torch.uint8,
-    "u16": torch.uint16,
-    "u32": torch.uint32,
-    "u64": torch.uint64,
-    "b1": torch.bool,
-    "c64": torch.complex64,
-    "c128": torch.complex128,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class ProgramError(ValueError):
     """A program that is not well formed; the message names the instruction."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorType:
-    """dtype and shape of a tensor; a size of None is not known."""
-
-    dtype: torch.dtype
-    shape: tuple[int | None, ...]
-
-    def __str__(self) -> str:
-        sizes = ", ".join("_" if s is None else str(s) for s in self.shape)
-        return f"{DTYPE_NAMES[self.dtype]}[{sizes or '()'}]"
-
-    def mismatch(self, tensor: Tensor) -> str | None:
-        """Why ``tensor`` is not of this type, or None."""
-        if tensor.dtype is not self.dtype:
-            return f"dtype {tensor.dtype} where {self.dtype} is expected"
-        if len(self.shape) != tensor.dim() or any(
-            s is not None and s != t for s, t in zip(self.shape, tensor.shape, strict=True)
-        ):
-            return f"shape {tuple(tensor.shape)} where {self} is expected"
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ref:
-    """An operand that is a value of the program."""
-
-    name: str
-
-
-Operand = Ref | float | int | bool | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Instr:
-    """``outs = op(*operands, **attributes)``; the attributes are complete and in the operator's order.
-
-    Equal where written alike: 1, 1.0 and True are three operands, and NaN is equal to itself.
-    """
-
-    outs: tuple[str, ...]
-    op: str
-    operands: tuple[Operand, ...]
-    attributes: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        defaults = vocabulary.lookup(self.op).attributes
-        given = [_show(o) for o in self.operands]
-        given += [f"{k}={_show(v)}" for k, v in self.attributes if _show(v) != _show(defaults.get(k))]
-        return f"{', '.join(self.outs)} = {self.op}({', '.join(given)})"
-
-    def _key(self) -> Any:
-        return self.outs, self.op, [*map(_show, self.operands)], [(k, _show(v)) for k, v in self.attributes]
-
-    def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Instr) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(repr(self._key()))
-
-    def reads(self) -> Iterator[str]:
-        return (o.name for o in self.operands if isinstance(o, Ref))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,17 +226,7 @@ def _is_literal(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str) or value in DTYPE_NAMES
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, Ref):
-        return value.name
-    if isinstance(value, torch.dtype):
-        return DTYPE_NAMES[value]
-    if isinstance(value, tuple):
-        return "(" + ", ".join(_show(v) for v in value) + ("," if len(value) == 1 else "") + ")"
-    return repr(value)
-
-
-_CONSTANTS = {"inf": math.inf, "nan": math.nan, **_DTYPES}
+_CONSTANTS = {"inf": math.inf, "nan": math.nan, **DTYPES}
 
 
 def parse_statements(text: str) -> list[ast.stmt]:
@@ -354,11 +263,11 @@ def parse_literal(node: ast.expr) -> Any:
 
 def _parse_type(node: ast.expr | None) -> TensorType:
     match node:
-        case ast.Subscript(value=ast.Name(id=name), slice=sizes) if name in _DTYPES:
+        case ast.Subscript(value=ast.Name(id=name), slice=sizes) if name in DTYPES:
             elements = sizes.elts if isinstance(sizes, ast.Tuple) else [sizes]
             shape = [None if isinstance(e, ast.Name) and e.id == "_" else parse_literal(e) for e in elements]
             if all(s is None or (type(s) is int and s >= 0) for s in shape):
-                return TensorType(_DTYPES[name], tuple(shape))
+                return TensorType(DTYPES[name], tuple(shape))
     raise ProgramError(f"not a tensor type: {source_of(node) if node else 'nothing'}")
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from fxfuse import vocabulary
-from fxfuse.program import Instr, Program, ProgramError, parse_function, parse_literal, parse_statements, source_of
+from fxfuse.instr import Instr
+from fxfuse.program import Program, ProgramError, parse_function, parse_literal, parse_statements, source_of
 
 #: version of the text; a text of another version is refused
 SCHEMA = 1

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from fxfuse import vocabulary
+from fxfuse.instr import Instr
 from fxfuse.vocabulary import Kind
 from fxfuse.vocabulary.conv import conv_transpose_untrimmed, leading
 from fxfuse.vocabulary.pools import output_size
-
-if TYPE_CHECKING:
-    from fxfuse.program import Instr
 
 
 def late_trims(body: Sequence[Instr], outputs: Sequence[str]) -> dict[int, Callable[..., Any]]:

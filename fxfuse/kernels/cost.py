@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
-from fxfuse.program import Instr, Program, Ref
+from fxfuse.instr import Instr, Ref
+from fxfuse.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
