@@ -85,6 +85,8 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
             placed[first] = [fused, *items]
     for rewritten, (_, items) in zip(regions, calls, strict=True):
         for member, item in zip(rewritten.draft.outputs, items, strict=False):
+            # what others wrote down about the value: its fake tensor, the line of the model
+            item.meta.update((k, v) for k, v in member.meta.items() if not k.startswith("fxfuse"))
             for user in [u for u in member.users if u not in rewritten.draft.members]:
                 user.replace_input_with(member, item)
     members = {m for r in regions for m in r.draft.members}
