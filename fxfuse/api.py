@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxfuse.capture import CallForm
-from fxfuse.compare import State, fresh
+from fxfuse.compare import fresh
 from fxfuse.module import OptimizedModule, View, optimize_parts
 from fxfuse.patterns import Legality
 from fxfuse.pipeline import Options
+from fxfuse.replica import unwrapped
 from fxfuse.report import Report
+from fxfuse.state import State
 
 
 def optimize(
@@ -51,8 +53,7 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
-    if isinstance(model, OptimizedModule):
-        model = model._fxfuse_original
+    model = unwrapped(model)
     options = Options.make(precision, allow)
     if submodules is not None:
         result: nn.Module = optimize_parts(model, submodules, options, verify)
@@ -69,11 +70,12 @@ def optimize(
 
 def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
     """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed."""
-    if isinstance(model, View):
-        model = model._fxfuse_original
-    optimized = optimize(model)
-    optimized._fxfuse_runtime.prepare(example_inputs, kwargs)  # type: ignore[union-attr,operator]
-    return optimized.fxfuse_report  # type: ignore[return-value]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
+    options, _ = model._fxfuse_made if isinstance(model, View) else (Options.make(None, None), False)
+    optimized = OptimizedModule(unwrapped(model), options)
+    optimized._fxfuse_runtime.prepare(example_inputs, kwargs)
+    return optimized.fxfuse_report
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,10 +91,7 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let every part meet its real inputs twice (compare, then specialise); leave no other trace."""
     form, tensors = CallForm.of(args, kwargs)
-    state = State.of(model, tensors)
-    try:
+    with State(model, tensors).kept():
         for _ in range(2):
             again, named = form.arguments(fresh(tensors))
             model(*again, **named)
-    finally:
-        state.restore()

@@ -7,9 +7,10 @@ doing anything. Modules that stay are called as they are, hooks included.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
+import enum
+import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,14 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.call import HOOKS
-from fxfuse.guards import Guards, is_plain
 from fxfuse.normalize import MODULES
+from fxfuse.replica import Replica, modules_of, unwrapped
+from fxfuse.state import is_plain, tensors_of
+from fxfuse.tracer import CaptureError, Tracer, Watch
 
-log = logging.getLogger(__name__)
-
-
-class CaptureError(RuntimeError):
-    """A model that cannot be captured this way; the message says why."""
+#: tracing patches nn.Module for a while, and what patches must unpatch in order
+_one_at_a_time = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,25 @@ class CallForm:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[CallForm, list[Tensor]]:
+        if not kwargs and all(type(a) is Tensor for a in args):
+            return _positional(len(args)), list(args)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
         constants = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return CallForm(spec, constants, tensors), [leaves[i] for i in tensors]
+
+    @functools.cached_property
+    def opaque(self) -> str | None:
+        """The class of a leaf that is neither a tensor nor a plain value, and that may change unseen."""
+        classes = (type(c).__name__ for _, c in self.constants if not (is_plain(c) or isinstance(c, enum.Enum)))
+        return next(classes, None)
+
+    @functools.cached_property
+    def key(self) -> Any:
+        """What two calls of the same form have in common; 0.0 is not -0.0, and 1 is not True."""
+        return self.spec, tuple(
+            (i, type(c), repr(c) if isinstance(c, (float, complex)) else c) for i, c in self.constants
+        )
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) with ``tensors`` in place."""
@@ -65,9 +80,21 @@ class CallForm:
         return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 
+@functools.lru_cache(maxsize=32)
+def _positional(count: int) -> CallForm:
+    """The form of the commonest call: ``count`` positional tensors and nothing else."""
+    _, spec = pytree.tree_flatten(((0,) * count, {}))
+    return CallForm(spec, (), tuple(range(count)))
+
+
 @dataclasses.dataclass
 class Capture:
-    """A captured forward: ``graph`` takes the call's tensors, then ``lifted``; it returns flat leaves."""
+    """A captured forward: ``graph`` takes the call's tensors, then ``lifted``; it returns flat leaves.
+
+    ``reads`` are the attributes that it depends on (:class:`~fxfuse.guards.Guards`). ``asks_grad``:
+    the forward asked whether gradients are on. ``exact``: made for the sizes, strides and need for
+    gradients of one call's tensors, and for no others.
+    """
 
     graph: fx.Graph
     modules: dict[str, nn.Module]
@@ -75,15 +102,25 @@ class Capture:
     form: CallForm
     out_spec: pytree.TreeSpec
     how: str
-    guards: Guards
+    reads: dict[int, set[str]]
+    asks_grad: bool = False
+    exact: bool = False
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Execute the capture as it is, for comparison with the model."""
-        flat = fx.Interpreter(self.graph_module(self.graph)).run(*tensors, *(t.fetch() for t in self.lifted))
+        values = [t.fetch() for t in self.lifted]
+        constants = [(t, t._version) for t, source in zip(values, self.lifted, strict=True) if source.path == CONSTANT]
+        flat = fx.Interpreter(self.graph_module(self.graph)).run(*tensors, *values)
+        if any(t._version != version for t, version in constants):
+            raise CaptureError("it writes to a tensor that the forward makes anew on every call")
         return pytree.tree_unflatten(flat, self.out_spec)
 
     def graph_module(self, graph: fx.Graph) -> fx.GraphModule:
         return graph_module(self.modules, graph)
+
+
+#: the path of a lifted tensor that is no attribute of the model: made while tracing
+CONSTANT = "(constant)"
 
 
 def graph_module(modules: dict[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
@@ -98,6 +135,25 @@ def graph_module(modules: dict[str, nn.Module], graph: fx.Graph) -> fx.GraphModu
             holder = holder.get_submodule(name)
         holder.add_module(leaf, module)
     return fx.GraphModule(root, graph)
+
+
+def _replica(model: nn.Module) -> Replica:
+    try:
+        return Replica(model)
+    except Exception as error:
+        raise CaptureError(f"its modules cannot be copied for the trace ({type(error).__name__}: {error})") from error
+
+
+def _reason(error: Exception) -> CaptureError:
+    """Why a trace failed, in one line."""
+    if isinstance(error, CaptureError):
+        return error
+    line = (str(error).strip().splitlines() or [""])[0]
+    return CaptureError(f"{type(error).__name__}: {line}")
+
+
+def _assigned(names: Sequence[str]) -> CaptureError:
+    return CaptureError(f"the forward changes attributes of its modules ({', '.join(names)})")
 
 
 # --- symbolic_trace -------------------------------------------------------------------------------
@@ -125,105 +181,51 @@ def _flat(model: nn.Module, form: CallForm) -> _Flat:
     return kind(model, form)
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.enable_grad():
-            self._modes = _modes()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooked = any(getattr(m, h) for h in HOOKS)
-        return hooked or super().is_leaf_module(m, module_qualified_name)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self._modes:
-            raise CaptureError("the forward changes grad mode or autocast on the way, which a trace would lose")
-        return super().create_node(*args, **kwargs)
-
-
-def _modes() -> tuple[bool, ...]:
-    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Undo what a trace assigns to module attributes, and name it."""
-    before = [(m, dict(m.__dict__)) for m in model.modules()]
-    changed: list[str] = []
-    try:
-        yield changed
-    finally:
-        for module, state in before:
-            for name in [k for k in module.__dict__ if k not in state]:
-                changed.append(name)
-                del module.__dict__[name]
-            for name, value in state.items():
-                if module.__dict__.get(name) is not value:
-                    if not (is_plain(value) and module.__dict__.get(name) == value):
-                        changed.append(name)
-                    module.__dict__[name] = value
-
-
 def symbolic_trace(model: nn.Module, form: CallForm) -> Capture:
     """Capture with ``torch.fx``; raises CaptureError with the reason. The model is left as it was."""
-    guards = Guards(model)
-    flat = _flat(model, form)
-    tracer = _Tracer()
-    rng = torch.get_rng_state()
+    replica = _replica(model)
+    flat = _flat(replica.root, form)
     try:
-        with _attributes_kept(model) as changed, torch.enable_grad():  # so that a no_grad block shows
-            graph = tracer.trace(flat)
-    except CaptureError:
-        raise
+        with _one_at_a_time, Watch() as watch:
+            graph = Tracer(model, flat).trace_all()
     except Exception as error:
-        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    finally:
-        torch.set_rng_state(rng)
-    if changed:
-        raise CaptureError(f"the forward assigns attributes of its modules ({', '.join(sorted(set(changed)))})")
+        raise _reason(error) from error
+    if replica.changed():
+        raise _assigned(replica.changed())
     assert flat.out_spec is not None
-    capture = Capture(graph, {}, [], form, flat.out_spec, "torch.fx.symbolic_trace", guards)
-    _lift(capture, flat)
+    capture = Capture(graph, {}, [], form, flat.out_spec, "torch.fx.symbolic_trace", replica.reads, watch.asks_grad)
+    _lift(capture, flat, model)
     return capture
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-def _lift(capture: Capture, flat: _Flat) -> None:
-    """Turn get_attr nodes into placeholders, and give known modules nodes for their tensors."""
+def _lift(capture: Capture, flat: _Flat, model: nn.Module) -> None:
+    """Turn get_attr nodes into placeholders, and give modules nodes for their tensors; all of the live ``model``."""
     graph = capture.graph
     made: dict[tuple[int, str], fx.Node] = {}
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     first = next(n for n in graph.nodes if n.op != "placeholder")
 
     def lifted(holder: dict[str, Any], name: str, path: str) -> fx.Node:
         key = (id(holder), name)
         if key not in made:
             with graph.inserting_before(first):
-                made[key] = graph.placeholder("p_" + path.replace(".", "_"))
+                made[key] = graph.placeholder("p_" + (name if path == CONSTANT else path).replace(".", "_"))
             capture.lifted.append(Lifted(holder, name, path))
         return made[key]
 
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            owner, name = _owner(flat, str(node.target))
-            path = str(node.target).removeprefix("model.")
-            node.replace_all_uses_with(lifted(_holder(owner, name), name, path))
+            node.replace_all_uses_with(lifted(*_live(str(node.target), flat, model)))
             if node is first:
                 first = node.next
             graph.erase_node(node)
         elif node.op == "call_module":
-            module = flat.get_submodule(str(node.target))
-            node.target = str(node.target).removeprefix("model.") if str(node.target) != "model" else "model"
+            path = str(node.target).removeprefix("model").removeprefix(".")
+            module = unwrapped(model.get_submodule(path))
+            node.target = path or "model"
             capture.modules[node.target] = module
             node.meta["fxfuse_params"] = {
-                path: lifted(holder, name, f"{node.target}.{path}") for path, holder, name in _tensors_of(module)
+                name: lifted(holder, key, f"{node.target}.{name}") for name, holder, key in _tensors_of(module)
             }
-    assert [n for n in graph.nodes if n.op == "placeholder"][: len(placeholders)] == placeholders
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -236,36 +238,46 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
                 yield f"{path}.{name}".removeprefix("."), child._buffers, name
 
 
-def _owner(root: nn.Module, target: str) -> tuple[Any, str]:
-    *parents, name = target.split(".")
-    owner: Any = root
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return owner, name
+def _live(target: str, flat: _Flat, model: nn.Module) -> tuple[dict[str, Any], str, str]:
+    """Holder, name and path of the tensor that a get_attr node names."""
+    if not target.startswith("model."):
+        _owned(flat.__dict__[target], model)
+        return flat.__dict__, target, CONSTANT
+    path = target.removeprefix("model.")
+    *parents, name = path.split(".")
+    return _holder(unwrapped(model.get_submodule(".".join(parents))), name), name, path
 
 
-def _holder(owner: Any, name: str) -> dict[str, Any]:
+def _holder(owner: nn.Module, name: str) -> dict[str, Any]:
     for holder in (owner._parameters, owner._buffers):
         if name in holder:
-            return holder  # type: ignore[no-any-return]
-    return owner.__dict__  # type: ignore[no-any-return]
+            return holder
+    return owner.__dict__
+
+
+def _owned(constant: Any, model: nn.Module) -> None:
+    """Refuse a tensor that a trace took for a constant, and that is the model's."""
+    if isinstance(constant, Tensor) and constant.layout is torch.strided:
+        memory = constant.untyped_storage()._cdata
+        if any(t.layout is torch.strided and t.untyped_storage()._cdata == memory for t in tensors_of(model)):
+            raise CaptureError("it reaches a tensor of the model by a way on which later changes are not followed")
 
 
 # --- torch.export ---------------------------------------------------------------------------------
 def export(model: nn.Module, form: CallForm, tensors: Sequence[Tensor]) -> Capture:
     """Capture with non-strict ``torch.export``, for the shapes of ``tensors``; raises CaptureError."""
-    hooked = [name for name, m in model.named_modules() if m is not model and any(getattr(m, h) for h in HOOKS)]
+    hooked = [type(m).__name__ for m in modules_of(model) if m is not model and any(getattr(m, h) for h in HOOKS)]
     if hooked:
-        raise CaptureError(f"{hooked[0]} has hooks, which an export would run once and forget")
-    guards = Guards(model)
+        raise CaptureError(f"a submodule ({hooked[0]}) has hooks, which an export would run once and forget")
+    replica = _replica(model)
     args, kwargs = form.arguments(tensors)
     try:
-        with _attributes_kept(model) as changed, torch.enable_grad():
-            program = torch.export.export(_Callable(model), args, kwargs, strict=False)
+        with _one_at_a_time, Watch() as watch, torch.enable_grad():
+            program = torch.export.export(_Callable(replica.root), args, kwargs, strict=False)
     except Exception as error:
-        raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    if changed:
-        raise CaptureError(f"the forward assigns attributes of its modules ({', '.join(sorted(set(changed)))})")
+        raise _reason(error) from error
+    if replica.changed():
+        raise _assigned(replica.changed())
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("the export moved mutations out of the graph")
@@ -274,7 +286,8 @@ def export(model: nn.Module, form: CallForm, tensors: Sequence[Tensor]) -> Captu
         n.op == "get_attr" and not isinstance(_get(program.graph_module, str(n.target)), Tensor) for n in graph.nodes
     ):
         raise CaptureError("the export has control flow or nested graphs")
-    capture = Capture(graph, {}, [], form, program.call_spec.out_spec, "torch.export", guards)
+    spec = program.call_spec.out_spec
+    capture = Capture(graph, {}, [], form, spec, "torch.export", replica.reads, watch.asks_grad, exact=True)
     _lift_export(capture, model, program)
     return capture
 
@@ -315,25 +328,39 @@ def _lift_export(capture: Capture, model: nn.Module, program: torch.export.Expor
             raise CaptureError(f"the input {node.name} is not a tensor and is used in the exported graph")
         graph.erase_node(node)
     for node in rest:
-        if node.name in constants:
-            holder, name, path = program.constants, constants[node.name], constants[node.name]
-        else:
-            path = paths[node.name].removeprefix("model.")
-            owner, name = _owner(model, path)
-            holder = _holder(owner, name)
-        capture.lifted.append(Lifted(holder, name, path))
+        path = constants.get(node.name) or paths[node.name]
+        capture.lifted.append(_lifted_of_export(path, program, model))
     anchor = next(n for n in graph.nodes if n.op != "placeholder")
     for node in rest:
         anchor.prepend(node)
     for node in [n for n in graph.nodes if n.op == "get_attr"]:
         with graph.inserting_before(anchor):
             new = graph.placeholder(node.name + "_constant")
-        capture.lifted.append(Lifted({node.name: _get(program.graph_module, str(node.target))}, node.name, node.name))
+        value = _get(program.graph_module, str(node.target))
+        _owned(value, model)
+        capture.lifted.append(Lifted({node.name: value}, node.name, CONSTANT))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     # drop the checks on inputs that export adds
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and "_guards_fn" in str(node.target):
+        if node.op.startswith("call") and "_guards_fn" in str(node.target):
             graph.erase_node(node)
     output = graph.output_node()
     output.args = (list(output.args[0]),)  # type: ignore[arg-type]
+
+
+def _lifted_of_export(path: str, program: torch.export.ExportedProgram, model: nn.Module) -> Lifted:
+    """The live tensor at ``path`` of an export, or a constant that tracing made."""
+    live = path.removeprefix("model.")
+    *parents, name = live.split(".")
+    value = program.constants.get(path)
+    try:
+        holder = _holder(unwrapped(model.get_submodule(".".join(parents))), name)
+    except AttributeError:
+        holder = {}
+    if isinstance(holder.get(name), Tensor) and (value is None or holder[name] is value):
+        return Lifted(holder, name, live)
+    if value is None:
+        raise CaptureError(f"the export names {path}, which the model does not have")
+    _owned(value, model)
+    return Lifted(program.constants, path, CONSTANT)

@@ -1,89 +1,124 @@
 """What a capture took for granted about a module tree, checked again before every call.
 
 Tracing runs Python once; whatever it read from plain attributes (``training``, a stride, a flag of
-the user's) is baked in. A snapshot of these attributes, of the hooks and of the tree itself tells
-when a capture no longer speaks for its model.
+the user's) is baked in. These attributes, the hooks and the tree itself tell when a capture no
+longer speaks for its model. On modules of users' classes only the attributes that the trace read
+count: a step counter that training code keeps on the model does not.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.call import HOOKS
+from fxfuse.replica import modules_of
+from fxfuse.state import CONTAINERS, elements, is_plain
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_LARGEST = 64
+_TENSORS = ("_parameters", "_buffers")
 
+#: attributes of every nn.Module that are guarded in other ways, or not at all
+_OWN = frozenset(nn.Module().__dict__)
 
-def is_plain(value: Any) -> bool:
-    if isinstance(value, _PLAIN):
-        return True
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return len(value) <= _LARGEST and all(map(is_plain, value))
-    if isinstance(value, dict):
-        return len(value) <= _LARGEST and all(is_plain(k) and is_plain(v) for k, v in value.items())
-    return False
-
-
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, set, dict)) else value
+_State = dict[str, Any]
 
 
 class Guards:
-    """A snapshot of ``model`` and all modules below it."""
+    """A snapshot of ``model`` and all modules below it.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._checks: list[tuple[dict[str, Any], Callable[[dict[str, Any]], Any], Any]] = []
-        self._absent: list[tuple[dict[str, Any], frozenset[str]]] = []
-        for module in model.modules():
+    ``reads``: per id of a module, the attributes that the trace read on it; modules that are not in
+    it are guarded by all their attributes. Without ``reads`` only ``training``, the hooks and the
+    tree count. Tensors are not guarded: they are fetched anew.
+    """
+
+    def __init__(self, model: nn.Module, reads: Mapping[int, set[str]] | None) -> None:
+        self._fixed: list[tuple[_State, Callable[[_State], tuple[Any, ...]], tuple[Any, ...], tuple[str, ...]]] = []
+        self._contents: list[tuple[Any, Any, str]] = []
+        self._absent: list[tuple[_State, frozenset[str]]] = []
+        self._empty: list[_State] = []
+        self._full: list[tuple[_State, list[Any], str]] = []
+        self._none: list[tuple[_State, str]] = []
+        for module in modules_of(model):
             state = module.__dict__
-            keys = [k for k, v in state.items() if is_plain(v) and k not in HOOKS and k != "_modules"]
-            keys += [k for k in (*HOOKS, "_modules") if k in state]
-            getter = operator.itemgetter(*keys)
-            self._checks.append((state, getter, _snapshot(getter(state))))
-            tensors = {**state["_parameters"], **state["_buffers"]}
-            self._absent.append((state, frozenset(k for k, v in tensors.items() if v is None)))
+            names = set() if reads is None else reads.get(id(module))
+            if names is None:
+                names = set(state)
+            elif names:
+                self._absent.append((state, frozenset(names - _OWN - state.keys())))
+            self._watch(state, sorted(({"training"} | (names - _OWN)) & state.keys()))
+            self._watch_tree(module, hooks=module is not model)
+
+    def _watch(self, state: _State, names: list[str], nested: bool = True) -> None:
+        """Watch attributes: by identity, containers by what they hold, objects of plain attributes by these."""
+        names = [n for n in names if not isinstance(state[n], Tensor)]
+        if not names:
+            return
+        getter = operator.itemgetter(*names, names[0])  # twice: of one name it would not give a tuple
+        self._fixed.append((state, getter, getter(state), (*names, names[0])))
+        for name in names:
+            value = state[name]
+            if isinstance(value, CONTAINERS):
+                self._contents.append((value, copy.deepcopy(value) if is_plain(value) else copy.copy(value), name))
+            elif nested and not isinstance(value, (nn.Module, type)) and not callable(value):
+                inner = getattr(value, "__dict__", None)
+                if isinstance(inner, dict) and is_plain(inner):
+                    self._watch(inner, sorted(inner), nested=False)
+
+    def _watch_tree(self, module: nn.Module, hooks: bool) -> None:
+        state = module.__dict__
+        watched = [state["_modules"], *(state[h] for h in HOOKS if hooks)]
+        for part in watched:
+            if part:
+                self._full.append((part, elements(part), "its hooks or submodules"))
+            else:
+                self._empty.append(part)
+        for part in _TENSORS:
+            self._none += [(state[part], name) for name, value in state[part].items() if value is None]
 
     def hold(self) -> bool:
         """Whether the model is still as it was."""
+        if any(self._empty):
+            return False
         try:
-            for state, getter, snapshot in self._checks:
-                if getter(state) != snapshot:
+            for state, getter, expected, _ in self._fixed:
+                values = getter(state)
+                if not all(map(operator.is_, values, expected)) and not all(map(_equal, values, expected)):
                     return False
         except KeyError:
             return False
+        return (
+            all(state.keys().isdisjoint(names) for state, names in self._absent)
+            and all(state.get(name) is None for state, name in self._none)
+            and all(_holds(value, expected) for value, expected, _ in self._contents)
+            and all(_identical(elements(state), expected) for state, expected, _ in self._full)
+        )
+
+    def difference(self) -> str:
+        """The name of an attribute that differs, for people."""
+        return next(self._differences(), "nothing")
+
+    def _differences(self) -> Iterator[str]:
+        for state, _, expected, names in self._fixed:
+            yield from (n for n, v in zip(names, expected, strict=True) if n not in state or not _equal(state[n], v))
         for state, absent in self._absent:
-            for name in absent:
-                if state["_parameters"].get(name) is not None or state["_buffers"].get(name) is not None:
-                    return False
-            for name, value in state["_parameters"].items():
-                if value is None and name not in absent:
-                    return False
-        return True
-
-    def changed(self) -> str | None:
-        """The first plain attribute that differs, as ``ClassName.attribute``-like text, or None."""
-        for state, getter, snapshot in self._checks:
-            try:
-                if getter(state) != snapshot:
-                    return _difference(state, snapshot)
-            except KeyError as error:
-                return str(error.args[0])
-        return None
+            yield from sorted(state.keys() & absent)
+        yield from (name for state, name in self._none if state.get(name) is not None)
+        yield from (name for value, expected, name in self._contents if not _holds(value, expected))
+        yield from ("its hooks" for state in self._empty if state)
+        yield from (name for state, expected, name in self._full if not _identical(elements(state), expected))
 
 
-def _snapshot(values: Any) -> Any:
-    return tuple(map(_copy, values)) if isinstance(values, tuple) else _copy(values)
+def _equal(value: Any, expected: Any) -> bool:
+    return value is expected or (type(value) is type(expected) and is_plain(value) and bool(value == expected))
 
 
-def _difference(state: dict[str, Any], snapshot: tuple[Any, ...]) -> str:
-    keys = [k for k, v in state.items() if is_plain(v) and k not in HOOKS and k != "_modules"]
-    for key in keys:
-        if not any(state[key] is s or state[key] == s for s in snapshot):
-            return key
-    return "its structure"
+def _holds(value: Any, expected: Any) -> bool:
+    return bool(value == expected) if is_plain(expected) else _identical(elements(value), elements(expected))
+
+
+def _identical(values: list[Any], expected: list[Any]) -> bool:
+    return len(values) == len(expected) and all(map(operator.is_, values, expected))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import nn
 
 from fxfuse.pipeline import Options
 from fxfuse.report import Report
-from fxfuse.runtime import Runtime
+from fxfuse.runtime import Runtime, overrides_call
 
 #: what nn.Module keeps in dicts of an instance; a view holds the same dict objects
 _SHARED = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
+#: what a view has of its own, although nn.Module would keep it on the instance
+_OWN = ("_compiled_call_impl",)
 
 
 class View(nn.Module):
@@ -36,7 +39,10 @@ class View(nn.Module):
         return getattr(self._fxfuse_original, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._fxfuse_original, name, value)
+        if name in _OWN:
+            self.__dict__[name] = value
+        else:
+            setattr(self._fxfuse_original, name, value)
 
     def __delattr__(self, name: str) -> None:
         delattr(self._fxfuse_original, name)
@@ -46,6 +52,10 @@ class View(nn.Module):
 
     def train(self, mode: bool = True) -> View:
         self._fxfuse_original.train(mode)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> View:
+        self._fxfuse_original.apply(fn)
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> View:
@@ -64,6 +74,9 @@ class OptimizedModule(View):
 
     ``fxfuse_report`` tells what was done for the most recent new form of call.
     """
+
+    def __new__(cls, original: nn.Module, options: Options, verify: bool = False) -> OptimizedModule:
+        return object.__new__(_delegating(cls, type(original)))  # type: ignore[arg-type]
 
     def __init__(self, original: nn.Module, options: Options, verify: bool = False) -> None:
         super().__init__(original)
@@ -86,66 +99,152 @@ class OptimizedModule(View):
         return OptimizedModule, (self._fxfuse_original, *self._fxfuse_made)
 
 
+# --- what the original's class has of its own -----------------------------------------------------
+#: methods that containers have and nn.Module has not; Python looks them up on the class
+_CONTAINER = ("__len__", "__iter__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__reversed__")
+
+
+@functools.lru_cache(maxsize=256)
+def _delegating(cls: type[OptimizedModule], kind: type[nn.Module]) -> type[OptimizedModule]:
+    """``cls``, with what ``kind`` overrides of nn.Module's methods, or has as a container, passed on."""
+    own = {
+        name
+        for name in dir(nn.Module)
+        if not name.startswith("_") and name != "forward" and getattr(kind, name) is not getattr(nn.Module, name)
+    }
+    names = {*own, *(n for n in _CONTAINER if hasattr(kind, n))} - {*View.__dict__, *cls.__dict__}
+    if overrides_call(kind):
+        names.add("__call__")
+    if not names:
+        return cls
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, **{n: _passed_on(kind, n) for n in names}})
+
+
+def _passed_on(kind: type[nn.Module], name: str) -> Any:
+    if not callable(getattr(kind, name)):  # a property, a constant
+        return property(lambda self: getattr(self._fxfuse_original, name))
+
+    @functools.wraps(getattr(kind, name))
+    def method(self: View, *args: Any, **kwargs: Any) -> Any:
+        original = self._fxfuse_original
+        result = getattr(type(original), name)(original, *args, **kwargs)
+        return self if result is original else result
+
+    return method
+
+
 # --- parts of a model -----------------------------------------------------------------------------
+class PartView(View):
+    """A view in which some submodules are optimised. Its class is made by :func:`_part_view`.
 
-
-def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
-    """A view of ``module``, an instance of its class, in which ``children`` replace some of its own."""
-    kind = type(module)
-    view_kind = type(kind.__name__, (_PartView, kind), {"__module__": kind.__module__})
-    view: nn.Module = object.__new__(view_kind)
-    View.__init__(view, module)  # type: ignore[arg-type]
-    view.__dict__["_modules"] = {**module._modules, **children}
-    view.__dict__["_fxfuse_children"] = children
-    return view
-
-
-class _PartView(View):
-    """``forward`` is that of the module's class (next in the resolution order), run on the view."""
+    ``forward`` is that of the original's class (next in the resolution order), run on the view.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _with_children, (self._fxfuse_original, self._fxfuse_children)
+        return _part_view, (self._fxfuse_original, self._fxfuse_paths, *self._fxfuse_made)
 
     @property
     def fxfuse_report(self) -> Report:
         return merged_report(self)
 
+    def _follow(self) -> None:
+        """Let ``_modules`` be the original's, with optimised submodules in place of those that were chosen."""
+        modules, original = self.__dict__["_modules"], self._fxfuse_original._modules
+        views = {
+            name: view
+            for name, view in modules.items()
+            if name in self._fxfuse_paths and view._fxfuse_original is original.get(name)
+        }
+        wanted = {
+            name: views[name] if name in views else self._chosen(name, module) for name, module in original.items()
+        }
+        if list(wanted.items()) != list(modules.items()):
+            modules.clear()
+            modules.update(wanted)
+        for view in modules.values():
+            if isinstance(view, PartView):
+                view._follow()
+
+    def _chosen(self, name: str, module: nn.Module | None) -> nn.Module | None:
+        if name not in self._fxfuse_paths or module is None:
+            return module
+        below, (options, verify) = self._fxfuse_paths[name], self._fxfuse_made
+        if below is None:
+            return OptimizedModule(module, options, verify)
+        return _part_view(module, below, options, verify)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._follow()
+        return super().__call__(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self._follow()
+        yield from super().named_modules(*args, **kwargs)
+
+
+#: submodule -> the same for what is to be optimised below it; None where it is to be optimised itself
+Paths = dict[str, Any]
+
+
+def _part_view(module: nn.Module, paths: Paths, options: Options, verify: bool) -> nn.Module:
+    """A view of ``module``, an instance of its class, whose submodules at ``paths`` are optimised."""
+    kind = type(module)
+    view_kind = type(kind.__name__, (PartView, kind), {"__module__": kind.__module__})
+    view: Any = object.__new__(view_kind)
+    View.__init__(view, module)
+    view.__dict__.update(_modules=dict(module._modules), _fxfuse_paths=paths, _fxfuse_made=(options, verify))
+    view._follow()
+    return view  # type: ignore[no-any-return]
+
 
 def merged_report(module: nn.Module) -> Report:
     """One report for all optimised parts below ``module``."""
     report = Report(type(module).__name__)
-    for path, part in module.named_modules():
-        if isinstance(part, OptimizedModule):
-            own = part.fxfuse_report
-            report.notes += [f"{path}: {note}" for note in own.notes]
-            report.regions += own.regions
-            report.rules += own.rules
-            report.rejected += own.rejected
+    parts = [(path, part.fxfuse_report) for path, part in module.named_modules() if isinstance(part, OptimizedModule)]
+    for path, own in parts:
+        report.notes += [f"{path}: {note}" for note in own.notes]
+        report.regions += own.regions
+        report.rules += own.rules
+        report.rejected += own.rejected
+    if len(parts) == 1:
+        report.graph_before, report.graph_after = parts[0][1].graph_before, parts[0][1].graph_after
     return report
 
 
 def optimize_parts(model: nn.Module, patterns: Sequence[str], options: Options, verify: bool) -> nn.Module:
-    """A view of ``model`` whose submodules that match ``patterns`` (as in a shell) are optimised."""
+    """A view of ``model`` whose submodules that match ``patterns`` (as in a shell) are optimised.
+
+    Of modules within one another the outermost is taken; of a container that has no ``forward``
+    (ModuleList, ModuleDict) its elements.
+    """
     if isinstance(patterns, str):
         raise ValueError(f"submodules must be a list of names or patterns, such as [{patterns!r}]")
+    if not patterns:
+        raise ValueError("submodules=[] names no part to optimise; leave it out to optimise the whole model")
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"submodules holds names or patterns, not {type(pattern).__name__}")
         if not fnmatch.filter(names, pattern):
             some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
             raise ValueError(
                 f"submodules: {pattern!r} matches no submodule of {type(model).__name__}; it has {some or 'none'}"
             )
-    chosen = {n for p in patterns for n in fnmatch.filter(names, p)}
-    outermost = {n for n in chosen if not any(n.startswith(f"{m}.") for m in chosen)}
-    return _replace(model, sorted(outermost), options, verify)
+    chosen = [n for p in patterns for n in fnmatch.filter(names, p)]
+    paths: Paths = {}
+    for name in sorted({leaf for n in chosen for leaf in _callable(model, n)}, key=lambda n: n.count(".")):
+        below: Paths | None = paths
+        *parents, last = name.split(".")
+        for parent in parents:
+            below = below.setdefault(parent, {}) if below is not None else None
+        if below is not None:  # otherwise within one that is chosen
+            below[last] = None
+    return _part_view(model, paths, options, verify)
 
 
-def _replace(module: nn.Module, paths: Sequence[str], options: Options, verify: bool) -> nn.Module:
-    children: dict[str, nn.Module] = {}
-    for name in dict.fromkeys(p.split(".", 1)[0] for p in paths):
-        child = module.get_submodule(name)
-        below = [p.split(".", 1)[1] for p in paths if p.startswith(f"{name}.")]
-        children[name] = (
-            OptimizedModule(child, options, verify) if name in paths else _replace(child, below, options, verify)
-        )
-    return _with_children(module, children)
+def _callable(model: nn.Module, name: str) -> list[str]:
+    """``name``, or what it contains where it cannot be called."""
+    module = model.get_submodule(name)
+    if type(module).forward is not nn.Module.forward:
+        return [name]
+    return [leaf for child in module._modules for leaf in _callable(model, f"{name}.{child}")]

@@ -1,48 +1,58 @@
 """From a call of the model to the graph that serves it: captures, checks them, specialises per shape.
 
-* A *capture* is made per form of call (how arguments nest, dtypes, devices) and mode of the modules;
-  it is trusted only after its result was compared with the model's own, once.
+* A *capture* is made per form of call (how arguments nest, dtypes, devices, autocast) and state of
+  the modules; it is trusted only after its result was compared with the model's own, once.
 * A *specialisation* is the fused graph for one set of shapes; rules that depend on shapes are
   decided here.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from fxfuse import capture as capturing
-from fxfuse.capture import CallForm, Capture, CaptureError, Lifted, graph_module
-from fxfuse.compare import State, disagreement, fresh
+from fxfuse.capture import CallForm, Capture, graph_module
+from fxfuse.compare import disagreement, edges, fresh, gradient_disagreement
 from fxfuse.guards import Guards
+from fxfuse.ops import update_running_statistics
 from fxfuse.pipeline import Options, fuse
-from fxfuse.propagate import isolated
+from fxfuse.propagate import facts, isolated
 from fxfuse.report import Report
+from fxfuse.state import State
 from fxfuse.verify import check
 
 log = logging.getLogger(__name__)
 
-#: fused graphs kept per capture; the least recently used goes first
+#: fused graphs kept per capture; the oldest goes first
 SPECIALISATIONS = 64
 #: captures kept per form of call, for as many states of the modules' attributes
 ENTRIES = 8
+#: captures after which a model must have been served more often than captured to be captured again
+CAPTURES = 32
 
 
 @dataclasses.dataclass
 class Specialisation:
-    """The fused graph for one set of shapes, dtypes and layouts."""
+    """The fused graph for one set of shapes and strides.
 
-    run: fx.GraphModule | None  #: None where the model runs as it is
-    lifted: list[Lifted]
+    ``kept`` are positions of the capture's lifted tensors that it takes; ``written`` those of its
+    inputs that it writes to, which must not share memory with another one.
+    """
+
+    run: Callable[..., Any] | None  #: None where the model runs as it is
+    kept: tuple[int, ...]
+    written: tuple[int, ...]
     report: Report
     verified: bool = False
 
@@ -54,9 +64,8 @@ class Entry:
     guards: Guards
     capture: Capture | None
     notes: list[str]
-    specialisations: collections.OrderedDict[Any, Specialisation] = dataclasses.field(
-        default_factory=collections.OrderedDict
-    )
+    fits: Any  #: what :func:`_fits` says of the call that it was made for
+    specialisations: dict[Any, Specialisation] = dataclasses.field(default_factory=dict)
 
 
 class Runtime:
@@ -69,72 +78,112 @@ class Runtime:
         self.report = Report(type(model).__name__, ["nothing is captured yet: the first call decides"])
         self._entries: dict[Any, list[Entry]] = {}
         self._lock = threading.RLock()
+        self._served = self._captured = 0
+        if overrides_call(type(model)):
+            self._note(f"left alone: {type(model).__name__} overrides __call__, which runs before forward")
 
     # --- calls --------------------------------------------------------------------------------
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form, tensors = CallForm.of(args, kwargs)
-        reason = _unsupported(tensors)
+        reason = _unsupported(form, tensors)
         if reason is not None:
             self._note(reason)
             return self.model.forward(*args, **kwargs)
         key = _form_key(form, tensors)
-        entry = next((e for e in self._entries.get(key, ()) if e.guards.hold()), None)
-        if entry is None:
-            if _tracing(tensors):
-                self._note("a call is being traced that was never run for real: the original operators are traced")
+        found = self._find(key, tensors)
+        if found is None:
+            reason = self._uncapturable(tensors)
+            if reason is not None:
+                self._note(reason)
                 return self.model.forward(*args, **kwargs)
             with self._lock:
-                result, entry = self._first_call(form, tensors)
-                self._remember(key, entry)
-            return result
+                found = self._find(key, tensors)  # another thread may have been faster
+                if found is None:
+                    result, entry = self._first_call(form, tensors)
+                    self._remember(key, entry)
+                    return result
+        entry, lifted = found
+        self._served += 1
         if entry.capture is None:
             return self.model.forward(*args, **kwargs)
-        special = self._specialisation(entry, tensors)
-        if special is None:
+        special = self._specialisation(entry, tensors, lifted)
+        if special.run is None:
             return self.model.forward(*args, **kwargs)
-        assert special.run is not None
-        flat = special.run(*tensors, *[t.fetch() for t in special.lifted])
-        return pytree.tree_unflatten(flat, entry.capture.out_spec)
+        given = [*tensors, *[lifted[i] for i in special.kept]]
+        if special.written and _shared(given, special.written):
+            return self.model.forward(*args, **kwargs)
+        flat = special.run(*given)
+        spec = entry.capture.out_spec
+        return flat[0] if spec.is_leaf() else pytree.tree_unflatten(flat, spec)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture and specialise for these arguments, leaving buffers, generators and arguments as they are."""
+        """Capture and specialise for these arguments, leaving the model, generators and arguments as they are."""
         form, tensors = CallForm.of(args, kwargs)
-        reason = _unsupported(tensors)
+        if overrides_call(type(self.model)):
+            return
+        reason = _unsupported(form, tensors) or self._uncapturable(tensors)
         if reason is not None:
             self._note(reason)
             return
-        state = State.of(self.model, tensors)
-        try:
-            with self._lock:
-                _, entry = self._first_call(form, fresh(tensors))
-                self._remember(_form_key(form, tensors), entry)
-                if entry.capture is not None:
-                    self._specialisation(entry, tensors)
-        finally:
-            state.restore()
+        with self._lock, State(self.model, tensors).kept():
+            _, entry = self._first_call(form, fresh(tensors))
+            self._remember(_form_key(form, tensors), entry)
+
+    def _find(self, key: Any, tensors: Sequence[Tensor]) -> tuple[Entry, list[Tensor]] | None:
+        """The entry that speaks for this call, and its lifted tensors."""
+        for entry in self._entries.get(key, ()):
+            if not entry.guards.hold():
+                continue
+            capture = entry.capture
+            if capture is None:
+                return entry, []
+            try:
+                lifted = [t.fetch() for t in capture.lifted]
+                if entry.fits == _fits(capture, tensors, lifted):
+                    return entry, lifted
+            except (KeyError, AttributeError):  # a tensor of the model is gone, or None
+                continue
+        return None
 
     def _remember(self, key: Any, entry: Entry) -> None:
         """Keep the most recent entries per form of call: one for train(), one for eval(), and some more."""
-        self._entries[key] = [entry, *self._entries.get(key, ())][:ENTRIES]
+        limit = CAPTURES if entry.capture is not None and entry.capture.exact else ENTRIES
+        self._entries[key] = [entry, *self._entries.get(key, ())][:limit]
 
     # --- capture ------------------------------------------------------------------------------
+    def _uncapturable(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why this is no time to capture the model."""
+        if _tracing(tensors):
+            return "a call is being traced that was never run for real: the original operators are traced"
+        if any(nn.parameter.is_lazy(t) for t in (*self.model.parameters(), *self.model.buffers())):
+            return "nothing is captured yet: parameters have no shape before the first call"
+        if self._captured >= CAPTURES and self._captured > self._served:
+            return f"what it depends on changes from call to call, so that {self._captured} captures were of little use"
+        return None
+
     def _first_call(self, form: CallForm, tensors: list[Tensor]) -> tuple[Any, Entry]:
         """Run the model itself, and look for a capture that does the same."""
-        guards = Guards(self.model)
-        before, inputs = State.of(self.model, tensors), fresh(tensors)
+        self._captured += 1
+        before, inputs, came_from = State(self.model, tensors), fresh(tensors), edges(tensors)
         args, kwargs = form.arguments(tensors)
         result = self.model.forward(*args, **kwargs)
-        after = State.of(self.model, tensors)
-        changed = guards.changed()
+        changed = before.attributes.changed()
         notes: list[str] = []
         found: Capture | None = None
-        if changed is not None:
-            notes.append(f"left alone: a call changes {changed} of a module, which a graph would not do")
+        if changed:
+            notes.append(f"left alone: a call changes {changed[0]} of a module, which a graph would not do")
+        elif before.draws_elsewhere():
+            notes.append("left alone: a call draws random numbers of Python or NumPy, which a graph would not do")
         else:
+            after = State(self.model, tensors)
             with after.kept():
-                found = self._find_capture(form, inputs, (result, tensors), before, after, notes)
-        entry = Entry(Guards(self.model), found, notes)
+                found = self._find_capture(form, inputs, (result, tensors, came_from), before, after, notes)
         self.report = Report(type(self.model).__name__, list(notes))
+        if found is None:
+            return result, Entry(Guards(self.model, None), None, notes, None)
+        lifted = [t.fetch() for t in found.lifted]
+        entry = Entry(Guards(self.model, found.reads), found, notes, _fits(found, inputs, lifted))
+        self._specialisation(entry, inputs, lifted)
         return result, entry
 
     def _find_capture(
@@ -151,10 +200,8 @@ class Runtime:
             try:
                 candidate = attempt()
                 before.restore()
-                given = fresh(inputs)
-                reason = disagreement((candidate.run(given), given), expected)
-                reason = reason or State.of(self.model, inputs).differs(after)
-            except CaptureError as error:
+                reason = _difference(candidate, fresh(inputs), expected) or after.differs()
+            except capturing.CaptureError as error:
                 reason = str(error)
             except Exception as error:  # noqa: BLE001 - a graph that cannot run is not a capture
                 reason = f"its graph fails with {type(error).__name__}: {error}"
@@ -167,25 +214,20 @@ class Runtime:
         return None
 
     # --- specialisation -----------------------------------------------------------------------
-    def _specialisation(self, entry: Entry, tensors: Sequence[Tensor]) -> Specialisation | None:
+    def _specialisation(self, entry: Entry, tensors: Sequence[Tensor], lifted: Sequence[Tensor]) -> Specialisation:
         capture = entry.capture
         assert capture is not None
-        lifted = [t.fetch() for t in capture.lifted]
-        key = (tuple(map(_type_key, tensors)), tuple(map(_type_key, lifted)))
+        key = _sizes(tensors)
         special = entry.specialisations.get(key)
         if special is None:
-            if _tracing(tensors) and capture.how == "torch.export":
-                return None
             with self._lock:
                 special = self._specialise_or_leave(capture, tensors, lifted, entry)
+                if len(entry.specialisations) >= SPECIALISATIONS:
+                    del entry.specialisations[next(iter(entry.specialisations))]
                 entry.specialisations[key] = special
-                while len(entry.specialisations) > SPECIALISATIONS:
-                    entry.specialisations.popitem(last=False)
             self.report = special.report
-        if special.run is None:
-            return None
-        if self.verify and not special.verified and not _tracing(tensors):
-            check(self.model, capture, special.run, [t.fetch() for t in special.lifted], tensors)
+        if self.verify and not special.verified and special.run is not None and not _tracing(tensors):
+            check(self.model, capture, special.run, [lifted[i] for i in special.kept], tensors)
             special.verified = True
         return special
 
@@ -198,31 +240,30 @@ class Runtime:
         except Exception as error:
             log.exception("compiling %s failed; it runs as it is", type(self.model).__name__)
             note = f"left alone for these shapes: the compiler failed with {type(error).__name__}: {error}"
-            return Specialisation(None, [], Report(type(self.model).__name__, [*entry.notes, note]))
+            return Specialisation(None, (), (), Report(type(self.model).__name__, [*entry.notes, note]))
 
     def _specialise(
         self, capture: Capture, tensors: Sequence[Tensor], lifted: Sequence[Tensor], notes: list[str]
     ) -> Specialisation:
-        if capture.how == "torch.export" and not _same_shapes(capture, tensors):
-            capture = capturing.export(self.model, capture.form, fresh(tensors))
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(capture.graph, env))
-        with isolated(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            inputs = [_fake(mode, t) for t in (*tensors, *lifted)]
+        with isolated(), FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = [_fake(t) for t in (*tensors, *lifted)]
         for old, new in env.items():
             if "fxfuse_params" in old.meta:
                 new.meta["fxfuse_params"] = {name: env[node] for name, node in old.meta["fxfuse_params"].items()}
         report = fuse(graph, capture.modules, inputs, self.options)
         report.model, report.notes = type(self.model).__name__, list(notes)
+        if not report.regions:
+            return Specialisation(None, (), (), report)
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        kept = []
-        for node, source in zip(placeholders[len(tensors) :], capture.lifted, strict=True):
-            if node.users:
-                kept.append(source)
-            else:
+        kept = [i for i, node in enumerate(placeholders[len(tensors) :]) if node.users]
+        for node in placeholders[len(tensors) :]:
+            if not node.users:
                 graph.erase_node(node)
-        return Specialisation(graph_module(capture.modules, graph), kept, report)
+        run = graph_module(capture.modules, graph).forward
+        return Specialisation(run, tuple(kept), _written(graph), report)
 
     def _note(self, reason: str) -> None:
         if reason not in self.report.notes:
@@ -230,24 +271,44 @@ class Runtime:
             self.report.notes.append(reason)
 
 
-def _unsupported(tensors: Sequence[Tensor]) -> str | None:
-    """Why a call with these tensors goes to the model itself."""
+def overrides_call(kind: type[nn.Module]) -> bool:
+    """Whether calling a module of this class does more than nn.Module's hooks and ``forward``."""
+    return kind.__call__ is not nn.Module.__call__ and not issubclass(kind, fx.GraphModule)
+
+
+def _difference(candidate: Capture, inputs: list[Tensor], expected: Any) -> str | None:
+    """Why a run of ``candidate`` differs from the model's: (result, inputs afterwards, their gradient edges)."""
+    result, tensors, came_from = expected
+    started = edges(inputs)
+    got = candidate.run(inputs)
+    reason = disagreement((got, inputs), (result, list(tensors)))
+    return reason or gradient_disagreement((got, inputs), (result, list(tensors)), started, came_from)
+
+
+def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
+    """Why a call with these arguments, here and now, goes to the model itself."""
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) and not _is_tracing_tensor(tensor):
+        if type(tensor) is not Tensor and not _is_known(tensor):
             return f"inputs of class {type(tensor).__name__}, a subclass of Tensor, run as they are"
         if tensor.layout is not torch.strided:
             return f"inputs of layout {tensor.layout} run as they are"
+    if form.opaque is not None:
+        return f"an argument of class {form.opaque}, which may change unseen, runs as it is"
     if torch._C._functorch.maybe_current_level() is not None:
         return "under a torch.func transform the original operators run"
-    if any(not isinstance(s, int) for t in tensors for s in t.shape):
+    if forward_ad._current_level >= 0:
+        return "under forward-mode differentiation the original operators run"
+    if _has_any_global_hook():
+        return "with hooks on all modules the original modules run"
+    if any(not isinstance(s, int) for t in tensors if type(t) is not Tensor for s in t.shape):
         return "with symbolic shapes the original operators are traced"
     return None
 
 
-def _is_tracing_tensor(tensor: Tensor) -> bool:
+def _is_known(tensor: Tensor) -> bool:
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return isinstance(tensor, FunctionalTensor)
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def _tracing(tensors: Sequence[Tensor]) -> bool:
@@ -255,24 +316,50 @@ def _tracing(tensors: Sequence[Tensor]) -> bool:
 
 
 def _form_key(form: CallForm, tensors: Sequence[Tensor]) -> Any:
-    constants = tuple((i, type(c), c if c.__hash__ else repr(c)) for i, c in form.constants)
+    """What a capture holds for: nesting, constants, types of tensors, which are the same, and torch's switches."""
+    types = tuple([(t.dtype, t.device) for t in tensors])
+    places = [*map(id, tensors)]
+    same = tuple(map(places.index, places)) if len({*places}) < len(places) else None
     # autocast belongs to the key: a trace does not see a block that switches off what is off
-    return form.spec, constants, tuple((t.dtype, t.device) for t in tensors), _autocast_key()
-
-
-def _type_key(tensor: Tensor) -> Any:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return form.key, types, same, torch.get_default_dtype(), _autocast_key()
 
 
 def _autocast_key() -> Any:
     return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
 
 
-def _same_shapes(capture: Capture, tensors: Sequence[Tensor]) -> bool:
-    placeholders = [n for n in capture.graph.nodes if n.op == "placeholder"]
-    return all(n.meta["val"].shape == t.shape for n, t in zip(placeholders, tensors, strict=False))
+def _sizes(tensors: Sequence[Tensor]) -> Any:
+    return tuple([(t.shape, t.stride()) for t in tensors])
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor of the same type, layout and device, whatever mode ``tensor`` belongs to."""
+def _fits(capture: Capture, tensors: Sequence[Tensor], lifted: Sequence[Tensor]) -> Any:
+    """What must be as it was for ``capture`` to speak for a call, beyond the call's form."""
+    types = [(t.shape, t.stride(), t.dtype, t.device) for t in lifted]
+    grad = torch.is_grad_enabled() if capture.asks_grad else None
+    if not capture.exact:
+        return types, grad
+    return types, grad, _sizes(tensors), [t.requires_grad for t in (*tensors, *lifted)]
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """A tensor of the same type, layout and device, fake in whatever mode is on."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+def _written(graph: fx.Graph) -> tuple[int, ...]:
+    """Positions of the placeholders that ``graph`` writes to."""
+    written: set[int] = set()
+    for node in graph.nodes:
+        if node.target is update_running_statistics:
+            written.update(*(facts(n).holds for n in node.all_input_nodes if n.op == "placeholder"))
+        elif "fxfuse" in node.meta:
+            written |= facts(node).writes
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    return tuple(i for i, node in enumerate(placeholders) if facts(node).holds & written)
+
+
+def _shared(tensors: Sequence[Tensor], written: Sequence[int]) -> bool:
+    """Whether a tensor that is written to shares memory with another one."""
+    memory = [t.untyped_storage()._cdata for t in tensors]
+    return any(memory.count(memory[i]) > 1 for i in written)

@@ -1,0 +1,160 @@
+"""torch.fx's tracer, with an eye on what a trace would lose or bake in without a word."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfuse.call import HOOKS
+from fxfuse.replica import unwrapped
+from fxfuse.state import tensors_of
+
+
+class CaptureError(RuntimeError):
+    """A model that cannot be captured this way; the message says why."""
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that notices ``isinstance``: Python then asks it for its ``__class__``."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        _asked(self.tracer, _module_of_caller(2))
+        return type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """``proxy.name``, which notices ``isinstance`` too."""
+
+
+def _asked(tracer: Any, where: str) -> None:
+    """torch's own code asks proxies what they are all the time; a user's code would be given a wrong answer."""
+    if where.startswith("torch.jit") or where == "torch._jit_internal" or not where.startswith(("torch.", "fxfuse.")):
+        tracer.refusal = tracer.refusal or (
+            f"{where} asks with isinstance what a value is, and a trace would give the wrong answer"
+        )
+
+
+class Tracer(fx.Tracer):
+    """Traces ``flat``, a wrapper around a replica of ``model``. Other threads may run modules meanwhile."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, model: nn.Module, flat: nn.Module) -> None:
+        super().__init__()
+        self.refusal: str | None = None
+        self._model = model
+        self._flat = flat
+        self._modes: Any = None
+        self._thread = threading.get_ident()
+        self._paths = {unwrapped(m): f"model.{path}" for path, m in model.named_modules() if path}
+
+    def trace_all(self) -> fx.Graph:
+        """The graph; raises CaptureError, or whatever else stopped the trace."""
+        try:
+            with _Constants(self, self._model), torch.enable_grad():  # so that a no_grad block shows
+                self._modes = _modes()
+                graph = self.trace(self._flat)
+        except Exception:
+            if self.refusal is not None:
+                raise CaptureError(self.refusal) from None
+            raise
+        if self.refusal is not None:
+            raise CaptureError(self.refusal)
+        return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        hooked = any(getattr(m, h) for h in HOOKS)
+        return hooked or super().is_leaf_module(m, module_qualified_name)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Its path; an object that is no module may call a live one instead of its copy."""
+        return self._paths[mod] if mod in self._paths else super().path_of_module(mod)
+
+    # the patches on nn.Module that call these are seen by all threads
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise CaptureError("the forward changes grad mode or autocast on the way, which a trace would lose")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (_is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+class Watch:
+    """While it is on, refuses what no graph can hold, and notes whether this thread asks for the grad mode."""
+
+    def __init__(self) -> None:
+        self.asks_grad = False
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Watch:
+        self._apply = torch.autograd.Function.__dict__["apply"]
+        apply = self._apply.__func__
+
+        def is_grad_enabled() -> bool:
+            if threading.get_ident() == self._thread and not _module_of_caller(2).startswith(("torch.", "fxfuse.")):
+                self.asks_grad = True
+            return _is_grad_enabled()
+
+        def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == self._thread:
+                raise CaptureError(f"the forward calls {cls.__name__}, whose backward a graph would lose")
+            return apply(cls, *args, **kwargs)
+
+        torch.is_grad_enabled = is_grad_enabled
+        torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign,assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.is_grad_enabled = _is_grad_enabled
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+
+
+def _module_of_caller(depth: int) -> str:
+    return str(sys._getframe(depth).f_globals.get("__name__", ""))
+
+
+class _Constants(TorchDispatchMode):
+    """Watches the operators that run for real during a trace: their results become constants of the graph."""
+
+    def __init__(self, tracer: Tracer, model: nn.Module) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._owned = {t.untyped_storage()._cdata for t in tensors_of(model) if t.layout is torch.strided}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.layout is torch.strided]
+        if any(t.untyped_storage()._cdata in self._owned for t in given):
+            self._tracer.refusal = "it computes with a tensor of the model that the trace took for a constant"
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            self._tracer.refusal = "it draws random numbers that the trace took for a constant"
+        return func(*args, **(kwargs or {}))
