@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections.abc import Callable
@@ -22,27 +23,65 @@ class CaptureError(RuntimeError):
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that notices ``isinstance``: Python then asks it for its ``__class__``."""
+    """A proxy that records what is written in place, and notices what would be lost.
+
+    ``isinstance`` of a proxy ends in asking it for its ``__class__``.
+    """
+
+    tracer: Tracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        _asked(self.tracer, _module_of_caller(2))
+        where = _module_of_caller(2)
+        if where.startswith(_ASKS_FOR_USERS) or not where.startswith(_TORCH):
+            self.tracer.refuse(f"{where} asks with isinstance what a value is, and a trace would give a wrong answer")
         return type(self)
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            self.tracer.refuse(f"the forward sets {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
 
 class _Attribute(fx.proxy.Attribute, _Proxy):
-    """``proxy.name``, which notices ``isinstance`` too."""
+    """``proxy.name``, as watchful."""
 
 
-def _asked(tracer: Any, where: str) -> None:
-    """torch's own code asks proxies what they are all the time; a user's code would be given a wrong answer."""
-    if where.startswith("torch.jit") or where == "torch._jit_internal" or not where.startswith(("torch.", "fxfuse.")):
-        tracer.refusal = tracer.refusal or (
-            f"{where} asks with isinstance what a value is, and a trace would give the wrong answer"
-        )
+def _inplace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``proxy += other``, which torch.fx would trace as ``proxy = proxy + other``."""
+
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(_Proxy, f"__i{_name}__", _inplace(getattr(operator, f"__i{_name}__")))
+
+_TORCH = ("torch.", "fxfuse.")
+#: modules of torch that ask on behalf of a user
+_ASKS_FOR_USERS = ("torch.jit", "torch._jit_internal")
 
 
 class Tracer(fx.Tracer):
@@ -64,14 +103,24 @@ class Tracer(fx.Tracer):
         try:
             with _Constants(self, self._model), torch.enable_grad():  # so that a no_grad block shows
                 self._modes = _modes()
-                graph = self.trace(self._flat)
-        except Exception:
-            if self.refusal is not None:
-                raise CaptureError(self.refusal) from None
+                return self.trace(self._flat)
+        finally:
+            if self.refusal is not None:  # the first one, although the forward may have caught it
+                raise CaptureError(self.refusal)
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = self.refusal or reason
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refuse("the forward decides by the value or the size of a tensor")
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            self.refuse("the forward iterates over a tensor or its shape")
             raise
-        if self.refusal is not None:
-            raise CaptureError(self.refusal)
-        return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -115,28 +164,41 @@ class Watch:
     def __init__(self) -> None:
         self.asks_grad = False
         self._thread = threading.get_ident()
+        self._saved: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Watch:
-        self._apply = torch.autograd.Function.__dict__["apply"]
-        apply = self._apply.__func__
+        apply = torch.autograd.Function.__dict__["apply"].__func__
+        register_hook = Tensor.register_hook
 
-        def is_grad_enabled() -> bool:
-            if threading.get_ident() == self._thread and not _module_of_caller(2).startswith(("torch.", "fxfuse.")):
-                self.asks_grad = True
-            return _is_grad_enabled()
-
-        def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == self._thread:
-                raise CaptureError(f"the forward calls {cls.__name__}, whose backward a graph would lose")
+        def watched_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            self._refuse(f"the forward calls {cls.__name__}, whose backward a graph would lose")
             return apply(cls, *args, **kwargs)
 
-        torch.is_grad_enabled = is_grad_enabled
-        torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign,assignment]
+        def watched_register_hook(tensor: Tensor, hook: Any) -> Any:
+            self._refuse("the forward registers a hook on a tensor")
+            return register_hook(tensor, hook)
+
+        def watched_is_grad_enabled() -> bool:
+            mine = threading.get_ident() == self._thread
+            self.asks_grad |= mine and not _module_of_caller(2).startswith(_TORCH)
+            return _is_grad_enabled()
+
+        self._patch(torch.autograd.Function, "apply", classmethod(watched_apply))
+        self._patch(Tensor, "register_hook", watched_register_hook)
+        self._patch(torch, "is_grad_enabled", watched_is_grad_enabled)
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.is_grad_enabled = _is_grad_enabled
-        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        for owner, name, value in reversed(self._saved):
+            setattr(owner, name, value)
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        self._saved.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, value)
+
+    def _refuse(self, reason: str) -> None:
+        if threading.get_ident() == self._thread:
+            raise CaptureError(reason)
 
 
 def _module_of_caller(depth: int) -> str:
@@ -154,7 +216,7 @@ class _Constants(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.layout is torch.strided]
         if any(t.untyped_storage()._cdata in self._owned for t in given):
-            self._tracer.refusal = "it computes with a tensor of the model that the trace took for a constant"
+            self._tracer.refuse("it computes with a tensor of the model that the trace took for a constant")
         elif torch.Tag.nondeterministic_seeded in func.tags:
-            self._tracer.refusal = "it draws random numbers that the trace took for a constant"
+            self._tracer.refuse("it draws random numbers that the trace took for a constant")
         return func(*args, **(kwargs or {}))
