@@ -176,3 +176,19 @@ def eliminate_dead(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users:
             graph.erase_node(node)
+
+
+def sort(graph: fx.Graph) -> None:
+    """Put every operator right before its first reader, so that the order says nothing about the graph's past."""
+    output = graph.output_node()
+    placed = {n for n in graph.nodes if n.op == "placeholder"}
+    stack = [output]
+    while stack:
+        missing = [n for n in stack[-1].all_input_nodes if n not in placed]
+        if missing:
+            stack.append(missing[0])
+            continue
+        node = stack.pop()
+        if node not in placed and node is not output:
+            output.prepend(node)
+            placed.add(node)

@@ -11,7 +11,13 @@ from fxfuse.patterns.affine import (
 )
 from fxfuse.patterns.dead import DropCopies, DropDeadOutputs
 from fxfuse.patterns.linear import DropShiftBeforeSoftmax, FoldAvgPoolIntoConvTranspose, FoldChannelSumIntoConvTranspose
-from fxfuse.patterns.means import CollapseMeanOfConvTranspose, MoveAffineBehindMean
+from fxfuse.patterns.means import (
+    CollapseMeanOfConvTranspose,
+    MoveAffineBehindAvgPool,
+    MoveAffineBehindMean,
+    SplitBatchNormBeforeMean,
+)
+from fxfuse.patterns.pointwise import MergeClamps, MergeNumbers
 from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
 from fxfuse.patterns.rule import (
     Application,
@@ -31,6 +37,8 @@ from fxfuse.patterns.rule import (
 #: every rule that `optimize` applies
 DEFAULT_RULES: tuple[Rule, ...] = (
     DropCopies(),
+    MergeClamps(),
+    MergeNumbers(),
     ComposeMaxPools(),
     ComposeAvgPools(),
     MoveMonotoneBehindMaxPool(),
@@ -38,7 +46,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     FoldShiftIntoConvTranspose(),
     FoldBatchNormIntoConvTranspose(),
     CancelBiasBeforeStatistics(),
+    SplitBatchNormBeforeMean(),
     MoveAffineBehindMean(),
+    MoveAffineBehindAvgPool(),
     CollapseMeanOfConvTranspose(),
     FoldChannelSumIntoConvTranspose(),
     FoldAvgPoolIntoConvTranspose(),

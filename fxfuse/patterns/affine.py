@@ -1,50 +1,33 @@
 """Per-channel arithmetic folded into a transposed convolution's weights.
 
 A fold is part of the graph and runs on every call, so it follows any change of the weights. It
-touches the weights once, which are far smaller than the activations it saves a pass over.
+touches the weights once, which are as a rule far smaller than the activations it saves a pass over;
+where they are not, it is refused.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import torch
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
+from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
+from fxfuse.patterns.placement import batched, fold_refusal, foldable
 from fxfuse.patterns.rule import Legality, Match, P, Pat, Reject, Rule
 
-#: scaling 16-bit weights would round them a second time
-_WIDE = (torch.float32, torch.float64)
 OTHER = Pat(name="other")
-
-
-def channel_constant(value: Any, conv: fx.Node) -> Reject | None:
-    """None where ``value`` is one number per output channel of ``conv`` (or one in all)."""
-    if not isinstance(value, fx.Node):
-        return Reject("its other operand is None") if value is None else None
-    shape, out = sizes(value), sizes(conv)
-    channel_dim = conv.meta["val"].dim() - len(attributes(conv)["stride"]) - 1
-    rank = conv.meta["val"].dim()
-    if shape is None or len(shape) > rank:
-        return Reject("its other operand does not have one value per channel")
-    padded = (1,) * (rank - len(shape)) + shape
-    if any(s != 1 for d, s in enumerate(padded) if d != channel_dim):
-        return Reject("its other operand does not have one value per channel")
-    if padded[channel_dim] != 1 and out is not None and padded[channel_dim] != out[channel_dim]:
-        return Reject("its other operand broadcasts over the channels")
-    return None
-
-
-def foldable(conv: fx.Node) -> Reject | None:
-    """None where arithmetic may move into ``conv``'s weights."""
-    if dtype(conv) not in _WIDE:
-        return Reject(f"folding would round the {dtype(conv)} weights a second time", conv)
-    return None
 
 
 def _channels(conv: fx.Node) -> int:
     return int(operands(conv)[1].meta["val"].shape[1]) * int(attributes(conv)["groups"])
+
+
+def _per_channel(build: Builder, value: Any, conv: fx.Node) -> Any:
+    """``value`` in a form that broadcasts with a (Cout,) bias: a number, a 0-dim tensor or a vector."""
+    if isinstance(value, fx.Node) and value.meta["val"].dim():
+        return _vector(build, value, conv)
+    return value
 
 
 def _vector(build: Builder, value: Any, conv: fx.Node) -> fx.Node:
@@ -56,22 +39,11 @@ def _conv(build: Builder, conv: fx.Node, weight: Any, bias: Any) -> fx.Node:
     return build.call("conv_transpose", operands(conv)[0], weight, bias, **attributes(conv))
 
 
-class _FoldPointwise(Rule):
-    """What folding of ``conv op constant`` has in common."""
-
-    def check(self, match: Match) -> Reject | None:
-        conv, root = match["conv"], match.root
-        if dtype(root) is not dtype(conv):
-            return Reject(f"the result is {dtype(root)}, the convolution {dtype(conv)}")
-        if root.meta["val"].dim() != conv.meta["val"].dim():
-            return Reject("its other operand adds dims")
-        return foldable(conv) or (channel_constant(match["other"], conv) if "other" in match.bound else None)
-
-
-class FoldScaleIntoConvTranspose(_FoldPointwise):
+class FoldScaleIntoConvTranspose(Rule):
     """conv(x; W, b) * s = conv(x; W*s, b*s), s one number per output channel
 
     Also / s and negation. W is (Cin, Cout/groups, *kernel): s runs along its dim 1 and the groups.
+    Outputs that no tap reaches are the bias; where there is none they are 0*s, which a NaN in s shows.
     """
 
     legality = Legality.REASSOCIATING
@@ -86,9 +58,7 @@ class FoldScaleIntoConvTranspose(_FoldPointwise):
         return super().match(root)
 
     def check(self, match: Match) -> Reject | None:
-        if op_name(match.root) == "div" and operands(match.root)[0] is not match["conv"]:
-            return Reject("the convolution is the divisor")
-        return super().check(match)
+        return fold_refusal(match.root, match["conv"], match["conv"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         conv, scale = match["conv"], match["other"]
@@ -97,11 +67,27 @@ class FoldScaleIntoConvTranspose(_FoldPointwise):
         weight = build.call("scale_weight", operands(conv)[1], scale, groups=attributes(conv)["groups"])
         bias = operands(conv)[2]
         if bias is not None:
-            bias = build.call("mul", bias, _vector(build, scale, conv))
+            bias = build.call("mul", bias, _per_channel(build, scale, conv))
+        elif isinstance(scale, fx.Node) and not _reaches_every_output(conv):
+            bias = build.call("mul", _vector(build, scale, conv), 0.0)
         return _conv(build, conv, weight, bias)
 
 
-class FoldShiftIntoConvTranspose(_FoldPointwise):
+def _reaches_every_output(conv: fx.Node) -> bool:
+    """Whether each output position is reached by a tap from some input; False where sizes are not known."""
+    x, weight, out = sizes(operands(conv)[0]), sizes(operands(conv)[1]), sizes(conv)
+    if x is None or weight is None or out is None:
+        return False
+    first = len(out) - (len(weight) - 2)
+    for d, (length, kernel, size) in enumerate(zip(x[first:], weight[2:], out[first:], strict=True)):
+        stride, padding, dilation = (attributes(conv)[k][d] for k in ("stride", "padding", "dilation"))
+        reached = {i * stride - padding + k * dilation for i, k in itertools.product(range(length), range(kernel))}
+        if not reached.issuperset(range(size)):
+            return False
+    return True
+
+
+class FoldShiftIntoConvTranspose(Rule):
     """conv(x; W, b) + t = conv(x; W, b + t), t one number per output channel
 
     Also - t, and t - conv(x; W, b) = conv(x; -W, t - b).
@@ -110,16 +96,23 @@ class FoldShiftIntoConvTranspose(_FoldPointwise):
     legality = Legality.REASSOCIATING
     pattern = P(("add", "sub"), P("conv_transpose", name="conv"), OTHER, commutative=True)
 
+    def check(self, match: Match) -> Reject | None:
+        return fold_refusal(match.root, match["conv"], match["conv"])
+
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         conv, shift = match["conv"], match["other"]
         weight, bias = operands(conv)[1], operands(conv)[2]
+        negative = op_name(match.root) == "sub" and operands(match.root)[0] is conv  # conv - t, not t - conv
+        if op_name(match.root) == "sub" and not negative:
+            weight = build.call("neg", weight)
+        if bias is not None:
+            shift = _per_channel(build, shift, conv)
+            given = (bias, shift) if negative or op_name(match.root) == "add" else (shift, bias)
+            return _conv(build, conv, weight, build.call(op_of(match.root).name, *given))
+        if negative and not isinstance(shift, fx.Node):
+            return _conv(build, conv, weight, _vector(build, -shift, conv))
         shift = _vector(build, shift, conv)
-        if op_name(match.root) == "add":
-            return _conv(build, conv, weight, shift if bias is None else build.call("add", bias, shift))
-        if operands(match.root)[0] is conv:
-            negative = build.call("neg", shift) if bias is None else build.call("sub", bias, shift)
-            return _conv(build, conv, weight, negative)
-        return _conv(build, conv, build.call("neg", weight), shift if bias is None else build.call("sub", shift, bias))
+        return _conv(build, conv, weight, build.call("neg", shift) if negative else shift)
 
 
 class FoldBatchNormIntoConvTranspose(Rule):
@@ -132,12 +125,7 @@ class FoldBatchNormIntoConvTranspose(Rule):
     pattern = P("batch_norm", P("conv_transpose", name="conv"), name="norm")
 
     def check(self, match: Match) -> Reject | None:
-        conv, norm = match["conv"], match["norm"]
-        if conv.meta["val"].dim() != len(attributes(conv)["stride"]) + 2:
-            return Reject("an input without a batch dim has its channels elsewhere", conv)
-        if any(isinstance(a, fx.Node) and dtype(a) is not dtype(conv) for a in operands(norm)[1:]):
-            return Reject("the statistics are of another dtype than the convolution", norm)
-        return foldable(conv)
+        return fold_refusal(match["norm"], match["conv"], match["conv"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         conv, norm = match["conv"], match["norm"]
@@ -149,9 +137,8 @@ class FoldBatchNormIntoConvTranspose(Rule):
         bias = build.call("mul", shift, scale)
         if beta is not None:
             bias = build.call("add", bias, beta)
-        return _conv(
-            build, conv, build.call("scale_weight", operands(conv)[1], scale, groups=attributes(conv)["groups"]), bias
-        )
+        weight = build.call("scale_weight", operands(conv)[1], scale, groups=attributes(conv)["groups"])
+        return _conv(build, conv, weight, bias)
 
 
 class CancelBiasBeforeStatistics(Rule):
@@ -174,7 +161,7 @@ class CancelBiasBeforeStatistics(Rule):
 
     def check(self, match: Match) -> Reject | None:
         conv, norm = match["conv"], match["norm"]
-        if conv.meta["val"].dim() != len(attributes(conv)["stride"]) + 2:
+        if not batched(conv):
             return Reject("an input without a batch dim has its channels elsewhere", conv)
         if op_name(norm) == "group_norm" and attributes(norm)["groups"] != _channels(conv):
             return Reject(

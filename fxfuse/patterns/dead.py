@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
-from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
+from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, same_shape, sizes
+from fxfuse.patterns.placement import batched, constant_along
+from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X, label_of
 from fxfuse.vocabulary import Kind
 
 
 class DropCopies(Rule):
-    """clone(x) = x inside a region: nothing is written in place there"""
+    """clone(x) = x inside a region: nothing is written in place there; nor does a cast to x's own dtype change it"""
 
     legality = Legality.BITWISE
-    pattern = P("clone", X)
+    pattern = P(("clone", "cast"), X)
+
+    def match(self, root: fx.Node) -> Match | None:
+        match = super().match(root)
+        return match if match is not None and dtype(operands(root)[0]) is dtype(root) else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         value: fx.Node = operands(match.root)[0]
@@ -23,13 +28,13 @@ class DropCopies(Rule):
 class DropDeadOutputs(Rule):
     """pool(f(conv(x))) = pool(f(conv(x) up to the last position that a window reads))
 
-    A floor-mode pool reads the first (O-1)*s - p + d*(k-1) + 1 positions per dim; f is any number of
-    pointwise operators whose other operands do not vary over space. A convolution of another size may
-    be summed in another order.
+    A pool reads the first (O-1)*s - p + d*(k-1) + 1 positions per dim, at most; f is any number of
+    pointwise operators whose other operands do not vary over space. Likewise where a rule has cropped
+    f(conv(x)). A convolution of another size may be summed in another order.
     """
 
     legality = Legality.REASSOCIATING
-    pattern = P(("max_pool", "avg_pool"), X, name="pool")
+    pattern = P(("max_pool", "avg_pool", "crop"), X, name="reader")
 
     def match(self, root: fx.Node) -> Match | None:
         match = super().match(root)
@@ -37,66 +42,72 @@ class DropDeadOutputs(Rule):
             return None
         node, chain = operands(root)[0], []
         while isinstance(node, fx.Node) and op_name(node) != "conv_transpose":
-            value = self._value(node)
-            if value is None:
-                return None
             chain.append(node)
-            node = value
-        if not isinstance(node, fx.Node):
+            node = self._value(node)
+        if node is None:
             return None
         match.bound.update(conv=node, chain=chain)
         match.nodes += [*chain, node]
-        if self._fits(node, root) and self._extent(node, root) is None:
+        if self._refusal(node, root) is None and self._extent(node, root) is None:
             return None  # every output is read
         return match
 
     @staticmethod
-    def _fits(conv: fx.Node, pool: fx.Node) -> bool:
-        spatial = len(attributes(conv)["stride"])
-        batched = conv.meta["val"].dim() == spatial + 2 and len(attributes(pool)["kernel"]) == spatial
-        return batched and sizes(conv) is not None and sizes(pool) is not None
-
-    @staticmethod
     def _value(node: fx.Node) -> fx.Node | None:
-        """The one operand of a pointwise node that varies over space."""
+        """The one operand of a pointwise node that varies over space, or None."""
         if op_name(node) is None or op_of(node).kind is not Kind.POINTWISE:
             return None
-        same = [a for a in operands(node) if isinstance(a, fx.Node) and sizes(a) == sizes(node)]
-        others = [a for a in operands(node) if isinstance(a, fx.Node) and a not in same]
-        spatial = node.meta["val"].dim() - 2
-        if len(set(same)) != 1 or any(s != 1 for o in others for s in (sizes(o) or (0,))[-spatial:]):
+        val = node.meta["val"]
+        tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
+        values = {o for o in tensors if same_shape(o.meta["val"], val)}
+        others = [o for o in tensors if o not in values]
+        if len(values) != 1:
             return None
-        if any(o.meta["val"].dim() not in (0, node.meta["val"].dim()) for o in others):
-            return None
-        return same[0]
+        if op_name(node) != "prelu":  # its weight lies along the channels, whatever its shape
+            space = tuple(range(2, val.dim()))
+            if not all(constant_along(o, space, val.dim()) for o in others):
+                return None
+        return values.pop()
 
     def check(self, match: Match) -> Reject | None:
-        conv = match["conv"]
-        if sizes(conv) is None:
+        return self._refusal(match["conv"], match["reader"])
+
+    @staticmethod
+    def _refusal(conv: fx.Node, reader: fx.Node) -> Reject | None:
+        if sizes(conv) is None or sizes(reader) is None:
             return Reject("which outputs are dead depends on sizes that are not known", conv)
-        if not self._fits(conv, match["pool"]):
-            return Reject("the pool's dims are not the convolution's spatial dims", conv)
+        if not batched(conv):
+            return Reject("an input without a batch dim has its space elsewhere", conv)
+        if op_name(reader) != "crop" and len(attributes(reader)["kernel"]) != len(attributes(conv)["stride"]):
+            return Reject("the pool's dims are not the convolution's spatial dims", reader)
         return None
 
     @staticmethod
-    def _extent(conv: fx.Node, pool: fx.Node) -> tuple[int, ...] | None:
-        shape, out = sizes(conv), sizes(pool)
+    def _extent(conv: fx.Node, reader: fx.Node) -> tuple[int, ...] | None:
+        """How many leading outputs are read per dim; None where all are."""
+        shape, out = sizes(conv), sizes(reader)
         assert shape is not None and out is not None
+        if op_name(reader) == "crop":
+            return out[2:]
         extent = []
-        for d, k in enumerate(attributes(pool)["kernel"]):
-            stride, padding = attributes(pool)["stride"][d], attributes(pool)["padding"][d]
-            dilation = attributes(pool)["dilation"][d] if op_name(pool) == "max_pool" else 1
+        for d, k in enumerate(attributes(reader)["kernel"]):
+            stride, padding = attributes(reader)["stride"][d], attributes(reader)["padding"][d]
+            dilation = attributes(reader)["dilation"][d] if op_name(reader) == "max_pool" else 1
             window = dilation * (k - 1) + 1
             read = (out[2 + d] - 1) * stride - padding + window
             extent.append(min(shape[2 + d], max(read, window)))  # torch refuses a pool of less than a window
         return tuple(extent) if tuple(extent) != shape[2:] and min(extent) > 0 else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        conv, pool = match["conv"], match["pool"]
-        extent = self._extent(conv, pool)
+        conv, reader = match["conv"], match["reader"]
+        extent = self._extent(conv, reader)
         value = build.call("conv_transpose", *operands(conv), **{**attributes(conv), "extent": extent})
+        value.meta["label"] = label_of(conv)
         previous = conv
         for node in reversed(match["chain"]):
             given = [value if a is previous else a for a in operands(node)]
             value, previous = build.call(op_of(node).name, *given, **attributes(node)), node
-        return build.call(op_of(pool).name, value, **attributes(pool))
+            value.meta["label"] = label_of(node)
+        if op_name(reader) == "crop":
+            return value
+        return build.call(op_of(reader).name, value, **attributes(reader))

@@ -10,8 +10,8 @@ import math
 
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, dtype, op_name, operands, sizes
-from fxfuse.patterns.affine import foldable
+from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
+from fxfuse.patterns.placement import batched, foldable, shifted
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule
 from fxfuse.vocabulary.conv import output_size
 
@@ -31,7 +31,7 @@ class FoldChannelSumIntoConvTranspose(Rule):
 
     def check(self, match: Match) -> Reject | None:
         conv, reduce = match["conv"], match["reduce"]
-        if conv.meta["val"].dim() != len(attributes(conv)["stride"]) + 2:
+        if not batched(conv):
             return Reject("an input without a batch dim has its channels elsewhere", conv)
         if not attributes(reduce)["keepdim"] and sizes(reduce) is None:
             return Reject("dropped dims need sizes that are known", reduce)
@@ -64,7 +64,7 @@ class FoldAvgPoolIntoConvTranspose(Rule):
     def check(self, match: Match) -> Reject | None:
         conv, pool = match["conv"], match["pool"]
         geometry = attributes(pool)
-        if conv.meta["val"].dim() != len(attributes(conv)["stride"]) + 2:
+        if not batched(conv):
             return Reject("an input without a batch dim has its channels elsewhere", conv)
         if len(geometry["kernel"]) != len(attributes(conv)["stride"]):
             return Reject("the pool's dims are not the convolution's spatial dims", pool)
@@ -141,18 +141,9 @@ class DropShiftBeforeSoftmax(Rule):
     pattern = P(("softmax", "log_softmax"), P(("add", "sub"), name="shift"), name="softmax")
 
     def check(self, match: Match) -> Reject | None:
-        shift = match["shift"]
-        value, number = operands(shift)
-        if not isinstance(value, fx.Node):
-            return Reject("the value is subtracted from a number, which turns its sign", shift)
-        if isinstance(number, fx.Node):
-            return Reject("the shift is a tensor, which may vary along the softmax", shift)
-        if not math.isfinite(number):
-            return Reject("the shift is not finite", shift)
-        if dtype(value) is not dtype(shift):
-            return Reject("the shift changes the dtype", shift)
-        return None
+        value = shifted(match["shift"])
+        return value if isinstance(value, Reject) else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         softmax = match["softmax"]
-        return build.call(op_name(softmax) or "", operands(match["shift"])[0], **attributes(softmax))
+        return build.call(op_of(softmax).name, shifted(match["shift"]), **attributes(softmax))

@@ -1,4 +1,4 @@
-"""Means and sums over space: of affine maps, and of a transposed convolution."""
+"""Means and sums, also over windows: of affine maps, of BatchNorm, and of a transposed convolution."""
 
 from __future__ import annotations
 
@@ -8,75 +8,127 @@ import torch
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
-from fxfuse.patterns.affine import channel_constant, foldable
-from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule
+from fxfuse.patterns.placement import AFFINE, WIDE, affine_value, batched, moves_behind, source
+from fxfuse.patterns.pools import plain_average
+from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
 
 class MoveAffineBehindMean(Rule):
     """mean(a*y + c) = a*mean(y) + c over dims along which a and c are constant
 
-    Multiplication, division, addition, subtraction, negation, and BatchNorm with given statistics.
-    An affine map of a convolution is left to the rules that fold it into the weights.
+    Multiplication, division, addition, subtraction, negation, and BatchNorm with given statistics; of
+    a sum, those without a shift. A map that folds into a convolution's weights is left to do so.
     """
 
     legality = Legality.REASSOCIATING
-    pattern = P("mean", P(("mul", "div", "add", "sub", "neg", "batch_norm"), name="map"), name="mean")
+    pattern = P(("mean", "sum"), P(AFFINE, name="map"), name="reduce")
 
     def check(self, match: Match) -> Reject | None:
-        node, mean = match["map"], match["mean"]
-        dims = attributes(mean)["dims"]
-        if op_name(node) == "batch_norm":
-            value = operands(node)[0]
-            if 1 in dims:
-                return Reject("the mean runs over the channels", mean)
-            if 0 in dims and not attributes(mean)["keepdim"]:
-                return Reject("the channels would be another dim", mean)
-        else:
-            value = self._value(node)
-            if value is None:
-                return Reject("both operands vary along the averaged dims", node)
-            if operands(node)[0] is not value and op_name(node) == "div":
-                return Reject("the value is the divisor", node)
-        if dtype(node) is not dtype(value):
-            return Reject("the map changes the dtype", node)
-        if not dtype(node).is_floating_point:
-            return Reject("a mean of integers", node)
-        if not attributes(mean)["keepdim"] and sizes(mean) is None:
-            return Reject("dropped dims need sizes that are known", mean)
-        conv = value if op_name(value) == "conv_transpose" else None
-        if conv is not None and foldable(conv) is None:
-            other = self._other(node, value)
-            if op_name(node) == "batch_norm" or channel_constant(other, conv) is None:
-                return Reject("the map folds into the convolution's weights instead", node)
-        return None
-
-    def _value(self, node: fx.Node) -> fx.Node | None:
-        """The operand of ``node``'s own shape, where all others are constant along the averaged dims."""
-        (mean,) = node.users
-        dims = attributes(mean)["dims"]
-        tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
-        if len(set(tensors)) < len(tensors):
-            return None
-        for value in tensors:
-            if sizes(value) is None or sizes(value) != sizes(node):
-                continue
-            if all(o is value or _constant_along(o, dims, node) for o in tensors):
-                return value
-        return None
-
-    @staticmethod
-    def _other(node: fx.Node, value: fx.Node) -> object:
-        rest = [a for a in operands(node) if a is not value]
-        return rest[0] if rest else 1.0
+        value = moves_behind(match["map"], match["reduce"])
+        if isinstance(value, Reject):
+            return value
+        return _folds_instead(match["map"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        node, mean = match["map"], match["mean"]
-        value = operands(node)[0] if op_name(node) == "batch_norm" else self._value(node)
-        kept = build.call("mean", value, dims=attributes(mean)["dims"], keepdim=True)
-        new = build.call(op_of(node).name, *(kept if a is value else a for a in operands(node)), **attributes(node))
-        if attributes(mean)["keepdim"]:
-            return new
-        return build.call("reshape", new, shape=sizes(mean))
+        node, reduce = match["map"], match["reduce"]
+        value = moves_behind(node, reduce)
+        kept = build.call(op_of(reduce).name, value, dims=attributes(reduce)["dims"], keepdim=True)
+        new = _map_of(node, value, kept, build)
+        return new if attributes(reduce)["keepdim"] else build.call("reshape", new, shape=sizes(reduce))
+
+
+class MoveAffineBehindAvgPool(Rule):
+    """avg_pool(a*y + c) = a*avg_pool(y) + c where a and c are constant over space
+
+    The weights of each window add up to 1: unpadded, floor mode, the divisor the window's size; or an
+    adaptive pool, whose windows hold no padding.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P(("avg_pool", "adaptive_avg_pool"), P(AFFINE, name="map"), name="pool")
+
+    def check(self, match: Match) -> Reject | None:
+        node, pool = match["map"], match["pool"]
+        if op_name(pool) == "avg_pool":
+            refusal = plain_average(pool)
+            if refusal is not None:
+                return refusal
+        elif sizes(pool) is None or math.prod(_known(pool)) > math.prod(_known(node)):
+            return Reject("it is not known to have fewer outputs than inputs", pool)
+        value = affine_value(node, self._space(pool))
+        return value if isinstance(value, Reject) else _folds_instead(node)
+
+    @staticmethod
+    def _space(pool: fx.Node) -> tuple[int, ...]:
+        rank, names = pool.meta["val"].dim(), attributes(pool)
+        return tuple(range(rank - len(names["kernel"] if "kernel" in names else names["size"]), rank))
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        node, pool = match["map"], match["pool"]
+        value = affine_value(node, self._space(pool))
+        return _map_of(node, value, build.call(op_of(pool).name, value, **attributes(pool)), build)
+
+
+def _folds_instead(node: fx.Node) -> Reject | None:
+    return None if source(node) is None else Reject("the map folds into the convolution's weights instead", node)
+
+
+def _map_of(node: fx.Node, value: fx.Node | Reject, other: fx.Node, build: Builder) -> fx.Node:
+    """The map ``node`` of ``other`` in place of its operand ``value``."""
+    return build.call(op_of(node).name, *(other if a is value else a for a in operands(node)), **attributes(node))
+
+
+class SplitBatchNormBeforeMean(Rule):
+    """mean(batch_norm_train(y; g, h)) = mean((y - m)*a + h), a = g / sqrt(v + eps), m and v the statistics of y's batch
+
+    Scale and shift then move behind the mean, so that nothing is normalised but the mean: where nothing
+    else reads the normalised value. The variance needs y - m anyway; and its mean, unlike the difference
+    of two means, is as exact as before.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P(("batch_norm_train", "batch_norm_batch"), X, name="norm")
+
+    def match(self, root: fx.Node) -> Match | None:
+        match = super().match(root)
+        if match is None:
+            return None
+        readers = root.users
+        if op_of(root).outputs > 1:
+            readers = next((u.users for u in root.users if u.args[1] == 0), {})
+        match.bound["means"] = [u for u in readers if op_name(u) == "mean"]
+        match.bound["others"] = [u for u in readers if op_name(u) != "mean"]
+        return match if match["means"] else None
+
+    def check(self, match: Match) -> Reject | None:
+        value, mean = operands(match["norm"])[0], match["means"][0]
+        if match["others"] or len(match["means"]) > 1:
+            return Reject("the normalised value is also used elsewhere")
+        if 1 in attributes(mean)["dims"]:
+            return Reject("the mean runs over the channels", mean)
+        if not attributes(mean)["keepdim"] and sizes(mean) is None:
+            return Reject("dropped dims need sizes that are known", mean)
+        if dtype(value) not in WIDE:
+            return Reject(f"a mean in {dtype(value)} would be rounded before it is normalised")
+        conv = source(value)
+        if conv is not None and conv is not value:
+            return Reject("what lies before it folds into the convolution first", value)
+        if conv is not None and batched(conv) and operands(conv)[2] is not None and len(conv.users) == 1:
+            return Reject("the convolution's bias cancels first", conv)
+        return None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node | tuple[fx.Node, ...]:
+        value, gamma, beta = operands(match["norm"])
+        shape = (value.meta["val"].shape[1], *(1 for _ in range(value.meta["val"].dim() - 2)))
+        statistics = build.call("centre", value)
+        new, mean, var, unbiased = (build.output(statistics, i) for i in range(4))
+        scale = build.call("rsqrt", build.call("add", var, attributes(match["norm"])["eps"]))
+        if gamma is not None:
+            scale = build.call("mul", scale, gamma)
+        new = build.call("mul", new, build.call("reshape", scale, shape=shape))
+        if beta is not None:
+            new = build.call("add", new, build.call("reshape", beta, shape=shape))
+        return new if op_of(match.root).outputs == 1 else (new, mean, unbiased)
 
 
 #: attributes of a convolution that have one value per spatial dim
@@ -87,14 +139,6 @@ def _known(node: fx.Node) -> tuple[int, ...]:
     shape = sizes(node)
     assert shape is not None
     return shape
-
-
-def _constant_along(operand: fx.Node, dims: tuple[int, ...], node: fx.Node) -> bool:
-    """Whether an operand of ``node`` has size 1 along ``dims`` (of ``node``'s shape)."""
-    shape = sizes(operand)
-    return shape == () or (
-        shape is not None and len(shape) == len(sizes(node) or ()) and all(shape[d] == 1 for d in dims)
-    )
 
 
 class CollapseMeanOfConvTranspose(Rule):
@@ -112,12 +156,12 @@ class CollapseMeanOfConvTranspose(Rule):
     def check(self, match: Match) -> Reject | None:
         conv, reduce = match["conv"], match["reduce"]
         spatial = len(attributes(conv)["stride"])
-        if conv.meta["val"].dim() != spatial + 2:
+        if not batched(conv):
             return Reject("an input without a batch dim has its channels elsewhere", conv)
         dims = attributes(reduce)["dims"]
         if not dims or min(dims) < 2:
             return Reject(f"dims {dims} are not dims of space alone", reduce)
-        if len(dims) < spatial and dtype(conv) not in (torch.float32, torch.float64):
+        if len(dims) < spatial and dtype(conv) not in WIDE:
             return Reject(f"sums along some dims may overflow in {dtype(conv)}", reduce)
         out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
         if out is None or x is None or weight is None:

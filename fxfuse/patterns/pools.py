@@ -7,7 +7,8 @@ import math
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
-from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule
+from fxfuse.patterns.placement import number_refusal, ordinary, source
+from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 from fxfuse.vocabulary.pools import output_size
 
 
@@ -17,13 +18,27 @@ class ComposeMaxPools(Rule):
     Per dim, where the inner windows leave no gap (s1 <= k1, or k2 = 1) and nothing is dilated. With
     p2 = 0 and both in floor mode the output sizes agree: (floor(a/s1) - b) / s2 rounds as a/(s1*s2).
     Otherwise the composed pool could read inputs that no inner window reads, so the input is cropped
-    to min(L, (O1-1)*s1 - p1 + k1), and the sizes are compared. The same bits, NaN included; but ties
-    between equal values route their gradient to another winner.
+    to min(L, (O1-1)*s1 - p1 + k1), O1 the inner windows that the outer pool is given, and the sizes are
+    compared. NaN wins in both; but ties between equal values route their gradient to another winner.
     """
 
     legality = Legality.BITWISE
     forward_only = True
-    pattern = P("max_pool", P("max_pool", name="inner"), name="outer")
+    pattern = P("max_pool", X, name="outer")
+
+    def match(self, root: fx.Node) -> Match | None:
+        match = super().match(root)
+        if match is None:
+            return None
+        inner = operands(root)[0]
+        while op_name(inner) == "crop":  # left by an earlier composition
+            match.nodes.append(inner)
+            inner = operands(inner)[0]
+        if op_name(inner) != "max_pool":
+            return None
+        match.nodes.append(inner)
+        match.bound["inner"] = inner
+        return match
 
     def check(self, match: Match) -> Reject | None:
         inner, outer = match["inner"], match["outer"]
@@ -47,7 +62,7 @@ class ComposeMaxPools(Rule):
     @staticmethod
     def _plain(inner: fx.Node, outer: fx.Node) -> bool:
         floors = not attributes(inner)["ceil_mode"] and not attributes(outer)["ceil_mode"]
-        return floors and not any(attributes(outer)["padding"])
+        return floors and not any(attributes(outer)["padding"]) and operands(outer)[0] is inner
 
     @staticmethod
     def _composed(inner: fx.Node, outer: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -62,7 +77,7 @@ class ComposeMaxPools(Rule):
         """The input extent that the inner windows read, and the composed ceil_mode; None if no mode fits."""
         kernel, stride, padding = self._composed(inner, outer)
         length = sizes(operands(inner)[0])
-        between, wanted = sizes(inner), sizes(outer)
+        between, wanted = sizes(operands(outer)[0]), sizes(outer)
         assert length is not None and between is not None and wanted is not None
         first = len(length) - len(kernel)
         one = attributes(inner)
@@ -101,6 +116,17 @@ class ComposeMaxPools(Rule):
         )
 
 
+def plain_average(pool: fx.Node) -> Reject | None:
+    """None where each output of an ``avg_pool`` is the mean of a whole window."""
+    if any(attributes(pool)["padding"]):
+        return Reject("padding changes the weight of border values", pool)
+    if attributes(pool)["ceil_mode"]:
+        return Reject("ceil_mode averages partial windows", pool)
+    if attributes(pool)["divisor_override"] is not None:
+        return Reject("divisor_override is not the window's size", pool)
+    return None
+
+
 class ComposeAvgPools(Rule):
     """avg_pool(avg_pool(x; k1, s1); k2, s2) = avg_pool(x; k1 + (k2-1)*s1, s1*s2)
 
@@ -115,12 +141,9 @@ class ComposeAvgPools(Rule):
         if len(attributes(match["inner"])["kernel"]) != len(attributes(match["outer"])["kernel"]):
             return Reject("the pools run over different dims", match["outer"])
         for node in (match["inner"], match["outer"]):
-            if any(attributes(node)["padding"]):
-                return Reject("padding changes the weight of border values", node)
-            if attributes(node)["ceil_mode"]:
-                return Reject("ceil_mode averages partial windows", node)
-            if attributes(node)["divisor_override"] is not None:
-                return Reject("divisor_override is not the window's size", node)
+            refusal = plain_average(node)
+            if refusal is not None:
+                return refusal
         one, two = attributes(match["inner"]), attributes(match["outer"])
         for k1, s1, k2 in zip(one["kernel"], one["stride"], two["kernel"], strict=True):
             if s1 != k1 and k2 != 1:
@@ -146,8 +169,8 @@ class MoveMonotoneBehindMaxPool(Rule):
     """max_pool(f(x)) = f(max_pool(x)) for a non-decreasing f: relu, clamp, leaky_relu, + c, * c with c > 0
 
     The maximum of the images is the image of the maximum, also in floating point, where rounding is
-    monotone; f then runs on fewer elements. NaN stays NaN. Where f is constant on a window (relu on
-    negative values) the gradient goes elsewhere.
+    monotone; f then runs on fewer elements. NaN stays NaN, and -Inf, which padding holds, stays out of
+    each window. Where f is constant on a window (relu on negative values) the gradient goes elsewhere.
     """
 
     legality = Legality.BITWISE
@@ -160,23 +183,38 @@ class MoveMonotoneBehindMaxPool(Rule):
 
     def check(self, match: Match) -> Reject | None:
         node, pool = match["map"], match["pool"]
-        if not isinstance(operands(node)[0], fx.Node):
-            return Reject("a number minus or divided by the value is not non-decreasing", node)
-        if dtype(node) is not dtype(operands(node)[0]) or not dtype(node).is_floating_point:
-            return Reject("the map changes the dtype", node)
-        if any(isinstance(a, fx.Node) for a in operands(node)[1:]):
-            return Reject("its other operand is a tensor, whose values are not known before the call", node)
-        if not all(a is None or math.isfinite(a) for a in operands(node)[1:]):
-            return Reject("its other operand is not finite", node)
-        if op_name(node) in ("mul", "div") and not operands(node)[1] > 0:
-            return Reject(f"a factor of {operands(node)[1]} is not positive", node)
-        if op_name(node) == "leaky_relu" and not 0 <= attributes(node)["negative_slope"] < math.inf:
-            return Reject(f"a slope of {attributes(node)['negative_slope']} is not non-negative and finite", node)
+        refusal = _decreasing(node)
+        if refusal is not None:
+            return refusal
         if any(d != 1 for d in attributes(pool)["dilation"]) and any(attributes(pool)["padding"]):
             return Reject("a dilated, padded window can hold padding alone, which the map would change", pool)
+        if source(node) is not None:
+            return Reject("the map folds into the convolution's weights instead", node)
         return None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         node, pool = match["map"], match["pool"]
-        smaller = build.call("max_pool", operands(node)[0], **attributes(pool))
-        return build.call(op_of(node).name, smaller, *operands(node)[1:], **attributes(node))
+        (value,) = (o for o in operands(node) if isinstance(o, fx.Node))
+        smaller = build.call("max_pool", value, **attributes(pool))
+        return build.call(op_of(node).name, *(smaller if o is value else o for o in operands(node)), **attributes(node))
+
+
+def _decreasing(node: fx.Node) -> Reject | None:
+    """Why a map of one tensor is not known to be non-decreasing, NaN only at NaN; None where it is."""
+    tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
+    if len(tensors) > 1:
+        return Reject("its other operand is a tensor, whose values are not known before the call", node)
+    if dtype(node) is not dtype(tensors[0]) or not dtype(node).is_floating_point:
+        return Reject("the map changes the dtype", node)
+    if op_name(node) in ("sub", "div") and operands(node)[0] is not tensors[0]:
+        return Reject("a number minus or divided by the value is not non-decreasing", node)
+    numbers = [*(o for o in operands(node) if o is not tensors[0]), *attributes(node).values()]
+    if not all(n is None or math.isfinite(n) for n in numbers):
+        return Reject("one of its numbers is not finite", node)
+    if op_name(node) in ("mul", "div") and not numbers[0] > 0:
+        return Reject(f"a factor of {numbers[0]} is not positive", node)
+    if op_name(node) == "leaky_relu" and not (numbers[0] > 0 and ordinary(numbers[0], "mul", dtype(node))):
+        return Reject(f"a slope of {numbers[0]} is not positive: it turns the order, or -Inf into NaN", node)
+    if op_name(node) in ("add", "sub", "mul", "div"):
+        return number_refusal(node)
+    return None

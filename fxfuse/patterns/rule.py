@@ -13,12 +13,13 @@ import enum
 import logging
 import operator
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from torch import fx
+from torch.fx.experimental import symbolic_shapes
 
-from fxfuse.chain import Builder, eliminate_dead, op_name, same_type
+from fxfuse.chain import Builder, eliminate_dead, op_name, same_type, sort
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,14 @@ log = logging.getLogger(__name__)
 class Legality(enum.Enum):
     """What a rewrite may change about the result."""
 
-    BITWISE = "bitwise"  #: the same bits
-    REASSOCIATING = "reassociating"  #: floating-point operations in another order; Inf and NaN as before
-    FINITE_ONLY = "finite-only"  #: as reassociating, but only for finite values
+    #: the same bits, but for the sign of a zero
+    BITWISE = "bitwise"
+    #: floating-point operations in another order. Inf and NaN come out where they did; only where a finite
+    #: intermediate result overflows or underflows in one order and not in the other may this differ. An
+    #: Inf *parameter* still makes Inf or NaN of what it made Inf or NaN of, but not always the same one.
+    REASSOCIATING = "reassociating"
+    #: as reassociating, but only for finite values
+    FINITE_ONLY = "finite-only"
 
     @staticmethod
     def parse(allow: Collection[str | Legality] | None) -> frozenset[Legality]:
@@ -208,24 +214,26 @@ def apply_rules(build: Builder, rules: Sequence[Rule], settings: Settings) -> tu
     """Apply ``rules`` to the graph until none fires. Raises RewriteError when they do not come to an end.
 
     After each rewrite the matching starts again on the new graph, so that a chain of three pools
-    never meets a stale match. ``settings.fuel`` is used up in place.
+    never meets a stale match. ``settings.fuel`` is used up in place. A graph that changed is sorted at
+    the end: rules that lead to the same operators in any order lead to the same program.
     """
     applied: list[Application] = []
     limit = 16 * (len(build.graph.nodes) + len(rules))
     while True:
-        rejected: dict[tuple[str, str], Rejection] = {}
-        fired = next(_fire_one(build, rules, settings, rejected), None)
+        fired, rejected = _fire_one(build, rules, settings)
         if fired is None:
-            return applied, list(rejected.values())
+            if applied:
+                sort(build.graph)
+            return applied, rejected
         applied.append(fired)
         if len(applied) > limit:
             cycle = sorted({a.rule for a in applied[-limit // 2 :]})
             raise RewriteError(f"no end after {limit} rewrites; these rules undo each other: {', '.join(cycle)}")
 
 
-def _fire_one(
-    build: Builder, rules: Sequence[Rule], settings: Settings, rejected: dict[tuple[str, str], Rejection]
-) -> Iterator[Application]:
+def _fire_one(build: Builder, rules: Sequence[Rule], settings: Settings) -> tuple[Application | None, list[Rejection]]:
+    """Apply the first rule that fires anywhere; None and all near misses where none does."""
+    rejected: dict[tuple[str, str], Rejection] = {}
     for rule in rules:
         for node in [n for n in build.graph.nodes if op_name(n)]:
             label = label_of(node)
@@ -235,7 +243,7 @@ def _fire_one(
                     continue
                 refusal = _may_fire(rule, match, settings) or _replace(rule, match, build)
             except Exception as error:  # noqa: BLE001 - a rule's own defect must not break a user's model
-                refusal = _defect(rule, node, f"{type(error).__name__}: {error}")
+                refusal = _failure(rule, node, error)
             if refusal is not None:
                 where = label_of(refusal.node) if refusal.node is not None else label
                 rejected[rule.name, label] = Rejection(rule.name, where, refusal.reason)
@@ -243,8 +251,22 @@ def _fire_one(
             log.debug("%s fired at %s", rule.name, label)
             if settings.fuel is not None:
                 settings.fuel -= 1
-            yield Application(rule.name, label, rule.identity)
-            return
+            return Application(rule.name, label, rule.identity), []
+    return None, list(rejected.values())
+
+
+#: raised where an operator asks for the value of a size that is not known
+_UNKNOWN_SIZE = tuple(
+    getattr(symbolic_shapes, name)
+    for name in ("_ShapeEnvGuardError", "GuardOnDataDependentSymNode")
+    if hasattr(symbolic_shapes, name)
+)
+
+
+def _failure(rule: Rule, node: fx.Node, error: Exception) -> Reject:
+    if isinstance(error, _UNKNOWN_SIZE):
+        return Reject("it needs a size that is not known before the call")
+    return _defect(rule, node, f"{type(error).__name__}: {error}")
 
 
 def _defect(rule: Rule, node: fx.Node, problem: str) -> Reject:
@@ -280,24 +302,48 @@ def _replace(rule: Rule, match: Match, build: Builder) -> Reject | None:
     try:
         with build.graph.inserting_before(root):
             new = rule.rewrite(match, build)
-        wanted, got = (
-            root.meta["val"],
-            new.meta["val"] if isinstance(new, fx.Node) else tuple(n.meta["val"] for n in new),
-        )
-        problem = None if same_type(wanted, got) else f"it gives {got} where {wanted} is expected"
+        refusal = _fits(rule, root, new, [n for n in build.graph.nodes if n not in before])
     except Exception as error:  # noqa: BLE001 - a rule's own defect must not break a user's model
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
+        refusal = _failure(rule, root, error)
+    if refusal is not None:
         for node in reversed(build.graph.nodes):
             if node not in before:
                 build.graph.erase_node(node)
-        return _defect(rule, root, problem)
+        return refusal
     if isinstance(new, fx.Node):
         new.meta.setdefault("label", label_of(root))
         root.replace_all_uses_with(new)
     else:
-        for item in [u for u in root.users if u.target is operator.getitem]:
+        for item in list(root.users):
             position: Any = item.args[1]
             item.replace_all_uses_with(new[position])
+        for node in (new[0], *new[0].all_input_nodes):  # the operator that stands for the root, or its first output
+            if node not in before:
+                node.meta.setdefault("label", label_of(root))
     eliminate_dead(build.graph)
     return None
+
+
+def _fits(rule: Rule, root: fx.Node, new: fx.Node | tuple[fx.Node, ...], added: Sequence[fx.Node]) -> Reject | None:
+    """Why ``new``, which needed the nodes ``added``, cannot take the place of ``root``."""
+    replaced = {root} if isinstance(new, fx.Node) else {root, *root.users}
+    if any(n in replaced for a in added for n in a.all_input_nodes) or new is root:
+        return _defect(rule, root, "the replacement reads what it replaces")
+    wanted = root.meta["val"]
+    got = new.meta["val"] if isinstance(new, fx.Node) else tuple(n.meta["val"] for n in new)
+    if same_type(wanted, got):
+        return None
+    if _unknown_sizes(wanted, got):
+        return Reject("with sizes that are not known, the replacement cannot be shown to have the same shape")
+    return _defect(rule, root, f"it gives {got} where {wanted} is expected")
+
+
+def _unknown_sizes(wanted: Any, got: Any) -> bool:
+    """Whether two fake values may differ in sizes that are not known, and in nothing else."""
+    if isinstance(wanted, tuple) or isinstance(got, tuple):
+        pairs = list(zip(wanted, got, strict=False)) if type(wanted) is type(got) else []
+        return len(pairs) == len(wanted) == len(got) and all(same_type(a, b) or _unknown_sizes(a, b) for a, b in pairs)
+    if (wanted.dtype, wanted.device, wanted.dim()) != (got.dtype, got.device, got.dim()):
+        return False
+    pairs = zip(wanted.shape, got.shape, strict=True)
+    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ def to_channels(value: Tensor | float, like: Tensor, *, channels: int) -> Tensor
     """A number or a tensor of 1 or ``channels`` elements as a (channels,) vector of ``like``'s dtype and device."""
     if not isinstance(value, Tensor):
         return like.new_full((channels,), value)
-    return value.to(like.dtype).reshape(-1).expand(channels).clone()
+    return value.to(like).reshape(-1).expand(channels).clone()
 
 
 @define(Kind.DERIVED)
@@ -104,3 +105,17 @@ def window_sums(weight: Tensor, *, windows: tuple[tuple[tuple[int, int], ...], .
         parts = [weight.narrow(dim, low, high - low).sum(dim, keepdim=True) for low, high in ranges]
         weight = torch.cat(parts, dim)
     return weight
+
+
+@define(Kind.DERIVED, outputs=4)
+def centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x less the mean of its channel (dim 1) over all other dims; that mean, the variance, the unbiased variance.
+
+    The statistics are (C,).
+    """
+    dims = tuple(d for d in range(x.dim()) if d != 1)
+    count = x.shape[0] * x.shape[2:].numel()
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    var = centred.square().mean(dims)  # torch.var is several times slower on a CPU
+    return centred, mean.flatten(), var, var * (count / (count - 1))

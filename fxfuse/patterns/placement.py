@@ -1,0 +1,237 @@
+"""Where an affine map ends up: in the convolution's weights, behind a mean, or nowhere at all.
+
+Many maps could go several ways. The rules that fold, move or drop them ask here, so that they agree
+and lead to the same program in any order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.chain import attributes, dtype, op_name, operands, same_shape, sizes
+from fxfuse.patterns.rule import Reject
+from fxfuse.vocabulary.conv import output_size
+
+#: maps that are affine in one operand: a*y + c
+AFFINE = ("mul", "div", "add", "sub", "neg", "batch_norm")
+#: those without a shift
+LINEAR = ("mul", "div", "neg")
+#: dtypes whose rounding may move from one value to another; 16-bit ones are too coarse for it
+WIDE = (torch.float32, torch.float64)
+
+
+# --- into the weights -----------------------------------------------------------------------------
+def source(node: fx.Node) -> fx.Node | None:
+    """The convolution that ``node`` becomes a part of, as only copies and maps that fold lie between; or None."""
+    if op_name(node) == "conv_transpose":
+        return node
+    if op_name(node) != "clone" and op_name(node) not in AFFINE:
+        return None
+    for value in dict.fromkeys(operands(node)):
+        if not isinstance(value, fx.Node) or len(value.users) != 1:
+            continue
+        conv = source(value)
+        if conv is not None and (op_name(node) == "clone" or fold_refusal(node, value, conv) is None):
+            return conv
+    return None
+
+
+def fold_refusal(node: fx.Node, value: fx.Node, conv: fx.Node) -> Reject | None:
+    """Why the map ``node`` of ``value`` does not fold into ``conv``, which ``value`` is or becomes a part of."""
+    refusal = foldable(conv)
+    if refusal is None:
+        check = _batch_norm_refusal if op_name(node) == "batch_norm" else _arithmetic_refusal
+        refusal = check(node, value, conv)
+    return refusal or (_weight_refusal(node, value, conv) if _scales(node, value) else None)
+
+
+def foldable(conv: fx.Node) -> Reject | None:
+    """None where arithmetic may move into ``conv``'s weights."""
+    if dtype(conv) not in WIDE:
+        return Reject(f"folding would round the {dtype(conv)} weights a second time", conv)
+    return None
+
+
+def batched(conv: fx.Node) -> bool:
+    """Whether a convolution's input has a batch dim before its channels."""
+    return bool(conv.meta["val"].dim() == len(attributes(conv)["stride"]) + 2)
+
+
+def _batch_norm_refusal(node: fx.Node, value: fx.Node, conv: fx.Node) -> Reject | None:
+    if operands(node)[0] is not value:
+        return Reject("the convolution is one of the statistics", node)
+    if not batched(conv):
+        return Reject("an input without a batch dim has its channels elsewhere", conv)
+    if any(isinstance(a, fx.Node) and dtype(a) is not dtype(conv) for a in operands(node)[1:]):
+        return Reject("the statistics are of another dtype than the convolution", node)
+    return None
+
+
+def _arithmetic_refusal(node: fx.Node, value: fx.Node, conv: fx.Node) -> Reject | None:
+    if dtype(node) is not dtype(conv):
+        return Reject(f"the result is {dtype(node)}, the convolution {dtype(conv)}", node)
+    if node.meta["val"].dim() != conv.meta["val"].dim():
+        return Reject("its other operand adds dims", node)
+    if op_name(node) == "div" and operands(node)[0] is not value:
+        return Reject("the convolution is the divisor", node)
+    others = [o for o in operands(node) if o is not value]
+    if op_name(node) != "neg" and len(others) != 1:
+        return Reject("both operands are the convolution", node)
+    if vanishes(node):
+        return Reject("the shift vanishes in the softmax instead", node)
+    return number_refusal(node) or next((r for o in others if (r := _channel_refusal(o, node, conv)) is not None), None)
+
+
+def _channel_refusal(value: Any, node: fx.Node, conv: fx.Node) -> Reject | None:
+    """None where ``value`` is one number per output channel of ``conv`` (or one in all)."""
+    if not isinstance(value, fx.Node):
+        return None
+    shape, rank = value.meta["val"].shape, conv.meta["val"].dim()
+    channel_dim = rank - len(attributes(conv)["stride"]) - 1
+    if not constant_along(value, tuple(d for d in range(rank) if d != channel_dim), rank):
+        return Reject("its other operand does not have one value per channel", node)
+    given = (1,) * (rank - len(shape)) + tuple(shape)
+    if all(not statically_known_true(given[channel_dim] == s) for s in (1, conv.meta["val"].shape[channel_dim])):
+        return Reject("its other operand broadcasts over the channels", node)
+    return None
+
+
+def _scales(node: fx.Node, value: fx.Node) -> bool:
+    """Whether folding ``node`` multiplies the weights, rather than changing the bias alone."""
+    return op_name(node) != "add" and not (op_name(node) == "sub" and operands(node)[0] is value)
+
+
+def _weight_refusal(node: fx.Node, value: fx.Node, conv: fx.Node) -> Reject | None:
+    """A fold costs a pass over the weight in every call, and saves one over what the map runs on."""
+    mean, weight = averaged(node, value), sizes(operands(conv)[1])
+    place, shape = ("output", _full_shape(conv)) if mean is None else (str(op_name(mean)), sizes(mean))
+    if weight is None or shape is None or math.prod(weight) <= math.prod(shape):
+        return None
+    return Reject(f"the weight has {math.prod(weight)} elements, the {place} only {math.prod(shape)}", conv)
+
+
+def _full_shape(conv: fx.Node) -> tuple[int, ...] | None:
+    """The shape of ``conv`` with its dead outputs: the same before and after they are dropped."""
+    x, weight, out = sizes(operands(conv)[0]), sizes(operands(conv)[1]), sizes(conv)
+    if x is None or weight is None or out is None:
+        return None
+    first = len(out) - (len(weight) - 2)
+    geometry = (attributes(conv)[k] for k in ("stride", "padding", "output_padding", "dilation"))
+    return (*out[:first], *(output_size(*each) for each in zip(x[first:], weight[2:], *geometry, strict=True)))
+
+
+# --- behind a mean --------------------------------------------------------------------------------
+def averaged(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The mean or sum behind which the map ``node`` of ``value`` moves, through copies and further maps; or None."""
+    path = [value, node]
+    while True:
+        if len(path[-1].users) != 1:
+            return None
+        (user,) = path[-1].users
+        if op_name(user) in ("mean", "sum"):
+            break
+        if op_name(user) != "clone" and op_name(user) not in AFFINE:
+            return None
+        path.append(user)
+    for before, after in itertools.pairwise(path):
+        if op_name(after) != "clone" and moves_behind(after, user) is not before:
+            return None
+    return user
+
+
+def moves_behind(node: fx.Node, reduce: fx.Node) -> fx.Node | Reject:
+    """The operand y of the affine map ``node`` = a*y + c that a mean or sum may take in its place, or why not."""
+    if op_name(reduce) == "sum" and op_name(node) not in LINEAR:
+        return Reject("a sum counts the shift once per element", node)
+    if not attributes(reduce)["keepdim"] and sizes(reduce) is None:
+        return Reject("dropped dims need sizes that are known", reduce)
+    return affine_value(node, attributes(reduce)["dims"])
+
+
+def affine_value(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | Reject:
+    """The operand y of the affine map ``node`` = a*y + c where a and c are constant along ``dims``, or why none is."""
+    if not dtype(node).is_floating_point:
+        return Reject("a mean of integers", node)
+    if dtype(node) not in WIDE and op_name(node) not in LINEAR:
+        return Reject(f"a mean rounded to {dtype(node)} before the shift could lose what the shift leaves", node)
+    if op_name(node) == "batch_norm":
+        normed: fx.Node = operands(node)[0]
+        return Reject("the mean runs over the channels", node) if 1 in dims else normed
+    value = _varying(node, dims)
+    if value is None:
+        return Reject("both operands vary along the averaged dims", node)
+    if op_name(node) == "div" and operands(node)[0] is not value:
+        return Reject("the value is the divisor", node)
+    if dtype(node) is not dtype(value):
+        return Reject("the map changes the dtype", node)
+    return number_refusal(node) or value
+
+
+def _varying(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | None:
+    """The operand of ``node``'s own shape, where the other one is constant along ``dims``."""
+    tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
+    for value in tensors:
+        others = [o for o in tensors if o is not value]
+        constant = all(constant_along(o, dims, node.meta["val"].dim()) for o in others)
+        if constant and len(others) == len(tensors) - 1 and same_shape(value.meta["val"], node.meta["val"]):
+            return value
+    return None
+
+
+def constant_along(operand: fx.Node, dims: tuple[int, ...], rank: int) -> bool:
+    """Whether an operand that broadcasts to ``rank`` dims is constant along ``dims`` of them."""
+    shape = operand.meta["val"].shape
+    missing = rank - len(shape)
+    return all(d < missing or statically_known_true(shape[d - missing] == 1) for d in dims)
+
+
+# --- nowhere --------------------------------------------------------------------------------------
+def vanishes(node: fx.Node) -> bool:
+    """Whether ``node`` adds a number that a softmax cancels, with only copies and other such shifts between."""
+    while isinstance(shifted(node), fx.Node) or op_name(node) == "clone":
+        if len(node.users) != 1:
+            return False
+        (node,) = node.users
+        if op_name(node) in ("softmax", "log_softmax"):
+            return True
+    return False
+
+
+def shifted(node: fx.Node) -> fx.Node | Reject:
+    """The operand y of ``node`` = y + c with a number c, or why it is not that."""
+    if op_name(node) not in ("add", "sub"):
+        return Reject("it is not a shift", node)
+    values = [o for o in operands(node) if isinstance(o, fx.Node)]
+    if len(values) > 1:
+        return Reject("the shift is a tensor, which may vary along the softmax", node)
+    if op_name(node) == "sub" and operands(node)[0] is not values[0]:
+        return Reject("the value is subtracted from a number, which turns its sign", node)
+    if dtype(values[0]) is not dtype(node) or not dtype(node).is_floating_point:
+        return Reject("the shift changes the dtype", node)
+    return number_refusal(node) or values[0]
+
+
+# --- numbers --------------------------------------------------------------------------------------
+def number_refusal(node: fx.Node) -> Reject | None:
+    """Why a number in the arithmetic ``node`` does not commute with sums: it is no ordinary one in its dtype."""
+    numbers = operands(node)[1:] if op_name(node) == "div" else operands(node)
+    for number in numbers:
+        if not isinstance(number, fx.Node) and not ordinary(number, str(op_name(node)), dtype(node)):
+            return Reject(f"{op_name(node)} with {number} leaves the range of {dtype(node)}", node)
+    return None
+
+
+def ordinary(number: float, op: str, kind: torch.dtype) -> bool:
+    """Whether a number is finite in ``kind``; as a factor 0 or normal, as a divisor normal, its reciprocal too."""
+    limits, size = torch.finfo(kind), abs(number)
+    if op in ("add", "sub") or (op != "div" and size == 0):
+        return size <= limits.max
+    if not limits.tiny <= size <= limits.max:
+        return False
+    return op != "div" or limits.tiny <= 1 / size <= limits.max

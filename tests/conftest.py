@@ -1,0 +1,45 @@
+"""What holds for every test: a seeded torch, and no rule may be called defective on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "fxfuse", deadline=None, derandomize=True, max_examples=50, suppress_health_check=list(hypothesis.HealthCheck)
+)
+#: for a longer search by hand: pytest --hypothesis-profile=deep
+hypothesis.settings.register_profile(
+    "deep", deadline=None, max_examples=1000, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("fxfuse")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "defective: the test makes a defective rule on purpose")
+
+
+class _Defects(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "is defective" in record.getMessage():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The engine swallows a rule's own failure and logs it: here that fails the test."""
+    torch.manual_seed(0)
+    handler, log = _Defects(), logging.getLogger("fxfuse")
+    log.addHandler(handler)
+    yield
+    log.removeHandler(handler)
+    if request.node.get_closest_marker("defective") is None:
+        assert not handler.messages
