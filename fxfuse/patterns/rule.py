@@ -341,9 +341,10 @@ def _fits(rule: Rule, root: fx.Node, new: fx.Node | tuple[fx.Node, ...], added: 
 def _unknown_sizes(wanted: Any, got: Any) -> bool:
     """Whether two fake values may differ in sizes that are not known, and in nothing else."""
     if isinstance(wanted, tuple) or isinstance(got, tuple):
-        pairs = list(zip(wanted, got, strict=False)) if type(wanted) is type(got) else []
-        return len(pairs) == len(wanted) == len(got) and all(same_type(a, b) or _unknown_sizes(a, b) for a, b in pairs)
+        if not isinstance(wanted, tuple) or not isinstance(got, tuple) or len(wanted) != len(got):
+            return False
+        return all(same_type(a, b) or _unknown_sizes(a, b) for a, b in zip(wanted, got, strict=True))
     if (wanted.dtype, wanted.device, wanted.dim()) != (got.dtype, got.device, got.dim()):
         return False
-    pairs = zip(wanted.shape, got.shape, strict=True)
-    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in pairs)
+    sizes = zip(wanted.shape, got.shape, strict=True)
+    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in sizes)
