@@ -130,7 +130,7 @@ def test_explain_is_quick() -> None:
     report = fxfuse.explain(network, x)
     seconds = time.perf_counter() - started
     assert report.graph_before is not None and len(report.graph_before.nodes) > 60
-    assert seconds < 2.0 * len(report.graph_before.nodes) / 100
+    assert seconds < 2.0
 
 
 def _loss(result: object) -> Tensor:
