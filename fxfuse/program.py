@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import keyword
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -229,10 +230,15 @@ def _is_literal(value: Any) -> bool:
 _CONSTANTS = {"inf": math.inf, "nan": math.nan, **DTYPES}
 
 
+#: CPython 3.11 counts how deep the syntax trees of all threads are together, and may find a mismatch
+_one_parser = threading.Lock()
+
+
 def parse_statements(text: str) -> list[ast.stmt]:
     """The statements of ``text``; ProgramError where it is not Python, or too deeply nested to be a program."""
     try:
-        return ast.parse(text).body
+        with _one_parser:
+            return ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ProgramError(f"not the text of a program: {error}") from None
 
