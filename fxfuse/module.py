@@ -140,6 +140,10 @@ class PartView(View):
     ``forward`` is that of the original's class (next in the resolution order), run on the view.
     """
 
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        return modules[name] if name in modules else super().__getattr__(name)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _part_view, (self._fxfuse_original, self._fxfuse_paths, *self._fxfuse_made)
 
@@ -153,7 +157,7 @@ class PartView(View):
         views = {
             name: view
             for name, view in modules.items()
-            if name in self._fxfuse_paths and view._fxfuse_original is original.get(name)
+            if isinstance(view, View) and view._fxfuse_original is original.get(name)
         }
         wanted = {
             name: views[name] if name in views else self._chosen(name, module) for name, module in original.items()

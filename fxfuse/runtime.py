@@ -238,7 +238,7 @@ class Runtime:
         try:
             return self._specialise(capture, tensors, lifted, entry.notes)
         except Exception as error:
-            log.exception("compiling %s failed; it runs as it is", type(self.model).__name__)
+            log.exception("compiling %s failed, and it runs as it is; please report this", type(self.model).__name__)
             note = f"left alone for these shapes: the compiler failed with {type(error).__name__}: {error}"
             return Specialisation(None, (), (), Report(type(self.model).__name__, [*entry.notes, note]))
 
@@ -296,6 +296,8 @@ def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
         return f"an argument of class {form.opaque}, which may change unseen, runs as it is"
     if torch._C._functorch.maybe_current_level() is not None:
         return "under a torch.func transform the original operators run"
+    if torch._C._get_tracing_state() is not None:
+        return "under torch.jit.trace the original operators are traced"
     if forward_ad._current_level >= 0:
         return "under forward-mode differentiation the original operators run"
     if _has_any_global_hook():

@@ -43,14 +43,15 @@ class RegionReport:
         before = " > ".join(i.op for i in self.region.original.body)
         lines = [f"{self.anchor}: {before}"]
         if self.rules:
-            lines.append(f"rewritten: {' > '.join(self._visible_stages())}")
+            lines.append(f"rewritten: {' > '.join(self.visible_stages)}")
         lines += [
             f"{count}x {rule}" if count > 1 else rule for rule, count in Counter(r.rule for r in self.rules).items()
         ]
         lines += [f"ends at {node}: {reason}" for node, reason in self.ended]
         return "\n".join(lines)
 
-    def _visible_stages(self) -> list[str]:
+    @property
+    def visible_stages(self) -> tuple[str, ...]:
         """The stages that touch activations: what depends on weights alone is not worth a word."""
         program = self.region.rewritten
         weights = {n for n, _ in program.inputs} - {_data_input(self.region)}
@@ -60,7 +61,7 @@ class RegionReport:
                 weights.update(instr.outs)
             else:
                 shown.append(instr.op)
-        return shown
+        return tuple(shown)
 
 
 def _data_input(region: Region) -> str:
