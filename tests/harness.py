@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -200,3 +201,76 @@ def gradients(program: Program, tensors: Sequence[Tensor], needs: Sequence[bool]
     wanted = [t for t in leaves if t.requires_grad]
     found = torch.autograd.grad(loss, wanted, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+
+
+# --- sampling -------------------------------------------------------------------------------------
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A sampled transposed convolution: the inputs of a program, the call, and the shape of its result."""
+
+    inputs: str
+    call: str
+    shape: tuple[int, ...]
+    dims: int
+    batched: bool
+
+    @property
+    def channels(self) -> int:
+        return self.shape[-self.dims - 1]
+
+    @property
+    def column(self) -> str:
+        """The type of one value per channel that broadcasts with the result."""
+        return f"f64[{', '.join(map(str, (self.channels, *(1 for _ in range(self.dims)))))}]"
+
+
+def draw_conv(
+    draw: st.DataObject,
+    *,
+    batched: bool | None = True,
+    bias: bool | None = None,
+    sizes: tuple[int, int] = (3, 6),
+    dtype: str = "f64",
+) -> Conv:
+    """Any stride, padding, output padding, dilation, groups, with a bias or without; kernels of 1 to 3."""
+    pick = draw.draw
+    dims = pick(st.integers(1, 2))
+    with_batch, with_bias = (pick(st.booleans()) if given is None else given for given in (batched, bias))
+    groups, per_in, per_out = pick(st.integers(1, 2)), pick(st.integers(1, 2)), pick(st.integers(1, 3))
+    geometry: dict[str, list[int]] = {k: [] for k in ("stride", "padding", "output_padding", "dilation")}
+    lengths, kernel, out = [], [], []
+    for _ in range(dims):
+        length, k = pick(st.integers(*sizes)), pick(st.integers(1, 3))
+        s, d = pick(st.integers(1, 3)), pick(st.integers(1, 2))
+        full = (length - 1) * s + d * (k - 1) + 1
+        p, extra = pick(st.integers(0, min((full - 1) // 2, 3))), pick(st.integers(0, max(s, d) - 1))
+        for name, value in zip(geometry, (s, p, extra, d), strict=True):
+            geometry[name].append(value)
+        lengths.append(length)
+        kernel.append(k)
+        out.append(full - 2 * p + extra)
+    batch = (pick(st.integers(1, 3)),) if with_batch else ()
+    x, w = (*batch, groups * per_in, *lengths), (groups * per_in, per_out, *kernel)
+    inputs = [f"x: {dtype}[{_list(x)}]", f"w: {dtype}[{_list(w)}]"]
+    if with_bias:
+        inputs.append(f"b: {dtype}[{groups * per_out}]")
+    call = conv("x, w, b" if with_bias else "x, w, None", **geometry, groups=groups, dims=dims)
+    return Conv(", ".join(inputs), call, (*batch, groups * per_out, *out), dims, with_batch)
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def salted(tensor: Tensor, seed: int, values: Sequence[float] = (NAN, INF, -INF, 0.0), part: float = 0.05) -> Tensor:
+    """A copy in which each of ``values`` takes the place of some elements, at least of one."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = tensor.clone()
+    for value in values:
+        copy[torch.rand(copy.shape, generator=generator) < part] = value
+    place = int(torch.randint(copy.numel(), (), generator=generator))
+    copy.view(-1)[place] = values[int(torch.randint(len(values), (), generator=generator))]
+    return copy
