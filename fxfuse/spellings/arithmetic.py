@@ -75,9 +75,16 @@ def _rsub(input, other, alpha=1):
     return call("sub", other, input)
 
 
-@spells(*everywhere("div"), operator.truediv, torch.divide, "divide", "__truediv__", "__div__", "aten::divide")
-def _div(input, other, rounding_mode=None):
+@spells(operator.truediv)
+def _truediv(input, other):
     _some_tensor(input, other)
+    return call("div", input, other)
+
+
+@spells(*everywhere("div"), torch.divide, "divide", "__truediv__", "aten::divide")
+def _div(input, other, rounding_mode=None):
+    if not isinstance(input, fx.Node):
+        refuse("torch.div of a number rounds once, the number / a tensor twice")
     if rounding_mode is not None:
         refuse(f"division with rounding_mode={rounding_mode!r}")
     return call("div", input, other)
@@ -86,11 +93,6 @@ def _div(input, other, rounding_mode=None):
 @spells(torch.true_divide, "true_divide", "aten::true_divide")
 def _true_divide(input, other):
     return _div(input, other)
-
-
-@spells("__rtruediv__", "__rdiv__")
-def _rdiv(input, other):
-    return call("div", other, input)
 
 
 # --- bounds ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ for _name, _others in {
     "neg": (operator.neg, torch.negative, "negative", "__neg__", "aten::negative"),
     "abs": (operator.abs, torch.absolute, "absolute", "__abs__", "aten::absolute"),
     "sigmoid": (torch.special.expit, "aten::special_expit"),
-    "logsigmoid": ("aten::log_sigmoid",),
+    "log_sigmoid": (F.logsigmoid,),
 }.items():
     spells(*_others)(lambda input, _name=_name: call(_name, input))
 
@@ -54,7 +54,7 @@ for _kind, _name, *_attributes in (
     (nn.Hardsigmoid, "hardsigmoid"),
     (nn.SELU, "selu"),
     (nn.Sigmoid, "sigmoid"),
-    (nn.LogSigmoid, "logsigmoid"),
+    (nn.LogSigmoid, "log_sigmoid"),
     (nn.Tanh, "tanh"),
     (nn.Tanhshrink, "tanhshrink"),
     (nn.Softsign, "softsign"),

@@ -58,8 +58,7 @@ def _avg_pool(n: int) -> None:
 
 
 def _size(output_size: Any, n: int) -> tuple[int | None, ...]:
-    size = output_size if isinstance(output_size, (tuple, list)) else (output_size,)
-    size = tuple(size) * n if len(size) == 1 else tuple(size)
+    size = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,) * n
     if len(size) != n or not all(s is None or isinstance(s, int) for s in size):
         refuse(f"output_size {output_size} is not known before the call")
     return size
