@@ -117,5 +117,7 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = x.shape[0] * x.shape[2:].numel()
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
-    var = centred.square().mean(dims)  # torch.var is several times slower on a CPU
-    return centred, mean.flatten(), var, var * (count / (count - 1))
+    centred = centred.sub_(centred.mean(dims, keepdim=True))  # what rounding has left
+    # torch.var is several times slower on a CPU
+    total = torch.linalg.vector_norm(centred.reshape(*x.shape[:2], -1), dim=2).square().sum(0)
+    return centred, mean.flatten(), total / count, total / (count - 1)
