@@ -15,18 +15,22 @@ Inductor, or, with ``options={"remainder": "eager"}``, to torch's own operators.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import functools
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxfuse.ops import run_region, update_running_statistics
+from fxfuse.ops import run_region, traced_region, update_running_statistics
 from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import UNKNOWN
 from fxfuse.report import Report
@@ -69,7 +73,7 @@ def backend(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx  # slow to import, and not needed for eager
 
-    return compile_fx(gm, example_inputs, config_patches=choices.inductor)  # type: ignore[no-any-return,arg-type]
+    return compile_fx(gm, example_inputs, config_patches=choices.inductor)  # type: ignore[return-value]
 
 
 #: the name that the entry point gives; in Python, say ``backend``
@@ -120,23 +124,32 @@ def _inductor(mode: str | None) -> dict[str, Any]:
     if (mode or "default") not in modes:
         raise ValueError(f"mode={mode!r} is not one of {_listed(modes)}")
     known = dict(config.unsafe_marked_cacheable_functions)
-    # pure but for its arguments; another version of fxfuse is another key
-    known[f"{update_running_statistics.__module__}.{update_running_statistics.__name__}"] = __version__
+    # they depend on their arguments and on this package alone
+    known.update((f"{f.__module__}.{f.__name__}", _digest()) for f in (traced_region, update_running_statistics))
     return {**modes[mode or "default"], "unsafe_marked_cacheable_functions": known}
+
+
+@functools.cache
+def _digest() -> str:
+    """Tells one source of this package from another, for the keys of Inductor's caches."""
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join([__version__.encode(), *(f.read_bytes() for f in files)])).hexdigest()
 
 
 # --- one graph ------------------------------------------------------------------------------------
 def _fuse(gm: fx.GraphModule, example_inputs: Sequence[Any], choices: Choices) -> None:
     """Fuse the regions of ``gm``, in place, and keep the report; a graph that fails stays untouched."""
-    target = run_region if choices.remainder == "eager" else torch.ops.fxfuse.region.default
+    target = run_region if choices.remainder == "eager" else traced_region
     reason = _unsupported(gm.graph, example_inputs)
     if reason is not None:
         return _remember(Report(notes=[f"left alone: {reason}"]))
     graph = _copy(gm.graph)
     try:
-        inputs = _fake_inputs(graph, example_inputs)
-        report = fuse(graph, dict(gm.named_modules()), inputs, choices.options, target)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the model must run
+        mode = _fake_mode(example_inputs)
+        inputs = _fake_inputs(graph, example_inputs, mode)
+        with _unguarded(mode.shape_env):
+            report = fuse(graph, dict(gm.named_modules()), inputs, choices.options, target)
+    except Exception as error:  # whatever it is, the model must run
         log.warning("compiling a graph failed, and it goes on as it is; please report this", exc_info=True)
         return _remember(Report(notes=[f"left alone: the compiler failed with {type(error).__name__}: {error}"]))
     for node in graph.nodes:
@@ -182,15 +195,19 @@ def _bare(graph: fx.Graph | None) -> fx.Graph | None:
     return new
 
 
-def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[Any]:
+def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+    """A fake mode with the symbols of the one that Dynamo traced in, where there is one."""
+    traced = detect_fake_mode(example_inputs)
+    return FakeTensorMode(shape_env=traced.shape_env if traced is not None else None)
+
+
+def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     """One fake value per placeholder, with Dynamo's symbols for sizes.
 
     Not the ones in ``meta["example_value"]``: Dynamo ran the graph on these, and where it changes an
     input's shape they are as the graph leaves them. For the same reason the fake mode is our own.
     """
     context = TracingContext.try_get()
-    traced = detect_fake_mode(example_inputs)
-    mode = FakeTensorMode(shape_env=traced.shape_env if traced is not None else None)
     values = []
     for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         if not isinstance(value, Tensor):
@@ -203,3 +220,14 @@ def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[Any]:
         else:
             values.append(UNKNOWN)
     return values
+
+
+@contextlib.contextmanager
+def _unguarded(shape_env: ShapeEnv | None) -> Iterator[None]:
+    """What asks for the value of an unknown size fails, instead of fixing it by a guard; new symbols are discarded."""
+    with contextlib.ExitStack() as stack:
+        if shape_env is not None:
+            stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+            if hasattr(shape_env, "error_on_new_guards"):  # not in every torch
+                stack.enter_context(shape_env.error_on_new_guards())
+        yield

@@ -75,6 +75,24 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
     return _forward(inputs, text)
 
 
+def traced_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
+    """What a fused node means to AOTAutograd: the plan's choice, made while it traces.
+
+    Where the plan keeps the original chain for the sake of a backward, its operators are traced, for
+    the next compiler to fuse; everything else becomes ``torch.ops.fxfuse.region``.
+    """
+    region = Region.parse(text)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    path = choose(region, inputs[0].device.type, gradients)
+    known = all(
+        None not in kind.shape for _, kind in region.original.inputs
+    )  # Inductor's convolution_backward needs it
+    if path is Path.ORIGINAL and known and region.precision is None:  # traced operators keep no precision
+        with no_autocast():
+            return _separate(region.original.run(inputs), inputs)
+    return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
+
+
 def _plain(inputs: Sequence[Tensor]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
         return False

@@ -72,7 +72,7 @@ def storages(value: Any) -> frozenset[int]:
 
 
 #: what a node is called for when it has no other effect
-_VALUES = (Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+_VALUES: tuple[type, ...] = (Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 _VALUES += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, slice, type(None), type(...))
 
 
@@ -194,7 +194,7 @@ def _buffers(node: fx.Node, call: Call | None, modules: dict[str, nn.Module]) ->
 
 
 def _is_switch(value: Any, effects: _Effects) -> bool:
-    """Whether a node that gives ``value`` was called for something that cannot be seen here: an assertion, a context."""
+    """Whether a node that gives ``value`` was called for what cannot be seen here: an assertion, a context."""
     if value is UNKNOWN:
         return False  # whatever depends on it stays where it is
     if value is None:
