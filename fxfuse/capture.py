@@ -50,7 +50,7 @@ class CallForm:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[CallForm, list[Tensor]]:
-        if not kwargs and all(type(a) is Tensor for a in args):
+        if not kwargs and all(isinstance(a, Tensor) for a in args):
             return _positional(len(args)), list(args)
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         tensors = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
@@ -66,6 +66,8 @@ class CallForm:
     @functools.cached_property
     def key(self) -> Any:
         """What two calls of the same form have in common; 0.0 is not -0.0, and 1 is not True."""
+        if self is _positional(len(self.tensors)):
+            return len(self.tensors)  # a spec takes long to hash
         return self.spec, tuple(
             (i, type(c), repr(c) if isinstance(c, (float, complex)) else c) for i, c in self.constants
         )

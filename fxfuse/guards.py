@@ -40,7 +40,7 @@ class Guards:
         self._contents: list[tuple[Any, Any, str]] = []
         self._absent: list[tuple[_State, frozenset[str]]] = []
         self._empty: list[_State] = []
-        self._full: list[tuple[_State, list[Any], str]] = []
+        self._full: list[tuple[_State, list[Any]]] = []
         self._none: list[tuple[_State, str]] = []
         for module in modules_of(model):
             state = module.__dict__
@@ -73,14 +73,14 @@ class Guards:
         watched = [state["_modules"], *(state[h] for h in HOOKS if hooks)]
         for part in watched:
             if part:
-                self._full.append((part, elements(part), "its hooks or submodules"))
+                self._full.append((part, elements(part)))
             else:
                 self._empty.append(part)
         for part in _TENSORS:
             self._none += [(state[part], name) for name, value in state[part].items() if value is None]
 
     def hold(self) -> bool:
-        """Whether the model is still as it was."""
+        """Whether the model is still as it was. On the way of every call, hence the loops."""
         if any(self._empty):
             return False
         try:
@@ -90,16 +90,20 @@ class Guards:
                     return False
         except KeyError:
             return False
-        return (
-            all(state.keys().isdisjoint(names) for state, names in self._absent)
-            and all(state.get(name) is None for state, name in self._none)
-            and all(_holds(value, expected) for value, expected, _ in self._contents)
-            and all(_identical(elements(state), expected) for state, expected, _ in self._full)
-        )
+        for state, names in self._absent:
+            if not names.isdisjoint(state):
+                return False
+        for state, name in self._none:
+            if state.get(name) is not None:
+                return False
+        for part, modules in self._full:
+            if not _identical(elements(part), modules):
+                return False
+        return not self._contents or all(_holds(value, contents) for value, contents, _ in self._contents)
 
-    def difference(self) -> str:
-        """The name of an attribute that differs, for people."""
-        return next(self._differences(), "nothing")
+    def difference(self) -> str | None:
+        """The name of an attribute that is not as it was, for people; None where all is."""
+        return next(self._differences(), None)
 
     def _differences(self) -> Iterator[str]:
         for state, _, expected, names in self._fixed:
@@ -109,7 +113,7 @@ class Guards:
         yield from (name for state, name in self._none if state.get(name) is not None)
         yield from (name for value, expected, name in self._contents if not _holds(value, expected))
         yield from ("its hooks" for state in self._empty if state)
-        yield from (name for state, expected, name in self._full if not _identical(elements(state), expected))
+        yield from ("its submodules" for state, expected in self._full if not _identical(elements(state), expected))
 
 
 def _equal(value: Any, expected: Any) -> bool:

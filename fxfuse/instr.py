@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,8 +43,14 @@ class TensorType:
         sizes = ", ".join("_" if s is None else str(s) for s in self.shape)
         return f"{DTYPE_NAMES[self.dtype]}[{sizes or '()'}]"
 
+    @functools.cached_property
+    def _known(self) -> bool:
+        return None not in self.shape
+
     def mismatch(self, tensor: Tensor) -> str | None:
         """Why ``tensor`` is not of this type, or None."""
+        if self._known and tensor.shape == self.shape and tensor.dtype is self.dtype:
+            return None
         if tensor.dtype is not self.dtype:
             return f"dtype {tensor.dtype} where {self.dtype} is expected"
         if len(self.shape) != tensor.dim() or any(

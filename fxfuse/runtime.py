@@ -92,7 +92,7 @@ class Runtime:
         key = _form_key(form, tensors)
         found = self._find(key, tensors)
         if found is None:
-            reason = self._uncapturable(tensors)
+            reason = self._uncapturable(tensors) or self._restless(key)
             if reason is not None:
                 self._note(reason)
                 return self.model.forward(*args, **kwargs)
@@ -157,9 +157,14 @@ class Runtime:
             return "a call is being traced that was never run for real: the original operators are traced"
         if any(nn.parameter.is_lazy(t) for t in (*self.model.parameters(), *self.model.buffers())):
             return "nothing is captured yet: parameters have no shape before the first call"
-        if self._captured >= CAPTURES and self._captured > self._served:
-            return f"what it depends on changes from call to call, so that {self._captured} captures were of little use"
         return None
+
+    def _restless(self, key: Any) -> str | None:
+        """Why capturing the model once more would be of no use."""
+        if self._captured < CAPTURES or self._captured <= self._served:
+            return None
+        what = next((e.guards.difference() for e in self._entries.get(key, ())), None)
+        return f"{what or 'its arguments'} changed from call to call, and {self._captured} captures were of little use"
 
     def _first_call(self, form: CallForm, tensors: list[Tensor]) -> tuple[Any, Entry]:
         """Run the model itself, and look for a capture that does the same."""
@@ -288,11 +293,11 @@ def _difference(candidate: Capture, inputs: list[Tensor], expected: Any) -> str 
 def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
     """Why a call with these arguments, here and now, goes to the model itself."""
     for tensor in tensors:
-        if type(tensor) is not Tensor and not _is_known(tensor):
-            return f"inputs of class {type(tensor).__name__}, a subclass of Tensor, run as they are"
+        if type(tensor) is not Tensor and (reason := _special(tensor)):
+            return reason
         if tensor.layout is not torch.strided:
             return f"inputs of layout {tensor.layout} run as they are"
-    if form.opaque is not None:
+    if form.constants and form.opaque is not None:
         return f"an argument of class {form.opaque}, which may change unseen, runs as it is"
     if torch._C._functorch.maybe_current_level() is not None:
         return "under a torch.func transform the original operators run"
@@ -302,15 +307,18 @@ def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
         return "under forward-mode differentiation the original operators run"
     if _has_any_global_hook():
         return "with hooks on all modules the original modules run"
-    if any(not isinstance(s, int) for t in tensors if type(t) is not Tensor for s in t.shape):
-        return "with symbolic shapes the original operators are traced"
     return None
 
 
-def _is_known(tensor: Tensor) -> bool:
+def _special(tensor: Tensor) -> str | None:
+    """Why a tensor of a class of its own is not supported."""
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+    if type(tensor) not in (nn.Parameter, FakeTensor, FunctionalTensor):
+        return f"inputs of class {type(tensor).__name__}, a subclass of Tensor, run as they are"
+    if not all(isinstance(s, int) for s in tensor.shape):
+        return "with symbolic shapes the original operators are traced"
+    return None
 
 
 def _tracing(tensors: Sequence[Tensor]) -> bool:
@@ -327,6 +335,8 @@ def _form_key(form: CallForm, tensors: Sequence[Tensor]) -> Any:
 
 
 def _autocast_key() -> Any:
+    if not torch._C._is_any_autocast_enabled():
+        return None
     return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxfuse
 from fxfuse.ops import Run, watch
+
+F64 = torch.float64
 
 #: rtol, atol: what another order of summation explains
 TOLERANCE = {
@@ -125,3 +128,46 @@ def assert_agree(
 def _twice(nested: Any) -> tuple[Any, Any]:
     """Two copies of arguments; tensors that share memory share it in the copies too."""
     return copy.deepcopy(nested), copy.deepcopy(nested)
+
+
+# --- a model ----------------------------------------------------------------------------------------
+class Block(nn.Module):
+    """A small decoder block with state of all kinds: weights, buffers, flags, dropout, an unused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.up = nn.ConvTranspose3d(2, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm3d(4)
+        self.head = nn.Conv3d(4, 2, 1)
+        self.double_it = False
+        self.act = F.relu
+        self.register_buffer("offset", torch.zeros(4, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.up(x)) + self.offset)
+        return self.head(y * 2 if self.double_it else y)
+
+    def describe(self) -> str:
+        return f"{self.double_it}"
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape or (2, 2, 4, 4, 4), dtype=dtype)
+
+
+def optimized_block(x: Tensor | None = None, **options: Any) -> tuple[nn.Module, nn.Module]:
+    model = Block().eval()
+    return model, fxfuse.optimize(model, data() if x is None else x, **options)
+
+
+def assert_follows(optimized: nn.Module, model: nn.Module, x: Tensor | None = None, *, calls: int = 2) -> None:
+    """The optimised module does what the model does now, and by a region in the end."""
+    x = data() if x is None else x
+    with torch.no_grad():
+        for _ in range(calls):
+            with watch() as runs:
+                got = optimized(x.clone())
+            assert_same(got, copy.deepcopy(model)(x.clone()))
+    assert runs
