@@ -224,7 +224,7 @@ def _define(defined: set[str], name: str, where: str) -> None:
 def _is_literal(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_literal, value))
-    return value is None or type(value) in (bool, int, float, str) or value in DTYPE_NAMES
+    return value is None or type(value) in (bool, int, float, str) or (isinstance(value, torch.dtype) and value in DTYPE_NAMES)
 
 
 _CONSTANTS = {"inf": math.inf, "nan": math.nan, **DTYPES}
