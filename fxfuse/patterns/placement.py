@@ -220,10 +220,15 @@ def shifted(node: fx.Node) -> fx.Node | Reject:
 # --- numbers --------------------------------------------------------------------------------------
 def number_refusal(node: fx.Node) -> Reject | None:
     """Why a number in the arithmetic ``node`` does not commute with sums: it is no ordinary one in its dtype."""
-    numbers = operands(node)[1:] if op_name(node) == "div" else operands(node)
+    kind, op = dtype(node), str(op_name(node))
+    numbers = operands(node)[1:] if op == "div" else operands(node)
     for number in numbers:
-        if not isinstance(number, fx.Node) and not ordinary(number, str(op_name(node)), dtype(node)):
-            return Reject(f"{op_name(node)} with {number} leaves the range of {dtype(node)}", node)
+        if isinstance(number, fx.Node):
+            continue
+        if not ordinary(number, op, kind):
+            return Reject(f"{op} with {number} leaves the range of {kind}", node)
+        if op in ("add", "sub") and 2 * abs(number) * torch.finfo(kind).eps >= 1:
+            return Reject(f"a shift of {number} may be there to round to whole numbers", node)
     return None
 
 

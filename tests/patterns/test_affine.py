@@ -315,6 +315,7 @@ FOLDS = {"add": SHIFT, "sub": SHIFT, "mul": SCALE, "div": SCALE, "neg": SCALE}
         (MORE, "mul(y, inf)", "mul with inf leaves the range of torch.float64"),
         (MORE, "div(y, 0)", "div with 0 leaves the range of torch.float64"),
         (MORE, "div(y, 5e-324)", "div with 5e-324 leaves the range of torch.float64"),
+        (MORE, "add(y, 3e15)", "a shift of 3000000000000000.0 may be there to round to whole numbers"),
         (MORE, "sub(y, nan)", "sub with nan leaves the range of torch.float64"),
         (ALONE, "mul(y, t)", "its other operand broadcasts over the channels"),
         (ALONE, "add(y, u)", "its other operand adds dims"),
