@@ -49,9 +49,18 @@ def late_trims(body: Sequence[Instr], outputs: Sequence[str]) -> dict[int, Calla
 
 
 def _pool(op: vocabulary.Op, extent: tuple[int, ...], x: Tensor, **attributes: Any) -> Tensor:
-    """``op`` on a tensor that is at least ``extent`` long, cut to the windows that ``extent`` has."""
-    y: Tensor = op(x, **attributes)
-    geometry = zip(extent, attributes["kernel"], attributes["stride"], attributes["padding"], strict=True)
+    """``op`` on a tensor that is at least ``extent`` long, cut to the windows that ``extent`` has.
+
+    A dim in which the last window crosses the end, into the padding, is cut before: the tail is no padding.
+    """
+    kernel, stride, padding = attributes["kernel"], attributes["stride"], attributes["padding"]
     dilation = attributes.get("dilation", (1,) * len(extent))
-    ceil_mode = attributes["ceil_mode"]
-    return leading(y, tuple(output_size(*g, d, ceil_mode) for g, d in zip(geometry, dilation, strict=True)))
+    geometry = list(zip(extent, kernel, stride, padding, dilation, strict=True))
+    sizes = tuple(output_size(*g, attributes["ceil_mode"]) for g in geometry)
+    crosses = [
+        (size - 1) * s - p + d * (k - 1) + 1 > length
+        for size, (length, k, s, p, d) in zip(sizes, geometry, strict=True)
+    ]
+    given = x.shape[-len(extent) :]
+    x = leading(x, tuple(e if cut else g for e, g, cut in zip(extent, given, crosses, strict=True)))
+    return leading(op(x, **attributes), sizes)
