@@ -1,6 +1,7 @@
 """The rewrite rules, one module per family, listed here in order and explicitly.
 
-The order is a matter of taste: the result is the same fixed point for any order.
+The order is a matter of taste: the result is the same fixed point for any order of the rules that are
+on by default. Those for finite values only come last.
 """
 
 from fxfuse.patterns.affine import (
@@ -50,10 +51,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     MoveAffineBehindMean(),
     MoveAffineBehindAvgPool(),
     CollapseMeanOfConvTranspose(),
-    FoldChannelSumIntoConvTranspose(),
-    FoldAvgPoolIntoConvTranspose(),
     DropShiftBeforeSoftmax(),
     DropDeadOutputs(),
+    FoldChannelSumIntoConvTranspose(),
+    FoldAvgPoolIntoConvTranspose(),
 )
 
 __all__ = [
