@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxfuse.ops import run_region, traced_region, update_running_statistics
 from fxfuse.pipeline import Options, fuse
@@ -145,9 +144,8 @@ def _fuse(gm: fx.GraphModule, example_inputs: Sequence[Any], choices: Choices) -
         return _remember(Report(notes=[f"left alone: {reason}"]))
     graph = _copy(gm.graph)
     try:
-        mode = _fake_mode(example_inputs)
-        inputs = _fake_inputs(graph, example_inputs, mode)
-        with _unguarded(mode.shape_env):
+        inputs = _fake_inputs(graph, example_inputs)
+        with _unguarded(inputs):
             report = fuse(graph, dict(gm.named_modules()), inputs, choices.options, target)
     except Exception as error:  # whatever it is, the model must run
         log.warning("compiling a graph failed, and it goes on as it is; please report this", exc_info=True)
@@ -195,38 +193,29 @@ def _bare(graph: fx.Graph | None) -> fx.Graph | None:
     return new
 
 
-def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
-    """A fake mode with the symbols of the one that Dynamo traced in, where there is one."""
-    traced = detect_fake_mode(example_inputs)
-    return FakeTensorMode(shape_env=traced.shape_env if traced is not None else None)
-
-
-def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
-    """One fake value per placeholder, with Dynamo's symbols for sizes.
-
-    Not the ones in ``meta["example_value"]``: Dynamo ran the graph on these, and where it changes an
-    input's shape they are as the graph leaves them. For the same reason the fake mode is our own.
-    """
-    context = TracingContext.try_get()
+def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[Any]:
+    """One fake value per placeholder: Dynamo's own, which know the sizes that vary as symbols."""
+    mode = FakeTensorMode()
     values = []
     for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if not isinstance(value, Tensor):
-            values.append(node.meta.get("example_value", value))
-        elif context is not None and value in context.tensor_to_context:
-            symbols: Any = context.tensor_to_context[value]
-            values.append(mode.from_tensor(value, symbolic_context=symbols, source=symbols.tensor_source))
-        elif mode.shape_env is None or value.dim() == 0 or isinstance(value, FakeTensor):
-            values.append(mode.from_tensor(value))
-        else:
-            values.append(UNKNOWN)
+        fake = node.meta.get("example_value", value)
+        if isinstance(fake, Tensor):
+            if not isinstance(fake, FakeTensor):  # not from Dynamo
+                fake = mode.from_tensor(fake)
+            if any(isinstance(s, int) and s != t for s, t in zip(fake.shape, value.shape, strict=False)):
+                fake = UNKNOWN  # the graph changes its shape, and Dynamo has run the graph
+        values.append(fake)
     return values
 
 
 @contextlib.contextmanager
-def _unguarded(shape_env: ShapeEnv | None) -> Iterator[None]:
+def _unguarded(inputs: Sequence[Any]) -> Iterator[None]:
     """What asks for the value of an unknown size fails, instead of fixing it by a guard; new symbols are discarded."""
+    environments = {v.fake_mode.shape_env for v in inputs if isinstance(v, FakeTensor)}
     with contextlib.ExitStack() as stack:
-        if shape_env is not None:
+        for shape_env in environments:
+            if shape_env is None:
+                continue
             stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
             if hasattr(shape_env, "error_on_new_guards"):  # not in every torch
                 stack.enter_context(shape_env.error_on_new_guards())

@@ -123,12 +123,6 @@ def isolated() -> Iterator[None]:
                 torch.set_autocast_dtype(device, dtype)
 
 
-def _modes() -> tuple[Any, ...]:
-    """The global switches that change what an operator does."""
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *autocast)
-
-
 def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[Any]) -> None:
     """Annotate every node with ``meta["fxfuse"]`` (:class:`Facts`) and ``meta["fxfuse_val"]``.
 
@@ -140,12 +134,10 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
     values: dict[fx.Node, Any] = {}
     waiting = iter(inputs)
     for index, node in enumerate(graph.nodes):
-        effects, refusal, call, modes = _Effects(), "", None, _modes()
+        effects, refusal, call = _Effects(), "", None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
             value = next(waiting)
-        elif isinstance(node.meta.get("example_value"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            value = node.meta["example_value"]  # Dynamo's symbol, where another run would make a new one
         elif node.op == "output" or any(a is UNKNOWN for a in pytree.tree_leaves((args, kwargs))):
             value = UNKNOWN
         else:
@@ -170,7 +162,7 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             reads=reads,
             holds=storages(value) if value is not UNKNOWN else reads,
             random=effects.random,
-            switches=node.op.startswith("call") and (modes != _modes() or _is_switch(value, effects)),
+            switches=node.op.startswith("call") and _is_switch(value, effects),
             autocast=any(
                 torch.is_autocast_enabled(t.device.type) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)
             ),

@@ -652,6 +652,15 @@ def test_a_graph_that_did_not_come_from_dynamo() -> None:
     assert operators() == [("conv_transpose", "relu")]
 
 
+def test_an_input_that_the_graph_reshapes_is_unknown() -> None:
+    """Dynamo notes an input as the graph leaves it: here the noted shape is not the one that comes in."""
+    gm, x, weight = fx.symbolic_trace(lambda x, w: F.relu(F.conv_transpose3d(x, w))), f64(), f64(2, 3, 3, 3, 3)
+    with FakeTensorMode() as mode:
+        gm.graph.find_nodes(op="placeholder")[0].meta["example_value"] = mode.from_tensor(f64(2, 2, 3, 4, 6))
+    assert backend(gm, [x, weight], options=EAGER)(x, weight).shape == (2, 3, 5, 6, 7)
+    assert reports()[-1].regions == []
+
+
 @pytest.mark.parametrize("compiler", ["eager", backend])
 def test_an_optimised_module_under_torch_compile(compiler: Any) -> None:
     model = Up(lambda m, x: F.relu(m.norm(m.up(x))), norm=True)

@@ -114,7 +114,7 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     The statistics are (C,).
     """
     dims = tuple(d for d in range(x.dim()) if d != 1)
-    count = x.shape[0] * x.shape[2:].numel()
+    count = math.prod(x.shape[d] for d in dims)  # of sizes that may be symbols
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     centred = centred.sub_(centred.mean(dims, keepdim=True))  # what rounding has left
