@@ -72,7 +72,7 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
         _report(region, path)
         with no_autocast(), _precision(region):
             return _separate(region.original.run(inputs), inputs)
-    return _forward(inputs, text)
+    return _rewritten(region, inputs)
 
 
 def traced_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
@@ -101,25 +101,28 @@ def _plain(inputs: Sequence[Tensor]) -> bool:
     return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in inputs)
 
 
-@contextlib.contextmanager
-def _precision(region: Region) -> Iterator[None]:
+def _precision(region: Region) -> contextlib.AbstractContextManager[Any]:
     """cuDNN's float32 class as the region asks for it; nothing to do for None."""
     if region.precision is None:
-        yield
-        return
+        return _NOTHING
     cudnn = torch.backends.cudnn
-    with cudnn.flags(
+    return cudnn.flags(
         enabled=cudnn.enabled,
         benchmark=cudnn.benchmark,
         deterministic=cudnn.deterministic,
         allow_tf32=region.precision == "tf32",
-    ):
-        yield
+    )
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 # --- the operator ---------------------------------------------------------------------------------
 def _forward(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
-    region = Region.parse(text)
+    return _rewritten(Region.parse(text), inputs)
+
+
+def _rewritten(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
     region.rewritten.check(inputs)
     _report(region, Path.REWRITTEN)
     with no_autocast(), _precision(region):

@@ -41,26 +41,22 @@ def late_trims(body: Sequence[Instr], outputs: Sequence[str]) -> dict[int, Calla
             extent = dict(instr.attributes).get("extent")
             if instr.op == "conv_transpose" and extent is not None:
                 replaced[source] = conv_transpose_untrimmed
-                replaced[position] = functools.partial(_pool, vocabulary.lookup(pool.op), extent)
+                replaced[position] = functools.partial(_pool, vocabulary.lookup(pool.op), _windows(pool, extent))
                 break
             if vocabulary.lookup(instr.op).kind is not Kind.POINTWISE or len(list(instr.reads())) != 1:
                 break
     return replaced
 
 
-def _pool(op: vocabulary.Op, extent: tuple[int, ...], x: Tensor, **attributes: Any) -> Tensor:
-    """``op`` on a tensor that is at least ``extent`` long, cut to the windows that ``extent`` has.
-
-    A dim in which the last window crosses the end, into the padding, is cut before: the tail is no padding.
-    """
-    kernel, stride, padding = attributes["kernel"], attributes["stride"], attributes["padding"]
+def _windows(pool: Instr, extent: tuple[int, ...]) -> tuple[int, ...]:
+    """How many windows a pool has on a tensor of size ``extent``."""
+    attributes = dict(pool.attributes)
+    geometry = zip(extent, attributes["kernel"], attributes["stride"], attributes["padding"], strict=True)
     dilation = attributes.get("dilation", (1,) * len(extent))
-    geometry = list(zip(extent, kernel, stride, padding, dilation, strict=True))
-    sizes = tuple(output_size(*g, attributes["ceil_mode"]) for g in geometry)
-    crosses = [
-        (size - 1) * s - p + d * (k - 1) + 1 > length
-        for size, (length, k, s, p, d) in zip(sizes, geometry, strict=True)
-    ]
-    given = x.shape[-len(extent) :]
-    x = leading(x, tuple(e if cut else g for e, g, cut in zip(extent, given, crosses, strict=True)))
-    return leading(op(x, **attributes), sizes)
+    return tuple(output_size(*g, d, attributes["ceil_mode"]) for g, d in zip(geometry, dilation, strict=True))
+
+
+def _pool(op: vocabulary.Op, windows: tuple[int, ...], x: Tensor, **attributes: Any) -> Tensor:
+    """``op`` on a tensor that may be longer than it was meant for, cut to the ``windows`` that it should have."""
+    y: Tensor = op.fn(x, **attributes)
+    return leading(y, windows)

@@ -86,6 +86,25 @@ class IsinstanceOfSize(Up):
         return self.up(x) * (2.0 if isinstance(x.shape[0], int) else 3.0)
 
 
+@case(EXPORTED, r"asks with isinstance what a value is")
+class MatchesClass(Up):
+    def forward(self, x: Tensor) -> Tensor:
+        match self.up(x):
+            case Tensor() as y:
+                return y * 2
+            case y:
+                return y
+
+
+@case(TRACED)
+class TorchMayAsk(Up):
+    """Some of torch's operators ask too, in the name of their caller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return torch.where(y > 0, y, 0.0)
+
+
 @case(EXPORTED, r"symbolic_trace refused: the forward iterates over a tensor or its shape")
 class IterateShape(Up):
     def forward(self, x: Tensor) -> Tensor:
