@@ -48,7 +48,8 @@ class Guards:
             if names is None:
                 names = set(state)
             elif names:
-                self._absent.append((state, frozenset(names - _OWN - state.keys())))
+                registered = {*state["_modules"], *state["_parameters"], *state["_buffers"]}
+                self._absent.append((state, frozenset(names - _OWN - state.keys() - registered)))
             self._watch(state, sorted(({"training"} | (names - _OWN)) & state.keys()))
             self._watch_tree(module, hooks=module is not model)
 
@@ -91,7 +92,7 @@ class Guards:
         except KeyError:
             return False
         for state, names in self._absent:
-            if not names.isdisjoint(state):
+            if not state.keys().isdisjoint(names):
                 return False
         for state, name in self._none:
             if state.get(name) is not None:

@@ -290,6 +290,12 @@ def _difference(candidate: Capture, inputs: list[Tensor], expected: Any) -> str 
     return reason or gradient_disagreement((got, inputs), (result, list(tensors)), started, came_from)
 
 
+# asked on every call
+_functorch_level = torch._C._functorch.maybe_current_level
+_jit_tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
 def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
     """Why a call with these arguments, here and now, goes to the model itself."""
     for tensor in tensors:
@@ -299,9 +305,9 @@ def _unsupported(form: CallForm, tensors: Sequence[Tensor]) -> str | None:
             return f"inputs of layout {tensor.layout} run as they are"
     if form.constants and form.opaque is not None:
         return f"an argument of class {form.opaque}, which may change unseen, runs as it is"
-    if torch._C._functorch.maybe_current_level() is not None:
+    if _functorch_level() is not None:
         return "under a torch.func transform the original operators run"
-    if torch._C._get_tracing_state() is not None:
+    if _jit_tracing_state() is not None:
         return "under torch.jit.trace the original operators are traced"
     if forward_ad._current_level >= 0:
         return "under forward-mode differentiation the original operators run"
@@ -335,7 +341,7 @@ def _form_key(form: CallForm, tensors: Sequence[Tensor]) -> Any:
 
 
 def _autocast_key() -> Any:
-    if not torch._C._is_any_autocast_enabled():
+    if not _any_autocast():
         return None
     return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +34,9 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        where = _module_of_caller(2)
-        if where.startswith(_ASKS_FOR_USERS) or not where.startswith(_TORCH):
+        caller = sys._getframe(1)
+        where = str(caller.f_globals.get("__name__", ""))
+        if (where.startswith(_ASKS_FOR_USERS) or not where.startswith(_TORCH)) and _asks_for_class(caller):
             self.tracer.refuse(f"{where} asks with isinstance what a value is, and a trace would give a wrong answer")
         return type(self)
 
@@ -78,6 +81,15 @@ for _name in (
     "rshift",
 ):
     setattr(_Proxy, f"__i{_name}__", _inplace(getattr(operator, f"__i{_name}__")))
+
+
+def _asks_for_class(frame: types.FrameType) -> bool:
+    """Whether it is the code of ``frame`` that asks, and not an operator of torch that it calls."""
+    code = frame.f_code
+    if dis.opname[code.co_code[frame.f_lasti]] in ("MATCH_CLASS", "LOAD_ATTR"):
+        return True
+    return any("isinstance" in name for name in (*code.co_names, *code.co_varnames, *code.co_freevars))
+
 
 _TORCH = ("torch.", "fxfuse.")
 #: modules of torch that ask on behalf of a user
