@@ -84,6 +84,7 @@ class _Effects(TorchDispatchMode):
         self.writes: set[int] = set()
         self.random = False
         self.reshaped: list[Tensor] = []
+        self.alive: list[Tensor] = []  # a storage that is freed leaves its number to another one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,6 +98,7 @@ class _Effects(TorchDispatchMode):
         elif func._schema.name in _HIDDEN_WRITES and args[5]:
             written += [t for t in args[3:5] if t is not None]  # running statistics, which the schema does not mark
         self.writes |= storages(written)
+        self.alive += written
         before = [_layout(t) for t in written]
         result = func(*args, **kwargs)
         self.reshaped += [t for t, layout in zip(written, before, strict=True) if _layout(t) != layout]
@@ -131,10 +133,12 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
     a value whose shape is changed in place.
     """
     mode = detect_fake_mode(list(inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
+    observed: list[_Effects] = []
     values: dict[fx.Node, Any] = {}
     waiting = iter(inputs)
     for index, node in enumerate(graph.nodes):
         effects, refusal, call = _Effects(), "", None
+        observed.append(effects)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
             value = next(waiting)
