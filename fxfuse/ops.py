@@ -119,7 +119,7 @@ _NOTHING = contextlib.nullcontext()
 
 # --- the operator ---------------------------------------------------------------------------------
 def _forward(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
-    return _rewritten(Region.parse(text), inputs)
+    return [_no_view(t) for t in _rewritten(Region.parse(text), inputs)]
 
 
 def _rewritten(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -127,6 +127,11 @@ def _rewritten(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
     _report(region, Path.REWRITTEN)
     with no_autocast(), _precision(region):
         return _separate(region.rewritten.run(inputs, reuse=True), inputs)
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same memory in a tensor that autograd does not take for a view: a model may write to it in place."""
+    return tensor.new_empty(0).set_(tensor) if tensor._is_view() else tensor  # type: ignore[call-overload]
 
 
 def _separate(outputs: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
