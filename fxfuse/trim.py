@@ -40,20 +40,30 @@ def late_trims(body: Sequence[Instr], outputs: Sequence[str]) -> dict[int, Calla
             instr = body[source]
             extent = dict(instr.attributes).get("extent")
             if instr.op == "conv_transpose" and extent is not None:
-                replaced[source] = conv_transpose_untrimmed
-                replaced[position] = functools.partial(_pool, vocabulary.lookup(pool.op), _windows(pool, extent))
+                windows = _windows_inside(pool, extent)
+                if windows is not None:
+                    replaced[source] = conv_transpose_untrimmed
+                    replaced[position] = functools.partial(_pool, vocabulary.lookup(pool.op), windows)
                 break
             if vocabulary.lookup(instr.op).kind is not Kind.POINTWISE or len(list(instr.reads())) != 1:
                 break
     return replaced
 
 
-def _windows(pool: Instr, extent: tuple[int, ...]) -> tuple[int, ...]:
-    """How many windows a pool has on a tensor of size ``extent``."""
+def _windows_inside(pool: Instr, extent: tuple[int, ...]) -> tuple[int, ...] | None:
+    """How many windows a pool has on a tensor of size ``extent``; None where one crosses its end, into the padding.
+
+    There it would meet the tail.
+    """
     attributes = dict(pool.attributes)
     geometry = zip(extent, attributes["kernel"], attributes["stride"], attributes["padding"], strict=True)
-    dilation = attributes.get("dilation", (1,) * len(extent))
-    return tuple(output_size(*g, d, attributes["ceil_mode"]) for g, d in zip(geometry, dilation, strict=True))
+    windows = []
+    for (length, k, s, p), d in zip(geometry, attributes.get("dilation", (1,) * len(extent)), strict=True):
+        size = output_size(length, k, s, p, d, attributes["ceil_mode"])
+        if (size - 1) * s - p + d * (k - 1) + 1 > length:
+            return None
+        windows.append(size)
+    return tuple(windows)
 
 
 def _pool(op: vocabulary.Op, windows: tuple[int, ...], x: Tensor, **attributes: Any) -> Tensor:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from harness import (
     agree,
     avg_pool,
@@ -153,6 +154,22 @@ def test_a_crop_becomes_the_convolutions_extent() -> None:
             "v2 = max_pool(v1, kernel=(7,), stride=(2,), padding=(2,), dilation=(1,), ceil_mode=False)\nv2"
         )
         agree(result)
+
+
+@given(st.data())
+def test_the_tail_of_a_convolution_is_no_padding(draw: st.DataObject) -> None:
+    """A pool may be given a convolution that is longer than its extent, but not where a window leaves that."""
+    extent, kernel = draw.draw(st.integers(4, 11)), draw.draw(st.integers(1, 4))
+    geometry = (kernel, draw.draw(st.integers(1, 4)), draw.draw(st.integers(0, kernel // 2)))
+    ceil = draw.draw(st.booleans())
+    pool = draw.draw(st.sampled_from([max_pool, avg_pool]))("r", *geometry, ceil_mode=ceil)
+    inputs = "x: f64[2, 3, 9], w: f64[3, 2, 4]"
+    short = program(inputs, f"y = {conv('x, w, None', extent=(extent,))}\nr = add(y, 5.0)\nq = {pool}\nq")
+    whole = program(
+        inputs, f"y = {conv('x, w, None')}\nz = crop(y, extent=({extent},))\nr = add(z, 5.0)\nq = {pool}\nq"
+    )
+    tensors = data(short)
+    assert torch.equal(short.run(tensors)[0], whole.run(tensors)[0])
 
 
 @pytest.mark.parametrize(
