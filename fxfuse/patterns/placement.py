@@ -1,4 +1,4 @@
-"""Where an affine map ends up: in the convolution's weights, behind a mean, or nowhere at all.
+"""Where a map ends up: in the convolution's weights, behind a mean or a max pool, or nowhere at all.
 
 Many maps could go several ways. The rules that fold, move or drop them ask here, so that they agree
 and lead to the same program in any order.
@@ -22,6 +22,8 @@ from fxfuse.vocabulary.conv import output_size
 AFFINE = ("mul", "div", "add", "sub", "neg", "batch_norm")
 #: those without a shift
 LINEAR = ("mul", "div", "neg")
+#: maps that are non-decreasing for some or all of their numbers
+MONOTONE = ("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "add", "sub", "mul", "div")
 #: dtypes whose rounding may move from one value to another; 16-bit ones are too coarse for it
 WIDE = (torch.float32, torch.float64)
 
@@ -189,6 +191,49 @@ def constant_along(operand: fx.Node, dims: tuple[int, ...], rank: int) -> bool:
     shape = operand.meta["val"].shape
     missing = rank - len(shape)
     return all(d < missing or statically_known_true(shape[d - missing] == 1) for d in dims)
+
+
+# --- behind a max pool ----------------------------------------------------------------------------
+def stays_before_max_pool(node: fx.Node, pool: fx.Node) -> Reject | None:
+    """Why ``pool`` of the map ``node`` is not the map of the pool; None where it is."""
+    refusal = _decreasing(node)
+    if refusal is None and any(d != 1 for d in attributes(pool)["dilation"]) and any(attributes(pool)["padding"]):
+        return Reject("a dilated, padded window can hold padding alone, which the map would change", pool)
+    return refusal
+
+
+def pooled(node: fx.Node) -> bool:
+    """Whether the map ``node`` moves behind a max pool, past nothing but copies and maps that move there too."""
+    path = [node]
+    while len(path[-1].users) == 1:
+        (user,) = path[-1].users
+        if op_name(user) == "max_pool":
+            return all(op_name(m) == "clone" or stays_before_max_pool(m, user) is None for m in path)
+        if op_name(user) != "clone" and op_name(user) not in MONOTONE:
+            return False
+        path.append(user)
+    return False
+
+
+def _decreasing(node: fx.Node) -> Reject | None:
+    """Why a map of one tensor is not known to be non-decreasing, NaN only at NaN; None where it is."""
+    tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
+    if len(tensors) > 1:
+        return Reject("its other operand is a tensor, whose values are not known before the call", node)
+    if dtype(node) is not dtype(tensors[0]) or not dtype(node).is_floating_point:
+        return Reject("the map changes the dtype", node)
+    if op_name(node) in ("sub", "div") and operands(node)[0] is not tensors[0]:
+        return Reject("a number minus or divided by the value is not non-decreasing", node)
+    numbers = [*(o for o in operands(node) if o is not tensors[0]), *attributes(node).values()]
+    if not all(n is None or math.isfinite(n) for n in numbers):
+        return Reject("one of its numbers is not finite", node)
+    if op_name(node) in ("mul", "div") and not numbers[0] > 0:
+        return Reject(f"a factor of {numbers[0]} is not positive", node)
+    if op_name(node) == "leaky_relu" and not (numbers[0] > 0 and ordinary(numbers[0], "mul", dtype(node))):
+        return Reject(f"a slope of {numbers[0]} is not positive: it turns the order, or -Inf into NaN", node)
+    if op_name(node) in ("add", "sub", "mul", "div"):
+        return number_refusal(node)
+    return None
 
 
 # --- nowhere --------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
-from fxfuse.patterns.placement import number_refusal, ordinary, source
+from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
+from fxfuse.patterns.placement import MONOTONE, source, stays_before_max_pool
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 from fxfuse.vocabulary.pools import output_size
 
@@ -175,46 +173,16 @@ class MoveMonotoneBehindMaxPool(Rule):
 
     legality = Legality.BITWISE
     forward_only = True
-    pattern = P(
-        "max_pool",
-        P(("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "add", "sub", "mul", "div"), name="map"),
-        name="pool",
-    )
+    pattern = P("max_pool", P(MONOTONE, name="map"), name="pool")
 
     def check(self, match: Match) -> Reject | None:
-        node, pool = match["map"], match["pool"]
-        refusal = _decreasing(node)
-        if refusal is not None:
-            return refusal
-        if any(d != 1 for d in attributes(pool)["dilation"]) and any(attributes(pool)["padding"]):
-            return Reject("a dilated, padded window can hold padding alone, which the map would change", pool)
-        if source(node) is not None:
-            return Reject("the map folds into the convolution's weights instead", node)
-        return None
+        refusal = stays_before_max_pool(match["map"], match["pool"])
+        if refusal is None and source(match["map"]) is not None:
+            return Reject("the map folds into the convolution's weights instead", match["map"])
+        return refusal
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         node, pool = match["map"], match["pool"]
         (value,) = (o for o in operands(node) if isinstance(o, fx.Node))
         smaller = build.call("max_pool", value, **attributes(pool))
         return build.call(op_of(node).name, *(smaller if o is value else o for o in operands(node)), **attributes(node))
-
-
-def _decreasing(node: fx.Node) -> Reject | None:
-    """Why a map of one tensor is not known to be non-decreasing, NaN only at NaN; None where it is."""
-    tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
-    if len(tensors) > 1:
-        return Reject("its other operand is a tensor, whose values are not known before the call", node)
-    if dtype(node) is not dtype(tensors[0]) or not dtype(node).is_floating_point:
-        return Reject("the map changes the dtype", node)
-    if op_name(node) in ("sub", "div") and operands(node)[0] is not tensors[0]:
-        return Reject("a number minus or divided by the value is not non-decreasing", node)
-    numbers = [*(o for o in operands(node) if o is not tensors[0]), *attributes(node).values()]
-    if not all(n is None or math.isfinite(n) for n in numbers):
-        return Reject("one of its numbers is not finite", node)
-    if op_name(node) in ("mul", "div") and not numbers[0] > 0:
-        return Reject(f"a factor of {numbers[0]} is not positive", node)
-    if op_name(node) == "leaky_relu" and not (numbers[0] > 0 and ordinary(numbers[0], "mul", dtype(node))):
-        return Reject(f"a slope of {numbers[0]} is not positive: it turns the order, or -Inf into NaN", node)
-    if op_name(node) in ("add", "sub", "mul", "div"):
-        return number_refusal(node)
-    return None

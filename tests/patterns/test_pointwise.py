@@ -10,6 +10,7 @@ from harness import (
     conv,
     data,
     gradients,
+    max_pool,
     program,
     rewrite,
     salted,
@@ -181,6 +182,18 @@ def test_numbers_behind_a_convolution_fold_one_by_one() -> None:
     both = rewrite(source, DEFAULT_RULES)
     assert both.text.startswith("v0 = scale_weight(x1, 6.0, groups=1)\nv1 = mul(x2, 6.0)\n")
     agree(both)
+
+
+def test_a_positive_factor_leaves_a_negative_one_for_a_max_pool() -> None:
+    source = program(
+        "x: f64[2, 3, 9]",
+        f"t = tanh(x)\na = mul(t, -2.0)\nb = div(a, 4.0)\nc = clone(b)\nr = relu(c)\nq = {max_pool('r', 3, 3)}\nq",
+    )
+    reason = "a positive factor moves behind the max pool, a negative one does not"
+    assert rewrite(source, [NUMBERS]).reason("MergeNumbers") == reason
+    result = rewrite(source, DEFAULT_RULES)
+    assert [i.op for i in result.rewritten.body] == ["tanh", "mul", "max_pool", "div", "relu"]
+    agree(result)
 
 
 def test_a_value_between_that_is_also_used_elsewhere_stays() -> None:
