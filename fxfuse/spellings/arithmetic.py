@@ -18,7 +18,7 @@ def _some_tensor(*operands: Any) -> None:
 
 def _alpha(alpha: Any) -> None:
     if isinstance(alpha, fx.Node) or alpha != 1:
-        refuse(f"alpha={alpha}")
+        refuse(f"alpha={alpha} scales its other operand")
 
 
 def _binary(name: str, *others: Any) -> None:

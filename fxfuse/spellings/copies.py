@@ -79,7 +79,7 @@ def _aten_dropout(input, p, train):
 @spells(F.pad, "aten::pad")
 def _pad(input, pad, mode="constant", value=None):
     if mode != "constant" or any(isinstance(p, fx.Node) or p != 0 for p in pad):
-        refuse("padding")
+        refuse("padding that adds elements")
     return call("clone", input)
 
 
