@@ -99,7 +99,7 @@ def gradient_disagreement(
     ends = {_target(a): _target(b) for a, b in zip(got_from, expected_from, strict=True) if a and b}
     waiting = [
         (_target(get_gradient_edge(a)), _target(get_gradient_edge(b)))
-        for a, b in zip(_tensors(got), _tensors(expected), strict=True)
+        for a, b in zip(tensors_in(got), tensors_in(expected), strict=True)
         if a.requires_grad and b.requires_grad
     ]
     found: dict[_Target, _Target] = {}
@@ -140,12 +140,12 @@ def _node_disagreement(got: _Target, expected: _Target) -> str | None:
     return None
 
 
-def _tensors(nested: Any) -> list[Tensor]:
+def tensors_in(nested: Any) -> list[Tensor]:
     """The tensors of a result, those in dataclasses included."""
     found = []
     for leaf in pytree.tree_leaves(nested):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += _tensors(_fields(leaf))
+            found += tensors_in(_fields(leaf))
     return found

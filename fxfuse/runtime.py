@@ -26,6 +26,7 @@ from fxfuse.capture import CallForm, Capture, graph_module
 from fxfuse.compare import disagreement, edges, fresh, gradient_disagreement
 from fxfuse.guards import Guards
 from fxfuse.ops import update_running_statistics
+from fxfuse.patterns import Settings
 from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import facts, isolated
 from fxfuse.report import Report
@@ -209,7 +210,7 @@ class Runtime:
             except capturing.CaptureError as error:
                 reason = str(error)
             except Exception as error:  # noqa: BLE001 - a graph that cannot run is not a capture
-                reason = f"its graph fails with {type(error).__name__}: {error}"
+                reason = f"its graph fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if reason is None:
                 notes.append(f"captured with {name}; its result was compared with the model's")
                 return candidate
@@ -240,6 +241,7 @@ class Runtime:
         self, capture: Capture, tensors: Sequence[Tensor], lifted: Sequence[Tensor], entry: Entry
     ) -> Specialisation:
         """A defect of the compiler must not break a model: it is logged, and the model runs as it is."""
+        Settings.from_environment(self.options.allow)  # what a user got wrong is raised
         try:
             return self._specialise(capture, tensors, lifted, entry.notes)
         except Exception as error:

@@ -147,9 +147,13 @@ class State:
             reason = leaf_disagreement(tensor.detach(), value)
             if reason:
                 return f"a tensor of the model, of shape {tuple(tensor.shape)}, is left with {reason}"
-        if any(not torch.equal(a, b) for a, b in zip(self._generators(), self._torch, strict=True)):
+        if self.draws():
             return "it draws other random numbers than the model"
         return None
+
+    def draws(self) -> bool:
+        """Whether torch's random generators have moved on."""
+        return any(not torch.equal(a, b) for a, b in zip(self._generators(), self._torch, strict=True))
 
     def draws_elsewhere(self) -> bool:
         """Whether the random generators of Python or NumPy have moved on."""

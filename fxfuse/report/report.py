@@ -40,10 +40,10 @@ class RegionReport:
         return tuple(i.op for i in self.region.rewritten.body)
 
     def __str__(self) -> str:
-        before = " > ".join(i.op for i in self.region.original.body)
+        before, after = " > ".join(i.op for i in self.region.original.body), " > ".join(self.visible_stages)
         lines = [f"{self.anchor}: {before}"]
-        if self.rules:
-            lines.append(f"rewritten: {' > '.join(self.visible_stages)}")
+        if after != before:
+            lines.append(f"rewritten: {after}")
         lines += [
             f"{count}x {rule}" if count > 1 else rule for rule, count in Counter(r.rule for r in self.rules).items()
         ]
@@ -53,19 +53,16 @@ class RegionReport:
     @property
     def visible_stages(self) -> tuple[str, ...]:
         """The stages that touch activations: what depends on weights alone is not worth a word."""
-        program = self.region.rewritten
-        weights = {n for n, _ in program.inputs} - {_data_input(self.region)}
-        shown = []
-        for instr in program.body:
-            if all(name in weights for name in instr.reads()):
-                weights.update(instr.outs)
-            else:
+        touched, shown = {_data_input(self.region)}, []
+        for instr in self.region.rewritten.body:
+            if not touched.isdisjoint(instr.reads()):
+                touched.update(instr.outs)
                 shown.append(instr.op)
         return tuple(shown)
 
 
 def _data_input(region: Region) -> str:
-    """The name of the tensor that the anchor convolves, or of the input it comes from."""
+    """The name of the tensor that the anchor convolves, or of the input that it is cast from."""
     source = next(region.anchor.reads())
     made_by = {out: i for i in region.original.body for out in i.outs}
     while source in made_by:
@@ -78,7 +75,8 @@ class Report:
     """What fxfuse did to a model. ``str()`` is a table for a terminal.
 
     ``notes`` say how the model was captured and what was left alone; ``rules`` name what fired where;
-    ``rejected`` the near misses. ``graph_before`` and ``graph_after`` are fx graphs.
+    ``rejected`` the near misses. ``graph_before`` and ``graph_after`` are fx graphs, None while there
+    is no capture.
     """
 
     model: str = "model"
@@ -92,13 +90,13 @@ class Report:
     @property
     def headline(self) -> str:
         if not self.regions:
-            return f"{self.model}: nothing to fuse"
+            return f"{self.model}: {'nothing to fuse' if self.graph_before is not None else 'runs as it is'}"
         regions = _count(len(self.regions), "region")
         operators = _count(sum(len(r.operators) for r in self.regions), "operator")
         return f"{self.model}: {regions} of {operators}, {_count(len(self.rules), 'rewrite')}"
 
     def __str__(self) -> str:
-        lines = [self.headline, *(f"  note: {n}" for n in self.notes)]
+        lines = [self.headline, *(line for n in self.notes for line in _wrap(f"  note: {n}", 8))]
         for number, region in enumerate(self.regions, 1):
             first, *rest = str(region).splitlines()
             lines += ["", *_wrap(f"[{number}] {first}", 4), *(line for r in rest for line in _wrap(f"    {r}", 6))]
@@ -108,7 +106,8 @@ class Report:
             lines += [line for rule, identity in identities for line in _wrap(f"  {rule}: {identity}", 6)]
         if self.rejected:
             lines += ["", "near misses"]
-            lines += [line for r in self.rejected for line in _wrap(f"  {r.rule} at {r.node}: {r.reason}", 6)]
+            misses = dict.fromkeys(f"  {r.rule} at {r.node}: {r.reason}" for r in self.rejected)
+            lines += [line for miss in misses for line in _wrap(miss, 6)]
         return "\n".join(lines)
 
 
