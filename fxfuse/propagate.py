@@ -166,7 +166,7 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             reads=reads,
             holds=storages(value) if value is not UNKNOWN else reads,
             random=effects.random,
-            switches=node.op.startswith("call") and _is_switch(value, effects),
+            switches=_is_switch(node, value, effects),
             autocast=any(
                 torch.is_autocast_enabled(t.device.type) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)
             ),
@@ -189,10 +189,13 @@ def _buffers(node: fx.Node, call: Call | None, modules: dict[str, nn.Module]) ->
     return []
 
 
-def _is_switch(value: Any, effects: _Effects) -> bool:
-    """Whether a node that gives ``value`` was called for what cannot be seen here: an assertion, a context."""
-    if value is UNKNOWN:
-        return False  # whatever depends on it stays where it is
+def _is_switch(node: fx.Node, value: Any, effects: _Effects) -> bool:
+    """Whether ``node`` was called for what shows neither in its value nor in memory: it enters or leaves a mode."""
+    if value is UNKNOWN or not node.op.startswith("call"):
+        return False  # whatever depends on an unknown value stays where it is
+    name = getattr(node.target, "__name__", "")
+    if isinstance(node.target, torch._ops.OpOverload) or name.startswith(("_assert", "_check")):
+        return False
     if value is None:
         return not effects.writes
     return not isinstance(value, _VALUES) and not all(isinstance(v, _VALUES) for v in pytree.tree_leaves(value))

@@ -361,6 +361,12 @@ def test_rules_that_need_sizes_say_so(body: Callable[..., Any], rule: str) -> No
     assert rule in {r.rule for r in reports()[0].rules}  # a near miss for its sizes alone
 
 
+def test_rules_that_need_no_sizes_fire_without_them() -> None:
+    compare(Up(DYNAMIC["mean"], norm=True), [f64(2, 2, 5, 6, 7)], [f64(2, 2, 6, 8, 9)], dynamic=True)
+    assert len(reports()) == 1
+    assert {"CancelBiasBeforeStatistics", "SplitBatchNormBeforeMean"} <= {r.rule for r in reports()[0].rules}
+
+
 def test_dynamic_shapes_under_inductor(cold: None) -> None:
     calls = [[f64(2, 2, n, n + 1, n + 3)] for n in (4, 5, 7)]
     runs = compare(Up(lambda m, x: F.group_norm(F.relu(m.up(x)), 3).sin()), *calls, options={}, dynamic=True)
@@ -510,6 +516,19 @@ def test_no_grad_inside(body: Callable[..., Any], regions: int) -> None:
     runs = compare(Up(body), inputs[: body.__code__.co_argcount - 1])
     assert len(runs) == regions
     assert "is switched between it and the region" in ends()
+
+
+def test_a_check_inside_is_no_switch() -> None:
+    def body(m: Up, x: Tensor) -> Tensor:
+        y = m.up(x)
+        torch._check(y.shape[2] > 1)
+        torch._assert_async(x.isfinite().all())
+        return F.relu(y)
+
+    compare(Up(body), [f64()])
+    assert operators() == [("conv_transpose", "relu")]
+    assert reports()[-1].graph_after is not None
+    assert any("assert" in str(n.target) for n in reports()[-1].graph_after.nodes)  # it is still there
 
 
 # --- memory -------------------------------------------------------------------------------------------
