@@ -329,6 +329,8 @@ DYNAMIC = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_sizes_that_vary_stay_unknown(name: str, training: bool) -> None:
+    if torch.__version__ < "2.13" and "pools" in name:
+        pytest.skip("before 2.13 torch's own fake pools put guards on sizes")
     model = Up(DYNAMIC[name], norm=True).train(training)
     twin, seen = copy.deepcopy(model), []  # type: ignore[var-annotated]
     compiled = torch.compile(twin, backend=spying(seen))
@@ -461,6 +463,8 @@ def autocast_beside_the_region(m: Up, x: Tensor, other: Tensor) -> Tensor:
     ],
 )
 def test_autocast_inside(body: Callable[..., Any], shapes: list[tuple[int, ...]], tolerance: float) -> None:
+    if torch.__version__ < "2.13" and body is autocast_switched_off_inside:
+        pytest.skip("before 2.13 eager mode itself mixes dtypes here on some CPUs")
     inputs = [torch.randn(s, requires_grad=True) for s in shapes]
     assert compare(Up(body).float(), inputs, tolerance=tolerance)
     assert "is switched between it and the region" in ends()

@@ -276,6 +276,7 @@ def test_special_statistics(name: str, value: float) -> None:
     same_special(result, tensors)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 refuses the eps of 0 that makes the scale infinite")
 def test_an_infinite_scale_leaves_nothing_finite() -> None:
     """What the class promises of parameters that are Inf: still not finite, but NaN where Inf + -Inf meet."""
     source = program(NORM, f"y = {WITH}\nr = batch_norm(y, mean, var, g, h, eps=0.0)\nr")
