@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from fxfuse.chain import Builder, op_of, to_graph, to_program
+from fxfuse.chain import Builder, eliminate_dead, to_graph, to_program
 from fxfuse.ops import run_region, update_running_statistics
 from fxfuse.partition import Draft, Order
 from fxfuse.patterns import Application, Rejection, RewriteError, Rule, Settings, apply_rules
@@ -37,34 +37,17 @@ def rewrite(draft: Draft, rules: Sequence[Rule], settings: Settings, precision: 
         applied, rejected = [], [Rejection("the rewriting", draft.anchor.name, str(error))]
         rewritten = original
     names = tuple(a.rule for a in applied)
-    region = Region(original, rewritten, names, precision, _without_gradient(draft.build.graph))
+    statistics = tuple(i for i in range(len(original.outputs)) if not any(original.differentiable_in([i])))
+    region = Region(original, rewritten, names, precision, statistics)
     region.verify()
     return Rewritten(draft, region, applied, rejected)
-
-
-def _without_gradient(graph: fx.Graph) -> tuple[int, ...]:
-    """The outputs that carry no gradient, whatever the inputs: statistics, and what is behind a detach."""
-    carry: set[fx.Node] = set()
-    *nodes, output = graph.nodes
-    for node in nodes:
-        val = node.meta["val"]
-        if not (isinstance(val, tuple) or val.is_floating_point()):
-            continue
-        if node.target is operator.getitem:
-            carries = node.args[0] in carry and node.args[1] == 0
-        elif node.op == "placeholder":
-            carries = True
-        else:
-            carries = op_of(node).name != "detach" and any(n in carry for n in node.all_input_nodes)
-        if carries:
-            carry.add(node)
-    return tuple(i for i, result in enumerate(output.args[0]) if result not in carry)
 
 
 def _copy(build: Builder, program: Any) -> Builder:
     """The same chain once more, labels included."""
     inputs = [n.meta["val"] for n in build.graph.nodes if n.op == "placeholder"]
     copy = to_graph(program, inputs)
+    eliminate_dead(copy.graph)  # outputs of an operator of several that nothing reads
     for old, new in zip(build.graph.nodes, copy.graph.nodes, strict=True):
         if "label" in old.meta:
             new.meta["label"] = old.meta["label"]

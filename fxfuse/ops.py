@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -168,7 +169,7 @@ def _laid_out_like(like: Tensor, value: Tensor) -> Tensor:
 def _differentiate(
     grads: Sequence[Tensor], leaves: Sequence[Tensor], text: str, needs: Sequence[bool], create_graph: bool = False
 ) -> list[Tensor]:
-    """The chain rule through the original chain; zeros for a leaf that it does not reach."""
+    """The chain rule through the original chain."""
     region = Region.parse(text)
     with torch.enable_grad(), no_autocast(), _precision(region):
         outputs = region.original.run(leaves)
@@ -190,7 +191,10 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tens
     ctx.text = text
     ctx.needs = [t.requires_grad for t in tensors]
     ctx.like = [(o.shape, o.dtype, o.device) for o in output]
-    ctx.mark_non_differentiable(*(output[i] for i in Region.parse(text).statistics))
+    original = Region.parse(text).original
+    reached = [original.differentiable_in([i]) for i in range(len(output))]
+    constant = [out for out, of in zip(output, reached, strict=True) if not any(map(operator.and_, of, ctx.needs))]
+    ctx.mark_non_differentiable(*constant)
 
 
 def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
@@ -198,12 +202,14 @@ def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
     ]
+    asked = [i for i, g in enumerate(grads) if g is not None]
+    needs = list(map(operator.and_, ctx.needs, Region.parse(ctx.text).original.differentiable_in(asked)))
     if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated once more
         leaves = [t.view_as(t) for t in ctx.saved_tensors]
-        found = iter(_differentiate(given, leaves, ctx.text, ctx.needs, create_graph=True))
+        found = iter(_differentiate(given, leaves, ctx.text, needs, create_graph=True))
     else:
-        found = iter(torch.ops.fxfuse.region_backward(given, list(ctx.saved_tensors), ctx.text, ctx.needs))
-    return [next(found) if need else None for need in ctx.needs], None
+        found = iter(torch.ops.fxfuse.region_backward(given, list(ctx.saved_tensors), ctx.text, needs))
+    return [next(found) if need else None for need in needs], None
 
 
 _library.impl("region", _forward, "CompositeExplicitAutograd")

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
 from fxfuse.call import Call, Statistics
-from fxfuse.chain import Builder, op_of, same_type
+from fxfuse.chain import Builder, eliminate_dead, op_of, same_type
 from fxfuse.propagate import UNKNOWN, Facts, facts
 from fxfuse.vocabulary import Kind
 
@@ -160,7 +160,7 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
     draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, [], [])
     reason = _join(draft, anchor)
     if reason is not None:
-        draft.ended.append((anchor, reason))
+        facts(anchor).refusal = reason
         return None
     tainted: set[fx.Node] = set()  # outside, but after some member
     for node in _after(graph, anchor, order):
@@ -180,6 +180,9 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
             elif reads:
                 draft.ended.append((node, "its value is an output of the model"))
     _close(draft)
+    if not draft.inputs:
+        facts(anchor).refusal = "nothing reads what follows it"
+        return None
     return draft
 
 
@@ -332,9 +335,14 @@ def _cast(build: Builder, operand: Any, dtype: torch.dtype) -> Any:
 
 
 def _close(draft: Draft) -> None:
-    """Name the values that leave the region, the statistics last."""
-    draft.outputs = [n for n in draft.members if any(u not in draft.members for u in n.users) or not n.users]
+    """Name the values that leave the region, the statistics last, and drop what leads to none of them."""
+    draft.outputs = [n for n in draft.members if any(u not in draft.members for u in n.users)]
     results = [draft.members[n] for n in draft.outputs]
     for _, mean, var in draft.statistics:
         results += [mean, var]
     draft.build.graph.output(tuple(results))
+    eliminate_dead(draft.build.graph)
+    for node, placeholder in list(draft.inputs.items()):
+        if not placeholder.users:
+            draft.build.graph.erase_node(placeholder)
+            del draft.inputs[node]

@@ -85,6 +85,14 @@ class Program:
             if wrong:
                 raise ProgramError(f"input {name}: {wrong}")
 
+    def differentiable_in(self, outputs: Sequence[int]) -> list[bool]:
+        """For each input, whether a gradient of one of the ``outputs`` (positions) reaches it."""
+        reached = {self.outputs[i] for i in outputs}
+        for instr in reversed(self.body):
+            if instr.outs[0] in reached and vocabulary.lookup(instr.op).differentiable:
+                reached.update(instr.reads())
+        return [name in reached and kind.dtype.is_floating_point for name, kind in self.inputs]
+
     def run(self, tensors: Sequence[Tensor], *, reuse: bool = False) -> list[Tensor]:
         """Run in plain torch. ``reuse`` lets pointwise operators write over dead intermediates (no autograd)."""
         values: list[Any] = [*tensors, *([None] * (self._steps.slots - len(tensors)))]
@@ -224,7 +232,11 @@ def _define(defined: set[str], name: str, where: str) -> None:
 def _is_literal(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_literal, value))
-    return value is None or type(value) in (bool, int, float, str) or (isinstance(value, torch.dtype) and value in DTYPE_NAMES)
+    return (
+        value is None
+        or type(value) in (bool, int, float, str)
+        or (isinstance(value, torch.dtype) and value in DTYPE_NAMES)
+    )
 
 
 _CONSTANTS = {"inf": math.inf, "nan": math.nan, **DTYPES}

@@ -26,7 +26,8 @@ class Op:
     Positional parameters of ``fn`` are operands (tensors, Python scalars or None); keyword-only
     parameters are attributes (literals). ``outputs`` is how many tensors it returns.
     ``inplace``, where present, writes the same result over its first operand.
-    ``view`` marks an operator whose result may share memory with its operand.
+    ``view`` marks an operator whose result may share memory with its operand. ``differentiable`` says
+    whether a gradient of the first output reaches the operands; one of the others never does.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Op:
         outputs: int = 1,
         inplace: Callable[..., Any] | None = None,
         view: bool = False,
+        differentiable: bool = True,
     ) -> None:
         self.name = self.__name__ = self.__qualname__ = name
         self.kind = kind
@@ -45,6 +47,7 @@ class Op:
         self.outputs = outputs
         self.inplace = inplace
         self.view = view
+        self.differentiable = differentiable
         self.__doc__ = fn.__doc__
         parameters = inspect.signature(fn).parameters.values()
         #: how many operands it takes
@@ -89,14 +92,14 @@ def register(op: Op) -> Op:
     return op
 
 
-def define(
-    kind: Kind, *, outputs: int = 1, inplace: Callable[..., Any] | None = None, view: bool = False
-) -> Callable[[Callable[..., Any]], Op]:
-    """Decorator: the function's name becomes the operator's (a trailing underscore is dropped)."""
+def define(kind: Kind, **more: Any) -> Callable[[Callable[..., Any]], Op]:
+    """Decorator: the function's name becomes the operator's (a trailing underscore is dropped).
+
+    ``more`` are the keyword arguments of :class:`Op`.
+    """
 
     def enter(fn: Callable[..., Any]) -> Op:
-        name = fn.__name__.rstrip("_")
-        return register(Op(name, kind, fn, outputs=outputs, inplace=inplace, view=view))
+        return register(Op(fn.__name__.rstrip("_"), kind, fn, **more))
 
     return enter
 

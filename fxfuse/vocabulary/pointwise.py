@@ -18,16 +18,21 @@ from fxfuse.vocabulary.op import Kind, Op, define, register
 Operand = Tensor | float | int | bool
 
 
-def _enter(name: str, fn: Callable[..., Any], inplace: Callable[..., Any] | None = None) -> Op:
-    return register(Op(name, Kind.POINTWISE, fn, inplace=inplace))
+def _enter(name: str, fn: Callable[..., Any], inplace: Callable[..., Any] | None, differentiable: bool) -> Op:
+    return register(Op(name, Kind.POINTWISE, fn, inplace=inplace, differentiable=differentiable))
 
 
-def _unary(function: Callable[[Tensor], Tensor], inplace: Callable[[Tensor], Tensor] | None = None) -> Op:
+def _unary(
+    function: Callable[[Tensor], Tensor],
+    inplace: Callable[[Tensor], Tensor] | None = None,
+    *,
+    differentiable: bool = True,
+) -> Op:
     def reference(x: Tensor) -> Tensor:
         return function(x)
 
     reference.__doc__ = function.__doc__
-    return _enter(function.__name__, reference, inplace)
+    return _enter(function.__name__, reference, inplace, differentiable)
 
 
 # --- one operand, no attributes -------------------------------------------------------------------
@@ -64,10 +69,10 @@ UNARY: dict[str, Op] = {
         _unary(F.softsign),
         _unary(F.logsigmoid),
         _unary(F.tanhshrink),
-        _unary(torch.isnan),
-        _unary(torch.isinf),
-        _unary(torch.isfinite),
-        _unary(torch.logical_not),
+        _unary(torch.isnan, differentiable=False),
+        _unary(torch.isinf, differentiable=False),
+        _unary(torch.isfinite, differentiable=False),
+        _unary(torch.logical_not, differentiable=False),
     )
 }
 
@@ -136,7 +141,7 @@ def contiguous(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@define(Kind.POINTWISE, view=True)
+@define(Kind.POINTWISE, view=True, differentiable=False)
 def detach(x: Tensor) -> Tensor:
     """x, through which no gradient passes."""
     return x.detach()
@@ -157,12 +162,18 @@ def _scalar_type(value: Operand) -> torch.dtype:
     return torch.int64 if isinstance(value, int) else torch.get_default_dtype()
 
 
-def _binary(name: str, function: Callable[..., Tensor], inplace: Callable[..., Any] | None = None) -> Op:
+def _binary(
+    name: str,
+    function: Callable[..., Tensor],
+    inplace: Callable[..., Any] | None = None,
+    *,
+    differentiable: bool = True,
+) -> Op:
     def reference(a: Operand, b: Operand) -> Tensor:
         return function(a, b)
 
     reference.__doc__ = function.__doc__
-    return _enter(name, reference, inplace)
+    return _enter(name, reference, inplace, differentiable)
 
 
 def _rsub_safe(a: Operand, b: Operand) -> Tensor:
@@ -196,14 +207,14 @@ BINARY: dict[str, Op] = {
         _binary("pow", torch.pow, Tensor.pow_),
         _binary("minimum", _extremum(torch.minimum)),
         _binary("maximum", _extremum(torch.maximum)),
-        _binary("eq", _symmetric(torch.eq)),
-        _binary("ne", _symmetric(torch.ne)),
-        _binary("lt", _compare(torch.lt, torch.gt)),
-        _binary("le", _compare(torch.le, torch.ge)),
-        _binary("gt", _compare(torch.gt, torch.lt)),
-        _binary("ge", _compare(torch.ge, torch.le)),
-        _binary("logical_and", torch.logical_and),
-        _binary("logical_or", torch.logical_or),
+        _binary("eq", _symmetric(torch.eq), differentiable=False),
+        _binary("ne", _symmetric(torch.ne), differentiable=False),
+        _binary("lt", _compare(torch.lt, torch.gt), differentiable=False),
+        _binary("le", _compare(torch.le, torch.ge), differentiable=False),
+        _binary("gt", _compare(torch.gt, torch.lt), differentiable=False),
+        _binary("ge", _compare(torch.ge, torch.le), differentiable=False),
+        _binary("logical_and", torch.logical_and, differentiable=False),
+        _binary("logical_or", torch.logical_or, differentiable=False),
     )
 }
 
