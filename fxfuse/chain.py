@@ -100,6 +100,12 @@ def sizes(node: fx.Node) -> tuple[int, ...] | None:
     return shape if all(isinstance(s, int) for s in shape) else None
 
 
+def strides(val: Tensor) -> list[int] | None:
+    """The strides of a fake tensor's dims of more than one element, or None where some are symbolic."""
+    pairs = [(n, s) for n, s in zip(val.shape, val.stride(), strict=True)]
+    return [s for n, s in pairs if n > 1] if all(isinstance(v, int) for p in pairs for v in p) else None
+
+
 def dtype(node: fx.Node) -> torch.dtype:
     return node.meta["val"].dtype  # type: ignore[no-any-return]
 

@@ -73,6 +73,8 @@ class Guards:
         state = module.__dict__
         watched = [state["_modules"], *(state[h] for h in HOOKS if hooks)]
         for part in watched:
+            if not isinstance(part, dict):  # of a ScriptModule, which is fixed
+                continue
             if part:
                 self._full.append((part, elements(part)))
             else:

@@ -7,9 +7,9 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from fxfuse.chain import Builder, eliminate_dead, to_graph, to_program
+from fxfuse.chain import Builder, eliminate_dead, strides, to_graph, to_program
 from fxfuse.ops import run_region, update_running_statistics
 from fxfuse.partition import Draft, Order
 from fxfuse.patterns import Application, Rejection, RewriteError, Rule, Settings, apply_rules
@@ -32,6 +32,7 @@ def rewrite(draft: Draft, rules: Sequence[Rule], settings: Settings, precision: 
     build = _copy(draft.build, original)
     try:
         applied, rejected = apply_rules(build, rules, settings)
+        _keep_layouts(build, draft.build)
         rewritten = to_program(build.graph)
     except RewriteError as error:
         applied, rejected = [], [Rejection("the rewriting", draft.anchor.name, str(error))]
@@ -52,6 +53,28 @@ def _copy(build: Builder, program: Any) -> Builder:
         if "label" in old.meta:
             new.meta["label"] = old.meta["label"]
     return copy
+
+
+def _keep_layouts(build: Builder, original: Builder) -> None:
+    """Give the outputs of a rewritten chain the layouts that they have in the original one."""
+    output, before = build.graph.output_node(), original.graph.output_node()
+    kept = []
+    for node, old in zip(output.args[0], before.args[0], strict=True):  # type: ignore[arg-type]
+        order = _order(old.meta["val"])
+        if order is not None and strides(node.meta["val"]) != strides(old.meta["val"]):
+            with build.graph.inserting_before(output):
+                node = build.call("lay_out", node, order=order)
+        kept.append(node)
+    output.args = (tuple(kept),)
+
+
+def _order(val: Tensor) -> tuple[int, ...] | None:
+    """The dims of a dense tensor as they are in memory, the slowest first; None where it is not dense, or unknown."""
+    if strides(val) is None:
+        return None
+    steps = val.stride()
+    order = sorted(range(val.dim()), key=lambda d: (-steps[d], d))
+    return tuple(order) if val.permute(order).is_contiguous() else None
 
 
 def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: Callable[..., Any] = run_region) -> None:

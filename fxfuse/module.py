@@ -62,6 +62,9 @@ class View(nn.Module):
         self._fxfuse_original._apply(fn, recurse)
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        return self._fxfuse_original._replicate_for_data_parallel()  # what was captured is bound to one device
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._fxfuse_original.state_dict(*args, **kwargs)
 

@@ -90,15 +90,14 @@ def _container_changes(value: Any, before: Any, name: str) -> list[str]:
     return [] if same else [name]
 
 
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+def tensors_of(model: nn.Module) -> list[Tensor]:
     """All tensors that hang on modules: parameters, buffers, attributes, elements of containers. No doubles."""
-    seen: set[int] = set()
+    found: dict[int, Tensor] = {}
     for module in model.modules():
-        for value in module.__dict__.values():
-            for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else (value,):
-                if isinstance(item, Tensor) and id(item) not in seen and not nn.parameter.is_lazy(item):
-                    seen.add(id(item))
-                    yield item
+        values = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
+        values += [e for v in module.__dict__.values() if isinstance(v, (dict, list)) for e in elements(v)]
+        found.update((id(v), v) for v in values if isinstance(v, Tensor) and not nn.parameter.is_lazy(v))
+    return list(found.values())
 
 
 class State:

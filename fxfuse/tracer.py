@@ -138,8 +138,8 @@ class Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooked = any(getattr(m, h) for h in HOOKS)
-        return hooked or super().is_leaf_module(m, module_qualified_name)
+        opaque = isinstance(m, torch.jit.ScriptModule) or any(getattr(m, h) for h in HOOKS)
+        return opaque or super().is_leaf_module(m, module_qualified_name)
 
     def path_of_module(self, mod: nn.Module) -> str:
         """Its path; an object that is no module may call a live one instead of its copy."""

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 import re
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -327,6 +328,29 @@ class ModuleInAHelper(Up):
 class CalledTwice(Up):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(x).relu() + self.up(x * 2)
+
+
+@case(TRACED)
+class Scripted(Up):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings(action="ignore"):
+            head = nn.Sequential(nn.Conv3d(3, 2, 1, dtype=torch.float64), nn.ReLU()).requires_grad_(False)
+            self.head = torch.jit.script(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(x).relu())
+
+
+@case(TRACED)
+class ParametersInContainers(Up):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.ones(2, 3, 2, 2, 2, dtype=torch.float64)])
+        self.named = nn.ParameterDict({"gain": torch.full((3, 1, 1, 1), 2.0, dtype=torch.float64)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose3d(x, self.weights[0]) * self.named["gain"]
 
 
 @case(TRACED)

@@ -396,6 +396,13 @@ def test_jit_trace() -> None:
         assert_same(traced(other), model(other))
 
 
+def test_replicas_of_data_parallel() -> None:
+    """They live on other devices, and run as the original does."""
+    model, optimized = optimized_block()
+    replica = optimized._replicate_for_data_parallel()
+    assert type(replica) is Block and replica._modules.keys() == model._modules.keys()
+
+
 def test_under_torch_compile() -> None:
     """Dynamo steps around an optimised module: it is compiled already."""
     model, optimized = optimized_block()

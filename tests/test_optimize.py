@@ -231,6 +231,22 @@ def test_layouts(case: Case, layout: str, last: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_that_a_rewrite_would_change(layout: str) -> None:
+    """A mean over one dim loses its convolution, whose layout the channels-last weights decide."""
+
+    class PartialMean(PadToEven):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).mean(2)
+
+    model = PartialMean().eval().to(memory_format=torch.channels_last_3d)
+    x = LAYOUTS[layout](data(2, 2, 5, 5, 8))
+    with torch.no_grad():
+        optimized, expected = fxfuse.optimize(model, x), model(x)
+        assert optimized.fxfuse_report.rules
+        assert_same(optimized(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_models_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:

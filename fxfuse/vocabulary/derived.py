@@ -121,3 +121,10 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # torch.var is several times slower on a CPU
     total = torch.linalg.vector_norm(centred.reshape(*x.shape[:2], -1), dim=2).square().sum(0)
     return centred, mean.flatten(), total / count, total / (count - 1)
+
+
+@define(Kind.DERIVED, view=True)
+def lay_out(x: Tensor, *, order: tuple[int, ...]) -> Tensor:
+    """x, dense, its dims in memory in the given order, the slowest first: the layout that eager mode gives."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(back)
