@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("fxfuse")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+        torch.set_num_threads(1)
     config.addinivalue_line("markers", "defective: the test makes a defect on purpose")
 
 

@@ -37,7 +37,9 @@ class Chain:
     def source(self) -> str:
         made = [f"        self.{name} = {text}" for name, text in self.modules]
         made += [f"        self.{name} = nn.Parameter(torch.randn({shape}))" for name, shape in self.parameters]
-        decides = ["        if x.shape[0] < 0:", "            return x"] if self.export else []  # no trace survives that
+        decides = (
+            ["        if x.shape[0] < 0:", "            return x"] if self.export else []
+        )  # no trace survives that
         return "\n".join(
             [
                 *("class Model(nn.Module):", "    def __init__(self):", "        super().__init__()", *made, ""),
@@ -232,7 +234,15 @@ def other(draw: Draw, g: Growing, v: str) -> str:
     shape = tuple(g.value(v).shape)
     same = [n for n in g.values() if g.value(n).shape == shape and g.value(n).dtype == g.value(v).dtype]
     channels = tuple(s if d == 1 else 1 for d, s in enumerate(shape))
-    shapes = [shape, channels, channels[1:], shape[-1:], (), (1,), tuple(1 if d % 2 else s for d, s in enumerate(shape))]
+    shapes = [
+        shape,
+        channels,
+        channels[1:],
+        shape[-1:],
+        (),
+        (1,),
+        tuple(1 if d % 2 else s for d, s in enumerate(shape)),
+    ]
     kind = draw(st.sampled_from(["parameter", "value", "value"]))
     if kind == "value":
         return str(draw(st.sampled_from(same)))
@@ -329,7 +339,9 @@ def reduction(draw: Draw, g: Growing, v: str) -> str | None:
     if rank == 0:
         return None
     template = draw(st.sampled_from(REDUCTIONS)).replace("{k}", str(draw(st.sampled_from([True, True, False]))))
-    template = template.replace("{dims}", str(_dims(draw, rank))).replace("{dim}", str(draw(st.integers(-rank, rank - 1))))
+    template = template.replace("{dims}", str(_dims(draw, rank))).replace(
+        "{dim}", str(draw(st.integers(-rank, rank - 1)))
+    )
     return fill(draw, g, template.replace("{ord}", str(draw(st.sampled_from(["2", "1", "3", "float('inf')"])))), v)
 
 
@@ -354,7 +366,7 @@ def shape(draw: Draw, g: Growing, v: str) -> str | None:
 OUTSIDE = (
     "torch.cumsum({v}, 0)", "torch.roll({v}, 1, -1)", "{v}.flip(0)", "torch.atan({v})", "{v}[..., :1]", "torch.cat([{v}, {v}], 0)",
     "nn.Dropout(0.5)", "F.dropout({v}, 0.3, True)", "torch.cummax({v}, 0)[0]", "{v}.expand_as({v})", "{v}[:]", "torch.randn_like({v}) * {v}",
-    "F.normalize({v}, dim=0)", "torch.clamp({v}, {lo}, {hi}).chunk(1, 0)[0]",
+    "F.normalize({v}, dim=0)", "torch.diff({v}, dim=0, append={v}[:1])",
 )  # fmt: skip
 
 
@@ -378,8 +390,27 @@ def convolution(draw: Draw, g: Growing, v: str) -> str | None:
     return fill(draw, g, f"nn.ConvTranspose{n}d({arguments})", v)
 
 
-WRITES = ("{v}[..., 0] = {s}", "{v}.cumsum_(-1)", "{v} += {s}", "{v} *= {w}", "{v}.zero_()", "{v}.clamp_(min={s})", "F.relu({v}, inplace=True)")
-KINDS: tuple[Any, ...] = (pointwise, pointwise, pointwise, pool, norm, reduction, shape, pointwise, outside, convolution)
+WRITES = (
+    "{v}[..., 0] = {s}",
+    "{v}.cumsum_(-1)",
+    "{v} += {s}",
+    "{v} *= {w}",
+    "{v}.zero_()",
+    "{v}.clamp_(min={s})",
+    "F.relu({v}, inplace=True)",
+)
+KINDS: tuple[Any, ...] = (
+    pointwise,
+    pointwise,
+    pointwise,
+    pool,
+    norm,
+    reduction,
+    shape,
+    pointwise,
+    outside,
+    convolution,
+)
 
 
 @st.composite
