@@ -637,10 +637,14 @@ def test_a_graph_with_nothing_to_fuse_is_not_touched() -> None:
     assert reports()[-1].headline == "graph: nothing to fuse"
 
 
-def test_what_dynamo_attached_to_the_placeholders_stays(inductor: list[tuple[fx.GraphModule, Any]]) -> None:
+def test_what_dynamo_noted_stays(inductor: list[tuple[fx.GraphModule, Any]]) -> None:
     torch.compile(Up(lambda m, x: F.relu(m.up(x))), backend=backend)(f64())
-    placeholders = inductor[0][0].graph.find_nodes(op="placeholder")
+    graph = inductor[0][0].graph
+    placeholders = graph.find_nodes(op="placeholder")
     assert len(placeholders) == 3 and all(hasattr(n, "_dynamo_source") for n in placeholders)
+    (result,) = graph.output_node().args[0]
+    assert result.meta["example_value"].shape == (2, 3, 5, 6, 7)  # Inductor's passes and caches look for it
+    assert not [k for n in graph.nodes for k in n.meta if k in ("fxfuse", "fxfuse_val")]
 
 
 class Tagged(Tensor):
