@@ -20,12 +20,13 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 from torch._guards import CompileContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -142,8 +143,8 @@ def _fuse(gm: fx.GraphModule, example_inputs: Sequence[Any], choices: Choices) -
     reason = _unsupported(gm.graph, example_inputs)
     if reason is not None:
         return _remember(Report(notes=[f"left alone: {reason}"]))
-    graph = _copy(gm.graph)
     try:
+        graph = _copy(gm.graph)
         inputs = _fake_inputs(graph, example_inputs)
         with _unguarded(inputs):
             report = fuse(graph, dict(gm.named_modules()), inputs, choices.options, target)
@@ -202,7 +203,8 @@ def _fake_inputs(graph: fx.Graph, example_inputs: Sequence[Any]) -> list[Any]:
         if isinstance(fake, Tensor):
             if not isinstance(fake, FakeTensor):  # not from Dynamo
                 fake = mode.from_tensor(fake)
-            if any(isinstance(s, int) and s != t for s, t in zip(fake.shape, value.shape, strict=False)):
+            sizes = itertools.zip_longest(fake.shape, value.shape)
+            if any(s != t for s, t in sizes if not isinstance(s, SymInt) and not isinstance(t, SymInt)):
                 fake = UNKNOWN  # the graph changes its shape, and Dynamo has run the graph
         values.append(fake)
     return values
