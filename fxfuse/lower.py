@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxfuse.chain import Builder, eliminate_dead, strides, to_graph, to_program
@@ -84,11 +85,12 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
     placed: dict[fx.Node, list[fx.Node]] = {}
     updates: list[fx.Node] = []
     with graph.inserting_before(output):
-        calls = [_call(graph, rewritten, target) for rewritten in regions]
+        calls = [_call(graph, order, rewritten, target) for rewritten in regions]
         for rewritten, (fused, items) in zip(regions, calls, strict=True):
             updates += _updates(graph, rewritten.draft, items)
             first = next(n for n in sequence if n in rewritten.draft.members)
-            placed[first] = [fused, *items]
+            copies = [n for n in fused.all_input_nodes if n.target is torch.clone and n not in order.before]
+            placed[first] = [*copies, fused, *items]
     for rewritten, (_, items) in zip(regions, calls, strict=True):
         for member, item in zip(rewritten.draft.outputs, items, strict=False):
             # what others wrote down about the value: its fake tensor, the line of the model
@@ -109,9 +111,18 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
     graph.lint()
 
 
-def _call(graph: fx.Graph, rewritten: Rewritten, target: Callable[..., Any]) -> tuple[fx.Node, list[fx.Node]]:
-    """The fused node, and one node per output of the region."""
-    fused = graph.call_function(target, (list(rewritten.draft.inputs), rewritten.region.text))
+def _call(
+    graph: fx.Graph, order: Order, rewritten: Rewritten, target: Callable[..., Any]
+) -> tuple[fx.Node, list[fx.Node]]:
+    """The fused node, and one node per output of the region.
+
+    An input that is written to later is copied: a backward that runs the chain again needs it as it was.
+    """
+    inputs = [
+        graph.call_function(torch.clone, (n,)) if order.written_after(n, rewritten.draft.members) else n
+        for n in rewritten.draft.inputs
+    ]
+    fused = graph.call_function(target, (inputs, rewritten.region.text))
     fused.meta["fxfuse_region"] = rewritten.region
     count = len(rewritten.region.original.outputs)
     return fused, [graph.call_function(operator.getitem, (fused, i)) for i in range(count)]

@@ -187,6 +187,7 @@ def _fake_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], text: str,
 
 def _setup_context(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     tensors, text = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.text = text
     ctx.needs = [t.requires_grad for t in tensors]
@@ -204,6 +205,8 @@ def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | N
     ]
     asked = [i for i, g in enumerate(grads) if g is not None]
     needs = list(map(operator.and_, ctx.needs, Region.parse(ctx.text).original.differentiable_in(asked)))
+    if not any(needs):
+        return [None] * len(needs), None
     if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated once more
         leaves = [t.view_as(t) for t in ctx.saved_tensors]
         found = iter(_differentiate(given, leaves, ctx.text, needs, create_graph=True))

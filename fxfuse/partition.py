@@ -12,12 +12,14 @@ import contextlib
 import dataclasses
 import itertools
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fxfuse import vocabulary
 from fxfuse.call import Call, Statistics
@@ -116,7 +118,19 @@ class Order:
         unit = self._unit.get(node)
         if unit is None:
             return self.before[node]
-        return set().union(*(self.before[m] for m in unit)) - unit
+        return set().union(*(self.needs_inside(m) for m in unit)) - unit
+
+    def needs_inside(self, node: fx.Node) -> set[fx.Node]:
+        """What ``node`` needs as a member of a region: sizes and other numbers are written into its text."""
+        if facts(node).call is None:
+            return self.before[node]
+        return self.before[node] - {n for n in node.all_input_nodes if _number(n) and not facts(n).switches}
+
+    def written_after(self, value: fx.Node, members: Collection[fx.Node]) -> bool:
+        """Whether the memory of ``value``, which the region ``members`` reads, is written to once that has run."""
+        memory = facts(value).holds
+        now = min(_index(m) for m in members if (call := facts(m).call) is not None and value in call.operands)
+        return any(_index(w) > now and _written(w) & memory for w in self.before if w not in members)
 
     def sorted(self, graph: fx.Graph) -> list[fx.Node]:
         """All nodes in an order that respects ``needs``, units together, else as captured."""
@@ -146,6 +160,12 @@ def _opaque(node: fx.Node) -> bool:
     return facts(node).val is UNKNOWN and node.op != "output" and node.target is not operator.getitem
 
 
+def _number(node: fx.Node) -> bool:
+    """Whether the value of ``node`` holds no tensor: a size, a shape, a flag."""
+    val = facts(node).val
+    return val is not UNKNOWN and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(val))
+
+
 def _written(node: fx.Node) -> frozenset[int]:
     """The storages that ``node`` writes to, or may write to."""
     return facts(node).writes | (facts(node).reads if _opaque(node) else frozenset())
@@ -168,7 +188,9 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
         if not (needs & draft.members.keys() or needs & tainted):
             continue
         reads = any(n in draft.members for n in node.all_input_nodes)
-        reason = _refuse(draft, node, needs, tainted, taken) if reads else "not a reader of the region"
+        reads = reads and (bool(facts(node).writes) or not _number(node))
+        inside = order.needs_inside(node)
+        reason = _refuse(draft, node, inside, tainted, taken) if reads else "not a reader of the region"
         if reason is None:
             reason = _join(draft, node)
         if reason is not None:
