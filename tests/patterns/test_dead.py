@@ -86,7 +86,11 @@ def test_dead_outputs_of_any_convolution() -> None:
         padding = [draw.draw(st.integers(0, k // 2)) for k in kernel]
         ceil = draw.draw(st.booleans())
         if draw.draw(st.booleans()):
-            pool = max_pool("r", kernel, stride, padding, ceil_mode=ceil, dims=case.dims)
+            dilation = [
+                draw.draw(st.integers(1, 2 if (s - 1) // 2 >= k - 1 else 1))
+                for k, s in zip(kernel, case.shape[2:], strict=True)
+            ]
+            pool = max_pool("r", kernel, stride, padding, dilation=dilation, ceil_mode=ceil, dims=case.dims)
         else:
             pool = avg_pool("r", kernel, stride, padding, ceil_mode=ceil, dims=case.dims)
         maps = [

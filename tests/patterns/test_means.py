@@ -209,6 +209,17 @@ def test_a_map_folds_where_the_weight_is_smaller_than_the_mean() -> None:
     same_gradients(result)
 
 
+def test_a_map_folds_where_the_way_to_the_mean_is_barred() -> None:
+    """The mean is small, but the shift that varies over space cannot move behind it."""
+    source = program(
+        LAYER.format(n=1) + ", k: f64[11]",
+        f"y = {conv()}\nm = mul(y, 2.0)\ns = add(m, k)\nq = mean(s, dims=(2,), keepdim=True)\nq",
+    )
+    result = rewrite(source, DEFAULT_RULES)
+    assert result.rules == ["FoldScaleIntoConvTranspose"]
+    assert result.reason("MoveAffineBehindMean") == "both operands vary along the averaged dims"
+
+
 def test_why_a_map_neither_folds_nor_moves_is_told() -> None:
     source = program(LAYER.format(n=8), CHAIN + "q = mean(r, dims=(2,), keepdim=True)\nq")
     reason = rewrite(source, [FoldScaleIntoConvTranspose()]).reason("FoldScaleIntoConvTranspose")

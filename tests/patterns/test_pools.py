@@ -107,6 +107,18 @@ def test_composed_max_pools_against_torch_over_many_sizes() -> None:
     assert fired > 200 and cropped > 10, (fired, cropped)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("kept", [5, 6, 7, 8])
+def test_max_pools_compose_through_a_crop(kept: int, padding: int) -> None:
+    """Only the inner windows that the crop leaves are the outer pool's to read."""
+    body = f"m = {max_pool('x', 3, 2, 1)}\nc = crop(m, extent=({kept},))\nr = {max_pool('c', 3, 2, padding)}\nr"
+    source = program("x: f64[2, 3, 17]", body)
+    result = rewrite(source, [ComposeMaxPools()])
+    assert [i.op for i in result.rewritten.body] == ["crop", "max_pool"]
+    for seed in range(5):
+        agree(result, [special((2, 3, 17), seed)], bitwise=True)
+
+
 @given(st.data())
 def test_composed_max_pools_in_two_dims(draw: st.DataObject) -> None:
     shapes = st.tuples(st.integers(6, 12), st.integers(6, 12))
