@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fxfuse import spellings, vocabulary
 from fxfuse.call import HOOKS, Adapter, Call, Unsupported, refuse
+from fxfuse.instr import DTYPE_NAMES
 from fxfuse.vocabulary import Kind
 
 FUNCTIONS, METHODS, ATEN, MODULES = spellings.FUNCTIONS, spellings.METHODS, spellings.ATEN, spellings.MODULES
@@ -125,7 +126,8 @@ def _check_attribute(name: str, value: Any) -> None:
     for leaf in value if isinstance(value, tuple) else (value,):
         if isinstance(leaf, fx.Node):
             refuse(f"its argument {name} is a tensor, or not known before the call")
-        if leaf is not None and type(leaf) not in (bool, int, float, str, torch.dtype):
+        known = leaf in DTYPE_NAMES if isinstance(leaf, torch.dtype) else type(leaf) in (bool, int, float, str)
+        if leaf is not None and not known:
             refuse(f"its argument {name} is {leaf!r}")
 
 

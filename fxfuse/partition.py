@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from fxfuse import vocabulary
 from fxfuse.call import Call, Statistics
 from fxfuse.chain import Builder, eliminate_dead, op_of, same_type
+from fxfuse.instr import DTYPE_NAMES
 from fxfuse.propagate import UNKNOWN, Facts, facts
 from fxfuse.vocabulary import Kind
 
@@ -321,6 +322,8 @@ def _operand(draft: Draft, operand: Any) -> Any:
     if operand in draft.members:
         return draft.members[operand]
     if operand not in draft.inputs:
+        if facts(operand).val.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{label(operand)} is of {facts(operand).val.dtype}")
         graph = draft.build.graph
         first = next((n for n in graph.nodes if n.op != "placeholder"), None)
         if first is None:

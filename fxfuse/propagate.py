@@ -83,7 +83,7 @@ class _Effects(TorchDispatchMode):
         super().__init__()
         self.writes: set[int] = set()
         self.random = False
-        self.reshaped: list[Tensor] = []
+        self.reshaped: list[tuple[Tensor, Tensor]] = []  # as it is now, and as it was
         self.alive: list[Tensor] = []  # a storage that is freed leaves its number to another one
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,9 +99,9 @@ class _Effects(TorchDispatchMode):
             written += [t for t in args[3:5] if t is not None]  # running statistics, which the schema does not mark
         self.writes |= storages(written)
         self.alive += written
-        before = [_layout(t) for t in written]
+        before = [(t, t.detach()) for t in written]
         result = func(*args, **kwargs)
-        self.reshaped += [t for t, layout in zip(written, before, strict=True) if _layout(t) != layout]
+        self.reshaped += [(now, old) for now, old in before if _layout(now) != _layout(old)]
         return result
 
 
@@ -143,7 +143,7 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
         if node.op == "placeholder":
             value = next(waiting)
         elif node.op == "output" or any(a is UNKNOWN for a in pytree.tree_leaves((args, kwargs))):
-            value = UNKNOWN
+            value, refusal = UNKNOWN, "an operand of it is not known before the call"
         else:
             call, refusal = _meaning(node, modules)
             try:
@@ -174,8 +174,11 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             refusal=refusal,
             spelling=type(modules[node.target]).__name__ if node.op == "call_module" else str(node.target),
         )
-        for changed in effects.reshaped:
-            values.update((n, UNKNOWN) for n, v in values.items() if any(t is changed for t in pytree.tree_leaves(v)))
+        for now, old in effects.reshaped:
+            for other in [n for n, v in values.items() if any(t is now for t in pytree.tree_leaves(v))]:
+                values[other] = UNKNOWN
+                if other is not node and facts(other).val is now:
+                    facts(other).val = other.meta["fxfuse_val"] = old
 
 
 def _buffers(node: fx.Node, call: Call | None, modules: dict[str, nn.Module]) -> list[fx.Node]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -128,8 +127,3 @@ def _parse(text: str) -> Region:
     region = Region(programs["original"], programs.get("rewritten", programs["original"]), **facts)
     region.verify()
     return region
-
-
-def describe(programs: Sequence[Instr]) -> str:
-    """The operators of a chain as one readable line: ``conv_transpose > relu > group_norm``."""
-    return " > ".join(i.op for i in programs)

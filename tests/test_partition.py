@@ -273,8 +273,19 @@ def test_an_anchor_that_nothing_reads() -> None:
         # of the shape itself
         (
             chain("v1 = v0.relu()", "v1.transpose_(0, 1)", "v2 = v1 * 2", "return v2"),
-            ["conv_transpose"],
-            {"relu": "its meaning could not be built"},
+            ["conv_transpose > relu"],
+            {
+                "transpose_": "it changes its operand in place in a way that is not pointwise",
+                "mul": "an operand of it is not known before the call",
+            },
+        ),
+        (
+            chain(
+                *("s = x.detach() - 1", "v1 = v0 + s", "s.transpose_(0, 1)", "v2 = v1 + s", "return v2"),
+                modules=(SAME,),
+            ),
+            ["conv_transpose > add"],
+            {"add_1": "an operand of it is not known before the call"},
         ),
         (
             chain("v1 = v0 + 1", "v2 = v0.cumsum(0)", "v2.transpose_(2, 3)", "v3 = v2 * 2", "return v1, v3"),
@@ -586,3 +597,10 @@ def test_many_regions_come_out_sorted() -> None:
     report = agree(chain(*lines, "return v12, v5", modules=(SAME,) * 13).make()[0])
     assert len(chains_of(report)) == 13
     assert chains_of(report)[-1] == "conv_transpose > relu > add"
+
+
+def test_a_dtype_that_no_program_holds() -> None:
+    model = chain("v1 = v0.to(torch.float8_e4m3fn).to(torch.float64)", "v2 = v0 + v1", "return v2").make()[0]
+    report = agree(model)
+    assert chains_of(report) == ["conv_transpose"]
+    assert ended(report)["to"] == "its argument dtype is torch.float8_e4m3fn"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
+from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref
 from fxfuse.program import Program
 
@@ -45,7 +46,7 @@ def estimate(program: Program) -> Cost | None:
     if any(size is None for _, kind in program.inputs for size in kind.shape):
         return None
     macs = traffic = 0
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), no_autocast():
         values: dict[str, Tensor] = {
             name: torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for name, kind in program.inputs
         }
