@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import torch.testing._internal.common_utils
 
 hypothesis.settings.register_profile(
     "fxfuse", deadline=None, derandomize=True, max_examples=50, suppress_health_check=list(hypothesis.HealthCheck)

@@ -263,3 +263,90 @@ def test_running_statistics_as_torch_updates_them(momentum: float | None) -> Non
         )
     for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# --- other shapes of regions ------------------------------------------------------------------------
+#: no bias, sizes that were not known, half precision, and outputs of several kinds: a mask, a view, a value twice
+MIXED = program(
+    "x: bf16[_, 2, _, _], w: bf16[2, 3, 3, 3], s: bf16[3, 1, 1]",
+    f"""
+    y = {conv("x, w, None", stride=2, padding=1, dims=2)}
+    c = clone(y)
+    r = mul(c, s)
+    m = gt(r, 0.0)
+    d = detach(r)
+    f = permute(r, dims=(0, 2, 3, 1))
+    r, m, f, d, r
+    """,
+)
+
+
+def _mixed() -> tuple[Region, list[Tensor]]:
+    torch.manual_seed(0)
+    rewritten = Program.parse(str(MIXED).replace("c = clone(y)\n    r = mul(c, s)", "r = mul(y, s)"))[1]
+    made = Region(MIXED, rewritten, ("DropCopies",), None, (1, 3))
+    return made, [torch.randn(2, 2, 5, 4), torch.randn(2, 3, 3, 3), torch.randn(3, 1, 1)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_of_outputs_of_several_kinds(grad: bool) -> None:
+    given, inputs = _mixed()
+    narrow = [t.bfloat16().requires_grad_(grad) for t in inputs]
+    # bfloat16 gradients of two compilers differ by rounding: that they agree is tested in float64
+    torch.library.opcheck(torch.ops.fxfuse.region.default, (narrow, given.text), rtol=3e-2, atol=3e-2)
+    wide = Region.parse(given.text.replace("bf16", "f64"))
+    torch.library.opcheck(
+        torch.ops.fxfuse.region.default, ([t.double().requires_grad_(grad) for t in inputs], wide.text)
+    )
+
+
+def test_outputs_of_several_kinds() -> None:
+    given, inputs = _mixed()
+    wide = Region.parse(given.text.replace("bf16", "f64"))
+    results = []
+    for way in (wide.original.run, lambda t: torch.ops.fxfuse.region(t, wide.text)):
+        leaves = [t.double().requires_grad_() for t in inputs]
+        r, m, f, d, again = way(leaves)
+        assert [t.requires_grad for t in (r, m, f, d, again)] == [True, False, True, False, True]
+        (f.square().sum() + again.sum()).backward()
+        results.append([r, m, f, d, *(t.grad for t in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_is_a_view_inside_may_be_written_to() -> None:
+    given, inputs = _mixed()
+    wide = Region.parse(given.text.replace("bf16", "f64"))
+    results = []
+    for way in (wide.original.run, lambda t: torch.ops.fxfuse.region(t, wide.text)):
+        leaves = [t.double().requires_grad_() for t in inputs]
+        f = way(leaves)[2]
+        f[..., 0] = 0
+        f.mul_(2)
+        f.sum().backward()
+        results.append([f, *(t.grad for t in leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+def test_exported_as_one_operator() -> None:
+    given, inputs = _mixed()
+
+    class Caller(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, s: Tensor) -> list[Tensor]:
+            return list(torch.ops.fxfuse.region([x, w, s], given.text))
+
+    narrow = tuple(t.bfloat16() for t in inputs)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Caller(), narrow, dynamic_shapes=({0: batch}, None, None))
+    assert [n.target for n in exported.graph.nodes].count(torch.ops.fxfuse.region.default) == 1
+    larger = (torch.cat([narrow[0]] * 3), *narrow[1:])
+    for a, b in zip(exported.module()(*larger), given.original.run(larger), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_schema_of_another_version() -> None:
+    given, inputs = _mixed()
+    with pytest.raises(ProgramError, match="not of schema 1: made by another version of fxfuse"):
+        torch.ops.fxfuse.region([t.bfloat16() for t in inputs], given.text.replace("schema = 1", "schema = 2"))
