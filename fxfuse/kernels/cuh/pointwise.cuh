@@ -1,0 +1,197 @@
+// What pointwise operators compute for one element, in float32, as torch's CUDA kernels do.
+// The same text compiles for a GPU (nvcc, NVRTC) and, for tests, with a host compiler.
+// Not for -use_fast_math: NaN, Inf and denormals are meant to survive.
+#ifndef FXFUSE_POINTWISE_CUH
+#define FXFUSE_POINTWISE_CUH
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#ifndef FXFUSE_DEVICE
+#define FXFUSE_DEVICE __device__ __forceinline__
+#endif
+#else
+#include <math.h>
+#include <string.h>
+#ifndef FXFUSE_DEVICE
+#define FXFUSE_DEVICE inline
+#endif
+#endif
+
+namespace fxfuse::pw {
+
+typedef long long i64;
+
+// --- bits ------------------------------------------------------------------------------------------
+FXFUSE_DEVICE unsigned bits_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  unsigned bits = 0;
+  memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
+FXFUSE_DEVICE float float_of(unsigned bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x = 0.0f;
+  memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+FXFUSE_DEVICE float infinity() { return float_of(0x7f800000u); }
+FXFUSE_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
+
+FXFUSE_DEVICE bool is_nan(float x) { return x != x; }
+FXFUSE_DEVICE bool is_inf(float x) { return fabsf(x) == infinity(); }
+FXFUSE_DEVICE bool is_finite(float x) { return fabsf(x) < infinity(); }
+
+// --- loads -----------------------------------------------------------------------------------------
+// Through the read-only cache: an operand is never written by the kernel that reads it.
+template <class T>
+FXFUSE_DEVICE T load(const T* p) {
+#ifdef __CUDA_ARCH__
+  return __ldg(p);
+#else
+  return *p;
+#endif
+}
+
+FXFUSE_DEVICE float f16_of(unsigned short word) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(word));
+  return x;
+#else
+  const unsigned sign = (unsigned)(word & 0x8000) << 16, rest = word & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+  // the exponent field moves from a bias of 15 to one of 127; a multiplication normalises denormals
+  return float_of(sign | bits_of(float_of(rest << 13) * float_of((254u - 15u) << 23)));
+#endif
+}
+
+FXFUSE_DEVICE float load_f32(const float* p) { return load(p); }
+FXFUSE_DEVICE double load_f64(const double* p) { return load(p); }
+FXFUSE_DEVICE float load_f16(const unsigned short* p) { return f16_of(load(p)); }
+FXFUSE_DEVICE float load_bf16(const unsigned short* p) { return float_of((unsigned)load(p) << 16); }
+FXFUSE_DEVICE bool load_b1(const unsigned char* p) { return load(p) != 0; }
+FXFUSE_DEVICE i64 load_i8(const signed char* p) { return load(p); }
+FXFUSE_DEVICE i64 load_i16(const short* p) { return load(p); }
+FXFUSE_DEVICE i64 load_i32(const int* p) { return load(p); }
+FXFUSE_DEVICE i64 load_i64(const i64* p) { return load(p); }
+FXFUSE_DEVICE i64 load_u8(const unsigned char* p) { return load(p); }
+FXFUSE_DEVICE i64 load_u16(const unsigned short* p) { return load(p); }
+FXFUSE_DEVICE i64 load_u32(const unsigned* p) { return load(p); }
+
+// --- casts -----------------------------------------------------------------------------------------
+// x rounded to the nearest float16, ties to even, as a float
+FXFUSE_DEVICE float to_f16(float x) {
+#ifdef __CUDA_ARCH__
+  unsigned short word;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(x));
+  return f16_of(word);
+#else
+  const unsigned sign = bits_of(x) & 0x80000000u;
+  const float size = fabsf(x);
+  float rounded = size;  // NaN stays
+  if (size >= 65520.0f) {
+    rounded = infinity();
+  } else if (size < 6.103515625e-05f) {
+    rounded = (size + 0.5f) - 0.5f;  // floats in [0.5, 1) are 2^-24 apart, as float16 denormals are
+  } else if (!is_nan(x)) {
+    const unsigned bits = bits_of(size);
+    rounded = float_of((bits + 0xfffu + (bits >> 13 & 1u)) & ~0x1fffu);
+  }
+  return is_nan(x) ? x : float_of(bits_of(rounded) | sign);
+#endif
+}
+
+// x rounded to the nearest bfloat16, ties to even, as a float
+FXFUSE_DEVICE float to_bf16(float x) {
+  const unsigned bits = bits_of(x);
+  return is_nan(x) ? x : float_of((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+
+// --- comparisons -----------------------------------------------------------------------------------
+FXFUSE_DEVICE float maximum(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return is_nan(a) ? a : is_nan(b) ? b : fmaxf(a, b);
+#endif
+}
+
+FXFUSE_DEVICE float minimum(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+#else
+  return is_nan(a) ? a : is_nan(b) ? b : fminf(a, b);
+#endif
+}
+
+FXFUSE_DEVICE i64 maximum(i64 a, i64 b) { return a < b ? b : a; }
+FXFUSE_DEVICE i64 minimum(i64 a, i64 b) { return b < a ? b : a; }
+FXFUSE_DEVICE bool maximum(bool a, bool b) { return a || b; }
+FXFUSE_DEVICE bool minimum(bool a, bool b) { return a && b; }
+
+// Bounds that are numbers, not NaN: NaN and -0.0 stay as they are.
+FXFUSE_DEVICE float at_least(float x, float low) { return x < low ? low : x; }
+FXFUSE_DEVICE float at_most(float x, float high) { return high < x ? high : x; }
+FXFUSE_DEVICE float clamp(float x, float low, float high) { return at_most(at_least(x, low), high); }
+FXFUSE_DEVICE float relu(float x) { return at_least(x, 0.0f); }
+FXFUSE_DEVICE float sign(float x) { return (float)((0.0f < x) - (x < 0.0f)); }
+FXFUSE_DEVICE float threshold(float x, float limit, float value) { return x <= limit ? value : x; }
+FXFUSE_DEVICE float hardshrink(float x, float lambd) { return x >= -lambd && x <= lambd ? 0.0f : x; }
+FXFUSE_DEVICE float softshrink(float x, float lambd) {
+  return x > lambd ? x - lambd : x < -lambd ? x + lambd : x * 0.0f;  // NaN stays
+}
+
+// --- activations -----------------------------------------------------------------------------------
+FXFUSE_DEVICE float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+  return rsqrtf(x);
+#else
+  return 1.0f / sqrtf(x);
+#endif
+}
+
+FXFUSE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+FXFUSE_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+FXFUSE_DEVICE float mish(float x) { return x * tanhf(log1pf(expf(x))); }
+FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
+FXFUSE_DEVICE float tanhshrink(float x) { return x - tanhf(x); }
+FXFUSE_DEVICE float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
+FXFUSE_DEVICE float hardsigmoid(float x) { return clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
+FXFUSE_DEVICE float hardswish(float x) { return x * clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
+FXFUSE_DEVICE float leaky_relu(float x, float slope) { return x > 0.0f ? x : x * slope; }
+FXFUSE_DEVICE float elu(float x, float alpha) { return x > 0.0f ? x : expm1f(x) * alpha; }
+FXFUSE_DEVICE float celu(float x, float alpha, float inverse) {
+  return x > 0.0f ? x : expm1f(x * inverse) * alpha;
+}
+FXFUSE_DEVICE float selu(float x) {
+  const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
+  return x > 0.0f ? x * scale : expm1f(x) * (alpha * scale);
+}
+FXFUSE_DEVICE float gelu(float x) { return x * 0.5f * (1.0f + erff(x * 0.7071067811865476f)); }
+FXFUSE_DEVICE float gelu_tanh(float x) {
+  const float inner = 0.7978845608028654f * (x + 0.044715f * (x * x * x));
+  return 0.5f * x * (1.0f + tanhf(inner));
+}
+FXFUSE_DEVICE float softplus(float x, float beta, float limit) {
+  return x * beta > limit ? x : log1pf(expf(x * beta)) / beta;
+}
+
+// --- several operands ------------------------------------------------------------------------------
+FXFUSE_DEVICE float lerp(float a, float b, float weight) {
+  return fabsf(weight) < 0.5f ? a + weight * (b - a) : b - (b - a) * (1.0f - weight);
+}
+
+}  // namespace fxfuse::pw
+
+#endif  // FXFUSE_POINTWISE_CUH
