@@ -25,7 +25,7 @@ HEADERS = Path(__file__).parent / "cuh"
 
 _ALWAYS = ("--std=c++17", "--ptxas-options=-v")
 #: what would let files in that the key does not see
-_UNSEEN = re.compile(r"-I|-?-include-path|-?-pre-include|-include|-?-use-pch|-pch|-?-create-pch|-?-arch|-?-gpu-arch")
+_UNSEEN = re.compile(r"-I|--?(include|pre-include|pch|use-pch|create-pch|arch|gpu-arch)")
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
 _PLACE = re.compile(r"^(\S+?)\((\d+)\): (?:catastrophic )?error", re.MULTILINE)
 _PTX_PLACE = re.compile(r"^ptxas .*?, line (\d+); *(?:error|fatal)", re.MULTILINE)
@@ -85,7 +85,7 @@ class Cubin:
         return tuple(
             line.strip()
             for line in self.log.splitlines()
-            if re.search(r"\bwarning\b|potential performance loss", line, re.IGNORECASE)
+            if re.search(r"(: |^ptxas )warning\b|potential performance loss", line, re.IGNORECASE)
         )
 
 
