@@ -136,16 +136,27 @@ def _headers(source: str) -> dict[str, str]:
     """The own headers that a source includes, directly or not. NVRTC is given these texts and no folder, so
     that what the key saw is what was compiled, and an include that was not seen is an error."""
     found: dict[str, str] = {}
-    ahead = [source]
+    ahead = list(_included(source))
     while ahead:
-        for name in _INCLUDE.findall(ahead.pop()):
-            if name not in found:
-                try:
-                    found[name] = (HEADERS / name).read_text("utf-8")
-                except OSError:
-                    continue  # under an #if, perhaps; else NVRTC says which line
-                ahead.append(found[name])
+        name = ahead.pop()
+        if name not in found:
+            try:
+                written = (HEADERS / name).stat()
+                found[name] = _header(HEADERS / name, written.st_mtime_ns, written.st_size)
+            except OSError:
+                continue  # under an #if, perhaps; else NVRTC says which line
+            ahead += _included(found[name])
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _header(path: Path, _changed: int, _size: int) -> str:
+    return path.read_text("utf-8")
+
+
+@functools.lru_cache(maxsize=256)
+def _included(text: str) -> tuple[str, ...]:
+    return tuple(_INCLUDE.findall(text))
 
 
 def _make(source: str, headers: Mapping[str, str], flags: tuple[str, ...], arch: str) -> cache.Stored:
