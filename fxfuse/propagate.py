@@ -82,6 +82,7 @@ class _Effects(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.writes: set[int] = set()
+        self.made: set[int] = set()  # memory of the node's own, to which it may write
         self.random = False
         self.reshaped: list[tuple[Tensor, Tensor]] = []  # as it is now, and as it was
         self.alive: list[Tensor] = []  # a storage that is freed leaves its number to another one
@@ -97,10 +98,12 @@ class _Effects(TorchDispatchMode):
                     written += [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
         elif func._schema.name in _HIDDEN_WRITES and args[5]:
             written += [t for t in args[3:5] if t is not None]  # running statistics, which the schema does not mark
-        self.writes |= storages(written)
+        self.writes |= storages(written) - self.made
         self.alive += written
         before = [(t, t.detach()) for t in written]
         result = func(*args, **kwargs)
+        self.made |= storages(result) - storages((args, kwargs))
+        self.alive += [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         self.reshaped += [(now, old) for now, old in before if _layout(now) != _layout(old)]
         return result
 
