@@ -170,6 +170,8 @@ class _Emitter:
             code, exact = self._formula(instr, operands, dtype)
         except NotEmittable as reason:
             raise NotEmittable(f"`{instr}`: {reason}") from None
+        except ValueError as error:
+            raise NotEmittable(f"`{instr}`: torch refuses it: {error}") from None
         if self.round_each and dtype in (torch.float16, torch.bfloat16):
             code = f"fxfuse::pw::to_{DTYPE_NAMES[dtype]}({code})"
         local = f"v{len(self.lines)}"
@@ -314,8 +316,8 @@ def _infer(instr: Instr, operands: Sequence[_Value | float | int | bool | None])
     try:
         with torch.no_grad():
             made: Tensor = vocabulary.lookup(instr.op)(*given, **dict(instr.attributes))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NotEmittable(f"torch refuses it: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
     return made.dtype, made.dim()
 
 

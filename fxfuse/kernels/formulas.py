@@ -46,6 +46,8 @@ def _gelu(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
 
 
 def _celu(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
+    if attributes["alpha"] == 0:
+        raise ValueError("alpha cannot be 0")
     inverse = {"inverse": 1.0 / attributes["alpha"]}
     return dataclasses.replace(_call("celu", "{0}", "{alpha}", "{inverse}", cost=20), extra=inverse)
 
@@ -77,15 +79,20 @@ def _clamp(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula
     return Formula(text, cost)
 
 
-def _multiple(term: str) -> Callable[[Mapping[str, Any], Sequence[object]], Formula]:
-    def formula(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
-        cost = 2 + 8 * ("/" in term)
-        return Formula(f"{{0}} + {term}" if attributes["value"] == 1 else f"{{0}} + {{value}} * ({term})", cost)
-
-    return formula
+def _addcmul(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
+    if attributes["value"] == 1:
+        return Formula("fmaf({1}, {2}, {0})", 2)
+    return Formula("fmaf({value}, {1} * {2}, {0})", 3)
 
 
-#: operator -> its formula, or what makes it of the attributes and the operands as they are given
+def _addcdiv(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
+    if attributes["value"] == 1:
+        return Formula("{0} + {1} / {2}", 9)
+    return Formula("fmaf({value}, {1} / {2}, {0})", 10)
+
+
+#: operator -> its formula, or what makes it of the attributes and the operands as they are given; it raises
+#: ValueError where torch would refuse to run
 FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]], Formula]] = {
     "abs": Formula("fabsf({0})"),
     "neg": Formula("-{0}"),
@@ -141,6 +148,6 @@ FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]],
     "where": Formula("{0} ? {1} : {2}"),
     "masked_fill": Formula("{1} ? {2} : {0}"),
     "lerp": _call("lerp", "{0}", "{1}", "{2}", cost=6),
-    "addcmul": _multiple("{1} * {2}"),
-    "addcdiv": _multiple("{1} / {2}"),
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
 }
