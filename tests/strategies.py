@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -168,6 +167,7 @@ POINTWISE: dict[str, tuple[str, ...]] = {
     "tanh": ("torch.tanh({v})", "nn.Tanh()", "{v}.tanh()", "torch.tanh_({v})"),
     "relu6": ("F.relu6({v})", "nn.ReLU6()"),
     "leaky_relu": ("F.leaky_relu({v}, 0.2)", "nn.LeakyReLU({s})", "F.leaky_relu({v}, 0.1, inplace=True)", "nn.LeakyReLU(0.3, True)"),
+    "prelu": ("F.prelu({v}, {a})", "nn.PReLU()", "torch.prelu({v}, {a})"),
     "elu": ("F.elu({v})", "nn.ELU(0.7)", "F.elu_({v}, 0.5)"),
     "celu": ("F.celu({v}, 0.7)", "nn.CELU()"),
     "selu": ("torch.selu({v})", "nn.SELU()"),
@@ -222,6 +222,8 @@ def fill(draw: Draw, g: Growing, template: str, v: str) -> str:
         filled = filled.replace("{s}", str(draw(st.sampled_from(NUMBERS))), 1)
     while "{p}" in filled:
         filled = filled.replace("{p}", str(draw(st.sampled_from((1, 0.5, 2.5)))), 1)
+    if "{a}" in filled:  # the slope of prelu: one, or one per channel
+        filled = filled.replace("{a}", g.parameter((draw(st.sampled_from((1, *g.value(v).shape[1:2]))),)))
     if "{w}" in filled:
         filled = filled.replace("{w}", other(draw, g, v))
     if filled.startswith("nn."):
@@ -363,6 +365,33 @@ def shape(draw: Draw, g: Growing, v: str) -> str | None:
     return fill(draw, g, template.replace("{dim}", str(draw(dims))).replace("{dim2}", str(draw(dims))), v)
 
 
+#: what the rewrite rules look for: {c} a parameter of one value per channel, {n} the number of spatial dims, {space} these
+ALGEBRA = (
+    "{v} * {s}", "{v} / {p}", "{v} + {s}", "{v} - {s}", "{s} - {v}", "-{v}", "{v} * {c}", "{v} + {c}", "{v} - {c}", "{v} / ({c}.abs() + {p})",
+    "F.relu({v})", "{v}.clamp({lo}, {hi})", "nn.LeakyReLU(0.3)", "{v}.clone()", "F.relu6({v})", "F.hardtanh({v}, {lo}, {hi})",
+    "nn.BatchNorm{n}d({ch})", "nn.BatchNorm{n}d({ch})", "nn.BatchNorm{n}d({ch}, affine=False)", "nn.InstanceNorm{n}d({ch})", "nn.GroupNorm({ch}, {ch})",
+    "F.max_pool{n}d({v}, 2)", "F.max_pool{n}d({v}, 3, 2, 1)", "F.max_pool{n}d({v}, 2, 1)", "F.max_pool{n}d({v}, 2, 2, 1)", "nn.MaxPool{n}d(3, 2, ceil_mode=True)",
+    "F.avg_pool{n}d({v}, 2)", "F.avg_pool{n}d({v}, 2, 1)", "F.avg_pool{n}d(F.avg_pool{n}d({v}, 2), {avg})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.adaptive_avg_pool{n}d({v}, 1)", "nn.AdaptiveAvgPool{n}d(2)",
+    "{v}.mean({space}, keepdim=True)", "{v}.mean({space})", "{v}.sum({space}, True)", "{v}.mean(2, True)", "{v}.mean(-1)", "{v}.sum(1, keepdim=True)", "{v}.mean(1)",
+    "torch.softmax({v} + {s}, 1)", "F.log_softmax({v} - {s}, -1)",
+)  # fmt: skip
+
+
+def algebra(draw: Draw, g: Growing, v: str) -> str | None:
+    """An operator with which a rule can do something; the value has space."""
+    shape = tuple(g.value(v).shape)
+    n = len(shape) - 2
+    if n not in (1, 2, 3):
+        return None
+    template = draw(st.sampled_from(ALGEBRA)).replace("{n}", str(n)).replace("{ch}", str(shape[1]))
+    while "{max}" in template:
+        template = template.replace("{max}", draw(st.sampled_from(("2, 1", "2", "3, 2, 1", "3, 1, 1", "1, 2"))), 1)
+    template = template.replace("{avg}", draw(st.sampled_from(("2, 1", "2", "3, 1", "1"))))
+    if "{c}" in template:
+        template = template.replace("{c}", g.parameter((shape[1], *(1 for _ in range(n)))))
+    return fill(draw, g, template.replace("{space}", str(tuple(range(2, n + 2)))), v)
+
+
 OUTSIDE = (
     "torch.cumsum({v}, 0)", "torch.roll({v}, 1, -1)", "{v}.flip(0)", "torch.atan({v})", "{v}[..., :1]", "torch.cat([{v}, {v}], 0)",
     "nn.Dropout(0.5)", "F.dropout({v}, 0.3, True)", "torch.cummax({v}, 0)[0]", "{v}.expand_as({v})", "{v}[:]", "torch.randn_like({v}) * {v}",
@@ -411,37 +440,43 @@ KINDS: tuple[Any, ...] = (
     outside,
     convolution,
 )
+ALGEBRAIC: tuple[Any, ...] = (algebra, algebra, algebra, algebra, algebra, pool, pointwise)
 
 
 @st.composite
-def chains(draw: Draw, stages: int = 6) -> Chain:
-    """A transposed convolution in one to three dims, then up to ``stages`` stages."""
+def chains(draw: Draw, stages: int = 6, in_line: bool | None = None) -> Chain:
+    """A transposed convolution in one to three dims, then up to ``stages`` stages.
+
+    ``in_line``: each stage takes the one before it, and most are such that a rule applies; drawn where None.
+    """
     n = draw(st.integers(1, 3))
-    size = {1: 6, 2: 4, 3: 3}[n]
+    if in_line is None:
+        in_line = draw(st.booleans())
+    size = {1: 8, 2: 5, 3: 4}[n] if in_line else {1: 6, 2: 4, 3: 3}[n]
     batch, cin = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([2, 1, 4]))
     g = Growing((batch, cin, *(draw(st.integers(1, size)) for _ in range(n))), draw(st.booleans()))
     g.space["v"] = g.space["x"]
     while not g.count:
         with g.attempt():
             g.assign(str(convolution(draw, g, "x")))
-    for _ in range(draw(st.integers(1, stages))):
+    wanted = draw(st.integers(1, stages))
+    for _ in range(2 * wanted):  # some attempts come to nothing
+        if len(g.lines) > wanted:
+            break
         values = [v for v in g.values() if g.value(v).is_floating_point()]
-        v = values[-1] if draw(st.sampled_from([True, True, True, False])) else draw(st.sampled_from(values))
+        last = in_line or draw(st.sampled_from([True, True, True, False]))
+        v = values[-1] if last else draw(st.sampled_from(values))
         with g.attempt():
             if draw(st.sampled_from([False] * 14 + [True])):
                 g.run(fill(draw, g, draw(st.sampled_from(WRITES)), v))
                 continue
-            text = draw(st.sampled_from(KINDS))(draw, g, v)
+            text = draw(st.sampled_from(ALGEBRAIC if in_line else KINDS))(draw, g, v)
             if text is not None:
                 g.assign(text)
-    last = f"v{g.count - 1}"
-    more = draw(st.lists(st.sampled_from(g.values()), max_size=2, unique=True)) if draw(st.booleans()) else []
-    return g.finish((*(m for m in more if m != last), last), draw(st.sampled_from([False, False, False, True])))
-
-
-def every_template() -> list[str]:
-    """All templates of pointwise operators, one by one."""
-    return [t for templates in POINTWISE.values() for t in templates]
-
-
-assert math.isfinite(LARGEST)
+    final = f"v{g.count - 1}"
+    more = (
+        draw(st.lists(st.sampled_from(g.values()), max_size=2, unique=True))
+        if draw(st.sampled_from([0, 0, 0, 1]))
+        else []
+    )
+    return g.finish((*(m for m in more if m != final), final), draw(st.sampled_from([False] * 7 + [True])))

@@ -1,0 +1,15 @@
+"""Random chains over the whole vocabulary in float32."""
+
+from __future__ import annotations
+
+import torch
+from search import OPERATORS, RULES, Seen, check, search
+from strategies import chains
+
+CHAINS = 1000
+
+
+def test_random_chains() -> None:
+    seen = Seen()
+    search(chains(), lambda chain: check(chain, seen, dtype=torch.float32), CHAINS)
+    assert (OPERATORS | RULES) - seen.keys() == set()
