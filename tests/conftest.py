@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-import torch.testing._internal.common_utils
+
+with contextlib.suppress(ImportError):  # it loads a hypothesis profile of its own, when torch's test tools import it
+    importlib.import_module("torch.testing._internal.common_utils")
 
 hypothesis.settings.register_profile(
     "fxfuse", deadline=None, derandomize=True, max_examples=50, suppress_health_check=list(hypothesis.HealthCheck)
