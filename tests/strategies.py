@@ -133,6 +133,8 @@ class Growing:
 
     def finish(self, outputs: tuple[str, ...], export: bool) -> Chain:
         modules, parameters = tuple(self.modules), tuple(self.parameters)
+        if self.train and any("BatchNorm" in text and "None" in text for _, text in modules):
+            export = False  # torch.export refuses momentum=None, which reads the number of batches
         return Chain(self.shape, modules, parameters, tuple(self.lines), outputs, self.train, export)
 
 

@@ -95,7 +95,8 @@ class DropDeadOutputs(Rule):
             dilation = attributes(reader)["dilation"][d] if op_name(reader) == "max_pool" else 1
             window = dilation * (k - 1) + 1
             read = (out[2 + d] - 1) * stride - padding + window
-            extent.append(min(shape[2 + d], max(read, window)))  # torch refuses a pool of less than a window
+            least = window if op_name(reader) == "avg_pool" else 1  # torch.avg_pool3d refuses less than a window
+            extent.append(min(shape[2 + d], max(read, least)))
         return tuple(extent) if tuple(extent) != shape[2:] and min(extent) > 0 else None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:

@@ -197,22 +197,29 @@ def constant_along(operand: fx.Node, dims: tuple[int, ...], rank: int) -> bool:
 def stays_before_max_pool(node: fx.Node, pool: fx.Node) -> Reject | None:
     """Why ``pool`` of the map ``node`` is not the map of the pool; None where it is."""
     refusal = _decreasing(node)
+    if refusal is None and op_name(node) in ("mul", "div") and _sign(node) <= 0:
+        return Reject("it merges with a factor before it that is negative or zero", node)
     if refusal is None and any(d != 1 for d in attributes(pool)["dilation"]) and any(attributes(pool)["padding"]):
         return Reject("a dilated, padded window can hold padding alone, which the map would change", pool)
     return refusal
 
 
-def pooled(node: fx.Node) -> bool:
-    """Whether the map ``node`` moves behind a max pool, past nothing but copies and maps that move there too."""
-    path = [node]
-    while len(path[-1].users) == 1:
-        (user,) = path[-1].users
-        if op_name(user) == "max_pool":
-            return all(op_name(m) == "clone" or stays_before_max_pool(m, user) is None for m in path)
-        if op_name(user) != "clone" and op_name(user) not in MONOTONE:
-            return False
-        path.append(user)
-    return False
+def _sign(node: fx.Node) -> int:
+    """The sign of the product of the factor ``node`` and of those right before it, with which it merges."""
+    sign = 1
+    while op_name(node) in ("clone", "mul", "div"):
+        value, *others = (o for o in operands(node) if isinstance(o, fx.Node))
+        if op_name(node) != "clone":
+            if others or (op_name(node) == "div" and operands(node)[0] is not value):
+                break
+            if dtype(node) not in WIDE or dtype(value) is not dtype(node) or number_refusal(node) is not None:
+                break
+            (number,) = (o for o in operands(node) if o is not value)
+            sign *= (number > 0) - (number < 0)
+        if len(value.users) > 1:
+            break
+        node = value
+    return sign
 
 
 def _decreasing(node: fx.Node) -> Reject | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, dtype, op_name, operands
-from fxfuse.patterns.placement import WIDE, number_refusal, ordinary, pooled, source
+from fxfuse.patterns.placement import WIDE, number_refusal, ordinary, source
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
 _ARITHMETIC = ("mul", "div", "add", "sub", "scale_weight")
@@ -91,8 +91,6 @@ class MergeNumbers(Rule):
             return Reject(f"{both} leaves the range of {dtype(root)}")
         if source(root) is not None:
             return Reject("both fold into the convolution's weights instead")
-        if _kind(root) == "mul" and one < 0 < two and pooled(root):
-            return Reject("a positive factor moves behind the max pool, a negative one does not")
         return None
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:

@@ -75,6 +75,20 @@ def test_what_a_dead_border_leaves() -> None:
     assert again.rules == [] and again.rejected == []
 
 
+@pytest.mark.parametrize(
+    ("pool", "extent"),
+    [(max_pool("y", (1, 1, 4), 3, (0, 0, 1), dims=3), 3), (avg_pool("y", (1, 1, 4), 3, (0, 0, 1), dims=3), None)],
+)
+def test_outputs_that_the_only_window_does_not_reach(pool: str, extent: int | None) -> None:
+    """The window of 4 starts in the padding: 3 of 4 outputs are read; but torch.avg_pool3d wants a whole window."""
+    source = program("x: f64[2, 3, 1, 1, 4], w: f64[3, 2, 1, 1, 1], b: f64[2]", f"y = {conv(dims=3)}\nq = {pool}\nq")
+    result = rewrite(source, [DEAD])
+    extents = [dict(i.attributes)["extent"] for i in result.rewritten.body if i.op == "conv_transpose"]
+    assert extents == [extent and (1, 1, extent)] and result.rejected == []
+    agree(result)
+    same_gradients(result)
+
+
 def test_dead_outputs_of_any_convolution() -> None:
     fired: Counter[bool] = Counter()
 

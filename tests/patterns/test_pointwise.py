@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from harness import (
@@ -20,7 +22,7 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxfuse.patterns import DEFAULT_RULES, MergeClamps, MergeNumbers
+from fxfuse.patterns import DEFAULT_RULES, MergeClamps, MergeNumbers, MoveMonotoneBehindMaxPool
 
 CLAMPS, NUMBERS = MergeClamps(), MergeNumbers()
 
@@ -184,15 +186,39 @@ def test_numbers_behind_a_convolution_fold_one_by_one() -> None:
     agree(both)
 
 
-def test_a_positive_factor_leaves_a_negative_one_for_a_max_pool() -> None:
-    source = program(
-        "x: f64[2, 3, 9]",
-        f"t = tanh(x)\na = mul(t, -2.0)\nb = div(a, 4.0)\nc = clone(b)\nr = relu(c)\nq = {max_pool('r', 3, 3)}\nq",
-    )
-    reason = "a positive factor moves behind the max pool, a negative one does not"
-    assert rewrite(source, [NUMBERS]).reason("MergeNumbers") == reason
-    result = rewrite(source, DEFAULT_RULES)
-    assert [i.op for i in result.rewritten.body] == ["tanh", "mul", "max_pool", "div", "relu"]
+@pytest.mark.parametrize(
+    ("factor", "before", "behind"),
+    [
+        ("mul(x, 2.0)", None, 0.5),
+        ("mul(x, -2.0)", -0.5, None),
+        ("mul(x, 0.0)", 0.0, None),
+        ("div(-4.0, x)", "div(-4.0, x0)", "div(v1, 4.0)"),  # no factor
+        ("mul(x, t)", "mul(x0, x1)", "div(v1, 4.0)"),
+        ("mul(x, -1e-320)", "mul(x0, -1e-320)", "div(v1, 4.0)"),  # does not merge
+    ],
+)
+def test_factors_go_behind_a_max_pool_together_or_not_at_all(factor: str, before: Any, behind: Any) -> None:
+    chain = f"a = {factor}\nb = div(a, 4.0)\nc = clone(b)\nr = relu(c)\nq = {max_pool('r', 3, 3)}\nq"
+    result = rewrite(program("x: f64[2, 3, 9], t: f64[3, 1]", chain), DEFAULT_RULES)
+    before = f"mul(x0, {before})" if isinstance(before, float) else before
+    behind = f"mul(v0, {behind})" if isinstance(behind, float) else behind
+    maps = [line.split(" = ")[1] for line in result.text.splitlines()[:-1]]
+    pool = max_pool("x0" if before is None else "v0", 3, 3)
+    last = len(maps) - 2
+    assert maps == [*filter(None, (before, pool, behind)), f"relu(v{last})"]
+    agree(result)
+
+
+def test_a_factor_that_merges_with_a_negative_one_stays_before_a_max_pool() -> None:
+    source = program("x: f64[2, 3, 9]", f"a = mul(x, -2.0)\nb = div(a, 4.0)\nq = {max_pool('b', 3, 3)}\nq")
+    result = rewrite(source, [MoveMonotoneBehindMaxPool()])
+    assert result.reason("MoveMonotoneBehindMaxPool") == "it merges with a factor before it that is negative or zero"
+
+
+def test_a_negative_factor_that_is_also_used_elsewhere_keeps_none_before_a_max_pool() -> None:
+    chain = f"a = mul(x, -2.0)\nb = mul(a, 4.0)\nq = {max_pool('b', 3, 3)}\nq, a"
+    result = rewrite(program("x: f64[2, 3, 9]", chain), DEFAULT_RULES)
+    assert result.text == f"v0 = mul(x0, -2.0)\nv1 = {max_pool('v0', 3, 3)}\nv2 = mul(v1, 4.0)\nv2, v0"
     agree(result)
 
 

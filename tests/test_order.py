@@ -1,0 +1,35 @@
+"""Random chains under the rules in other orders: the same program each time."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+from harness import rewrite
+from search import RULES, search
+from strategies import Chain, chains
+
+import fxfuse
+from fxfuse.patterns import DEFAULT_RULES
+
+CHAINS, ORDERS = 400, 3
+
+
+def test_the_order_of_the_rules_does_not_matter() -> None:
+    fired: set[str] = set()
+
+    def check(chain: Chain) -> None:
+        model, x = dataclasses.replace(chain, export=False).make()
+        for region in fxfuse.optimize(model, (x,)).fxfuse_report.regions:
+            if not region.region.rules:
+                continue
+            first = rewrite(region.region.original, DEFAULT_RULES)
+            fired.update(first.rules)
+            for seed in range(ORDERS):
+                rules = random.Random(seed).sample(DEFAULT_RULES, len(DEFAULT_RULES))
+                other = rewrite(region.region.original, rules)
+                assert other.text == first.text, (first.rules, other.rules)
+
+    search(chains(in_line=True), check, CHAINS)
+    assert fired >= RULES
