@@ -1,0 +1,270 @@
+"""How a convolution runs on Hopper's matrix instructions: what a kernel is compiled for, and its tiles per size.
+
+Pure arithmetic, without a GPU. A :class:`Specialisation` holds what is compiled in: taps, channel tiles,
+stages. A :class:`Tiling` holds what depends on sizes, which a compiled kernel takes as arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from fxfuse.kernels.geometry import Residue, Step, reach, residues_of, steps_of
+
+#: shared memory of a thread block on sm_90 for x and weights; the rest is for barriers, tables and alignment
+SHARED_BYTES = 232448 - 4096
+#: warpgroups that multiply, of 64 rows per m64 tile each
+CONSUMERS = 2
+STAGE_BYTES = 16384
+#: part of the rows that the tiles of a large input must use
+GOOD_FIT = 0.8
+
+
+class Unsupported(Exception):
+    """The engine has no kernel for this; the message is a sentence for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A transposed convolution, channels per group; three spatial dims."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+
+    @functools.cached_property
+    def residues(self) -> tuple[Residue, ...]:
+        return residues_of(self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Residue classes whose accumulators are held at the same time; None fills up."""
+
+    residues: tuple[Residue, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialisation:
+    """What is compiled into a convolution kernel.
+
+    ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
+    thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup.
+    """
+
+    layer: Layer
+    chunk: int
+    columns: int
+    passes: tuple[Pass, ...]
+    m_tiles: int
+    stages: int
+    x_buffers: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.layer.in_channels // self.chunk)
+
+    @property
+    def padded_channels(self) -> int:
+        return self.chunks * self.chunk
+
+    @property
+    def resident(self) -> bool:
+        return self.chunks == 1
+
+    @property
+    def residues(self) -> int:
+        return max(len(p.residues) for p in self.passes)
+
+    @property
+    def column_tiles(self) -> int:
+        return -(-self.layer.out_channels // self.columns)
+
+    @property
+    def rows(self) -> int:
+        """Positions q per thread block, the wasted ones among them."""
+        return CONSUMERS * self.m_tiles * 64
+
+    @property
+    def region_bytes(self) -> int:
+        """Shared memory for one buffer of x."""
+        return (SHARED_BYTES - self.stages * STAGE_BYTES) // self.x_buffers // 1024 * 1024
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed weights of one group and one tile of output channels."""
+        return sum(self.step_bytes(s) for p in self.passes for s in p.steps) * self.chunks
+
+    def step_bytes(self, step: Step) -> int:
+        return step.count * self.columns * self.chunk * 2
+
+    def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:
+        """Steps that share a stage: neighbours of the same run."""
+        found: list[list[Step]] = []
+        room = 0
+        for step in steps:
+            size = self.step_bytes(step)
+            if size > room or (step.first, step.count) != (found[-1][0].first, found[-1][0].count):
+                found.append([])
+                room = STAGE_BYTES
+            found[-1].append(step)
+            room -= size
+        return found
+
+
+@functools.lru_cache(maxsize=1024)
+def specialise(layer: Layer, *, pooled: bool) -> Specialisation:
+    """The kernel for a layer; ``pooled``: the epilogue keeps a running value per position and channel."""
+    low, high = reach(layer.residues)
+    halo = tuple(b - a for a, b in zip(low, high, strict=True))
+    width = max(8, -(-layer.out_channels // 8) * 8)
+    choices = []
+    for columns in {_columns(width, 64), _columns(width, 64 if pooled else 128)}:
+        for stack in dict.fromkeys((1, layer.stride[2], layer.stride[2] * layer.stride[1], math.prod(layer.stride))):
+            # neighbours along w in one thread make a store of two
+            if stack * columns <= 128 and (pooled or layer.stride[2] != 2 or stack % 2 == 0):
+                passes = _passes(layer, stack)
+                choices.append((_cycles(passes, columns) * -(-width // columns), -stack, columns, passes))
+    _, _, columns, passes = min(choices, key=lambda c: c[:3])
+    wide = max(len(p.residues) for p in passes) * columns
+    tiles = [m for m in (4, 2, 1) if m * wide <= 256 and not (pooled and m * columns > 128)]
+    for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
+        if m_tiles == 4 and x_buffers == 1:
+            continue  # two tiles of half the size hide each other's copies
+        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers)
+        fitting = (
+            math.prod(shape[0])
+            for shape in _shapes(made.rows, (32, 32, 32), halo)
+            if _rows_needed(shape, halo) * chunk * 2 <= made.region_bytes
+        )
+        if max(fitting, default=0) >= made.rows * GOOD_FIT:
+            return made
+    raise Unsupported(f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory")
+
+
+def _passes(layer: Layer, stack: int) -> tuple[Pass, ...]:
+    """Passes of ``stack`` residue classes, in an order in which instructions always begin at the first one.
+
+    ptxas keeps the accumulators of one instruction in one place: runs that begin anywhere would be copied
+    to and fro. Where no order helps, every class gets instructions of its own.
+    """
+    groups = [layer.residues[i : i + stack] for i in range(0, len(layer.residues), stack)]
+    orders = itertools.permutations(range(stack)) if stack <= 4 else iter([tuple(range(stack))])
+    for order in orders:
+        passes = tuple(Pass(r, steps_of(r)) for r in (tuple(g[i] for i in order) for g in groups))
+        if all(s.first == 0 for p in passes for s in p.steps):
+            return passes
+    return tuple(
+        Pass(g, tuple(sorted(
+            (Step(s.delta, s.first + i, (tap,)) for s in steps_of(g) for i, tap in enumerate(s.taps)),
+            key=lambda s: (s.first, s.delta),
+        ))) for g in groups
+    )  # fmt: skip
+
+
+def _cycles(passes: tuple[Pass, ...], columns: int) -> float:
+    """Relative time of the instructions: below 64 columns they wait for shared memory."""
+    return sum(max(s.count * columns / 2, 1.2 * (16 + s.count * columns / 4)) for p in passes for s in p.steps)
+
+
+def _columns(width: int, most: int) -> int:
+    """Output channels per tile: at most ``most``, as few padded ones as possible, then as many as possible."""
+    return min(range(8, min(width, most) + 1, 8), key=lambda c: (-(-width // c) * c + 8 * -(-width // c), -c))
+
+
+def _memory(channels: int) -> Iterator[tuple[int, int, int]]:
+    """(chunk, buffers of x, stages), the fastest first."""
+    padded = -(-channels // 16) * 16
+    for chunk in (c for c in (64, 32, 16) if padded % c == 0):
+        for buffers, stages in ((2, 6), (2, 4), (1, 6), (2, 3), (1, 4), (1, 3)):
+            yield chunk, buffers, stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Boxes of positions q: ``tile``; with halo: ``region``. ``row_base``: first row of each m64 tile."""
+
+    tile: tuple[int, int, int]
+    region: tuple[int, int, int]
+    row_group: int
+    row_base: tuple[int, ...]
+    counts: tuple[int, int, int]
+    rows: int
+
+    @property
+    def useful(self) -> float:
+        """Part of the rows that are positions of tiles."""
+        return math.prod(self.tile) / self.rows
+
+
+def _shapes(
+    rows: int, extents: tuple[int, int, int], halo: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:
+    """(tile, row_group, row_base): blocks of 8 by 8 positions, or consecutive rows of a box."""
+    tiles = rows // 64
+    for a in (1, 2, 4, 8):
+        for b in (1, 2, 4, 8):
+            if a * b <= tiles:
+                d, h, w = tiles // (a * b), a * 8, b * 8
+                rh, rw = h + halo[1], w + halo[2]
+                base = tuple(
+                    (z * rh + y * 8) * rw + x * 8 for z, y, x in itertools.product(range(d), range(a), range(b))
+                )
+                yield (d, h, w), rw, base
+    linear = tuple(range(0, rows, 64))
+    for parts in range(1, 9):
+        w = -(-extents[2] // parts)
+        rw = w + halo[2]
+        if w > rows or rw > 256:
+            continue
+        h = min((rows - w) // rw + 1, extents[1])
+        rh = h + halo[1]
+        d = min(max((rows - (h - 1) * rw - w) // (rh * rw) + 1, 1), extents[0])
+        yield (d, h, w), 8, linear
+        for h in range(1, h):
+            rh = h + halo[1]
+            d = min((rows - (h - 1) * rw - w) // (rh * rw) + 1, extents[0])
+            if d > 1:
+                yield (d, h, w), 8, linear
+
+
+def _rows_needed(shape: tuple[tuple[int, int, int], int, tuple[int, ...]], halo: tuple[int, ...]) -> int:
+    """Rows of shared memory that the matrix instructions read, the last tap's included."""
+    tile, row_group, base = shape
+    rh, rw = tile[1] + halo[1], tile[2] + halo[2]
+    shift = (halo[0] * rh + halo[1]) * rw + halo[2]
+    return max((tile[0] + halo[0]) * rh * rw, base[-1] + 7 * row_group + 8 + shift)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile(made: Specialisation, extents: tuple[int, int, int]) -> Tiling:
+    """The tiling of ``extents`` positions q per dim with the least waste."""
+    low, high = reach(made.layer.residues)
+    halo = tuple(b - a for a, b in zip(low, high, strict=True))
+    best: tuple[tuple[float, int, int], Tiling] | None = None
+    for shape in _shapes(made.rows, extents, halo):
+        size, row_group, base = shape
+        region = (size[0] + halo[0], size[1] + halo[1], size[2] + halo[2])
+        if _rows_needed(shape, halo) * made.chunk * 2 > made.region_bytes or max(region) > 256:
+            continue
+        counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
+        # the least waste; then long rows of output, for the sake of the stores
+        score = (float(math.prod(counts)), -min(size[2], 32), math.prod(region))
+        if best is None or score < best[0]:
+            found = Tiling(size, region, row_group, base, counts, made.rows)  # type: ignore[arg-type]
+            best = score, found
+    if best is None:
+        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
+    return best[1]

@@ -1,0 +1,227 @@
+// A dense 3-D convolution, given as residue classes of taps, on Hopper's warpgroup matrix instructions.
+//
+// An output position o of a transposed convolution with stride s is o = s*q + r with a residue r per dim. It
+// reads x[q + delta] for the taps of its residue class, and delta does not depend on q. So a thread block
+// takes a box of positions q, brings x there with a halo into shared memory once, as rows of channels, and every
+// tap multiplies the same rows through a shifted descriptor. Only weights stream.
+//
+// Rows of a matrix instruction are 8 groups of 8 consecutive w; columns are `columns` output channels of up to
+// `residues` residue classes at a time: a pass. What becomes of the accumulators is the epilogue's affair.
+//
+// `Problem` (emitted) has: Epilogue; constants chunk (channels), columns, residues, m_tiles, stages, stage_bytes,
+// passes, x_buffers, resident (x stays for all passes: it has one chunk), runs; static functions pass_begin(i), step(i),
+// run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
+#pragma once
+#include "ptx.cuh"
+
+namespace fxfuse {
+
+// One tap of one or more residue classes, contiguous among the pass's: from `first`, `count` of them.
+struct Step {
+  signed char d, h, w;           // delta less the least delta
+  unsigned char last;            // of its stage
+  unsigned short weights;        // offset in the stage, in units of 16 bytes
+  unsigned short batch;          // units of 16 bytes of the stage that starts here; 0: the stage goes on
+};
+
+struct Geometry {
+  int samples, groups, column_tiles, tiles_d, tiles_h, tiles_w, tiles;
+  int tile_d, tile_h, tile_w;        // positions q of a tile
+  int region_h, region_w;            // of the box with halo, rows of shared memory
+  int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
+  int low_d, low_h, low_w;           // the least delta per dim
+  int row_group;                     // rows from one group of eight to the next
+  int row_base[8];                   // first row of each m64 tile
+  int chunks;                        // of input channels, per group
+  int out_d, out_h, out_w;           // extents of the convolution's output
+  int out_channels;                  // per group
+  int weight_bytes;                  // of one group and column tile, packed
+};
+
+// A tile's place: its first position, sample, group, first output channel in the group.
+struct Tile {
+  int n, group, column, d, h, w;
+};
+
+FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
+  Tile t;
+  t.column = index % g.column_tiles;
+  index /= g.column_tiles;
+  t.w = (index % g.tiles_w) * g.tile_w;
+  index /= g.tiles_w;
+  t.h = (index % g.tiles_h) * g.tile_h;
+  index /= g.tiles_h;
+  t.d = (index % g.tiles_d) * g.tile_d;
+  index /= g.tiles_d;
+  t.group = index % g.groups;
+  t.n = index / g.groups;
+  return t;
+}
+
+constexpr int kConsumers = 2;                     // warpgroups that multiply
+constexpr int kThreads = 128 * (kConsumers + 1);  // and one that copies
+
+struct Ring {
+  int slot = 0, phase = 0;
+  template <int size>
+  FXFUSE_INLINE void next() {
+    if (++slot == size) slot = 0, phase ^= 1;
+  }
+};
+
+template <class Problem>
+FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const Geometry& g, uint8_t* x, uint8_t* stages,
+                             uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
+  Ring xs, ws;
+  prefetch_map(map);
+  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+    const Tile t = tile_at(g, index);
+    const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
+    for (int pass = 0; pass < Problem::passes; ++pass) {
+      const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
+      if (begin == end && !(Problem::resident && pass == 0)) continue;
+      for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        if (!Problem::resident || pass == 0) {
+          barrier_wait(&x_empty[xs.slot], xs.phase ^ 1);
+          barrier_expect(&x_full[xs.slot], g.region_bytes);
+          copy_box(x + xs.slot * g.region_stride, map, &x_full[xs.slot],
+                   (t.group * g.chunks + chunk) * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
+          xs.template next<Problem::x_buffers>();
+        }
+        for (int s = begin; s < end; ++s) {
+          const uint32_t bytes = Problem::step(s).batch * 16u;
+          if (bytes == 0) continue;
+          barrier_wait(&empty[ws.slot], ws.phase ^ 1);
+          barrier_expect(&full[ws.slot], bytes);
+          copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &full[ws.slot]);
+          from += bytes;
+          ws.template next<Problem::stages>();
+        }
+      }
+    }
+  }
+}
+
+// The products of one step: every m64 tile of this warpgroup, every 16 channels of the chunk.
+template <class Problem, int first, int count>
+FXFUSE_INLINE void conv_multiply(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
+                                 const uint32_t (&rows)[Problem::m_tiles], uint32_t shift, uint32_t b, uint32_t row_group) {
+  constexpr int row_bytes = Problem::chunk * 2;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int k = 0; k < Problem::chunk / 16; ++k)
+      Problem::template wgmma<first, count>(acc[i], descriptor<row_bytes>(rows[i] + shift + k * 32, row_group),
+                                            descriptor<row_bytes>(b + k * 32, 8 * row_bytes));
+}
+
+// The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
+// nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
+template <class Problem, int r>
+FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
+                            const uint32_t (&rows)[Problem::m_tiles], const Geometry& g, int pass, uint8_t* stages,
+                            uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
+  constexpr int row_bytes = Problem::chunk * 2;
+  const int begin = Problem::run_begin(pass, r), end = Problem::run_begin(pass, r + 1);
+  int before = -1;  // the stage whose products were on their way when the current one began
+  uint32_t stage = 0;
+#pragma unroll 1
+  for (int s = begin; s < end; ++s) {
+    const Step step = Problem::step(s);
+    if (step.batch) {
+      if (s > begin) {
+        if (before >= 0 && leader) barrier_arrive(&empty[before]);
+        before = ring.slot;
+        ring.template next<Problem::stages>();
+      }
+      barrier_wait(&full[ring.slot], ring.phase);
+      stage = shared_address(stages) + ring.slot * Problem::stage_bytes;
+      wgmma_fence();
+    }
+    const uint32_t shift = ((step.d * g.region_h + step.h) * g.region_w + step.w) * row_bytes;
+    conv_multiply<Problem, Problem::run_first(r), Problem::run_count(r)>(
+        acc, rows, shift, stage + step.weights * 16, (uint32_t)g.row_group * row_bytes);
+    if (step.last) {
+      wgmma_commit();
+      wgmma_wait<1>();  // the products of the stage before are done
+    }
+  }
+  if (begin < end) {
+    wgmma_wait<0>();
+    if (before >= 0 && leader) barrier_arrive(&empty[before]);
+    if (leader) barrier_arrive(&empty[ring.slot]);
+    ring.template next<Problem::stages>();
+  }
+  if constexpr (r + 1 < Problem::runs)
+    conv_run<Problem, r + 1>(acc, rows, g, pass, stages, full, empty, ring, leader);
+}
+
+template <class Problem, class Table>
+FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Table& table,
+                                uint8_t* x, uint8_t* stages, uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
+  constexpr int row_bytes = Problem::chunk * 2;
+  const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const bool leader = (threadIdx.x & 127) == 0;
+  Ring xs, ws;
+  float acc[Problem::m_tiles][Problem::columns * Problem::residues / 2];
+  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+    typename Problem::Epilogue epilogue(arguments, g, table, index, group, warp, lane);
+#pragma unroll 1
+    for (int pass = 0; pass < Problem::passes; ++pass) {
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int j = 0; j < Problem::columns * Problem::residues / 2; ++j) acc[i][j] = 0.f;
+      const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
+      if (begin < end || (Problem::resident && pass == 0)) {
+#pragma unroll 1
+        for (int chunk = 0; chunk < g.chunks; ++chunk) {
+          if (!Problem::resident || pass == 0) barrier_wait(&x_full[xs.slot], xs.phase);
+          uint32_t rows[Problem::m_tiles];
+#pragma unroll
+          for (int i = 0; i < Problem::m_tiles; ++i)
+            rows[i] = shared_address(x) + xs.slot * g.region_stride +
+                      g.row_base[group * Problem::m_tiles + i] * row_bytes;
+          conv_run<Problem, 0>(acc, rows, g, pass, stages, full, empty, ws, leader);
+          if (!Problem::resident) {
+            if (leader) barrier_arrive(&x_empty[xs.slot]);
+            xs.template next<Problem::x_buffers>();
+          }
+        }
+      }
+      epilogue.pass(acc, pass);
+    }
+    if (Problem::resident) {
+      if (leader) barrier_arrive(&x_empty[xs.slot]);
+      xs.template next<Problem::x_buffers>();
+    }
+    epilogue.finish();
+  }
+}
+
+// `Table`: what the epilogue keeps in shared memory.
+template <class Problem, class Table>
+FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, const Geometry& g,
+                              const typename Problem::Epilogue::Arguments& arguments) {
+  extern __shared__ uint8_t raw[];
+  __shared__ uint64_t x_full[Problem::x_buffers], x_empty[Problem::x_buffers];
+  __shared__ uint64_t full[Problem::stages], empty[Problem::stages];
+  __shared__ Table table;
+  uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
+  uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Problem::x_buffers; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
+    for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    registers_down<24>();
+    if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, x_full, x_empty, full, empty);
+  } else {
+    registers_up<240>();
+    conv_consume<Problem>(g, arguments, table, x, stages, x_full, x_empty, full, empty);
+  }
+}
+
+}  // namespace fxfuse

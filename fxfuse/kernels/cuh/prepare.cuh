@@ -1,0 +1,208 @@
+// What a convolution on matrix instructions needs first: x as rows of channels and weights as packed tiles, both in
+// 16-bit numbers. float32 is scaled by a power of two per sample and per output channel, so that the largest finite
+// value lies in [2^14, 2^15); samples that half precision cannot carry so are marked for the direct kernel.
+#pragma once
+#include "ptx.cuh"
+
+namespace fxfuse {
+
+constexpr int kFewTiny = 64;  // values below half's normal numbers that a sample may have: see count_tiny
+
+// The power of two that brings `largest` into [2^14, 2^15); 1 for zero.
+FXFUSE_INLINE float scale_for(float largest) {
+  if (largest == 0.f) return 1.f;
+  int exponent = (int)(__float_as_uint(largest) >> 23) - 127;  // -127 for a denormal
+  int k = 14 - exponent;
+  k = k > 126 ? 126 : k;
+  return __uint_as_float((uint32_t)(k + 127) << 23);
+}
+FXFUSE_INLINE float reciprocal_of_power(float s) { return __uint_as_float((254u << 23) - __float_as_uint(s)); }
+
+FXFUSE_INLINE float block_maximum(float v) {
+  __shared__ float parts[32];
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
+  __syncthreads();
+  v = threadIdx.x < blockDim.x / 32 ? parts[threadIdx.x & 31] : 0.f;
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
+  v = __shfl_sync(~0u, v, 0);
+  if (threadIdx.x == 0) parts[0] = v;
+  __syncthreads();
+  return parts[0];
+}
+
+// Per call and sample: the largest finite magnitude (as bits), what half precision cannot carry, 1/scale.
+struct SampleState {
+  uint32_t* largest;
+  uint32_t* marks;       // 0: matrix instructions; else the direct kernel
+  float* scale;          // 1/scale, for the epilogue
+};
+// Per output channel.
+struct ChannelState {
+  float *scale, *reciprocal, *bias;
+  uint32_t* mark;        // one word: some weight is not finite
+};
+
+// One block per output channel: its scale and its bias; block 0 clears what the input's kernels gather.
+template <class T, class B, bool scaled>
+FXFUSE_INLINE void weight_scales(const T* w, const B* bias, ChannelState out, SampleState samples, int n_samples,
+                                 int in_channels, int out_channels, int volume) {
+  const int group = blockIdx.x / out_channels, column = blockIdx.x % out_channels;
+  float largest = 0.f;
+  bool wrong = false;
+  if (scaled) {
+    for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
+      const int c = i / volume, k = i - c * volume;
+      const float v = fabsf(to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + k]));
+      if (finite(v)) largest = fmaxf(largest, v);
+      else wrong = true;
+    }
+    wrong = __syncthreads_or(wrong);
+    largest = block_maximum(largest);
+  }
+  if (threadIdx.x == 0) {
+    const float s = scale_for(largest);
+    out.scale[blockIdx.x] = s;
+    out.reciprocal[blockIdx.x] = reciprocal_of_power(s);
+    out.bias[blockIdx.x] = bias ? to_float(bias[blockIdx.x]) : 0.f;
+    if (wrong) atomicOr(out.mark, 1u);
+  }
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < n_samples; i += blockDim.x) samples.largest[i] = 0, samples.marks[i] = 0;
+}
+
+// A grid of (blocks, samples) over dense samples of `size` floats.
+FXFUSE_INLINE void sample_maximum(const float* x, SampleState out, int64_t size) {
+  x += blockIdx.y * size;
+  float largest = 0.f;
+  bool wrong = false;
+  const int64_t step = (int64_t)gridDim.x * blockDim.x, at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  auto take = [&](float v) {
+    v = fabsf(v);
+    if (finite(v)) largest = fmaxf(largest, v);
+    else wrong = true;
+  };
+  if (((uint64_t)x & 15) == 0) {
+    const float4* x4 = (const float4*)x;
+    for (int64_t i = at; i < size / 4; i += step) {
+      const float4 v = x4[i];
+      take(v.x), take(v.y), take(v.z), take(v.w);
+    }
+    for (int64_t i = size / 4 * 4 + at; i < size; i += step) take(x[i]);
+  } else {
+    for (int64_t i = at; i < size; i += step) take(x[i]);
+  }
+  wrong = __syncthreads_or(wrong);
+  largest = block_maximum(largest);
+  if (threadIdx.x == 0) {
+    atomicMax(&out.largest[blockIdx.y], __float_as_uint(largest));
+    if (wrong) atomicOr(&out.marks[blockIdx.y], 1u << 31);
+  }
+}
+
+// x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes 64 positions of up to
+// 64 channels of one sample; grid (positions / 64, row length / 64 rounded up, samples).
+template <class T, class Half16, bool scaled>
+FXFUSE_INLINE void to_rows(const T* x, Half16* rows, SampleState state, int64_t stride_n, int64_t stride_c,
+                           int64_t stride_d, int64_t stride_h, int64_t stride_w, int depth, int height, int width,
+                           int channels, int padded, int groups) {
+  __shared__ float tile[64][65];
+  const int plane = height * width;
+  const int positions = depth * plane, row_length = padded * groups;
+  const int first = blockIdx.x * 64, row0 = blockIdx.y * 64, n = blockIdx.z;
+  const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
+  const float scale = scaled ? scale_for(__uint_as_float(state.largest[n])) : 1.f;
+  int tiny = 0;
+  auto take = [&](float v) {
+    v *= scale;
+    if (scaled && v != 0.f && fabsf(v) < 6.103515625e-5f) ++tiny;
+    return v;
+  };
+  auto source = [&](int row) -> const T* {  // of a channel; null for padding
+    const int group = (row0 + row) / padded, c = row0 + row - group * padded;
+    return c < channels ? x + n * stride_n + (int64_t)(group * channels + c) * stride_c : nullptr;
+  };
+  if (stride_w == 1 && stride_h == width && stride_d == plane) {  // positions are neighbours
+    const bool aligned = sizeof(T) == 4 && positions % 4 == 0 && stride_c % 4 == 0 && stride_n % 4 == 0 &&
+                         ((uint64_t)x & 15) == 0;
+    if (aligned) {
+      const int p = (threadIdx.x & 15) * 4;
+      for (int row = threadIdx.x >> 4; row < wide; row += 16) {
+        const T* from = source(row);
+        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (from && first + p < positions) v = *(const float4*)((const float*)from + first + p);
+        tile[row][p] = take(v.x), tile[row][p + 1] = take(v.y), tile[row][p + 2] = take(v.z),
+        tile[row][p + 3] = take(v.w);
+      }
+    } else {
+      const int p = threadIdx.x & 63;
+      for (int row = threadIdx.x >> 6; row < wide; row += 4) {
+        const T* from = source(row);
+        tile[row][p] = from && first + p < positions ? take(to_float(from[first + p])) : 0.f;
+      }
+    }
+  } else {
+    const bool by_channel = stride_c == 1;
+    for (int i = threadIdx.x; i < wide * 64; i += blockDim.x) {
+      const int row = by_channel ? i % wide : i >> 6, p = by_channel ? i / wide : i & 63;
+      const T* from = source(row);
+      const int at = first + p, d = at / plane, h = (at - d * plane) / width, w = at - d * plane - h * width;
+      tile[row][p] =
+          from && at < positions ? take(to_float(from[d * stride_d + h * stride_h + w * stride_w])) : 0.f;
+    }
+  }
+  __syncthreads();
+  // A few such values may lose precision: their error is below 2^-39 of the sample's largest. Many would show.
+  if (scaled && tiny) atomicAdd(&state.marks[n], tiny);
+  const int units = wide / 8;
+  for (int i = threadIdx.x; i < 64 * units; i += blockDim.x) {
+    const int p = i / units, unit = i - p * units;
+    if (first + p >= positions) break;
+    alignas(16) Half16 v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p]);
+    *(uint4*)(rows + ((int64_t)n * positions + first + p) * row_length + row0 + unit * 8) = *(const uint4*)v;
+  }
+  if (scaled && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(scale);
+}
+
+// Where a step's weights come from and go to.
+struct PackedStep {
+  int offset;               // bytes from the pass's begin, in one chunk
+  int pass_offset;          // bytes from the tile's begin to the pass, with one chunk
+  int pass_bytes;           // of one chunk
+  int count;                // residue classes
+};
+
+// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Grid (units of a step, steps,
+// groups * column tiles * chunks).
+template <class Problem, class T, class Half16, bool scaled>
+FXFUSE_INLINE void pack_weights(const T* w, uint8_t* packed, const float* scale, int chunks, int column_tiles,
+                                int in_channels, int out_channels, int volume, int weight_bytes) {
+  constexpr int units = Problem::chunk / 8;
+  const PackedStep step = Problem::packed_step(blockIdx.y);
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int row = index / units, unit = index - row * units;
+  if (row >= step.count * Problem::columns) return;
+  const int tile = blockIdx.z / chunks, chunk = blockIdx.z - tile * chunks;
+  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row % Problem::columns;
+  const int tap = Problem::tap(blockIdx.y, row / Problem::columns);
+  const float s = scaled && column < out_channels ? scale[group * out_channels + column] : 1.f;
+  alignas(16) Half16 values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int c = chunk * Problem::chunk + unit * 8 + i;
+    float v = 0.f;
+    if (c < in_channels && column < out_channels)
+      v = to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + tap]);
+    values[i] = from_float<Half16>(v * s);
+  }
+  const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
+  uint8_t* to = packed + (int64_t)tile * weight_bytes + step.pass_offset * chunks + chunk * step.pass_bytes +
+                step.offset + (row * units + swizzled) * 16;
+  *(uint4*)to = *(const uint4*)values;
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,134 @@
+// What CUDA C++ has no words for: barriers, bulk copies, warpgroup matrix instructions, conversions. sm_90a.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+#else
+#include <stdint.h>
+#endif
+
+#define FXFUSE_INLINE __device__ __forceinline__
+
+namespace fxfuse {
+
+template <class T>
+struct RemovePointer;
+template <class T>
+struct RemovePointer<T*> {
+  typedef T type;
+};
+
+// A CUtensorMap, opaque here.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
+FXFUSE_INLINE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// --- mbarriers ---------------------------------------------------------------------------------------
+FXFUSE_INLINE void barrier_init(uint64_t* b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals));
+}
+FXFUSE_INLINE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FXFUSE_INLINE void barrier_expect(uint64_t* b, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+FXFUSE_INLINE void barrier_arrive(uint64_t* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+FXFUSE_INLINE void barrier_wait(uint64_t* b, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra W; D: }" ::"r"(
+          shared_address(b)),
+      "r"(parity)
+      : "memory");
+}
+// The compiler moves no load or store across.
+FXFUSE_INLINE void schedule_barrier() { asm volatile("" ::: "memory"); }
+// Threads of a subset of the warps meet.
+FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// --- bulk copies into shared memory --------------------------------------------------------------------
+FXFUSE_INLINE void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(b)), "r"(c), "r"(w), "r"(h), "r"(d), "r"(n)
+      : "memory");
+}
+FXFUSE_INLINE void copy_bytes(void* to, const void* from, uint32_t bytes, uint64_t* b) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(b))
+               : "memory");
+}
+FXFUSE_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+// --- wgmma ---------------------------------------------------------------------------------------------
+// A K-major operand whose rows are as long as the swizzle: 32, 64 or 128 bytes. `group` is the distance in
+// bytes between groups of eight rows. The swizzle acts on address bits, so `address` may be any row.
+template <int row_bytes>
+FXFUSE_INLINE uint64_t descriptor(uint32_t address, uint32_t group) {
+  constexpr uint64_t swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t(1) << 16) | ((uint64_t)(group >> 4) << 32) | (swizzle << 62);
+}
+FXFUSE_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FXFUSE_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+FXFUSE_INLINE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+template <int registers>
+FXFUSE_INLINE void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+FXFUSE_INLINE void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// --- numbers -------------------------------------------------------------------------------------------
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+FXFUSE_INLINE float to_float(float v) { return v; }
+FXFUSE_INLINE float to_float(Half v) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+FXFUSE_INLINE float to_float(BFloat v) { return __uint_as_float((uint32_t)v.bits << 16); }
+template <class T>
+FXFUSE_INLINE T from_float(float v);
+template <>
+FXFUSE_INLINE float from_float<float>(float v) {
+  return v;
+}
+template <>
+FXFUSE_INLINE Half from_float<Half>(float v) {
+  Half h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(v));
+  return h;
+}
+template <>
+FXFUSE_INLINE BFloat from_float<BFloat>(float v) {
+  BFloat h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(v));
+  return h;
+}
+// The larger one; NaN where either is NaN, as torch's max pools have it.
+FXFUSE_INLINE float max_or_nan(float a, float b) {
+  float f;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(f) : "f"(a), "f"(b));
+  return f;
+}
+FXFUSE_INLINE bool finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
+
+}  // namespace fxfuse

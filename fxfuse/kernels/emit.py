@@ -1,0 +1,218 @@
+"""CUDA C++ of a convolution kernel: constants, tables and one entry per launch, around the algorithms of ``cuh/``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.geometry import reach
+
+#: C++ types of elements in memory
+TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
+#: types of matrix operands
+OPERANDS = {"f32": "f16", "f16": "f16", "bf16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What follows the accumulators.
+
+    ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes.
+    ``before`` and ``after``: names of expression structs in ``code`` ("fxfuse::Identity" for none).
+    """
+
+    combine: str = ""
+    before: str = "fxfuse::Identity"
+    after: str = "fxfuse::Identity"
+    code: str = ""
+
+
+def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue) -> str:
+    """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
+    operand = OPERANDS[dtype]
+    scaled = "true" if dtype == "f32" else "false"
+    runs = _runs(made)
+    return "\n".join([
+        '#include "conv_wgmma.cuh"',
+        '#include "conv_epilogue.cuh"',
+        '#include "conv_direct.cuh"',
+        '#include "prepare.cuh"',
+        epilogue.code,
+        *(_wgmma(count * made.columns, operand) for count in sorted({c for _, c in runs})),
+        _tables(made),
+        _problem(made, runs, dtype, output, epilogue),
+        _entries(dtype, operand, bias, scaled),
+    ])  # fmt: skip
+
+
+def _runs(made: Specialisation) -> list[tuple[int, int]]:
+    """(first, count) of residue classes that steps multiply."""
+    return sorted({(s.first, s.count) for p in made.passes for s in p.steps}) or [(0, 1)]
+
+
+def _wgmma(columns: int, operand: str) -> str:
+    """The instruction m64nNk16: accumulators ``a[offset ...]``, descriptors of both operands."""
+    count = columns // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(a[o + {i}])' for i in range(count))
+    return (
+        f"template <int o, int size> FXFUSE_INLINE void wgmma_n{columns}(float (&a)[size], uint64_t x, uint64_t y) {{\n"
+        f'  asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} {{{registers}}}, '
+        f'%{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {outputs} : "l"(x), "l"(y));\n}}'
+    )
+
+
+def _tables(made: Specialisation) -> str:
+    runs = {run: i for i, run in enumerate(_runs(made))}
+    low, _ = reach(made.layer.residues)
+    begins: list[str] = []
+    steps, packed, taps, residues = [], [], [], []  # type: ignore[var-annotated]
+    pass_offset = 0
+    for one in made.passes:
+        pass_bytes = sum(map(made.step_bytes, one.steps))
+        offset = 0
+        order = [runs[s.first, s.count] for s in one.steps]
+        begins.append(_list([len(steps) + sum(o < r for o in order) for r in range(len(runs) + 1)]))
+        for batch in made.batches(one.steps):
+            size, inside = sum(map(made.step_bytes, batch)), 0
+            for i, step in enumerate(batch):
+                d, h, w = (a - b for a, b in zip(step.delta, low, strict=True))
+                steps.append(f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}")
+                packed.append(f"{{{offset}, {pass_offset}, {pass_bytes}, {step.count}}}")
+                taps.append(_list([*step.taps, *[0] * (made.residues - step.count)]))
+                inside += made.step_bytes(step)
+                offset += made.step_bytes(step)
+        pass_offset += pass_bytes
+        filled = [f"{{{r.at[0]}, {r.at[1]}, {r.at[2]}, 1}}" for r in one.residues]
+        residues.append(_list([*filled, *["{0, 0, 0, 0}"] * (made.residues - len(filled))]))
+    begins.append(_list([len(steps)] * (len(runs) + 1)))
+    return "\n".join([
+        f"__constant__ int kRunBegin[][{len(runs) + 1}] = {_list(begins)};",
+        f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
+        f"__constant__ fxfuse::PackedStep kPackedSteps[] = {_list(packed or ['{}'])};",
+        f"__constant__ short kTaps[][{made.residues}] = {_list(taps or ['{}'])};",
+        f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(residues)};",
+    ])  # fmt: skip
+
+
+def _list(values: Sequence[object]) -> str:
+    return "{" + ", ".join(map(str, values)) + "}"
+
+
+def _problem(
+    made: Specialisation, runs: Sequence[tuple[int, int]], dtype: str, output: str, epilogue: Epilogue
+) -> str:
+    layer = made.layer
+    half = made.columns // 2
+    out = TYPES[output]
+    if epilogue.combine:
+        bare = str(epilogue.before == "fxfuse::Identity").lower()
+        kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {epilogue.before}, {epilogue.after}>"
+        direct = f"fxfuse::direct_pool<Problem, {TYPES[dtype]}, fxfuse::{epilogue.combine}>"
+    else:
+        bare, kind = "false", f"fxfuse::Store<Problem, {out}, {epilogue.before}>"
+        direct = f"fxfuse::direct_store<Problem, {TYPES[dtype]}>"
+    instructions = "\n".join(
+        f"    {'else ' if i else ''}if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
+        for i, c in enumerate(sorted({c for _, c in runs}))
+    )
+    constants = {
+        "chunk": made.chunk,
+        "columns": made.columns,
+        "residues": made.residues,
+        "m_tiles": made.m_tiles,
+        "stages": made.stages,
+        "stage_bytes": 16384,
+        "passes": len(made.passes),
+        "x_buffers": made.x_buffers,
+        "stride_d": layer.stride[0],
+        "stride_h": layer.stride[1],
+        "stride_w": layer.stride[2],
+        "kernel_d": layer.kernel[0],
+        "kernel_h": layer.kernel[1],
+        "kernel_w": layer.kernel[2],
+        "padding_d": layer.padding[0],
+        "padding_h": layer.padding[1],
+        "padding_w": layer.padding[2],
+        "dilation_d": layer.dilation[0],
+        "dilation_h": layer.dilation[1],
+        "dilation_w": layer.dilation[2],
+        "in_channels": layer.in_channels,
+        "runs": len(runs),
+        "pair": _pair(made),
+    }
+    values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
+    return f"""struct Problem {{
+{values}
+  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == 'f32').lower()};
+  using Epilogue = {kind};
+  static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
+  static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
+  static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
+  static FXFUSE_INLINE fxfuse::PackedStep packed_step(int i) {{ return kPackedSteps[i]; }}
+  static FXFUSE_INLINE int tap(int step, int i) {{ return kTaps[step][i]; }}
+  static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
+  template <int first, int count, int size>
+  static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
+{instructions}
+  }}
+  static __device__ constexpr int run_first(int r) {{
+    constexpr int values[] = {_list([f for f, _ in runs])};
+    return values[r];
+  }}
+  static __device__ constexpr int run_count(int r) {{
+    constexpr int values[] = {_list([c for _, c in runs])};
+    return values[r];
+  }}
+}};
+static FXFUSE_INLINE void run_direct(const {TYPES[dtype]}* x, const {TYPES[dtype]}* w, fxfuse::DirectGeometry d,
+                                     fxfuse::Geometry g, const Problem::Epilogue::Arguments& a) {{
+  {direct}(x, w, d, g, a);
+}}"""
+
+
+def _pair(made: Specialisation) -> int:
+    """1 where classes 2i and 2i+1 of every pass are neighbours along w, -1 where 2i+1 and 2i are, 0 elsewhere."""
+    found = set()
+    for one in made.passes:
+        at = [r.at for r in one.residues]
+        for a, b in itertools.zip_longest(at[::2], at[1::2]):
+            found.add(b[2] - a[2] if b is not None and a[:2] == b[:2] else 0)
+    return found.pop() if found in ({1}, {-1}) else 0
+
+
+def _entries(dtype: str, operand: str, bias: str, scaled: str) -> str:
+    t, half = TYPES[dtype], TYPES[operand]
+    return f"""
+extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
+convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights, const __grid_constant__ fxfuse::Geometry g,
+            const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
+  fxfuse::conv_wgmma<Problem, fxfuse::ChannelTable<Problem>>(&map, weights, g, arguments);
+}}
+extern "C" __global__ void __launch_bounds__(256)
+scale_weights(const {t}* w, const {TYPES[bias]}* bias, fxfuse::ChannelState channels, fxfuse::SampleState samples,
+              int n_samples, int in_channels, int out_channels, int volume) {{
+  fxfuse::weight_scales<{t}, {TYPES[bias]}, {scaled}>(w, bias, channels, samples, n_samples, in_channels, out_channels, volume);
+}}
+extern "C" __global__ void __launch_bounds__(256)
+find_maximum(const float* x, fxfuse::SampleState samples, int64_t size) {{
+  fxfuse::sample_maximum(x, samples, size);
+}}
+extern "C" __global__ void __launch_bounds__(256)
+to_rows(const {t}* x, {half}* rows, fxfuse::SampleState samples, fxfuse::Strides s, int depth, int height, int width,
+        int channels, int padded, int groups) {{
+  fxfuse::to_rows<{t}, {half}, {scaled}>(x, rows, samples, s.n, s.c, s.d, s.h, s.w, depth, height, width, channels, padded, groups);
+}}
+extern "C" __global__ void __launch_bounds__(256)
+pack_weights(const {t}* w, uint8_t* packed, const float* scale, int chunks, int column_tiles, int in_channels,
+             int out_channels, int volume, int weight_bytes) {{
+  fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(w, packed, scale, chunks, column_tiles, in_channels, out_channels, volume, weight_bytes);
+}}
+extern "C" __global__ void __launch_bounds__(256)
+direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
+       const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
+  run_direct(x, w, d, g, arguments);
+}}
+"""

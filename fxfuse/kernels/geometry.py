@@ -1,0 +1,85 @@
+"""A convolution as residue classes of taps: the arithmetic of positions, per dim and over the three of them.
+
+An output position of a transposed convolution is ``o = stride*q + r`` with a residue ``r`` below the
+stride. It reads ``x[q + delta]`` for the taps ``k`` with ``delta = (r + padding - dilation*k) / stride``
+whole: ``delta`` does not depend on ``q``, so every residue class is a dense convolution of stride 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """One weight position (index into the flattened kernel) and what it is multiplied with, ``x[q + delta]``."""
+
+    index: int
+    delta: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Residue:
+    """The outputs ``stride*q + at`` of all q, and their taps."""
+
+    at: tuple[int, int, int]
+    taps: tuple[Tap, ...]
+
+
+def residues_of(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Residue, ...]:
+    """The residue classes of a transposed convolution in three dims, w varying fastest; a class may have no tap."""
+    per_dim = [
+        [
+            [(k, (r + p - k * e) // s) for k in range(size) if (r + p - k * e) % s == 0]
+            for r in range(s)
+        ]
+        for size, s, p, e in zip(kernel, stride, padding, dilation, strict=True)
+    ]
+    found = []
+    for at in itertools.product(*(range(s) for s in stride)):
+        taps = [
+            Tap((d[0] * kernel[1] + h[0]) * kernel[2] + w[0], (d[1], h[1], w[1]))
+            for d, h, w in itertools.product(*(per_dim[i][at[i]] for i in range(3)))
+        ]
+        found.append(Residue((at[0], at[1], at[2]), tuple(taps)))
+    return tuple(found)
+
+
+def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The least and the greatest delta per dim; zeros where there is no tap."""
+    deltas = [t.delta for r in residues for t in r.taps] or [(0, 0, 0)]
+    low = tuple(min(d[i] for d in deltas) for i in range(3))
+    high = tuple(max(d[i] for d in deltas) for i in range(3))
+    return low, high  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x."""
+
+    delta: tuple[int, int, int]
+    first: int
+    taps: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.taps)
+
+
+def steps_of(residues: Sequence[Residue]) -> tuple[Step, ...]:
+    """The steps of a pass over ``residues``: per delta, every run of neighbouring classes that have it; by run."""
+    by_delta: dict[tuple[int, int, int], dict[int, int]] = {}
+    for i, residue in enumerate(residues):
+        for tap in residue.taps:
+            by_delta.setdefault(tap.delta, {})[i] = tap.index
+    steps = []
+    for delta, taps in sorted(by_delta.items()):
+        for first in taps:
+            if first - 1 not in taps:
+                run = list(itertools.takewhile(taps.__contains__, range(first, len(residues))))
+                steps.append(Step(delta, first, tuple(taps[i] for i in run)))
+    return tuple(sorted(steps, key=lambda s: (s.first, s.count, s.delta)))
