@@ -14,6 +14,7 @@ from fxfuse.patterns.dead import DropCopies, DropDeadOutputs
 from fxfuse.patterns.linear import DropShiftBeforeSoftmax, FoldAvgPoolIntoConvTranspose, FoldChannelSumIntoConvTranspose
 from fxfuse.patterns.means import (
     CollapseMeanOfConvTranspose,
+    CollapseNarrowMean,
     MoveAffineBehindAvgPool,
     MoveAffineBehindMean,
     SplitBatchNormBeforeMean,
@@ -51,6 +52,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     MoveAffineBehindMean(),
     MoveAffineBehindAvgPool(),
     CollapseMeanOfConvTranspose(),
+    CollapseNarrowMean(),
     DropShiftBeforeSoftmax(),
     DropDeadOutputs(),
     FoldChannelSumIntoConvTranspose(),

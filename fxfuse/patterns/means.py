@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
-from fxfuse.patterns.placement import AFFINE, WIDE, affine_value, batched, moves_behind, source
+from fxfuse.patterns.placement import AFFINE, LINEAR, WIDE, affine_value, batched, moves_behind, source
 from fxfuse.patterns.pools import plain_average
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
@@ -154,65 +155,130 @@ class CollapseMeanOfConvTranspose(Rule):
     pattern = P(("mean", "sum"), P("conv_transpose", name="conv"), name="reduce")
 
     def check(self, match: Match) -> Reject | None:
-        conv, reduce = match["conv"], match["reduce"]
-        spatial = len(attributes(conv)["stride"])
-        if not batched(conv):
-            return Reject("an input without a batch dim has its channels elsewhere", conv)
-        dims = attributes(reduce)["dims"]
-        if not dims or min(dims) < 2:
-            return Reject(f"dims {dims} are not dims of space alone", reduce)
-        if len(dims) < spatial and dtype(conv) not in WIDE:
-            return Reject(f"sums along some dims may overflow in {dtype(conv)}", reduce)
-        out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
-        if out is None or x is None or weight is None:
-            return Reject("the boxes of inputs need sizes that are known", conv)
-        if attributes(conv)["extent"] is not None:
-            return Reject("some outputs are already dropped", conv)
-        if 0 in (*out, *x):
-            return Reject("the tensor is empty", conv)
-        boxes = self._boxes(conv)
-        if any(not any(high > low for low, high in boxes[d - 2]) for d in dims):
-            return Reject("no tap reaches an output", conv)
-        return None
-
-    @staticmethod
-    def _boxes(conv: fx.Node) -> list[list[tuple[int, int]]]:
-        """Per dim, per tap, the half-open range of inputs that land inside the output."""
-        x, weight, out = _known(operands(conv)[0]), _known(operands(conv)[1]), _known(conv)
-        stride, padding, dilation = (attributes(conv)[k] for k in ("stride", "padding", "dilation"))
-        return [
-            [
-                (
-                    max(0, -((t * dilation[d] - padding[d]) // stride[d])),
-                    min(x[2 + d], (out[2 + d] - 1 + padding[d] - t * dilation[d]) // stride[d] + 1),
-                )
-                for t in range(weight[2 + d])
-            ]
-            for d in range(len(x) - 2)
-        ]
+        return _collapse_refusal(match["conv"], match["reduce"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         conv, reduce = match["conv"], match["reduce"]
-        x, weight, bias = operands(conv)
-        narrow, wide = dtype(conv), torch.promote_types(dtype(conv), torch.float32)
-        if narrow is not wide:  # sums of 16-bit values overflow: as torch, accumulate in float32
-            x, weight = (build.call("cast", v, dtype=wide) for v in (x, weight))
-            bias = None if bias is None else build.call("cast", bias, dtype=wide)
-        dims, boxes = attributes(reduce)["dims"], self._boxes(conv)
-        live = tuple(tuple(t for t, (low, high) in enumerate(boxes[d - 2]) if high > low) for d in dims)
-        kept = tuple(tuple(boxes[d - 2][t] for t in taps) for d, taps in zip(dims, live, strict=True))
-        sums = build.call("tap_sums", x, dims=dims, boxes=kept)
-        rest = [d for d in range(len(boxes)) if d + 2 not in dims]
-        along = {k: tuple(attributes(conv)[k][d] for d in rest) for k in _GEOMETRY}
-        total = build.call(
-            "contract_taps", sums, weight, dims=dims, taps=live, groups=attributes(conv)["groups"], **along
-        )
-        count = math.prod(_known(conv)[d] for d in dims)
-        if op_name(reduce) == "mean":
-            total = build.call("mul", total, 1.0 / count)
-        if bias is not None:
-            column = build.call("reshape", bias, shape=(-1, *(1 for _ in boxes)))
-            total = build.call("add", total, column if op_name(reduce) == "mean" else build.call("mul", column, count))
-        if not attributes(reduce)["keepdim"]:
-            total = build.call("reshape", total, shape=sizes(reduce))
-        return total if narrow is wide else build.call("cast", total, dtype=narrow)
+        return _narrowed(_collapsed(conv, reduce, build), reduce, build)
+
+
+class CollapseNarrowMean(Rule):
+    """mean(f(conv(x; W, b))) = f(mean(conv(x; W, b))) for an affine f per channel, in float32 until f is applied
+
+    For float16 and bfloat16, where weights are not folded and a mean is not rounded before a shift; the
+    mean collapses like that of the convolution alone. f is any number of multiplications, divisions,
+    additions, subtractions, negations and BatchNorms with given statistics, the last one with a shift.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P("mean", P(AFFINE, name="last"), name="reduce")
+
+    def match(self, root: fx.Node) -> Match | None:
+        match = super().match(root)
+        if match is None or dtype(root) in WIDE or op_name(match["last"]) in LINEAR:
+            return None
+        maps, value = [], match["last"]
+        while op_name(value) in (*AFFINE, "clone"):
+            maps.append(value)
+            value = affine_value(value, attributes(root)["dims"], rounded=False) if _maps(value) else operands(value)[0]
+            if isinstance(value, Reject):
+                match.bound["refusal"] = value
+                return match
+        if op_name(value) != "conv_transpose":
+            return None
+        match.nodes += [*maps[1:], value]
+        match.bound.update(conv=value, maps=[m for m in maps if _maps(m)], refusal=_collapse_refusal(value, root))
+        return match
+
+    def check(self, match: Match) -> Reject | None:
+        refusal: Reject | None = match["refusal"]
+        return refusal
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        conv, reduce = match["conv"], match["reduce"]
+        total, value = _collapsed(conv, reduce, build), conv
+        for node in reversed(match["maps"]):
+            value = affine_value(node, attributes(reduce)["dims"], rounded=False)
+            given = [total if o is value else _widened(o, dtype(total), build) for o in operands(node)]
+            total = build.call(op_of(node).name, *given, **attributes(node))
+        return _narrowed(total, reduce, build)
+
+
+def _maps(node: fx.Node) -> bool:
+    return op_name(node) != "clone"
+
+
+def _widened(value: Any, wide: torch.dtype, build: Builder) -> Any:
+    """A tensor in the dtype ``wide``; a number or None as it is."""
+    if not isinstance(value, fx.Node) or dtype(value) is wide:
+        return value
+    return build.call("cast", value, dtype=wide)
+
+
+def _narrowed(total: fx.Node, reduce: fx.Node, build: Builder) -> fx.Node:
+    """``total``, which has kept all dims, in the shape and the dtype of ``reduce``."""
+    if not attributes(reduce)["keepdim"]:
+        total = build.call("reshape", total, shape=sizes(reduce))
+    return total if dtype(total) is dtype(reduce) else build.call("cast", total, dtype=dtype(reduce))
+
+
+def _collapse_refusal(conv: fx.Node, reduce: fx.Node) -> Reject | None:
+    """Why the mean or sum ``reduce`` over the outputs of ``conv`` does not collapse; None where it does."""
+    spatial = len(attributes(conv)["stride"])
+    if not batched(conv):
+        return Reject("an input without a batch dim has its channels elsewhere", conv)
+    dims = attributes(reduce)["dims"]
+    if not dims or min(dims) < 2:
+        return Reject(f"dims {dims} are not dims of space alone", reduce)
+    if len(dims) < spatial and dtype(conv) not in WIDE:
+        return Reject(f"sums along some dims may overflow in {dtype(conv)}", reduce)
+    out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
+    if out is None or x is None or weight is None:
+        return Reject("the boxes of inputs need sizes that are known", conv)
+    if attributes(conv)["extent"] is not None:
+        return Reject("some outputs are already dropped", conv)
+    if 0 in (*out, *x):
+        return Reject("the tensor is empty", conv)
+    boxes = _boxes(conv)
+    if any(not any(high > low for low, high in boxes[d - 2]) for d in dims):
+        return Reject("no tap reaches an output", conv)
+    return None
+
+
+def _boxes(conv: fx.Node) -> list[list[tuple[int, int]]]:
+    """Per dim, per tap, the half-open range of inputs that land inside the output."""
+    x, weight, out = _known(operands(conv)[0]), _known(operands(conv)[1]), _known(conv)
+    stride, padding, dilation = (attributes(conv)[k] for k in ("stride", "padding", "dilation"))
+    return [
+        [
+            (
+                max(0, -((t * dilation[d] - padding[d]) // stride[d])),
+                min(x[2 + d], (out[2 + d] - 1 + padding[d] - t * dilation[d]) // stride[d] + 1),
+            )
+            for t in range(weight[2 + d])
+        ]
+        for d in range(len(x) - 2)
+    ]
+
+
+def _collapsed(conv: fx.Node, reduce: fx.Node, build: Builder) -> fx.Node:
+    """The mean or sum over the outputs of ``conv``, all dims kept; in float32 at least.
+
+    Sums of 16-bit values overflow: as torch, they are accumulated in float32.
+    """
+    wide = torch.promote_types(dtype(conv), torch.float32)
+    x, weight, bias = (_widened(o, wide, build) for o in operands(conv))
+    dims, boxes = attributes(reduce)["dims"], _boxes(conv)
+    live = tuple(tuple(t for t, (low, high) in enumerate(boxes[d - 2]) if high > low) for d in dims)
+    kept = tuple(tuple(boxes[d - 2][t] for t in taps) for d, taps in zip(dims, live, strict=True))
+    sums = build.call("tap_sums", x, dims=dims, boxes=kept)
+    rest = [d for d in range(len(boxes)) if d + 2 not in dims]
+    along = {k: tuple(attributes(conv)[k][d] for d in rest) for k in _GEOMETRY}
+    total = build.call("contract_taps", sums, weight, dims=dims, taps=live, groups=attributes(conv)["groups"], **along)
+    count = math.prod(_known(conv)[d] for d in dims)
+    if op_name(reduce) == "mean":
+        total = build.call("mul", total, 1.0 / count)
+    if bias is None:
+        return total
+    column = build.call("reshape", bias, shape=(-1, *(1 for _ in boxes)))
+    return build.call("add", total, column if op_name(reduce) == "mean" else build.call("mul", column, count))

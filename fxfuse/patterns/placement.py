@@ -156,11 +156,14 @@ def moves_behind(node: fx.Node, reduce: fx.Node) -> fx.Node | Reject:
     return affine_value(node, attributes(reduce)["dims"])
 
 
-def affine_value(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | Reject:
-    """The operand y of the affine map ``node`` = a*y + c where a and c are constant along ``dims``, or why none is."""
+def affine_value(node: fx.Node, dims: tuple[int, ...], *, rounded: bool = True) -> fx.Node | Reject:
+    """The operand y of the affine map ``node`` = a*y + c where a and c are constant along ``dims``, or why none is.
+
+    ``rounded``: whether the mean of y is rounded to the map's dtype before the map is applied to it.
+    """
     if not dtype(node).is_floating_point:
         return Reject("a mean of integers", node)
-    if dtype(node) not in WIDE and op_name(node) not in LINEAR:
+    if rounded and dtype(node) not in WIDE and op_name(node) not in LINEAR:
         return Reject(f"a mean rounded to {dtype(node)} before the shift could lose what the shift leaves", node)
     if op_name(node) == "batch_norm":
         normed: fx.Node = operands(node)[0]

@@ -32,19 +32,21 @@ from fxfuse.patterns import (
     DEFAULT_RULES,
     CancelBiasBeforeStatistics,
     CollapseMeanOfConvTranspose,
+    CollapseNarrowMean,
     FoldScaleIntoConvTranspose,
     MoveAffineBehindAvgPool,
     MoveAffineBehindMean,
     SplitBatchNormBeforeMean,
 )
+from fxfuse.program import Program
 
 MOVE, POOL, COLLAPSE = MoveAffineBehindMean(), MoveAffineBehindAvgPool(), CollapseMeanOfConvTranspose()
-SPLIT = SplitBatchNormBeforeMean()
+SPLIT, NARROW_MEAN = SplitBatchNormBeforeMean(), CollapseNarrowMean()
 
 
 def test_the_rules_are_those_that_optimize_applies() -> None:
     classes = {type(r) for r in DEFAULT_RULES}
-    for rule in (MOVE, POOL, COLLAPSE, SPLIT):
+    for rule in (MOVE, POOL, COLLAPSE, SPLIT, NARROW_MEAN):
         assert type(rule) in classes and not rule.forward_only and rule.legality.value == "reassociating"
 
 
@@ -421,6 +423,106 @@ def test_a_convolution_that_is_also_used_elsewhere_does_not_collapse() -> None:
         program(LAYER.format(n=2), f"y = {conv()}\nr = mean(y, dims=(2,), keepdim=True)\ny, r"), [COLLAPSE]
     )
     assert result.reason("CollapseMeanOfConvTranspose") == "the value of conv_transpose is also used elsewhere"
+
+
+# --- 16-bit means ---------------------------------------------------------------------------------
+NARROW = (
+    "x: {0}[2, 3, 9], w: {0}[3, 2, 3], b: {0}[2], mean: {0}[2], var: {0}[2], g: {0}[2], h: {0}[2], "
+    "mean32: f32[2], var32: f32[2], g32: f32[2], c: {0}[2, 1]"
+)
+BATCH_NORM = "batch_norm({}, mean, var, g, h, eps=0.125)"
+WIDE_STATISTICS = "batch_norm({}, mean32, var32, g32, None, eps=0.125)"
+
+
+def _narrow_mean(*maps: str, dtype: str = "f16", keepdim: bool = True, also: str = "") -> Program:
+    lines = [f"m{i + 1} = {m.format(f'm{i}')}" for i, m in enumerate(maps)]
+    lines = [f"m0 = {conv(stride=2)}", *lines, f"r = mean(m{len(maps)}, dims=(2,), keepdim={keepdim})"]
+    return program(NARROW.format(dtype), "\n".join([*lines, f"r{also}"]))
+
+
+def test_what_a_16_bit_mean_of_a_map_leaves() -> None:
+    result = rewrite(_narrow_mean("mul({}, 2.0)", BATCH_NORM, keepdim=False), DEFAULT_RULES)
+    assert result.rules == ["CollapseNarrowMean"]
+    assert result.text == (
+        "v0 = cast(x0, dtype=f32)\nv1 = tap_sums(v0, dims=(2,), boxes=(((0, 9), (0, 9), (0, 9)),))\n"
+        "v2 = cast(x1, dtype=f32)\nv3 = contract_taps(v1, v2, dims=(2,), taps=((0, 1, 2),), stride=(), padding=(), "
+        "output_padding=(), dilation=(), groups=1)\n"
+        "v4 = mul(v3, 0.05263157894736842)\nv5 = cast(x2, dtype=f32)\nv6 = reshape(v5, shape=(-1, 1))\n"
+        "v7 = add(v4, v6)\nv8 = mul(v7, 2.0)\n"
+        "v9 = cast(x3, dtype=f32)\nv10 = cast(x4, dtype=f32)\nv11 = cast(x5, dtype=f32)\nv12 = cast(x6, dtype=f32)\n"
+        "v13 = batch_norm(v8, v9, v10, v11, v12, eps=0.125)\n"
+        "v14 = reshape(v13, shape=(2, 2))\nv15 = cast(v14, dtype=f16)\nv15"
+    )
+    agree(result)
+    again = rewrite(result.rewritten, DEFAULT_RULES)
+    assert again.rules == [] and again.rewritten == result.rewritten
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@given(st.data())
+def test_16_bit_means_of_any_map(dtype: str, draw: st.DataObject) -> None:
+    maps = [
+        "mul({}, 0.3)",
+        "div({}, c)",
+        "add({}, c)",
+        "sub(3.0, {})",
+        "neg({})",
+        "clone({})",
+        BATCH_NORM,
+        WIDE_STATISTICS,
+    ]
+    chosen = draw.draw(st.lists(st.sampled_from(maps), max_size=3))
+    source = _narrow_mean(
+        *chosen, draw.draw(st.sampled_from(["add({}, c)", "sub({}, 1.5)", WIDE_STATISTICS])), dtype=dtype
+    )
+    result = rewrite(source, DEFAULT_RULES)
+    assert "CollapseNarrowMean" in result.rules and "conv_transpose" not in result.text
+    tensors = data(source, draw.draw(st.integers(0, 99)))
+    tensors[-1] = tensors[-1].abs() + 0.5  # a divisor
+    (before,), (after,) = result.original.run(tensors), result.rewritten.run(tensors)
+    (truth,) = result.original.run([t.double() for t in tensors])
+    assert after.dtype is before.dtype and after.shape == before.shape
+    half = torch.finfo(before.dtype).eps / 2
+    assert bool(((after - truth).abs() <= half * truth.abs() + 1e-4 * truth.abs().max()).all())  # rounded once
+    special = [salted(t, draw.draw(st.integers(0, 99))) if i == 0 else t for i, t in enumerate(tensors)]
+    (before,), (after,) = result.original.run(special), result.rewritten.run(special)
+    assert torch.equal(after.isnan(), before.isnan()) and torch.equal(after.isinf(), before.isinf())
+    assert torch.equal(after[after.isinf()], before[before.isinf()])
+
+
+@pytest.mark.parametrize(
+    ("maps", "reduce", "reason"),
+    [
+        (["add({}, x)"], "mean({}, dims=(2,), keepdim=True)", "both operands vary along the averaged dims"),
+        (["div(2.0, {})", "add({}, 1.0)"], "mean({}, dims=(2,), keepdim=True)", "the value is the divisor"),
+        (["add({}, inf)"], "mean({}, dims=(2,), keepdim=True)", "add with inf leaves the range of torch.float16"),
+        (["add({}, 1.0)"], "mean({}, dims=(1, 2), keepdim=True)", "dims (1, 2) are not dims of space alone"),
+        (["add({}, 1.0)"], "mean({}, dims=(0,), keepdim=True)", "dims (0,) are not dims of space alone"),
+    ],
+)
+def test_16_bit_means_that_do_not_collapse(maps: list[str], reduce: str, reason: str) -> None:
+    lines = [f"m{i + 1} = {m.format(f'm{i}')}" for i, m in enumerate(maps)]
+    text = "\n".join([f"m0 = {conv()}", *lines, f"r = {reduce.format(f'm{len(maps)}')}", "r"])
+    result = rewrite(program("x: f16[2, 2, 9], w: f16[2, 2, 1], b: f16[2]", text), [NARROW_MEAN])
+    assert result.reason("CollapseNarrowMean") == reason
+
+
+def test_a_16_bit_mean_of_a_map_that_is_also_used_elsewhere_stays() -> None:
+    result = rewrite(_narrow_mean("mul({}, 2.0)", BATCH_NORM, also=", m1"), DEFAULT_RULES)
+    assert result.reason("CollapseNarrowMean") == "the value of mul is also used elsewhere"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        _narrow_mean(BATCH_NORM, dtype="f32"),  # folds
+        _narrow_mean("mul({}, 2.0)"),  # moves
+        _narrow_mean("relu({})", "add({}, 1.0)"),  # not a convolution's
+    ],
+)
+def test_other_means_are_no_near_miss_of_16_bit_ones(source: Program) -> None:
+    result = rewrite(source, [NARROW_MEAN])
+    assert result.rules == [] and result.rejected == []
 
 
 # --- training-mode BatchNorm before a mean --------------------------------------------------------
