@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxfuse import vocabulary
-from fxfuse.call import Call
+from fxfuse.call import FUNCTIONS, METHODS, Call
 from fxfuse.normalize import values_only
 from fxfuse.propagate import facts, isolated, propagate
 
@@ -474,3 +474,28 @@ def overloads(key: str) -> Iterator[torch._ops.OpOverload]:
 
 def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", function))
+
+
+# --- torch's own ----------------------------------------------------------------------------------
+def op_infos() -> list[Any]:
+    """torch's own tests of the operators that the tables of spellings know."""
+    try:
+        from torch.testing._internal.common_methods_invocations import op_db
+    except ImportError:
+        return []
+    return [
+        info for info in op_db if info.supports_dtype(torch.float64, "cpu") and (info.op in FUNCTIONS or _name(info))
+    ]
+
+
+def _name(info: Any) -> str | None:
+    """The method that is meant, where torch tests a lambda."""
+    return info.name if info.name in METHODS else None
+
+
+#: all of torch's samples are of kinds that are refused
+ALL_REFUSED = {
+    *("div_floor_rounding", "div_trunc_rounding", "round_decimals_0", "round_decimals_3", "round_decimals_neg_3"),
+    *("max_reduction_with_dim", "min_reduction_with_dim", "norm_nuc", "constant_pad_nd_"),
+    *(f"nn.functional.pad_{mode}" for mode in ("constant", "reflect", "replicate", "replicate_negative", "circular")),
+}

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from samples import (
+    ALL_REFUSED,
     MASK,
     MODULE_SAMPLES,
     S,
@@ -21,6 +22,7 @@ from samples import (
     Y,
     meaning,
     name_of,
+    op_infos,
     overloads,
     same,
     samples_of,
@@ -372,30 +374,7 @@ def test_arguments_that_are_nodes_of_numbers() -> None:
 
 
 # --- torch's own samples --------------------------------------------------------------------------
-def _op_infos() -> list[Any]:
-    try:
-        from torch.testing._internal.common_methods_invocations import op_db
-    except ImportError:
-        return []
-    return [
-        info for info in op_db if info.supports_dtype(torch.float64, "cpu") and (info.op in FUNCTIONS or _name(info))
-    ]
-
-
-def _name(info: Any) -> str | None:
-    """The method that is meant, where torch tests a lambda."""
-    return info.name if info.name in METHODS else None
-
-
-#: all of torch's samples are of kinds that are refused
-ALL_REFUSED = {
-    *("div_floor_rounding", "div_trunc_rounding", "round_decimals_0", "round_decimals_3", "round_decimals_neg_3"),
-    *("max_reduction_with_dim", "min_reduction_with_dim", "norm_nuc", "constant_pad_nd_"),
-    *(f"nn.functional.pad_{mode}" for mode in ("constant", "reflect", "replicate", "replicate_negative", "circular")),
-}
-
-
-@pytest.mark.parametrize("info", _op_infos(), ids=lambda info: f"{info.name}_{info.variant_test_name}")
+@pytest.mark.parametrize("info", op_infos(), ids=lambda info: f"{info.name}_{info.variant_test_name}")
 def test_samples_of_torch(info: Any) -> None:
     agreed = 0
     for each in itertools.islice(info.sample_inputs("cpu", torch.float64), 24):
