@@ -12,7 +12,8 @@ from fxfuse.region import Region
 class Path(enum.Enum):
     """How a region runs."""
 
-    REWRITTEN = "rewritten"  #: the rewritten chain; nobody asks for gradients
+    REWRITTEN = "rewritten"  #: the rewritten chain by torch's operators; nobody asks for gradients
+    KERNEL = "kernel"  #: the rewritten chain, its convolution and what is close behind it in one kernel of ours
     ORIGINAL = "original"  #: the chain as the model wrote it, recorded by autograd
     RECOMPUTE = "recompute"  #: the rewritten chain forward; the original chain again, in the backward
 

@@ -1,0 +1,372 @@
+"""A rewritten chain cut in three: what torch runs first, one convolution kernel, what torch runs behind it.
+
+The kernel takes the transposed convolution, the pointwise chain behind it, and a pool where that is
+made of whole residue classes: a window and a step that are multiples of the convolution's stride. It
+then stores one value per position q instead of ``stride`` per dim. Pure: sizes and strides in, a
+printable :class:`Schedule` out, or :class:`Unscheduled` with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse import vocabulary
+from fxfuse.chain import no_autocast
+from fxfuse.instr import DTYPE_NAMES, Instr, Ref, TensorType
+from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.expression import Expression, NotEmittable, emit_expression
+from fxfuse.kernels.windows import Pooling, pooling
+from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
+
+#: dtypes that a kernel reads and stores
+STORED = (torch.float32, torch.float16, torch.bfloat16)
+#: elements of one sample: positions in it are 32-bit numbers; samples: a dimension of a grid
+MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
+
+
+class Unscheduled(Exception):  # noqa: N818 - a refusal, not an error
+    """No kernel runs this chain; the message is a sentence for the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The convolution kernel. Names are values of the program.
+
+    ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
+    value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
+    makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
+    expressions in front of that and behind it. ``stages`` are for a person to read.
+    """
+
+    layer: Layer
+    x: str
+    weight: str
+    bias: str | None
+    dtype: torch.dtype
+    bias_dtype: torch.dtype
+    extents: tuple[int, int, int]
+    stored: str
+    kind: TensorType
+    strides: tuple[int, ...]
+    stages: tuple[str, ...]
+    combine: str = ""
+    factor: float = 1.0
+    before: Expression | None = None
+    after: Expression | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every value that the kernel reads."""
+        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
+        bias = [] if self.bias is None else [self.bias]
+        return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
+
+    @property
+    def layout(self) -> str:
+        """The memory format of the stored value: "contiguous" or "channels_last"."""
+        return layout_of(self.kind.shape, self.strides) or ""
+
+    def __str__(self) -> str:
+        return f"{' > '.join(self.stages)} -> {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """``first`` by torch, then ``kernel``, then ``rest`` by torch, whose outputs are the chain's."""
+
+    first: Program
+    kernel: Launch
+    rest: Program
+
+    def __str__(self) -> str:
+        first = [f"first {', '.join(i.op for i in self.first.body)}"] if self.first.body else []
+        rest = [f"then {' > '.join(i.op for i in self.rest.body)}"] if self.rest.body else []
+        return "; ".join([*first, f"one kernel: {self.kernel}", *rest])
+
+
+def worth(schedule: Schedule) -> str | None:
+    """Why torch's own convolution is expected to be at least as fast, or None."""
+    if schedule.kernel.dtype is not torch.float32 and not schedule.kernel.combine:
+        return f"cuDNN convolves {DTYPE_NAMES[schedule.kernel.dtype]} as fast, and no pool follows at once"
+    return None
+
+
+def examples(program: Program) -> list[Tensor]:
+    """Contiguous stand-ins, without memory, for a program's inputs; Unscheduled where a size is not known."""
+    if any(size is None for _, kind in program.inputs for size in kind.shape):
+        raise Unscheduled("sizes are not known before the call")
+    with FakeTensorMode():
+        return [torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for _, kind in program.inputs]
+
+
+def schedule(program: Program, inputs: Sequence[Tensor]) -> Schedule:
+    """Cut ``program`` for inputs of these sizes, dtypes, strides and devices: no element of them is read."""
+    mode = FakeTensorMode()
+    values = _observe(program, inputs, mode)
+    made = _Cutter(program, values).schedule()
+    values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
+    again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
+    for before, after in zip(program.outputs, made.rest.outputs, strict=True):
+        if _form(values[before]) != _form(again[after]):
+            raise Unscheduled(f"{before} would come out in another layout than from torch's operators")
+    return made
+
+
+def _observe(program: Program, inputs: Sequence[Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+    """Every value of the program, without its elements."""
+    with mode, torch.no_grad(), no_autocast():
+        values = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            for (name, _), t in zip(program.inputs, inputs, strict=True)
+        }
+        for instr in program.body:
+            operands = [values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
+            try:
+                result = vocabulary.lookup(instr.op)(*operands, **dict(instr.attributes))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise Unscheduled(f"`{instr}`: {(str(error) or 'torch refuses it').splitlines()[0]}") from None
+            results: Sequence[Tensor] = result if isinstance(result, tuple) else (result,)
+            values.update(zip(instr.outs, results, strict=True))
+    return values
+
+
+def _stand_in(mode: FakeTensorMode, kernel: Launch, device: torch.device) -> Tensor:
+    sizes = [s or 0 for s in kernel.kind.shape]
+    with mode:
+        return torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=device)
+
+
+def _form(value: Tensor) -> tuple[object, ...]:
+    return value.dtype, tuple(value.shape), value.stride()
+
+
+def dense(shape: Sequence[int | None], layout: str) -> tuple[int, ...]:
+    """The strides of a dense tensor (N, C, *spatial): "contiguous", or "channels_last" with C the fastest dim."""
+    sizes = [s or 0 for s in shape]
+    order = list(range(len(sizes))) if layout == "contiguous" else [0, *range(2, len(sizes)), 1]
+    strides, step = [0] * len(sizes), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(sizes[dim], 1)
+    return tuple(strides)
+
+
+def layout_of(shape: Sequence[int | None], strides: Sequence[int]) -> str | None:
+    """The memory format of a tensor (N, C, *spatial), "contiguous" or "channels_last"; None for any other."""
+    for layout in ("contiguous", "channels_last"):
+        if all(s == 1 or a == b for s, a, b in zip(shape, strides, dense(shape, layout), strict=True)):
+            return layout
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """Pointwise instructions that lead to ``result``."""
+
+    result: str
+    body: tuple[Instr, ...] = ()
+    expression: Expression | None = None
+
+
+class _Cutter:
+    def __init__(self, program: Program, values: dict[str, Tensor]) -> None:
+        self.program = program
+        self.types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
+        self.strides = {name: t.stride() for name, t in values.items()}
+        self.readers: dict[str, list[Instr]] = {name: [] for name in values}
+        for instr in program.body:
+            for name in set(instr.reads()):
+                self.readers[name].append(instr)
+        anchors = [i for i in program.body if i.op == "conv_transpose"]
+        if len(anchors) != 1:
+            raise Unscheduled(
+                "nothing of the convolution is left" if not anchors else f"{len(anchors)} convolutions in one chain"
+            )
+        self.anchor = anchors[0]
+        self.late = set(self.anchor.outs)  # what the convolution's value reaches
+        for instr in program.body:
+            if not self.late.isdisjoint(instr.reads()):
+                self.late.update(instr.outs)
+
+    def schedule(self) -> Schedule:
+        layer, extents = self._layer()
+        value = self.anchor.outs[0]
+        chain = self._longest(value, "Before")
+        taken = [self.anchor, *chain.body]
+        stages = [i.op for i in taken]
+        pool, found = self._pool(chain.result, layer)
+        after = _Chain(chain.result)
+        behind: dict[str, Instr] = {}  # what takes the place of the pool
+        if pool is not None and found is not None:
+            stages.append(f"{pool.op} {'x'.join(map(str, found.window))}")
+            taken.append(pool)
+            if found.rest is None:
+                after = self._longest(pool.outs[0], "After")
+                taken += after.body
+                stages += [i.op for i in after.body]
+            else:
+                after = _Chain(self._name(f"{pool.outs[0]}_combined"))
+                behind[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
+                self._add(after.result, chain.result, found.sizes)
+        kernel = Launch(
+            layer=layer,
+            x=_name(self.anchor, 0),
+            weight=_name(self.anchor, 1),
+            bias=None if self.anchor.operands[2] is None else _name(self.anchor, 2),
+            dtype=self.types[value].dtype,
+            bias_dtype=self._bias_dtype(),
+            extents=extents,
+            stored=after.result,
+            kind=self.types[after.result],
+            strides=self.strides[after.result],
+            stages=tuple(stages),
+            combine=found.combine if found else "",
+            factor=found.factor if found else 1.0,
+            before=chain.expression,
+            after=after.expression,
+        )
+        if not self._storable(kernel.stored):
+            raise Unscheduled(f"{kernel.stored}: no kernel stores {kernel.kind} with the strides {kernel.strides}")
+        return self._split(kernel, taken, behind)
+
+    # --- the convolution ----------------------------------------------------------------------------
+    def _layer(self) -> tuple[Layer, tuple[int, int, int]]:
+        """The convolution in three dims, and the sizes of its output."""
+        x, weight = (self.types[_name(self.anchor, i)] for i in (0, 1))
+        y = self.types[self.anchor.outs[0]]
+        geometry = dict(self.anchor.attributes)
+        rank = len(geometry["stride"])
+        if len(x.shape) != rank + 2:
+            raise Unscheduled("the convolution's input has no batch dim")
+        if x.dtype not in STORED or weight.dtype is not x.dtype:
+            raise Unscheduled(f"no kernel convolves {x} with {weight}")
+        sizes, out, kernel = (tuple(s or 0 for s in t.shape) for t in (x, y, weight))
+        if 0 in (*sizes, *out, *kernel):
+            raise Unscheduled("there is nothing to compute")
+        if max(math.prod(sizes[1:]), math.prod(out[1:])) > MOST_ELEMENTS or sizes[0] > MOST_SAMPLES:
+            raise Unscheduled(f"{x} or {y} is too large for 32-bit positions")
+        one, zero = (1,) * (3 - rank), (0,) * (3 - rank)
+        groups = geometry["groups"]
+        layer = Layer(
+            in_channels=sizes[1] // groups,
+            out_channels=kernel[1],
+            groups=groups,
+            kernel=(*one, *kernel[2:]),  # type: ignore[arg-type]
+            stride=(*one, *geometry["stride"]),
+            padding=(*zero, *geometry["padding"]),
+            dilation=(*one, *geometry["dilation"]),
+        )
+        return layer, (*one, *out[2:])  # type: ignore[return-value]
+
+    def _bias_dtype(self) -> torch.dtype:
+        bias = self.anchor.operands[2]
+        dtype = self.types[_name(self.anchor, 0)].dtype if bias is None else self.types[_name(self.anchor, 2)].dtype
+        if dtype not in STORED:
+            raise Unscheduled(f"no kernel adds a bias of {dtype}")
+        return dtype
+
+    # --- what the kernel takes ----------------------------------------------------------------------
+    def _longest(self, value: str, name: str) -> _Chain:
+        """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use."""
+        reached = {value}
+        behind = []
+        for instr in self.program.body:
+            reads = self.late.intersection(instr.reads())
+            if reads and reads <= reached and self._same_place(instr, value):
+                reached.update(instr.outs)
+                behind.append(instr)
+        for last in reversed(behind):
+            body = _needed(behind, last)
+            if self._escapes(value, body) or not self._storable(last.outs[0]):
+                continue
+            try:
+                made = emit_expression(name, body, value=value, result=last.outs[0], types=self.types)
+            except NotEmittable:
+                continue
+            return _Chain(last.outs[0], tuple(body), made)
+        return _Chain(value)
+
+    def _same_place(self, instr: Instr, value: str) -> bool:
+        pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE
+        return pointwise and self.types[instr.outs[0]].shape == self.types[value].shape
+
+    def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
+        """Whether something else reads a value between ``value`` and the result of ``body``'s last instruction."""
+        between = [value, *(i.outs[0] for i in body[:-1])]
+        return any(name in self.program.outputs or not self._only(self.readers[name], body) for name in between)
+
+    @staticmethod
+    def _only(readers: Sequence[Instr], body: Sequence[Instr]) -> bool:
+        return all(any(r is i for i in body) for r in readers)
+
+    def _storable(self, name: str) -> bool:
+        kind = self.types[name]
+        return kind.dtype in STORED and layout_of(kind.shape, self.strides[name]) is not None
+
+    def _pool(self, value: str, layer: Layer) -> tuple[Instr | None, Pooling | None]:
+        """The pool that alone reads ``value``, and how residue classes make it; None where they do not."""
+        readers = self.readers[value]
+        if value in self.program.outputs or len(readers) != 1 or vocabulary.lookup(readers[0].op).kind is not Kind.POOL:
+            return None, None
+        pool = readers[0]
+        spatial = len(self.types[value].shape) - 2
+        sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))
+        return pool, pooling(pool, layer.stride[3 - spatial :], sizes, made)  # type: ignore[arg-type]
+
+    def _name(self, wanted: str) -> str:
+        while wanted in self.types:
+            wanted += "_"
+        return wanted
+
+    def _add(self, name: str, like: str, sizes: tuple[int, ...]) -> None:
+        """Enter a value of other spatial sizes, laid out as ``like``."""
+        kind = self.types[like]
+        shape = (*kind.shape[:2], *sizes)
+        self.types[name] = TensorType(kind.dtype, shape)
+        self.strides[name] = dense(shape, layout_of(kind.shape, self.strides[like]) or "contiguous")
+
+    # --- the three programs -------------------------------------------------------------------------
+    def _split(self, kernel: Launch, taken: Sequence[Instr], behind: dict[str, Instr]) -> Schedule:
+        body = [i for i in self.program.body if i not in taken or i.outs[0] in behind]
+        needed, first = set(kernel.reads), []
+        for instr in reversed(body):
+            if not needed.isdisjoint(instr.outs) and self.late.isdisjoint(instr.outs):
+                needed.update(instr.reads())
+                first.append(instr)
+        first.reverse()
+        rest = [behind.get(i.outs[0], i) for i in body if i not in first]
+        wanted = {*kernel.reads, *self.program.outputs, *(n for i in rest for n in i.reads())}
+        given = tuple(out for i in first for out in i.outs if out in wanted)
+        return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs))
+
+    def _program(self, body: Sequence[Instr], outputs: tuple[str, ...]) -> Program:
+        made = {out for i in body for out in i.outs}
+        read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
+        return Program(tuple((n, self.types[n]) for n in read if n not in made), tuple(body), outputs)
+
+
+def _needed(body: Sequence[Instr], last: Instr) -> list[Instr]:
+    """The instructions of ``body`` that ``last`` needs, itself included, in order."""
+    needed = set(last.outs)
+    return list(_backwards(body, needed))[::-1]
+
+
+def _backwards(body: Sequence[Instr], needed: set[str]) -> Iterator[Instr]:
+    for instr in reversed(body):
+        if not needed.isdisjoint(instr.outs):
+            needed.update(instr.reads())
+            yield instr
+
+
+def _name(instr: Instr, operand: int) -> str:
+    found = instr.operands[operand]
+    if not isinstance(found, Ref):
+        raise Unscheduled(f"`{instr}`: {found!r} is not a tensor")
+    return found.name

@@ -1,0 +1,324 @@
+"""Where a chain is cut: what the kernel takes, what is left to torch, and the sentences of a refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxfuse
+from fxfuse.kernels import execute
+from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule, worth
+from fxfuse.program import Program
+from fxfuse.region import Region
+
+CONVOLVE = (
+    "conv_transpose({x}, {w}, {b}, stride={s}, padding=(0, 0, 0), output_padding=(0, 0, 0), dilation=(1, 1, 1),"
+    " groups=1)"
+)
+MAX = "max_pool({x}, kernel={k}, stride={t}, padding={p}, dilation=(1, 1, 1), ceil_mode={c})"
+AVG = (
+    "avg_pool({x}, kernel={k}, stride={t}, padding=(0, 0, 0), ceil_mode=False, count_include_pad=True,"
+    " divisor_override={d})"
+)
+INPUTS = "x: f32[2, 8, 4, 5, 6], w: f32[8, 16, 3, 3, 3], b: f32[16]"
+
+
+def conv(x: str = "x", w: str = "w", b: str = "b", s: str = "(2, 2, 2)") -> str:
+    return "y = " + CONVOLVE.format(x=x, w=w, b=b, s=s)
+
+
+def max_pool(x: str, k: int = 2, t: int | None = None, p: int = 0, c: bool = False) -> str:
+    return MAX.format(x=x, k=(k,) * 3, t=(t or k,) * 3, p=(p,) * 3, c=c)
+
+
+def avg_pool(x: str, k: int = 2, d: int | None = None) -> str:
+    return AVG.format(x=x, k=(k,) * 3, t=(k,) * 3, d=d)
+
+
+def program(*lines: str, inputs: str = INPUTS, returns: str | None = None) -> Program:
+    """The lines; the last value is returned, unless ``returns`` names others."""
+    last = lines[-1].split(" = ")[0] if returns is None else returns
+    body = "".join(f"    {line}\n" for line in (*lines, f"return {last}"))
+    return Program.parse(f"def chain({inputs}):\n{body}")[1]
+
+
+def cut(*lines: str, inputs: str = INPUTS, returns: str | None = None) -> Schedule:
+    made = program(*lines, inputs=inputs, returns=returns)
+    found = schedule(made, examples(made))
+    for part in (found.first, found.rest):
+        part.verify()
+    return found
+
+
+def stages(made: Schedule) -> tuple[list[str], list[str], list[str]]:
+    return [i.op for i in made.first.body], list(made.kernel.stages), [i.op for i in made.rest.body]
+
+
+def fields(expression: Expression | None) -> list[str]:
+    return [] if expression is None else [f.value for f in expression.fields if f.kind == "pointer"]
+
+
+# --- the chain ------------------------------------------------------------------------------------
+def test_a_convolution_alone() -> None:
+    made = cut(conv())
+    assert stages(made) == ([], ["conv_transpose"], [])
+    assert made.kernel.before is None and made.kernel.after is None and made.kernel.combine == ""
+    assert made.kernel.extents == (9, 11, 13)
+    assert made.kernel.strides == (16 * 9 * 11 * 13, 9 * 11 * 13, 11 * 13, 13, 1)
+    assert made.rest.outputs == ("y",)
+
+
+def test_the_activation_goes_into_the_kernel() -> None:
+    made = cut(conv(), "z = relu(y)")
+    assert stages(made) == ([], ["conv_transpose", "relu"], [])
+    assert made.kernel.stored == "z"
+    assert str(made) == "one kernel: conv_transpose > relu -> f32[2, 16, 9, 11, 13]"
+
+
+def test_clamp_and_div() -> None:
+    made = cut(conv(), "z = clamp(y, -1.0, None)", "u = div(z, 2)")
+    assert stages(made) == ([], ["conv_transpose", "clamp", "div"], [])
+
+
+def test_a_norm_ends_the_chain() -> None:
+    made = cut(conv(), "z = relu(y)", "u = instance_norm(z, None, None, eps=1e-05)", "v = relu(u)")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["instance_norm", "relu"])
+
+
+def test_a_scale_per_channel_is_read_by_the_kernel() -> None:
+    made = cut(conv(), "z = mul(y, g)", inputs=f"{INPUTS}, g: f32[16, 1, 1, 1]")
+    assert stages(made) == ([], ["conv_transpose", "mul"], [])
+    assert fields(made.kernel.before) == ["g"]
+    assert made.kernel.reads == ("x", "w", "b", "g")
+
+
+def test_a_residual_is_read_by_the_kernel() -> None:
+    made = cut(conv(), "z = add(y, r)", "u = relu(z)", inputs=f"{INPUTS}, r: f32[2, 16, 9, 11, 13]")
+    assert stages(made) == ([], ["conv_transpose", "add", "relu"], [])
+    assert fields(made.kernel.before) == ["r"]
+
+
+def test_what_the_kernel_reads_is_made_first() -> None:
+    made = cut(
+        "f = scale_weight(w, g, groups=1)",
+        conv(w="f"),
+        "t = add(h, 1.0)",
+        "z = mul(y, t)",
+        "o = exp(h)",
+        inputs=f"{INPUTS}, g: f32[16], h: f32[16, 1, 1, 1]",
+        returns="z, o",
+    )
+    assert stages(made) == (["scale_weight", "add"], ["conv_transpose", "mul"], ["exp"])
+    assert made.first.outputs == ("f", "t")
+    assert fields(made.kernel.before) == ["t"]
+
+
+def test_a_value_used_twice_inside_stays_inside() -> None:
+    made = cut(conv(), "s = sigmoid(y)", "z = mul(y, s)")
+    assert stages(made) == ([], ["conv_transpose", "sigmoid", "mul"], [])
+
+
+def test_a_value_used_elsewhere_is_stored() -> None:
+    made = cut(conv(), "z = relu(y)", "u = exp(z)", "v = sum(z, dims=(1,), keepdim=True)", returns="u, v")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["exp", "sum"])
+    assert made.kernel.stored == "z"
+
+
+def test_an_output_is_stored() -> None:
+    made = cut(conv(), "z = relu(y)", "u = exp(z)", returns="z, u")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["exp"])
+
+
+def test_a_larger_operand_ends_the_chain() -> None:
+    made = cut(
+        conv(), "z = relu(y)", "u = add(z, r)", inputs=f"{INPUTS.replace('2, 8', '1, 8')}, r: f32[3, 1, 1, 1, 1]"
+    )
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["add"])
+
+
+def test_a_comparison_is_not_stored() -> None:
+    made = cut(conv(), "z = relu(y)", "u = gt(z, 0.5)")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["gt"])
+
+
+def test_what_a_kernel_cannot_read_ends_the_chain() -> None:
+    made = cut(conv(), "z = relu(y)", "u = mul(z, d)", inputs=f"{INPUTS}, d: f64[16, 1, 1, 1]")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["mul"])
+
+
+def test_the_stored_dtype_is_that_of_the_value() -> None:
+    made = cut(conv(b="None"), "z = cast(y, dtype=f32)", inputs="x: f16[2, 8, 4, 4, 4], w: f16[8, 16, 3, 3, 3]")
+    assert made.kernel.kind.dtype is torch.float32 and made.kernel.dtype is torch.float16
+
+
+# --- pools ----------------------------------------------------------------------------------------
+def test_a_pool_of_the_convolutions_stride_is_the_kernels() -> None:
+    made = cut(conv(), "z = relu(y)", "m = " + max_pool("z"), "u = mul(m, 0.5)", "v = " + max_pool("u", 2))
+    assert stages(made) == ([], ["conv_transpose", "relu", "max_pool 2x2x2", "mul"], ["max_pool"])
+    assert (made.kernel.combine, made.kernel.factor, made.kernel.stored) == ("Maximum", 1.0, "u")
+    assert made.kernel.kind.shape == (2, 16, 4, 5, 6) and made.kernel.extents == (9, 11, 13)
+    assert made.kernel.before is not None and made.kernel.after is not None
+
+
+def test_the_first_model() -> None:
+    made = cut(conv(), "m = " + max_pool("y", 6), "s = sum(m, dims=(1,), keepdim=True)")
+    assert stages(made) == ([], ["conv_transpose", "max_pool 2x2x2"], ["max_pool", "sum"])
+    assert made.kernel.stored == "m_combined" and made.kernel.kind.shape == (2, 16, 3, 3, 6)
+    assert dict(made.rest.body[0].attributes)["kernel"] == (3, 3, 3)
+    assert str(made) == ("one kernel: conv_transpose > max_pool 2x2x2 -> f32[2, 16, 3, 3, 6]; then max_pool > sum")
+
+
+def test_a_pool_after_the_first_one_is_torchs() -> None:
+    made = cut(conv(), "m = " + max_pool("y"), "n = " + max_pool("m", 3), "s = sum(n, dims=(1,), keepdim=True)")
+    assert stages(made) == ([], ["conv_transpose", "max_pool 2x2x2"], ["max_pool", "sum"])
+    assert made.kernel.stored == "m"
+
+
+def test_means() -> None:
+    made = cut(conv(), "m = " + avg_pool("y"), "z = relu(m)")
+    assert stages(made) == ([], ["conv_transpose", "avg_pool 2x2x2", "relu"], [])
+    assert (made.kernel.combine, made.kernel.factor) == ("Sum", 1 / 8)
+    made = cut(conv(), "m = " + avg_pool("y", 4))
+    assert stages(made) == ([], ["conv_transpose", "avg_pool 2x2x2"], ["avg_pool"])
+    assert made.kernel.kind.shape == (2, 16, 4, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("pool", "sizes"),
+    [(max_pool("y", 4, 4, 2), (5, 5, 7)), (max_pool("y", 2, c=True), (5, 6, 7)), (max_pool("y", 4, 2), (4, 5, 6))],
+    ids=["padding", "ceil", "overlap"],
+)
+def test_maxima_of_more_kinds(pool: str, sizes: tuple[int, ...]) -> None:
+    made = cut(conv(), f"m = {pool}")
+    assert made.kernel.combine == "Maximum"
+    assert made.kernel.kind.shape == (2, 16, *sizes)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        max_pool("y", 3),
+        max_pool("y", 4, 3),
+        max_pool("y", 4, 2, 1),
+        max_pool("y", 2).replace("dilation=(1, 1, 1)", "dilation=(2, 2, 2)"),
+        avg_pool("y", 2, d=3),
+        avg_pool("y").replace("padding=(0, 0, 0)", "padding=(1, 1, 1)"),
+        avg_pool("y").replace("ceil_mode=False", "ceil_mode=True"),
+        "adaptive_avg_pool(y, size=(2, 2, 2))",
+    ],
+)  # fmt: skip
+def test_other_pools_are_torchs(pool: str) -> None:
+    made = cut(conv(), f"m = {pool}", "z = relu(m)")
+    assert stages(made) == ([], ["conv_transpose"], [pool.split("(")[0], "relu"])
+
+
+def test_a_convolution_of_stride_one_has_nothing_to_combine() -> None:
+    assert stages(cut(conv(s="(1, 1, 1)"), "m = " + max_pool("y")))[1] == ["conv_transpose"]
+
+
+def test_dims_of_stride_one() -> None:
+    made = cut(conv(s="(1, 2, 2)"), "m = " + max_pool("y"))
+    assert stages(made) == ([], ["conv_transpose", "max_pool 1x2x2"], ["max_pool"])
+    assert dict(made.rest.body[0].attributes)["kernel"] == (2, 1, 1)
+
+
+def test_an_adaptive_pool_of_equal_windows() -> None:
+    line = conv().replace("output_padding=(0, 0, 0)", "output_padding=(1, 1, 1)")  # 10, 12, 14
+    assert stages(cut(line, "m = adaptive_avg_pool(y, size=(5, 6, 7))")) == (
+        [], ["conv_transpose", "adaptive_avg_pool 2x2x2"], [],
+    )  # fmt: skip
+    made = cut(line, "m = adaptive_max_pool(y, size=(1, 1, 1))")
+    assert stages(made) == ([], ["conv_transpose", "adaptive_max_pool 2x2x2"], ["adaptive_max_pool"])
+
+
+def test_a_pool_that_others_share_is_torchs() -> None:
+    made = cut(conv(), "m = " + max_pool("y"), "n = " + max_pool("y", 4), returns="m, n")
+    assert stages(made) == ([], ["conv_transpose"], ["max_pool", "max_pool"])
+
+
+# --- fewer dims, layouts --------------------------------------------------------------------------
+def test_two_dims() -> None:
+    made = cut(
+        "y = conv_transpose(x, w, None, stride=(2, 2), padding=(1, 1), output_padding=(0, 0), dilation=(1, 1),"
+        " groups=2)",
+        "m = max_pool(y, kernel=(2, 4), stride=(2, 4), padding=(0, 0), dilation=(1, 1), ceil_mode=False)",
+        inputs="x: f32[2, 8, 5, 9], w: f32[8, 3, 4, 4]",
+    )
+    layer = made.kernel.layer
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (4, 3, 2)
+    assert (layer.kernel, layer.stride, layer.padding) == ((1, 4, 4), (1, 2, 2), (0, 1, 1))
+    assert made.kernel.extents == (1, 10, 18) and made.kernel.kind.shape == (2, 6, 5, 8)
+    assert stages(made)[2] == ["max_pool"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_layouts_are_as_torch_has_them(layout: str) -> None:
+    made = program(conv(), "z = relu(y)", "m = " + max_pool("z", 6))
+    inputs = examples(made)
+    memory = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}[layout]
+    inputs[0] = torch.empty(2, 8, 4, 5, 6, device="meta").to(memory_format=memory)
+    found = schedule(made, [torch.empty_strided(t.shape, t.stride()) for t in inputs])
+    assert found.kernel.layout == layout
+    assert sorted(found.kernel.strides)[0] == 1 and found.kernel.strides.index(1) == (
+        4 if layout == "contiguous" else 1
+    )
+
+
+# --- the three parts together ---------------------------------------------------------------------
+def test_the_parts_are_complete() -> None:
+    """Every name that a part reads is there when it runs."""
+    made = cut(
+        "f = scale_weight(w, g, groups=1)", conv(w="f"), "z = mul(y, r)", "m = " + max_pool("z", 4), "u = add(m, e)",
+        "e2 = exp(e)", inputs=f"{INPUTS}, g: f32[16], r: f32[16, 1, 1, 1], e: f32[1]", returns="u, e2, f",
+    )  # fmt: skip
+    known = {"x", "w", "b", "g", "r", "e"}
+    assert {n for n, _ in made.first.inputs} <= known
+    known |= set(made.first.outputs)
+    assert set(made.kernel.reads) <= known
+    assert {n for n, _ in made.rest.inputs} <= known | {made.kernel.stored}
+    assert made.rest.outputs == ("u", "e2", "f")
+
+
+# --- refusals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("lines", "inputs", "reason"),
+    [
+        ((conv(),), INPUTS.replace("2, 8, 4, 5, 6", "8, 4, 5, 6"), "the convolution's input has no batch dim"),
+        ((conv(),), INPUTS.replace("f32", "f64"), "no kernel convolves f64[2, 8, 4, 5, 6] with f64[8, 16, 3, 3, 3]"),
+        ((conv(),), INPUTS.replace("2, 8, 4", "0, 8, 4"), "there is nothing to compute"),
+        ((conv(),), INPUTS.replace("2, 8, 4", "2, 8, _"), "sizes are not known before the call"),
+        (("z = relu(x)",), INPUTS, "nothing of the convolution is left"),
+        ((conv(), "z = " + conv()[4:], "u = add(y, z)"), INPUTS, "2 convolutions in one chain"),
+        ((conv(),), INPUTS.replace("2, 8, 4", "70000, 8, 4"), "is too large for 32-bit positions"),
+        ((conv(),), INPUTS.replace("2, 8, 4, 5, 6", "1, 8, 1000, 1000, 1000"), "is too large for 32-bit positions"),
+    ],
+)  # fmt: skip
+def test_refusals(lines: tuple[str, ...], inputs: str, reason: str) -> None:
+    with pytest.raises(Unscheduled) as refusal:
+        cut(*lines, inputs=inputs)
+    assert reason in str(refusal.value)
+
+
+def test_worth() -> None:
+    assert worth(cut(conv())) is None
+    half = INPUTS.replace("f32", "f16")
+    assert worth(cut(conv(), inputs=half)) == "cuDNN convolves f16 as fast, and no pool follows at once"
+    assert worth(cut(conv(), "m = " + max_pool("y"), inputs=half)) is None
+
+
+# --- with the rest of the compiler ----------------------------------------------------------------
+def test_a_model_is_described() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(4, 8, 3, stride=2), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2)).eval()
+    region = fxfuse.explain(model, torch.randn(1, 4, 5, 5, 5)).regions[0].region
+    line = execute.describe(region)
+    assert "one kernel: conv_transpose > max_pool 2x2x2 > relu -> f32[1, 8, 5, 5, 5]" in line
+    mean = nn.Sequential(nn.ConvTranspose3d(4, 8, 3), nn.AdaptiveAvgPool3d(1)).eval()
+    region = fxfuse.explain(mean, torch.randn(1, 4, 5, 5, 5)).regions[0].region
+    assert execute.describe(region) == "torch's operators: nothing of the convolution is left"
+
+
+def test_a_cpu_call_takes_no_kernel() -> None:
+    made = program(conv(), "z = relu(y)")
+    assert execute.prepared(Region(made, made), [torch.zeros(t.shape) for t in examples(made)]) is None
