@@ -6,7 +6,7 @@ import torch
 from search import NARROW, Seen, check, search
 from strategies import chains
 
-CHAINS = 250
+CHAINS = 150
 
 
 def test_random_chains() -> None:

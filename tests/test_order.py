@@ -13,7 +13,7 @@ from strategies import Chain, chains
 import fxfuse
 from fxfuse.patterns import DEFAULT_RULES
 
-CHAINS, ORDERS = 400, 3
+CHAINS, ORDERS = 400, 2
 
 
 def test_the_order_of_the_rules_does_not_matter() -> None:
