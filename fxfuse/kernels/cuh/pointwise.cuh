@@ -149,7 +149,7 @@ FXFUSE_DEVICE float sign(float x) { return (float)((0.0f < x) - (x < 0.0f)); }
 FXFUSE_DEVICE float threshold(float x, float limit, float value) { return x <= limit ? value : x; }
 FXFUSE_DEVICE float hardshrink(float x, float lambd) { return x >= -lambd && x <= lambd ? 0.0f : x; }
 FXFUSE_DEVICE float softshrink(float x, float lambd) {
-  return x > lambd ? x - lambd : x < -lambd ? x + lambd : x * 0.0f;  // NaN stays
+  return is_nan(x) ? x : x > lambd ? x - lambd : x < -lambd ? x + lambd : 0.0f;
 }
 
 // --- activations -----------------------------------------------------------------------------------
