@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 
-import torch
 from harness import rewrite
 from search import RULES, search
 from strategies import Chain, chains
