@@ -14,16 +14,19 @@ from collections.abc import Iterator
 
 from fxfuse.kernels.geometry import Residue, Step, reach, residues_of, steps_of
 
-#: shared memory of a thread block on sm_90 for x and weights; the rest is for barriers, tables and alignment
-SHARED_BYTES = 232448 - 4096
+#: shared memory of a thread block on sm_90
+SHARED_BYTES = 232448
 #: warpgroups that multiply, of 64 rows per m64 tile each
 CONSUMERS = 2
 STAGE_BYTES = 16384
+#: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
+#: that is written in part: measured on an H100, rows of 95 floats against rows of 96
+CLOCK, STORE_RATE, PARTIAL_SECTOR = 1.7e9, 2e10, 5.0
 #: part of the rows that the tiles of a large input must use
 GOOD_FIT = 0.8
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
     """The engine has no kernel for this; the message is a sentence for the report."""
 
 
@@ -71,6 +74,7 @@ class Specialisation:
     m_tiles: int
     stages: int
     x_buffers: int
+    pooled: bool
 
     @property
     def chunks(self) -> int:
@@ -100,7 +104,19 @@ class Specialisation:
     @property
     def region_bytes(self) -> int:
         """Shared memory for one buffer of x."""
-        return (SHARED_BYTES - self.stages * STAGE_BYTES) // self.x_buffers // 1024 * 1024
+        free = self.dynamic_bytes - 1024 - self.stages * STAGE_BYTES - self.staging_bytes
+        return free // self.x_buffers // 1024 * 1024
+
+    @property
+    def dynamic_bytes(self) -> int:
+        """Shared memory beside barriers and the tables of steps and channels."""
+        steps = sum(len(p.steps) for p in self.passes)
+        return (SHARED_BYTES - 512 - (steps + 1) * 8 - CONSUMERS * self.columns * 8) // 1024 * 1024
+
+    @property
+    def staging_bytes(self) -> int:
+        """Shared memory for outputs on their way: eight channels of a thread block's rows, in float32."""
+        return 8 * (self.rows * (1 if self.pooled else self.residues) + 4) * 4
 
     @property
     def weight_bytes(self) -> int:
@@ -143,7 +159,7 @@ def specialise(layer: Layer, *, pooled: bool) -> Specialisation:
     for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
         if m_tiles == 4 and x_buffers == 1:
             continue  # two tiles of half the size hide each other's copies
-        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers)
+        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled)
         fitting = (
             math.prod(shape[0])
             for shape in _shapes(made.rows, (32, 32, 32), halo)
@@ -188,7 +204,7 @@ def _memory(channels: int) -> Iterator[tuple[int, int, int]]:
     """(chunk, buffers of x, stages), the fastest first."""
     padded = -(-channels // 16) * 16
     for chunk in (c for c in (64, 32, 16) if padded % c == 0):
-        for buffers, stages in ((2, 6), (2, 4), (1, 6), (2, 3), (1, 4), (1, 3)):
+        for buffers, stages in ((2, 4), (2, 3), (1, 4), (1, 3)):
             yield chunk, buffers, stages
 
 
@@ -233,11 +249,10 @@ def _shapes(
         rh = h + halo[1]
         d = min(max((rows - (h - 1) * rw - w) // (rh * rw) + 1, 1), extents[0])
         yield (d, h, w), 8, linear
-        for h in range(1, h):
-            rh = h + halo[1]
-            d = min((rows - (h - 1) * rw - w) // (rh * rw) + 1, extents[0])
+        for fewer in range(1, h):
+            d = min((rows - (fewer - 1) * rw - w) // ((fewer + halo[1]) * rw) + 1, extents[0])
             if d > 1:
-                yield (d, h, w), 8, linear
+                yield (d, fewer, w), 8, linear
 
 
 def _rows_needed(shape: tuple[tuple[int, int, int], int, tuple[int, ...]], halo: tuple[int, ...]) -> int:
@@ -249,22 +264,52 @@ def _rows_needed(shape: tuple[tuple[int, int, int], int, tuple[int, ...]], halo:
 
 
 @functools.lru_cache(maxsize=4096)
-def tile(made: Specialisation, extents: tuple[int, int, int]) -> Tiling:
-    """The tiling of ``extents`` positions q per dim with the least waste."""
+def tile(made: Specialisation, extents: tuple[int, int, int], row: int = 0, itemsize: int = 4) -> Tiling:
+    """The fastest tiling of ``extents`` positions q per dim, as far as waste and stores tell.
+
+    ``row``: elements of ``itemsize`` bytes in a row (along w) of the stored tensor; 0 where channels are
+    neighbours in memory.
+    """
     low, high = reach(made.layer.residues)
     halo = tuple(b - a for a, b in zip(low, high, strict=True))
-    best: tuple[tuple[float, int, int], Tiling] | None = None
+    best: tuple[tuple[float, int], Tiling] | None = None
     for shape in _shapes(made.rows, extents, halo):
         size, row_group, base = shape
         region = (size[0] + halo[0], size[1] + halo[1], size[2] + halo[2])
         if _rows_needed(shape, halo) * made.chunk * 2 > made.region_bytes or max(region) > 256:
             continue
         counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
-        # the least waste; then long rows of output, for the sake of the stores
-        score = (float(math.prod(counts)), -min(size[2], 32), math.prod(region))
+        rows = math.prod(counts) * made.rows
+        seconds = rows / 64 * _pass_cycles(made) / CLOCK
+        if row:
+            stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
+            seconds += stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, size, extents, row, itemsize))
+        score = (seconds, math.prod(region))
         if best is None or score < best[0]:
             found = Tiling(size, region, row_group, base, counts, made.rows)  # type: ignore[arg-type]
             best = score, found
     if best is None:
         raise Unsupported(f"no tile of {extents} positions fits into shared memory")
     return best[1]
+
+
+def _pass_cycles(made: Specialisation) -> float:
+    """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
+    return _cycles(made.passes, made.columns) * (made.padded_channels // 16)
+
+
+def _partial(
+    made: Specialisation, size: tuple[int, int, int], extents: tuple[int, int, int], row: int, itemsize: int
+) -> float:
+    """Part of the 32-byte sectors of a stored run that it fills only in part."""
+    stride = 1 if made.pooled else made.layer.stride[2]
+    width = stride if stride == 1 or (stride == 2 and made.residues % 2 == 0) else 1
+    if width != stride:
+        return 1.0
+    run = size[2] * width
+    if size[2] >= extents[2]:
+        merged = (made.pooled or made.layer.stride[1] == 1) and size[2] == row
+        run = row * (size[1] if merged else 1)
+    if row * itemsize % 32 == 0 and run * itemsize % 32 == 0:
+        return 0.0
+    return min(1.0, 2 / (run * itemsize / 32 + 1))

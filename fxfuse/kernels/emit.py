@@ -29,7 +29,9 @@ class Epilogue:
     code: str = ""
 
 
-def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue) -> str:
+def emit(
+    made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, *, channels_last: bool, staged: bool
+) -> str:
     """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
     operand = OPERANDS[dtype]
     scaled = "true" if dtype == "f32" else "false"
@@ -38,11 +40,12 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         '#include "conv_wgmma.cuh"',
         '#include "conv_epilogue.cuh"',
         '#include "conv_direct.cuh"',
+        '#include "pointwise.cuh"',
         '#include "prepare.cuh"',
         epilogue.code,
         *(_wgmma(count * made.columns, operand) for count in sorted({c for _, c in runs})),
         _tables(made),
-        _problem(made, runs, dtype, output, epilogue),
+        _problem(made, runs, dtype, output, epilogue, channels_last, staged),
         _entries(dtype, operand, bias, scaled),
     ])  # fmt: skip
 
@@ -79,7 +82,9 @@ def _tables(made: Specialisation) -> str:
             size, inside = sum(map(made.step_bytes, batch)), 0
             for i, step in enumerate(batch):
                 d, h, w = (a - b for a, b in zip(step.delta, low, strict=True))
-                steps.append(f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}")
+                steps.append(
+                    f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}"
+                )
                 packed.append(f"{{{offset}, {pass_offset}, {pass_bytes}, {step.count}}}")
                 taps.append(_list([*step.taps, *[0] * (made.residues - step.count)]))
                 inside += made.step_bytes(step)
@@ -102,7 +107,13 @@ def _list(values: Sequence[object]) -> str:
 
 
 def _problem(
-    made: Specialisation, runs: Sequence[tuple[int, int]], dtype: str, output: str, epilogue: Epilogue
+    made: Specialisation,
+    runs: Sequence[tuple[int, int]],
+    dtype: str,
+    output: str,
+    epilogue: Epilogue,
+    channels_last: bool,
+    staged: bool,
 ) -> str:
     layer = made.layer
     half = made.columns // 2
@@ -141,12 +152,15 @@ def _problem(
         "dilation_w": layer.dilation[2],
         "in_channels": layer.in_channels,
         "runs": len(runs),
+        "steps": sum(len(p.steps) for p in made.passes),
         "pair": _pair(made),
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
     return f"""struct Problem {{
 {values}
-  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == 'f32').lower()};
+  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
+  static constexpr bool channels_last = {str(channels_last).lower()}, staged = {str(staged).lower()};
+  using Place = fxfuse::Place<Problem>;
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
@@ -187,28 +201,30 @@ def _entries(dtype: str, operand: str, bias: str, scaled: str) -> str:
     t, half = TYPES[dtype], TYPES[operand]
     return f"""
 extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
-convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights, const __grid_constant__ fxfuse::Geometry g,
+convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
+            const __grid_constant__ fxfuse::Geometry g,
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::conv_wgmma<Problem, fxfuse::ChannelTable<Problem>>(&map, weights, g, arguments);
 }}
 extern "C" __global__ void __launch_bounds__(256)
-scale_weights(const {t}* w, const {TYPES[bias]}* bias, fxfuse::ChannelState channels, fxfuse::SampleState samples,
-              int n_samples, int in_channels, int out_channels, int volume) {{
-  fxfuse::weight_scales<{t}, {TYPES[bias]}, {scaled}>(w, bias, channels, samples, n_samples, in_channels, out_channels, volume);
+measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse::ChannelState channels, const {t}* x,
+        const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
+        int volume, int all_channels) {{
+  if (blockIdx.x < all_channels)
+    fxfuse::measure_weights<{t}, {TYPES[bias]}, {scaled}>(blockIdx.x, w, bias, channels, in_channels, out_channels,
+                                                          volume);
+  else
+    fxfuse::measure_sample(blockIdx.x - all_channels, (const float*)x, samples, size);
 }}
 extern "C" __global__ void __launch_bounds__(256)
-find_maximum(const float* x, fxfuse::SampleState samples, int64_t size) {{
-  fxfuse::sample_maximum(x, samples, size);
-}}
-extern "C" __global__ void __launch_bounds__(256)
-to_rows(const {t}* x, {half}* rows, fxfuse::SampleState samples, fxfuse::Strides s, int depth, int height, int width,
-        int channels, int padded, int groups) {{
-  fxfuse::to_rows<{t}, {half}, {scaled}>(x, rows, samples, s.n, s.c, s.d, s.h, s.w, depth, height, width, channels, padded, groups);
-}}
-extern "C" __global__ void __launch_bounds__(256)
-pack_weights(const {t}* w, uint8_t* packed, const float* scale, int chunks, int column_tiles, int in_channels,
-             int out_channels, int volume, int weight_bytes) {{
-  fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(w, packed, scale, chunks, column_tiles, in_channels, out_channels, volume, weight_bytes);
+prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
+        const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
+        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_step) {{
+  if (blockIdx.x < g.blocks)
+    fxfuse::to_rows<{t}, {half}, {scaled}>(blockIdx.x, x, rows, samples, g);
+  else
+    fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_step, w, packed, scale, chunks,
+                                                         column_tiles, in_channels, out_channels, volume, weight_bytes);
 }}
 extern "C" __global__ void __launch_bounds__(256)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,

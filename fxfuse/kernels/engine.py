@@ -1,4 +1,9 @@
-"""Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call."""
+"""Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
+
+A call queues up to four kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
+packed weights), `convolution`, and `direct` for samples that `measure` and `prepare` marked. What depends on
+shapes alone is computed once, in a :class:`_Call`; a call fills in the pointers.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +11,23 @@ import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+import struct
+import threading
 
 import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import SHARED_BYTES, STAGE_BYTES, Layer, Specialisation, specialise, tile
+from fxfuse.kernels.convolution import Layer, Specialisation, Unsupported, specialise, tile
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Module, rows_map
+from fxfuse.kernels.launch import Launch, Module, rows_map
 
-KERNELS = ("convolution", "scale_weights", "find_maximum", "to_rows", "pack_weights", "direct")
+KERNELS = ("measure", "prepare", "convolution", "direct")
+BLOCK = 256
+#: sizes that a kernel counts in 32 bits
+MOST = 2**31 - 1
 _I, _L = ctypes.c_int, ctypes.c_int64
 
 
@@ -37,57 +46,66 @@ class _Geometry(ctypes.Structure):
 
 
 class _Samples(ctypes.Structure):
-    _fields_ = [(n, _L) for n in ("largest", "marks", "scale")]
+    _fields_ = [(n, _L) for n in ("largest", "wrong", "marks", "scale", "parts")]
 
 
 class _Channels(ctypes.Structure):
-    _fields_ = [(n, _L) for n in ("scale", "reciprocal", "bias", "mark")]
+    _fields_ = [(n, _L) for n in ("scale", "reciprocal", "bias", "wrong")]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("stride", _Strides),
+        *((n, _I) for n in ("depth", "height", "width", "channels", "padded", "groups", "blocks", "blocks_positions")),
+    ]
 
 
 class _Direct(ctypes.Structure):
     _fields_ = [
         ("stride", _Strides),
         *((n, _I) for n in ("depth", "height", "width", "samples")),
-        ("marks", _L),
-        ("mark", _L),
+        *((n, _L) for n in ("marks", "wrong", "channels")),
     ]
 
 
-class _Store(ctypes.Structure):
+class _Destination(ctypes.Structure):
     _fields_ = [("out", _L), ("stride", _Strides), ("bias", _L), ("sample_scale", _L), ("channel_scale", _L)]
 
 
-class _Pooled(ctypes.Structure):
-    _fields_ = [(n, _I) for n in ("pooled_d", "pooled_h", "pooled_w")]
+#: the end of a pool's arguments: extents of the result, and the factor of a sum
+_POOLED = struct.Struct("<iiif")
 
 
-class _Factor(ctypes.Structure):
-    _fields_ = [("factor", ctypes.c_float)]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Convolution:
-    """A compiled layer with its epilogue: call :meth:`run`."""
+    """A layer with its epilogue: call :meth:`run`. Made by :meth:`of`, once per layer and epilogue."""
 
     made: Specialisation
     dtype: torch.dtype
     output: torch.dtype
     bias: torch.dtype
     epilogue: Epilogue
-    source: str = dataclasses.field(compare=False)
+    layout: str
+    _calls: dict[object, _Call] = dataclasses.field(default_factory=dict, repr=False)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def of(
-        layer: Layer, dtype: torch.dtype, output: torch.dtype, bias: torch.dtype, epilogue: Epilogue
+        layer: Layer,
+        dtype: torch.dtype,
+        output: torch.dtype,
+        bias: torch.dtype,
+        epilogue: Epilogue,
+        layout: str = "contiguous",
     ) -> Convolution:
-        """The kernel for a layer; Unsupported where there is none."""
-        made = specialise(layer, pooled=bool(epilogue.combine))
-        names = [DTYPE_NAMES[d] for d in (dtype, output, bias)]
-        return Convolution(made, dtype, output, bias, epilogue, emit(made, *names, epilogue))
+        """The kernels for a layer; Unsupported where there are none. ``layout``: "contiguous" or "channels_last"."""
+        return Convolution(specialise(layer, pooled=bool(epilogue.combine)), dtype, output, bias, epilogue, layout)
 
-    def module(self, device: int) -> Module:
-        return _module(self.source, device)
+    def source(self, staged: bool) -> str:
+        """The kernels' text. ``staged``: stores go through shared memory."""
+        dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
+        last = self.layout == "channels_last"
+        return emit(self.made, dtype, output, bias, self.epilogue, channels_last=last, staged=staged)
 
     def run(
         self,
@@ -104,91 +122,151 @@ class Convolution:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``: the operands
-        of the epilogue's expressions, packed. Everything is queued on the current stream.
+        of the epilogue's expressions, packed. Everything is queued on the current stream. Raises Unsupported
+        before anything is queued where sizes exceed what the kernels count.
         """
-        made, layer = self.made, self.made.layer
-        device = x.device.index
-        kernels = self.module(device).kernels
-        stream = torch.cuda.current_stream(device).cuda_stream
-        n, _, *sizes = x.shape
         if out.numel() == 0:
             return
-        low, high = reach(layer.residues)
-        extent_q = out.shape[2:] if self.epilogue.combine else [-(-o // s) for o, s in zip(extents, layer.stride)]
-        tiling = tile(made, tuple(extent_q))
-        scaled = self.dtype is torch.float32
-        half = torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float16
-        couts = layer.out_channels * layer.groups
+        if self.dtype is torch.float32 and not _dense(x):
+            x = x.contiguous()
         weight = weight.contiguous()
+        key = (
+            x.shape, x.stride(), extents, out.shape, out.stride(), x.device.index, bias is None, len(before),
+            len(after), factor, x.data_ptr() % 16 == 0, threading.get_ident(),
+        )  # fmt: skip
+        call = self._calls.get(key)
+        if call is None:
+            if len(self._calls) > 256:
+                self._calls.clear()
+            call = self._calls[key] = _Call(self, x, extents, out, bias is not None, len(before), len(after), factor)
+        call.run(x, weight, bias, out, before, after)
 
-        state = torch.empty(3 * n + 3 * couts + 1, dtype=torch.float32, device=x.device)
-        at = [state.data_ptr() + 4 * i for i in (0, n, 2 * n, 3 * n, 3 * n + couts, 3 * n + 2 * couts, 3 * n + 3 * couts)]
-        samples, channels = _Samples(*at[:3]), _Channels(*at[3:])
-        state[-1:].zero_()
-        block = 256
-        bias_pointer = _L(0 if bias is None else bias.data_ptr())
-        in_c, out_c, volume = _I(layer.in_channels), _I(layer.out_channels), _I(layer.volume)
-        kernels["scale_weights"].launch(
-            (couts, 1, 1), block,
-            [_L(weight.data_ptr()), bias_pointer, channels, samples, _I(n), in_c, out_c, volume], stream,
-        )  # fmt: skip
-        if scaled:
-            if not _dense(x):
-                x = x.contiguous()
-            size = x[0].numel()
-            kernels["find_maximum"].launch(
-                (max(1, min(size // (4 * block * 4), 2048 // n + 1)), n, 1), block, [_L(x.data_ptr()), samples, _L(size)], stream
-            )
-        width = made.padded_channels * layer.groups
-        direct_rows = not scaled and _rows_in_place(x, made)
-        if direct_rows:
-            rows = x.permute(0, 2, 3, 4, 1)
-        else:
-            rows = torch.empty((n, *sizes, width), dtype=half, device=x.device)
-            positions = math.prod(sizes)
-            kernels["to_rows"].launch(
-                (-(-positions // 64), -(-width // 64), n), block,
-                [_L(x.data_ptr()), _L(rows.data_ptr()), samples, _Strides(*x.stride()), *map(_I, sizes),
-                 in_c, _I(made.padded_channels), _I(layer.groups)], stream,
-            )  # fmt: skip
-        tiles = layer.groups * made.column_tiles
-        packed = torch.empty(max(tiles * made.weight_bytes, 16), dtype=torch.uint8, device=x.device)
+
+class _Call:
+    """The launches of one layer for given shapes and strides, for one thread."""
+
+    def __init__(
+        self,
+        layer: Convolution,
+        x: Tensor,
+        extents: tuple[int, int, int],
+        out: Tensor,
+        bias: bool,
+        before: int,
+        after: int,
+        factor: float,
+    ) -> None:
+        made, shape = layer.made, layer.made.layer
+        n, _, *sizes = x.shape
+        if max(math.prod(sizes), math.prod(extents), n * math.prod(sizes) // 64 * shape.groups) > MOST:
+            raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
+        self.scaled = layer.dtype is torch.float32
+        self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
+        self.in_place = not self.scaled and _rows_in_place(x, made)
+        self.device = x.device
+        self.bias = bias
+        pooled = bool(layer.epilogue.combine)
+        row = 0 if layer.layout == "channels_last" else out.shape[4]
+        extents_q = out.shape[2:] if pooled else [-(-o // s) for o, s in zip(extents, shape.stride, strict=True)]
+        tiling = tile(made, tuple(extents_q), row, out.element_size())
+        staged = bool(row) and not pooled and shape.stride[2] == 2 and row * out.element_size() % 32 != 0
+        module = _module(layer.source(staged), x.device.index)
+
+        couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
+        width, positions = made.padded_channels * shape.groups, math.prod(sizes)
+        _, height, row_width = sizes
+        self.rows_shape = (n, *sizes, width)
+        self.rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
+        self.x_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
+        parts = 32 * max(1, min(8, math.prod(x.shape[1:]) // 2**16, -(-64 // n)))
+        counts = [n * parts, n * parts, n, n, couts, couts, couts, couts]
+        rows_bytes = 0 if self.in_place else n * positions * width * 2
+        sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
+        self.offsets = [0, sections[0]]
+        at = sum(sections)
+        for count in counts:
+            self.offsets.append(at)
+            at += -(-count * 4 // 16) * 16
+        self.workspace = at
+
+        (in_c, out_c, volume) = map(_I, (shape.in_channels, shape.out_channels, shape.volume))
+        self.x, self.w, self.b, self.rows, self.packed = (_L() for _ in range(5))
+        self.samples, self.channels, self.scale = _Samples(parts=parts), _Channels(), _L()
+        strides = _Strides(*x.stride())
+        blocks_positions = -(-positions // 64)
+        blocks_rows = 0 if self.in_place else blocks_positions * -(-width // 64) * n
         steps = [s for p in made.passes for s in p.steps]
-        if steps:
-            units = max(s.count for s in steps) * made.columns * made.chunk // 8
-            kernels["pack_weights"].launch(
-                (-(-units // block), len(steps), tiles * made.chunks), block,
-                [_L(weight.data_ptr()), _L(packed.data_ptr()), _L(channels.scale), _I(made.chunks),
-                 _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes)], stream,
-            )  # fmt: skip
-        total = n * layer.groups * made.column_tiles * math.prod(tiling.counts)
-        region = math.prod(tiling.region) * made.chunk * 2
+        blocks_step = -(-max((s.count for s in steps), default=0) * made.columns * made.chunk // 8 // BLOCK) or 1
+        blocks = blocks_rows + blocks_step * len(steps) * tiles * made.chunks
+        rows_geometry = _Rows(
+            strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions
+        )
+        self.measure = Launch(
+            module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
+            [self.w, self.b, self.channels, self.x, self.samples, _L(math.prod(x.shape[1:])), in_c, out_c, volume,
+             _I(couts)],
+        )  # fmt: skip
+        self.prepare = Launch(
+            module.kernels["prepare"], max(blocks, 1), BLOCK,
+            [self.x, self.rows, self.samples, rows_geometry, self.w, self.packed, self.scale, _I(made.chunks),
+             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_step)],
+        )  # fmt: skip
+        total = n * tiles * math.prod(tiling.counts)
+        self.box, self.chunk = tiling.region, made.chunk
         geometry = _Geometry(
-            n, layer.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.region[1:],
-            region, made.region_bytes, *low, tiling.row_group, (_I * 8)(*tiling.row_base), made.chunks, *extents,
-            layer.out_channels, made.weight_bytes,
+            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.region[1:],
+            math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
+            (_I * 8)(*tiling.row_base), made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip
-        arguments = bytes(
-            _Store(
-                out.data_ptr(), _Strides(*out.stride()), channels.bias if bias is not None else 0,
-                samples.scale if scaled else 0, channels.reciprocal if scaled else 0,
-            )
+        head = ctypes.sizeof(_Destination)
+        self.before, self.after = head, head + max(before, 8)
+        tail = self.after + (max(after, 8) if pooled else 0)
+        self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
+        self.destination = _Destination.from_buffer(self.arguments)
+        self.destination.stride = _Strides(*out.stride())
+        if pooled:
+            _POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
+        processors = _processors(x.device.index)
+        self.map = ctypes.create_string_buffer(128)
+        self.convolution = Launch(
+            module.kernels["convolution"], min(total, processors), 384,
+            [self.map, self.packed, geometry, self.arguments], made.dynamic_bytes,
         )  # fmt: skip
-        arguments += before or bytes(8)
-        if self.epilogue.combine:
-            arguments += (after or bytes(8)) + bytes(_Pooled(*out.shape[2:])) + bytes(_Factor(factor))
-        packed_arguments = ctypes.create_string_buffer(arguments, len(arguments))
-        shared = SHARED_BYTES + 1024
-        kernels["convolution"].launch(
-            (min(total, _processors(device)), 1, 1), 384,
-            [rows_map(rows, tiling.region, made.chunk), _L(packed.data_ptr()), geometry, packed_arguments], stream, shared,
+        self.direct_geometry = _Direct(strides, *sizes, n, channels=couts)
+        self.direct = Launch(
+            module.kernels["direct"], processors * 8, BLOCK,
+            [self.x, self.w, self.direct_geometry, geometry, self.arguments],
         )  # fmt: skip
-        if scaled:
-            direct = _Direct(_Strides(*x.stride()), *sizes, n, samples.marks, channels.mark)
-            kernels["direct"].launch(
-                (_processors(device) * 8, 1, 1), block,
-                [_L(x.data_ptr()), _L(weight.data_ptr()), direct, geometry, packed_arguments], stream,
-            )  # fmt: skip
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: bytes, after: bytes) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
+        base = workspace.data_ptr()
+        rows, packed, *state = [base + offset for offset in self.offsets]
+        self.x.value, self.w.value = x.data_ptr(), weight.data_ptr()
+        self.b.value = 0 if bias is None else bias.data_ptr()
+        self.rows.value, self.packed.value = rows, packed
+        samples, channels, to = self.samples, self.channels, self.destination
+        samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
+        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:]
+        self.scale.value = channels.scale
+        to.out = out.data_ptr()
+        to.bias = channels.bias if self.bias else 0
+        if self.scaled:
+            to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
+            self.direct_geometry.marks, self.direct_geometry.wrong = samples.marks, channels.wrong
+        arguments = ctypes.addressof(self.arguments)
+        ctypes.memmove(arguments + self.before, before, len(before))
+        ctypes.memmove(arguments + self.after, after, len(after))
+        source, strides = (x.data_ptr(), self.x_strides) if self.in_place else (rows, self.rows_strides)
+        box = rows_map(source, self.rows_shape, strides, self.rows_type is torch.bfloat16, self.box, self.chunk)
+        ctypes.memmove(self.map, box, 128)
+        if self.scaled or self.bias:
+            self.measure(stream)
+        self.prepare(stream)
+        self.convolution(stream)
+        if self.scaled:
+            self.direct(stream)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,11 +287,10 @@ def _dense(x: Tensor) -> bool:
 
 def _rows_in_place(x: Tensor, made: Specialisation) -> bool:
     """Whether TMA can read x as rows of channels as it lies."""
-    strides: Sequence[int] = x.stride()
+    strides = x.stride()
     return (
         strides[1] == 1
         and made.padded_channels == made.layer.in_channels
-        and all(s % 8 == 0 for i, s in enumerate(strides) if i != 1)
+        and all(s % 8 == 0 and s > 0 for i, s in enumerate(strides) if i != 1)
         and x.data_ptr() % 16 == 0
-        and all(s > 0 for s in strides)
     )

@@ -33,10 +33,7 @@ def residues_of(
 ) -> tuple[Residue, ...]:
     """The residue classes of a transposed convolution in three dims, w varying fastest; a class may have no tap."""
     per_dim = [
-        [
-            [(k, (r + p - k * e) // s) for k in range(size) if (r + p - k * e) % s == 0]
-            for r in range(s)
-        ]
+        [[(k, (r + p - k * e) // s) for k in range(size) if (r + p - k * e) % s == 0] for r in range(s)]
         for size, s, p, e in zip(kernel, stride, padding, dilation, strict=True)
     ]
     found = []

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @functools.cache
@@ -36,7 +35,6 @@ class Module:
 
     def __init__(self, cubin: bytes, names: Sequence[str]) -> None:
         torch.cuda.current_stream()  # torch makes the context
-        torch.cuda.synchronize() if not torch.cuda.is_initialized() else None
         driver = _driver()
         self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(cubin))
         self.kernels = {
@@ -49,54 +47,71 @@ class Kernel:
     """A kernel of a loaded module."""
 
     def __init__(self, function: Any) -> None:
-        self._function = function
+        self.function = function
         self._shared = 0
         self._lock = threading.Lock()
 
-    def launch(
-        self, grid: tuple[int, int, int], block: int, arguments: Sequence[Any], stream: int, shared: int = 0
-    ) -> None:
-        """Queue the kernel on ``stream``. ``arguments``: ctypes values, in order; ``shared``: dynamic bytes."""
-        driver = _driver()
-        if shared > self._shared:
-            with self._lock:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked("cuFuncSetAttribute", driver.cuFuncSetAttribute(self._function, attribute, shared))
-                self._shared = shared
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        _checked(
-            "cuLaunchKernel",
-            driver.cuLaunchKernel(self._function, *grid, block, 1, 1, shared, stream, ctypes.addressof(pointers), 0),
+    def allow_shared(self, size: int) -> None:
+        """Let launches have ``size`` bytes of dynamic shared memory."""
+        with self._lock:
+            if size > self._shared:
+                attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self.function, attribute, size))
+                self._shared = size
+
+
+class Launch:
+    """A kernel with its grid and arguments: call it with a stream. Arguments may be changed in place between calls.
+
+    ``arguments``: ctypes values, which the launch reads where they lie. Not for several threads at a time.
+    """
+
+    def __init__(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
+        kernel.allow_shared(shared)
+        self._arguments = list(arguments)
+        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        self._address = ctypes.addressof(self._pointers)
+        self._function, self._grid, self._block, self._shared = kernel.function, grid, block, shared
+        self._launch = _driver().cuLaunchKernel
+
+    def __call__(self, stream: int) -> None:
+        (status,) = self._launch(
+            self._function, self._grid, 1, 1, self._block, 1, 1, self._shared, stream, self._address, 0
         )
-
-
-class TensorMap(ctypes.Structure):
-    """A CUtensorMap, 64-byte aligned storage by :func:`rows_map`."""
-
-    _fields_ = [("words", ctypes.c_uint64 * 16)]
+        if status:
+            _checked("cuLaunchKernel", (status,))
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode(
-    pointer: int, bfloat: bool, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
-) -> TensorMap:
+def rows_map(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    bfloat: bool,
+    box: tuple[int, int, int],
+    channels: int,
+) -> bytes:
+    """The CUtensorMap that copies boxes (d, h, w) of rows with ``channels`` of (N, D, H, W, C) 16-bit numbers.
+
+    ``strides`` in elements; that of C is 1. The swizzle is as wide as a row in shared memory.
+    """
     driver = _driver()
     kind = driver.CUtensorMapDataType
     swizzles = driver.CUtensorMapSwizzle
     swizzle = {
-        32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-        64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-        128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
-    }[box[0] * 2]
+        16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+    }[channels]
     made = _checked(
         "cuTensorMapEncodeTiled",
         driver.cuTensorMapEncodeTiled(
             kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             5,
             pointer,
-            [driver.cuuint64_t(s) for s in sizes],
-            [driver.cuuint64_t(s) for s in strides],
-            [driver.cuuint32_t(s) for s in box],
+            [driver.cuuint64_t(s) for s in reversed(shape)],
+            [driver.cuuint64_t(s * 2) for s in reversed(strides[:4])],
+            [driver.cuuint32_t(s) for s in (channels, *reversed(box), 1)],
             [driver.cuuint32_t(1)] * 5,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
@@ -104,16 +119,4 @@ def _encode(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
     )
-    found = TensorMap()
-    ctypes.memmove(ctypes.addressof(found), made.getPtr(), ctypes.sizeof(found))
-    return found
-
-
-def rows_map(rows: Tensor, box: tuple[int, int, int], channels: int) -> TensorMap:
-    """The map that copies boxes of ``rows`` (N, D, H, W, C; 16-bit; C contiguous) with ``channels`` of them."""
-    n, d, h, w, c = rows.shape
-    sizes = (c, w, h, d, n)
-    strides = tuple(rows.stride(i) * rows.element_size() for i in (3, 2, 1, 0))
-    return _encode(
-        rows.data_ptr(), rows.dtype is torch.bfloat16, sizes, strides, (channels, box[2], box[1], box[0], 1)
-    )
+    return ctypes.string_at(made.getPtr(), 128)

@@ -11,7 +11,8 @@ struct DirectGeometry {
   int depth, height, width;
   int samples;
   const uint32_t* marks;   // per sample
-  const uint32_t* mark;    // of the weights
+  const uint32_t* wrong;   // per output channel
+  int64_t channels;        // in all groups
 };
 
 template <class Problem, class T>
@@ -46,8 +47,11 @@ template <class F>
 FXFUSE_INLINE void direct_positions(const DirectGeometry& s, const Geometry& g, int depth, int height, int width, F f) {
   const int64_t positions = (int64_t)depth * height * width * g.out_channels * g.groups;
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
+  bool wrong = false;
+  for (int c = threadIdx.x; c < s.channels; c += blockDim.x) wrong |= s.wrong[c] != 0;
+  wrong = __syncthreads_or(wrong);
   for (int n = 0; n < s.samples; ++n) {
-    if (!*s.mark && s.marks[n] <= kFewTiny) continue;
+    if (!wrong && s.marks[n] <= kFewTiny) continue;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < positions; i += step) {
       int64_t rest = i / width;
       const int w = (int)(i - rest * width);

@@ -18,31 +18,31 @@ struct Strides {
   int64_t n, c, d, h, w;
 };
 
-// Where the rows and columns of a thread's accumulators lie in the tensor.
+// Where the rows and columns of a thread's accumulators lie.
 template <class Problem>
 struct Place {
-  int d[Problem::m_tiles][2], h[Problem::m_tiles][2], w[Problem::m_tiles][2];  // q; d is -1 outside the tile
-  int n, channel, lane;  // channel: the first one of the tile in its group
-  int first;             // and of the group in the tensor
+  int packed[Problem::m_tiles][2];  // position in the tile, ten bits per dim; -1 outside it
+  int lane;
+  Tile tile;
 
-  FXFUSE_INLINE Place(const Geometry& g, const Tile& t, int group, int warp, int lane_) : n(t.n), lane(lane_) {
-    channel = t.column * Problem::columns;
-    first = t.group * g.out_channels;
+  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
         const int at = g.row_base[group * Problem::m_tiles + i] + (warp * 2 + r) * g.row_group + (lane >> 2);
-        const int plane = at / g.region_w, z = plane / g.region_h;
-        const int y = plane - z * g.region_h, x = at - plane * g.region_w;
-        const bool inside = z < g.tile_d && y < g.tile_h && x < g.tile_w;
-        d[i][r] = inside ? t.d + z : -1;
-        h[i][r] = t.h + y;
-        w[i][r] = t.w + x;
+        const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
+        packed[i][r] = z < g.tile_d && y < g.tile_h && x < g.tile_w ? z << 20 | y << 10 | x : -1;
+        asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every tile
       }
   }
-  FXFUSE_INLINE int column(int j, int e) const { return channel + j * 8 + (lane & 3) * 2 + e; }
+  FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
+  FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
+  FXFUSE_INLINE int y(int i, int r) const { return packed[i][r] >> 10 & 1023; }
+  FXFUSE_INLINE int x(int i, int r) const { return packed[i][r] & 1023; }
+  // The column of the tile that accumulator 4*j + e belongs to.
+  FXFUSE_INLINE int column(int j, int e) const { return j * 8 + (lane & 3) * 2 + e; }
 };
 
 // What every epilogue is given. Null where there is none.
@@ -71,22 +71,289 @@ struct ChannelTable {
   }
 };
 
+struct Maximum {
+  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
+  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
+};
+struct Sum {
+  static FXFUSE_INLINE float zero() { return 0.f; }
+  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
+};
+
+// The output's positions as stores see them: `size` of them; a step of q is `step` of them.
+struct Extent {
+  int size_d, size_h, size_w;
+  int step_d, step_h, step_w;
+};
+
+// Stores value(i, r, j, e, q) for all accumulators of the block to a contiguous tensor. `classes` residue classes, the
+// `width` innermost of which are neighbours along w, increasing from class q with q % width == 0 (reversed: decreasing).
+//
+// Eight channels at a time go through shared memory into the order of the tensor: runs of neighbours, so placed that
+// a group of threads has just one 32-byte sector. Sectors that are written in part cost a read: where rows begin
+// anywhere, storing them as they come takes four times as long.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                              const Residue (&residue)[classes], float* buffer, int thread, Value value,
+                              const Expression& expression) {
+  constexpr int threads = 128 * kConsumers, planes = classes / width;
+  constexpr int capacity = kConsumers * Problem::m_tiles * 64 * classes;
+  constexpr int pitch = capacity + 4;  // the eight rows and four channels of a warp lie in different banks
+  constexpr int mine = (capacity + threads - 1) / threads;
+  constexpr int sector = 32 / sizeof(Out);
+  const Tile& t = place.tile;
+  const int step = width > 1 ? 1 : o.step_w, row = g.tile_w * width;
+  // whole rows that follow each other in memory make one run
+  const bool merged = o.step_h == 1 && step == 1 && g.tile_w == o.size_w && to.stride.h == o.size_w;
+  const int run_length = merged ? g.tile_h * row : row, runs_h = merged ? 1 : g.tile_h, runs_plane = g.tile_d * runs_h;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
+  const uint32_t bits = (uint32_t)((uint64_t)sample / sizeof(Out)) | (uint32_t)to.stride.c | (uint32_t)to.stride.d |
+                        (uint32_t)to.stride.h | (uint32_t)(t.w * o.step_w);
+  int run_pitch = run_length, mask = 0;
+  if (step == 1 && bits & (sector - 1)) {
+    const int padded = (run_length + 2 * (sector - 1)) / sector * sector;
+    if (padded * runs_plane * planes <= capacity) run_pitch = padded, mask = sector - 1;
+  }
+  const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
+  auto origin = [&](int plane, int z, int y, int& d, int& h, int& w) {
+    const Residue one = residue[0];
+    int rd = one.d, rh = one.h, rw = reversed ? one.w + 1 - width : one.w;
+    bool there = one.valid;
+#pragma unroll
+    for (int p = 1; p < planes; ++p)
+      if (plane == p) {
+        const Residue other = residue[p * width];
+        rd = other.d, rh = other.h, rw = reversed ? other.w + 1 - width : other.w, there = other.valid;
+      }
+    d = (t.d + z) * o.step_d + rd, h = (t.h + y) * o.step_h + rh, w = t.w * o.step_w + rw;
+    return there;
+  };
+  // what this thread stores of every channel
+  int offset[mine], at[mine], length[mine], od[mine], oh[mine], ow[mine];
+#pragma unroll
+  for (int s = 0; s < mine; ++s) {
+    const int slot = thread + s * threads, run = slot / run_pitch;
+    at[s] = slot - run * run_pitch;
+    const int plane = planes == 1 ? 0 : run / runs_plane, rest = run - plane * runs_plane, z = rest / runs_h;
+    const bool there = origin(plane, z, rest - z * runs_h, od[s], oh[s], ow[s]) && run < runs_plane * planes;
+    int count = (o.size_w - ow[s] + step - 1) / step;
+    count = count < row ? count : row;
+    if (merged) count = row * (o.size_h - oh[s] < g.tile_h ? o.size_h - oh[s] : g.tile_h);
+    length[s] = there && od[s] < o.size_d && oh[s] < o.size_h && ow[s] < o.size_w ? count : 0;
+    offset[s] = od[s] * stride_d + oh[s] * stride_h + ow[s];
+  }
+#pragma unroll
+  for (int j = 0; j < Problem::columns / 8; ++j) {
+    if (first + j * 8 >= g.out_channels) break;
+    Out* const block = sample + j * 8 * to.stride.c;
+    named_barrier(3, threads);  // what was there has been stored
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int channel = (place.lane & 3) * 2 + e;
+      float* const line = buffer + channel * pitch;
+      const int begin = (int)((uint64_t)(block + channel * to.stride.c) / sizeof(Out));
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (!place.inside(i, r)) continue;
+          const int z = place.z(i, r), y = place.y(i, r);
+          const int run = merged ? z : z * g.tile_h + y, x = ((merged ? y * g.tile_w : 0) + place.x(i, r)) * width;
+#pragma unroll
+          for (int p = 0; p < planes; ++p) {
+            int d, h, w;
+            origin(p, z, merged ? 0 : y, d, h, w);
+            float* const slot = line + (p * runs_plane + run) * run_pitch + x + ((begin + d * stride_d + h * stride_h + w) & mask);
+#pragma unroll
+            for (int q = 0; q < width; ++q) slot[reversed ? width - 1 - q : q] = value(i, r, j, e, p * width + q);
+          }
+        }
+    }
+    named_barrier(3, threads);
+#pragma unroll
+    for (int channel = 0; channel < 8; ++channel) {
+      if (first + j * 8 + channel >= g.out_channels) break;
+      Out* const line = block + channel * to.stride.c;
+      const int begin = (int)((uint64_t)line / sizeof(Out));
+#pragma unroll
+      for (int s = 0; s < mine; ++s) {
+        const int k = at[s] - ((begin + offset[s]) & mask);
+        if ((uint32_t)k >= (uint32_t)length[s]) continue;
+        const int down = merged ? k / o.size_w : 0, along = merged ? k - down * o.size_w : k * step;
+        const float y = buffer[channel * pitch + thread + s * threads];
+        line[offset[s] + k * step] =
+            from_float<Out>(expression(y, t.n, channel0 + j * 8 + channel, od[s], oh[s] + down, ow[s] + along));
+      }
+    }
+  }
+}
+
 // Two neighbours in memory, at once where they are aligned.
 template <class T>
 FXFUSE_INLINE void store_pair(T* to, float a, float b) {
-  if constexpr (sizeof(T) == 4) {
-    if (((uint64_t)to & 7) == 0) {
+  if (((uint64_t)to & (2 * sizeof(T) - 1)) == 0) {
+    if constexpr (sizeof(T) == 4)
       *(float2*)to = make_float2(a, b);
-      return;
-    }
+    else
+      *(uint32_t*)to = (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
   } else {
-    if (((uint64_t)to & 3) == 0) {
-      const T x = from_float<T>(a), y = from_float<T>(b);
-      *(uint32_t*)to = (uint32_t)x.bits | (uint32_t)y.bits << 16;
-      return;
-    }
+    to[0] = from_float<T>(a), to[1] = from_float<T>(b);
   }
-  to[0] = from_float<T>(a), to[1] = from_float<T>(b);
+}
+
+// The same straight from registers: eight neighbouring threads have neighbouring q. As good where they fill sectors,
+// or where nothing does; and neither warpgroup waits for the other.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                                const Extent& o, const Residue (&residue)[classes], Value value,
+                                const Expression& expression) {
+  const Tile& t = place.tile;
+  const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
+  int offset[Problem::m_tiles][2];  // of the position with residue zero
+  uint32_t inside = 0;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
+                w = (t.w + place.x(i, r)) * o.step_w;
+      offset[i][r] = d * stride_d + h * stride_h + w;
+#pragma unroll
+      for (int q = 0; q < classes; ++q)
+        if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
+            w + residue[q].w < o.size_w)
+          inside |= 1u << ((i * 2 + r) * classes + q);
+    }
+  int class_offset[classes];
+#pragma unroll
+  for (int q = 0; q < classes; ++q) class_offset[q] = residue[q].d * stride_d + residue[q].h * stride_h + residue[q].w;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
+#pragma unroll
+  for (int j = 0; j < Problem::columns / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      schedule_barrier();  // or the loads of all columns are hoisted, and the accumulators spilt
+      const int column = place.column(j, e);
+      if (first + column >= g.out_channels) continue;
+      Out* const out = sample + column * to.stride.c;
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          auto result = [&](int q) {
+            return expression(value(i, r, j, e, q), t.n, channel0 + column,
+                              (t.d + place.z(i, r)) * o.step_d + residue[q].d,
+                              (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                              (t.w + place.x(i, r)) * o.step_w + residue[q].w);
+          };
+#pragma unroll
+          for (int q = 0; q < classes; q += width) {
+            const uint32_t which = inside >> ((i * 2 + r) * classes + q);
+            Out* const at = out + offset[i][r];
+            if constexpr (width == 2) {
+              constexpr int left = reversed ? 1 : 0;
+              if ((which & 3) == 3)
+                store_pair(at + class_offset[q + left], result(q + left), result(q + 1 - left));
+              else if (which & 1)
+                at[class_offset[q]] = from_float<Out>(result(q));
+              else if (which & 2)
+                at[class_offset[q + 1]] = from_float<Out>(result(q + 1));
+            } else {
+              if (which & 1) at[class_offset[q]] = from_float<Out>(result(q));
+            }
+          }
+        }
+    }
+}
+
+// Four neighbouring threads hold two channels each of four blocks of eight; each gets one block. Sixteen bits each.
+FXFUSE_INLINE uint4 transpose_quad(const uint32_t (&mine)[4], int lane) {
+  const int l = lane & 3;
+  uint32_t got[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const int k = l ^ s;
+    const uint32_t sent = k == 0 ? mine[0] : k == 1 ? mine[1] : k == 2 ? mine[2] : mine[3];
+    got[s] = __shfl_xor_sync(~0u, sent, s);  // of thread l^s, for block l
+  }
+  auto of = [&](int m) {
+    const int s = l ^ m;
+    return s == 0 ? got[0] : s == 1 ? got[1] : s == 2 ? got[2] : got[3];
+  };
+  return make_uint4(of(0), of(1), of(2), of(3));
+}
+
+// The same for a tensor whose channels are neighbours: straight from registers.
+template <class Problem, class Out, int classes, class Value, class Expression>
+FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                                  const Extent& o, const Residue (&residue)[classes], Value value,
+                                  const Expression& expression) {
+  constexpr int blocks = Problem::columns / 8;
+  const Tile& t = place.tile;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  const bool whole = first + Problem::columns <= g.out_channels;
+  Out* const sample = to.out + t.n * to.stride.n;
+  const bool aligned = (((uint64_t)(sample + channel0) | to.stride.w * sizeof(Out)) & 15) == 0 && whole;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int q = 0; q < classes; ++q) {
+        schedule_barrier();
+        const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                  w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
+        const bool inside =
+            place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
+        Out* const out = sample + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
+        auto result = [&](int j, int e) {
+          const int column = place.column(j, e);
+          return inside && first + column < g.out_channels
+                     ? from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column, d, h, w))
+                     : Out();
+        };
+        int j = 0;
+        if constexpr (sizeof(Out) == 2 && blocks >= 4) {
+          if (aligned) {
+#pragma unroll
+            for (j = 0; j + 4 <= blocks; j += 4) {
+              uint32_t pairs[4];
+#pragma unroll
+              for (int k = 0; k < 4; ++k) pairs[k] = (uint32_t)result(j + k, 0).bits | (uint32_t)result(j + k, 1).bits << 16;
+              const uint4 block = transpose_quad(pairs, place.lane);
+              if (inside) *(uint4*)(out + (j + (place.lane & 3)) * 8) = block;
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < blocks; ++k) {
+          if (k < j || !inside) continue;
+          const int column = place.column(k, 0);
+          if (aligned) {
+            if constexpr (sizeof(Out) == 2)
+              *(uint32_t*)(out + column) = (uint32_t)result(k, 0).bits | (uint32_t)result(k, 1).bits << 16;
+            else
+              *(float2*)(out + column) = make_float2(result(k, 0), result(k, 1));
+          } else {
+            if (first + column < g.out_channels) out[column] = result(k, 0);
+            if (first + column + 1 < g.out_channels) out[column + 1] = result(k, 1);
+          }
+        }
+      }
+}
+
+// One of the three, as the emitted layout says.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                         const Residue (&residue)[classes], float* buffer, Value value, const Expression& expression) {
+  if constexpr (Problem::channels_last)
+    store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
+  else if constexpr (Problem::staged)
+    store_rows<Problem, Out, classes, width, reversed>(to, g, place, o, residue, buffer, threadIdx.x - 128, value, expression);
+  else
+    store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
 // Every output of the convolution, through `Expression`, to `out`.
@@ -99,96 +366,32 @@ struct Store {
   const Arguments& a;
   const Geometry& g;
   ChannelTable<Problem>& table;
-  const int index, group, warp, lane;
+  float* buffer;
+  const Place<Problem>& place;
+  const int group;
 
-  FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, int index, int group,
-                      int warp, int lane)
-      : a(a), g(g), table(table), index(index), group(group), warp(warp), lane(lane) {
-    table.fill(a.to, g, tile_at(g, index), group);
+  FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
+                      const Place<Problem>& place, int group)
+      : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
+    table.fill(a.to, g, place.tile, group);
   }
 
   FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    const Place<Problem> place(g, tile_at(g, index), group, warp, lane);
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.n] : 1.f;
-    const int step_d = (int)a.to.stride.d, step_h = (int)a.to.stride.h, step_w = (int)a.to.stride.w;
-    int offset[Problem::m_tiles][2];  // of the position with residue zero
-    uint32_t valid = 0;
+    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.tile.n] : 1.f;
     Residue residue[Problem::residues];
-    int residue_offset[Problem::residues];
 #pragma unroll
-    for (int q = 0; q < Problem::residues; ++q) {
-      residue[q] = Problem::residue(pass, q);
-      residue_offset[q] = residue[q].d * step_d + residue[q].h * step_h + residue[q].w * step_w;
-    }
-#pragma unroll
-    for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int d = place.d[i][r] * Problem::stride_d, h = place.h[i][r] * Problem::stride_h,
-                  w = place.w[i][r] * Problem::stride_w;
-        offset[i][r] = d * step_d + h * step_h + w * step_w;
-#pragma unroll
-        for (int q = 0; q < Problem::residues; ++q)
-          if (residue[q].valid && d >= 0 && d + residue[q].d < g.out_d && h + residue[q].h < g.out_h &&
-              w + residue[q].w < g.out_w)
-            valid |= 1u << ((i * 2 + r) * Problem::residues + q);
-      }
-    Out* const sample = a.to.out + place.n * a.to.stride.n;
-    const bool neighbours = Problem::pair != 0 && step_w == 1;
-#pragma unroll
-    for (int j = 0; j < Problem::columns / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        schedule_barrier();  // or the loads of all columns are hoisted, and the accumulators spilt
-        const int column = place.column(j, e);
-        if (column >= g.out_channels) continue;
-        const int c = place.first + column;
-        const float scale = table.scale[group][j * 8 + (lane & 3) * 2 + e];
-        const float bias = table.bias[group][j * 8 + (lane & 3) * 2 + e];
-        Out* const out = sample + c * a.to.stride.c;
-        auto value = [&](int i, int r, int q) {
-          float y = acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
-          if (Problem::scaled) y = y * sample_scale * scale;
-          return a.expression(y + bias, place.n, c, place.d[i][r] * Problem::stride_d + residue[q].d,
-                              place.h[i][r] * Problem::stride_h + residue[q].h,
-                              place.w[i][r] * Problem::stride_w + residue[q].w);
-        };
-#pragma unroll
-        for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            if constexpr (Problem::pair != 0) {
-#pragma unroll
-              for (int q = 0; q < Problem::residues; q += 2) {
-                constexpr int left = Problem::pair > 0 ? 0 : 1;
-                const uint32_t both = valid >> ((i * 2 + r) * Problem::residues + q) & 3;
-                Out* const to = out + offset[i][r];
-                if (both == 3 && neighbours) {
-                  store_pair(to + residue_offset[q + left], value(i, r, q + left), value(i, r, q + 1 - left));
-                } else {
-                  if (both & 1) to[residue_offset[q]] = from_float<Out>(value(i, r, q));
-                  if (both & 2) to[residue_offset[q + 1]] = from_float<Out>(value(i, r, q + 1));
-                }
-              }
-            } else {
-#pragma unroll
-              for (int q = 0; q < Problem::residues; ++q)
-                if (valid >> ((i * 2 + r) * Problem::residues + q) & 1)
-                  out[offset[i][r] + residue_offset[q]] = from_float<Out>(value(i, r, q));
-            }
-          }
-      }
+    for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
+    auto value = [&](int i, int r, int j, int e, int q) {
+      const int column = place.column(j, e);
+      float y = acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
+      if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
+      return y + table.bias[group][column];
+    };
+    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(a.to, g, place, o, residue, buffer,
+                                                                                          value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
-};
-
-struct Maximum {
-  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
-  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
-};
-struct Sum {
-  static FXFUSE_INLINE float zero() { return 0.f; }
-  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
 };
 
 // All residue classes of a position q become one value: a pool whose window and stride are the convolution's stride,
@@ -206,13 +409,15 @@ struct Pool {
   const Arguments& a;
   const Geometry& g;
   ChannelTable<Problem>& table;
-  const int index, group, warp, lane;
+  float* buffer;
+  const Place<Problem>& place;
+  const int group;
   float best[Problem::m_tiles][Problem::columns / 2];
 
-  FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, int index, int group,
-                     int warp, int lane)
-      : a(a), g(g), table(table), index(index), group(group), warp(warp), lane(lane) {
-    table.fill(a.to, g, tile_at(g, index), group);
+  FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
+                     const Place<Problem>& place, int group)
+      : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
+    table.fill(a.to, g, place.tile, group);
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -220,8 +425,9 @@ struct Pool {
   }
 
   FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    const Place<Problem> place(g, tile_at(g, index), group, warp, lane);
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.n] : 1.f;
+    const Tile& t = place.tile;
+    const float sample_scale = Problem::scaled ? a.to.sample_scale[t.n] : 1.f;
+    const int channel0 = t.group * g.out_channels + t.column * Problem::columns;
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) {
       const Residue residue = Problem::residue(pass, q);
@@ -231,10 +437,10 @@ struct Pool {
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          od[i][r] = place.d[i][r] * Problem::stride_d + residue.d;
-          oh[i][r] = place.h[i][r] * Problem::stride_h + residue.h;
-          ow[i][r] = place.w[i][r] * Problem::stride_w + residue.w;
-          valid[i][r] = residue.valid && od[i][r] < g.out_d && oh[i][r] < g.out_h && ow[i][r] < g.out_w;
+          od[i][r] = (t.d + place.z(i, r)) * Problem::stride_d + residue.d;
+          oh[i][r] = (t.h + place.y(i, r)) * Problem::stride_h + residue.h;
+          ow[i][r] = (t.w + place.x(i, r)) * Problem::stride_w + residue.w;
+          valid[i][r] = residue.valid && place.inside(i, r) && od[i][r] < g.out_d && oh[i][r] < g.out_h && ow[i][r] < g.out_w;
         }
 #pragma unroll
       for (int j = 0; j < Problem::columns / 8; ++j)
@@ -242,52 +448,37 @@ struct Pool {
         for (int e = 0; e < 2; ++e) {
           if (!Problem::bare) schedule_barrier();
           const int column = place.column(j, e);
-          const int c = place.first + (column < g.out_channels ? column : 0);
-          const float scale = table.scale[group][j * 8 + (lane & 3) * 2 + e];
-          const float bias = table.bias[group][j * 8 + (lane & 3) * 2 + e];
+          const bool there = t.column * Problem::columns + column < g.out_channels;
 #pragma unroll
           for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
               float y = acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
-              if (!Problem::bare) {
-                if (Problem::scaled) y = y * sample_scale * scale;
-                y = a.before(y + bias, place.n, c, od[i][r], oh[i][r], ow[i][r]);
-              }
               float& z = best[i][j * 4 + r * 2 + e];
-              if (valid[i][r]) z = Combine::combine(z, y);
+              if (Problem::bare) {
+                if (valid[i][r]) z = Combine::combine(z, y);
+              } else if (valid[i][r] && there) {
+                if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
+                y = a.before(y + table.bias[group][column], t.n, channel0 + column, od[i][r], oh[i][r], ow[i][r]);
+                z = Combine::combine(z, y);
+              }
             }
         }
     }
   }
 
   FXFUSE_INLINE void finish() {
-    const Place<Problem> place(g, tile_at(g, index), group, warp, lane);
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.n] : 1.f;
-    const int step_d = (int)a.to.stride.d, step_h = (int)a.to.stride.h, step_w = (int)a.to.stride.w;
-    Out* const sample = a.to.out + place.n * a.to.stride.n;
-#pragma unroll
-    for (int j = 0; j < Problem::columns / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        schedule_barrier();
-        const int column = place.column(j, e);
-        if (column >= g.out_channels) continue;
-        const int c = place.first + column;
-        const float scale = table.scale[group][j * 8 + (lane & 3) * 2 + e];
-        const float bias = table.bias[group][j * 8 + (lane & 3) * 2 + e];
-        Out* const out = sample + c * a.to.stride.c;
-#pragma unroll
-        for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int d = place.d[i][r], h = place.h[i][r], w = place.w[i][r];
-            if (d < 0 || d >= a.pooled_d || h >= a.pooled_h || w >= a.pooled_w) continue;
-            float y = best[i][j * 4 + r * 2 + e] * a.factor;
-            if (Problem::bare) y = (Problem::scaled ? y * sample_scale * scale : y) + bias;
-            out[d * step_d + h * step_h + w * step_w] = from_float<Out>(a.after(y, place.n, c, d, h, w));
-          }
-      }
+    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.tile.n] : 1.f;
+    auto value = [&](int i, int r, int j, int e, int) {
+      const int column = place.column(j, e);
+      float y = best[i][j * 4 + r * 2 + e] * a.factor;
+      if (!Problem::bare) return y;
+      if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
+      return y + table.bias[group][column];
+    };
+    const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
+    const Residue residue[1] = {{0, 0, 0, 1}};
+    store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, value, a.after);
   }
 };
 

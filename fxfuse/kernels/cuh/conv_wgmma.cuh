@@ -102,70 +102,82 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
   }
 }
 
-// The products of one step: every m64 tile of this warpgroup, every 16 channels of the chunk.
-template <class Problem, int first, int count>
-FXFUSE_INLINE void conv_multiply(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
-                                 const uint32_t (&rows)[Problem::m_tiles], uint32_t shift, uint32_t b, uint32_t row_group) {
-  constexpr int row_bytes = Problem::chunk * 2;
-#pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-    for (int k = 0; k < Problem::chunk / 16; ++k)
-      Problem::template wgmma<first, count>(acc[i], descriptor<row_bytes>(rows[i] + shift + k * 32, row_group),
-                                            descriptor<row_bytes>(b + k * 32, 8 * row_bytes));
-}
+// A step as the multiplying warpgroups read it, from shared memory.
+struct StepAddress {
+  uint32_t x;        // units of 16 bytes that the rows are shifted by
+  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does
+};
+constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17;
 
 // The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
 template <class Problem, int r>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
-                            const uint32_t (&rows)[Problem::m_tiles], const Geometry& g, int pass, uint8_t* stages,
-                            uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
+                            const uint32_t (&rows)[Problem::m_tiles], uint32_t rows_high, const StepAddress* steps,
+                            uint32_t stages, int pass, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
+  constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
   const int begin = Problem::run_begin(pass, r), end = Problem::run_begin(pass, r + 1);
-  int before = -1;  // the stage whose products were on their way when the current one began
-  uint32_t stage = 0;
-#pragma unroll 1
-  for (int s = begin; s < end; ++s) {
-    const Step step = Problem::step(s);
-    if (step.batch) {
-      if (s > begin) {
-        if (before >= 0 && leader) barrier_arrive(&empty[before]);
-        before = ring.slot;
-        ring.template next<Problem::stages>();
-      }
-      barrier_wait(&full[ring.slot], ring.phase);
-      stage = shared_address(stages) + ring.slot * Problem::stage_bytes;
-      wgmma_fence();
-    }
-    const uint32_t shift = ((step.d * g.region_h + step.h) * g.region_w + step.w) * row_bytes;
-    conv_multiply<Problem, Problem::run_first(r), Problem::run_count(r)>(
-        acc, rows, shift, stage + step.weights * 16, (uint32_t)g.row_group * row_bytes);
-    if (step.last) {
-      wgmma_commit();
-      wgmma_wait<1>();  // the products of the stage before are done
-    }
-  }
   if (begin < end) {
+    int before = -1;  // the stage whose products were on their way when the current one began
+    uint32_t stage = 0;
+    StepAddress step = steps[begin];
+#pragma unroll 1
+    for (int s = begin; s < end; ++s) {
+      if (step.weights & kBegins) {
+        if (s > begin) {
+          if (before >= 0 && leader) barrier_arrive(&empty[before]);
+          before = ring.slot;
+          ring.template next<Problem::stages>();
+        }
+        stage = stages + ring.slot * (Problem::stage_bytes / 16);
+        barrier_wait(&full[ring.slot], ring.phase);
+        wgmma_fence();
+      }
+      const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
+      const bool ends = step.weights & kEnds;
+      step = steps[s + 1];  // one more than there are is allocated
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int k = 0; k < Problem::chunk / 16; ++k)
+          Problem::template wgmma<Problem::run_first(r), Problem::run_count(r)>(
+              acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
+      if (ends) {
+        wgmma_commit();
+        wgmma_wait<1>();  // the products of the stage before are done
+      }
+    }
     wgmma_wait<0>();
     if (before >= 0 && leader) barrier_arrive(&empty[before]);
     if (leader) barrier_arrive(&empty[ring.slot]);
     ring.template next<Problem::stages>();
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, rows, g, pass, stages, full, empty, ring, leader);
+    conv_run<Problem, r + 1>(acc, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
 }
 
 template <class Problem, class Table>
 FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Table& table,
-                                uint8_t* x, uint8_t* stages, uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
+                                const StepAddress* steps, float* buffer, uint8_t* x, uint8_t* stages, uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
   constexpr int row_bytes = Problem::chunk * 2;
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
   float acc[Problem::m_tiles][Problem::columns * Problem::residues / 2];
+  typename Problem::Place place(g, group, warp, lane);
+  const uint32_t rows_high = (uint32_t)(descriptor<row_bytes>(0, g.row_group * row_bytes) >> 32);
+  const uint32_t weights = (uint32_t)descriptor<row_bytes>(shared_address(stages), 0);
+  uint32_t bases[Problem::m_tiles];
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i) {
+    bases[i] = (uint32_t)descriptor<row_bytes>(
+        shared_address(x) + g.row_base[group * Problem::m_tiles + i] * row_bytes, 0);
+    asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
+  }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    typename Problem::Epilogue epilogue(arguments, g, table, index, group, warp, lane);
+    place.tile = tile_at(g, index);
+    typename Problem::Epilogue epilogue(arguments, g, table, buffer, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
 #pragma unroll
@@ -177,12 +189,11 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll 1
         for (int chunk = 0; chunk < g.chunks; ++chunk) {
           if (!Problem::resident || pass == 0) barrier_wait(&x_full[xs.slot], xs.phase);
-          uint32_t rows[Problem::m_tiles];
+          uint32_t rows[Problem::m_tiles];  // low words of descriptors; a shift adds to them
 #pragma unroll
           for (int i = 0; i < Problem::m_tiles; ++i)
-            rows[i] = shared_address(x) + xs.slot * g.region_stride +
-                      g.row_base[group * Problem::m_tiles + i] * row_bytes;
-          conv_run<Problem, 0>(acc, rows, g, pass, stages, full, empty, ws, leader);
+            rows[i] = bases[i] + xs.slot * (g.region_stride / 16);
+          conv_run<Problem, 0>(acc, rows, rows_high, steps, weights, pass, full, empty, ws, leader);
           if (!Problem::resident) {
             if (leader) barrier_arrive(&x_empty[xs.slot]);
             xs.template next<Problem::x_buffers>();
@@ -207,12 +218,19 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   __shared__ uint64_t x_full[Problem::x_buffers], x_empty[Problem::x_buffers];
   __shared__ uint64_t full[Problem::stages], empty[Problem::stages];
   __shared__ Table table;
+  __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
+  float* buffer = (float*)(x + Problem::x_buffers * g.region_stride);  // the epilogue's
   if (threadIdx.x == 0) {
     for (int i = 0; i < Problem::x_buffers; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
     for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
     barrier_init_fence();
+  }
+  for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
+    const Step s = Problem::step(i);
+    const int rows = (s.d * g.region_h + s.h) * g.region_w + s.w;
+    steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | (s.batch ? kBegins : 0) | (s.last ? kEnds : 0)};
   }
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -220,7 +238,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
     if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, x_full, x_empty, full, empty);
   } else {
     registers_up<240>();
-    conv_consume<Problem>(g, arguments, table, x, stages, x_full, x_empty, full, empty);
+    conv_consume<Problem>(g, arguments, table, steps, buffer, x, stages, x_full, x_empty, full, empty);
   }
 }
 

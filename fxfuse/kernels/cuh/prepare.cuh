@@ -33,23 +33,26 @@ FXFUSE_INLINE float block_maximum(float v) {
   return parts[0];
 }
 
-// Per call and sample: the largest finite magnitude (as bits), what half precision cannot carry, 1/scale.
+// Per sample. `parts` blocks look for the largest finite magnitude, and for others that are not finite.
 struct SampleState {
-  uint32_t* largest;
-  uint32_t* marks;       // 0: matrix instructions; else the direct kernel
-  float* scale;          // 1/scale, for the epilogue
+  float* largest;   // samples * parts
+  uint32_t* wrong;  // samples * parts
+  uint32_t* marks;  // samples; 0 or few: matrix instructions; else the direct kernel
+  float* scale;     // samples: 1/scale, for the epilogue
+  int64_t parts;    // a multiple of 32
 };
 // Per output channel.
 struct ChannelState {
   float *scale, *reciprocal, *bias;
-  uint32_t* mark;        // one word: some weight is not finite
+  uint32_t* wrong;  // some weight is not finite
 };
+constexpr uint32_t kMarked = 1u << 30;
 
-// One block per output channel: its scale and its bias; block 0 clears what the input's kernels gather.
+// One block per output channel: its scale and its bias.
 template <class T, class B, bool scaled>
-FXFUSE_INLINE void weight_scales(const T* w, const B* bias, ChannelState out, SampleState samples, int n_samples,
-                                 int in_channels, int out_channels, int volume) {
-  const int group = blockIdx.x / out_channels, column = blockIdx.x % out_channels;
+FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const ChannelState& out, int in_channels,
+                                   int out_channels, int volume) {
+  const int group = channel / out_channels, column = channel - group * out_channels;
   float largest = 0.f;
   bool wrong = false;
   if (scaled) {
@@ -64,21 +67,20 @@ FXFUSE_INLINE void weight_scales(const T* w, const B* bias, ChannelState out, Sa
   }
   if (threadIdx.x == 0) {
     const float s = scale_for(largest);
-    out.scale[blockIdx.x] = s;
-    out.reciprocal[blockIdx.x] = reciprocal_of_power(s);
-    out.bias[blockIdx.x] = bias ? to_float(bias[blockIdx.x]) : 0.f;
-    if (wrong) atomicOr(out.mark, 1u);
+    out.scale[channel] = s;
+    out.reciprocal[channel] = reciprocal_of_power(s);
+    out.bias[channel] = bias ? to_float(bias[channel]) : 0.f;
+    out.wrong[channel] = wrong;
   }
-  if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < n_samples; i += blockDim.x) samples.largest[i] = 0, samples.marks[i] = 0;
 }
 
-// A grid of (blocks, samples) over dense samples of `size` floats.
-FXFUSE_INLINE void sample_maximum(const float* x, SampleState out, int64_t size) {
-  x += blockIdx.y * size;
+// One block per part of a dense sample of `size` floats.
+FXFUSE_INLINE void measure_sample(int index, const float* x, const SampleState& out, int64_t size) {
+  const int n = index / (int)out.parts, part = index - n * (int)out.parts;
+  x += n * size;
   float largest = 0.f;
   bool wrong = false;
-  const int64_t step = (int64_t)gridDim.x * blockDim.x, at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t step = out.parts * blockDim.x, at = (int64_t)part * blockDim.x + threadIdx.x;
   auto take = [&](float v) {
     v = fabsf(v);
     if (finite(v)) largest = fmaxf(largest, v);
@@ -86,6 +88,7 @@ FXFUSE_INLINE void sample_maximum(const float* x, SampleState out, int64_t size)
   };
   if (((uint64_t)x & 15) == 0) {
     const float4* x4 = (const float4*)x;
+#pragma unroll 4
     for (int64_t i = at; i < size / 4; i += step) {
       const float4 v = x4[i];
       take(v.x), take(v.y), take(v.z), take(v.w);
@@ -97,23 +100,51 @@ FXFUSE_INLINE void sample_maximum(const float* x, SampleState out, int64_t size)
   wrong = __syncthreads_or(wrong);
   largest = block_maximum(largest);
   if (threadIdx.x == 0) {
-    atomicMax(&out.largest[blockIdx.y], __float_as_uint(largest));
-    if (wrong) atomicOr(&out.marks[blockIdx.y], 1u << 31);
+    out.largest[index] = largest, out.wrong[index] = wrong;
+    if (part == 0) out.marks[n] = 0;
   }
 }
 
+// What the input is and becomes: rows of channels.
+struct RowGeometry {
+  int64_t stride_n, stride_c, stride_d, stride_h, stride_w;
+  int depth, height, width;
+  int channels, padded, groups;  // per group
+  int blocks, blocks_positions;  // of 64 positions times of 64 channels, in all; of 64 positions
+};
+
 // x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes 64 positions of up to
-// 64 channels of one sample; grid (positions / 64, row length / 64 rounded up, samples).
+// 64 channels of one sample.
 template <class T, class Half16, bool scaled>
-FXFUSE_INLINE void to_rows(const T* x, Half16* rows, SampleState state, int64_t stride_n, int64_t stride_c,
-                           int64_t stride_d, int64_t stride_h, int64_t stride_w, int depth, int height, int width,
-                           int channels, int padded, int groups) {
+FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   __shared__ float tile[64][65];
+  const int64_t stride_n = g.stride_n, stride_c = g.stride_c, stride_d = g.stride_d, stride_h = g.stride_h,
+                stride_w = g.stride_w;
+  const int height = g.height, width = g.width, depth = g.depth, channels = g.channels, padded = g.padded,
+            groups = g.groups;
+  const int block_x = block % g.blocks_positions, block_rest = block / g.blocks_positions;
+  const int blocks_y = (padded * groups + 63) / 64, block_y = block_rest % blocks_y;
   const int plane = height * width;
   const int positions = depth * plane, row_length = padded * groups;
-  const int first = blockIdx.x * 64, row0 = blockIdx.y * 64, n = blockIdx.z;
+  const int first = block_x * 64, row0 = block_y * 64, n = block_rest / blocks_y;
   const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
-  const float scale = scaled ? scale_for(__uint_as_float(state.largest[n])) : 1.f;
+  float scale = 1.f;
+  if (scaled) {  // every warp for itself
+    float largest = 0.f;
+    bool wrong = false;
+    for (int i = threadIdx.x & 31; i < state.parts; i += 32) {
+      largest = fmaxf(largest, state.largest[n * state.parts + i]);
+      wrong |= state.wrong[n * state.parts + i] != 0;
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+    scale = scale_for(largest);
+    wrong = __any_sync(~0u, wrong);
+    if (block_x == 0 && block_y == 0 && threadIdx.x == 0) {
+      state.scale[n] = reciprocal_of_power(scale);
+      if (wrong) atomicOr(&state.marks[n], kMarked);
+    }
+  }
   int tiny = 0;
   auto take = [&](float v) {
     v *= scale;
@@ -165,7 +196,6 @@ FXFUSE_INLINE void to_rows(const T* x, Half16* rows, SampleState state, int64_t 
     for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p]);
     *(uint4*)(rows + ((int64_t)n * positions + first + p) * row_length + row0 + unit * 8) = *(const uint4*)v;
   }
-  if (scaled && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(scale);
 }
 
 // Where a step's weights come from and go to.
@@ -176,19 +206,20 @@ struct PackedStep {
   int count;                // residue classes
 };
 
-// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Grid (units of a step, steps,
-// groups * column tiles * chunks).
+// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Blocks: units of a step, then
+// steps, then groups * column tiles * chunks.
 template <class Problem, class T, class Half16, bool scaled>
-FXFUSE_INLINE void pack_weights(const T* w, uint8_t* packed, const float* scale, int chunks, int column_tiles,
-                                int in_channels, int out_channels, int volume, int weight_bytes) {
+FXFUSE_INLINE void pack_weights(int block, int blocks_step, const T* w, uint8_t* packed, const float* scale, int chunks,
+                                int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
   constexpr int units = Problem::chunk / 8;
-  const PackedStep step = Problem::packed_step(blockIdx.y);
-  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int block_rest = block / blocks_step, number = block_rest % Problem::steps, block_z = block_rest / Problem::steps;
+  const PackedStep step = Problem::packed_step(number);
+  const int index = (block - block_rest * blocks_step) * blockDim.x + threadIdx.x;
   const int row = index / units, unit = index - row * units;
   if (row >= step.count * Problem::columns) return;
-  const int tile = blockIdx.z / chunks, chunk = blockIdx.z - tile * chunks;
+  const int tile = block_z / chunks, chunk = block_z - tile * chunks;
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row % Problem::columns;
-  const int tap = Problem::tap(blockIdx.y, row / Problem::columns);
+  const int tap = Problem::tap(number, row / Problem::columns);
   const float s = scaled && column < out_channels ? scale[group * out_channels + column] : 1.f;
   alignas(16) Half16 values[8];
 #pragma unroll

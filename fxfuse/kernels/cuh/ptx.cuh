@@ -72,7 +72,7 @@ FXFUSE_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.t
 // A K-major operand whose rows are as long as the swizzle: 32, 64 or 128 bytes. `group` is the distance in
 // bytes between groups of eight rows. The swizzle acts on address bits, so `address` may be any row.
 template <int row_bytes>
-FXFUSE_INLINE uint64_t descriptor(uint32_t address, uint32_t group) {
+__device__ __forceinline__ constexpr uint64_t descriptor(uint32_t address, uint32_t group) {
   constexpr uint64_t swizzle = row_bytes == 128 ? 1 : row_bytes == 64 ? 2 : 3;
   return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t(1) << 16) | ((uint64_t)(group >> 4) << 32) | (swizzle << 62);
 }
