@@ -116,7 +116,7 @@ class Specialisation:
     @property
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way: eight channels of a thread block's rows, in float32."""
-        return 8 * (self.rows * (1 if self.pooled else self.residues) + 4) * 4
+        return CONSUMERS * 8 * (self.m_tiles * 64 * (1 if self.pooled else self.residues) + 4) * 4
 
     @property
     def weight_bytes(self) -> int:
@@ -161,9 +161,9 @@ def specialise(layer: Layer, *, pooled: bool) -> Specialisation:
             continue  # two tiles of half the size hide each other's copies
         made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled)
         fitting = (
-            math.prod(shape[0])
-            for shape in _shapes(made.rows, (32, 32, 32), halo)
-            if _rows_needed(shape, halo) * chunk * 2 <= made.region_bytes
+            math.prod(shape.tile)
+            for shape in _shapes(m_tiles, (32, 32, 32), halo)
+            if shape.rows_needed(halo) * chunk * 2 <= made.region_bytes
         )
         if max(fitting, default=0) >= made.rows * GOOD_FIT:
             return made
@@ -210,9 +210,13 @@ def _memory(channels: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Boxes of positions q: ``tile``; with halo: ``region``. ``row_base``: first row of each m64 tile."""
+    """Boxes of positions q: ``tile``, of two ``box``es, one per warpgroup; with halo: ``region``.
+
+    ``row_base``: first row of each m64 tile; ``row_group``: rows from one group of eight to the next.
+    """
 
     tile: tuple[int, int, int]
+    box: tuple[int, int, int]
     region: tuple[int, int, int]
     row_group: int
     row_base: tuple[int, ...]
@@ -225,42 +229,59 @@ class Tiling:
         return math.prod(self.tile) / self.rows
 
 
-def _shapes(
-    rows: int, extents: tuple[int, int, int], halo: tuple[int, ...]
-) -> Iterator[tuple[tuple[int, int, int], int, tuple[int, ...]]]:
-    """(tile, row_group, row_base): blocks of 8 by 8 positions, or consecutive rows of a box."""
-    tiles = rows // 64
-    for a in (1, 2, 4, 8):
-        for b in (1, 2, 4, 8):
-            if a * b <= tiles:
-                d, h, w = tiles // (a * b), a * 8, b * 8
-                rh, rw = h + halo[1], w + halo[2]
-                base = tuple(
-                    (z * rh + y * 8) * rw + x * 8 for z, y, x in itertools.product(range(d), range(a), range(b))
-                )
-                yield (d, h, w), rw, base
-    linear = tuple(range(0, rows, 64))
-    for parts in range(1, 9):
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A box per multiplying warpgroup, the tile that they make together, and where their rows lie."""
+
+    box: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    row_group: int
+    row_base: tuple[int, ...]
+
+    def rows_needed(self, halo: tuple[int, ...]) -> int:
+        """Rows of shared memory that the matrix instructions read, the last tap's included."""
+        rh, rw = self.tile[1] + halo[1], self.tile[2] + halo[2]
+        shift = (halo[0] * rh + halo[1]) * rw + halo[2]
+        return max((self.tile[0] + halo[0]) * rh * rw, max(self.row_base) + 7 * self.row_group + 8 + shift)
+
+
+def _shapes(m_tiles: int, extents: tuple[int, int, int], halo: tuple[int, ...]) -> Iterator[_Shape]:
+    """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim."""
+    for (d, h, w), blocks in _boxes(m_tiles, extents, halo):
+        for axis in range(3):
+            size = [d, h, w]
+            size[axis] *= CONSUMERS
+            rh, rw = size[1] + halo[1], size[2] + halo[2]
+            step = (d * rh * rw, h * rw, w)[axis]
+            if blocks:
+                inside = itertools.product(range(d), range(0, h, 8), range(0, w, 8))
+                base = [(z * rh + y) * rw + x for z, y, x in inside]
+            else:
+                # consecutive rows of the region: as many as the box spans in it
+                if (d - 1) * rh * rw + (h - 1) * rw + w > m_tiles * 64:
+                    continue
+                base = list(range(0, m_tiles * 64, 64))
+            rows = tuple(group * step + at for group in range(CONSUMERS) for at in base)
+            yield _Shape((d, h, w), (size[0], size[1], size[2]), rw if blocks else 8, rows)
+
+
+def _boxes(
+    m_tiles: int, extents: tuple[int, int, int], halo: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int, int], bool]]:
+    """(box, whether it is made of blocks of 8 by 8) for the rows of one warpgroup."""
+    for a in (1, 2, 4):
+        for b in (1, 2, 4):
+            if a * b <= m_tiles:
+                yield (m_tiles // (a * b), a * 8, b * 8), True
+    rows = m_tiles * 64
+    for parts in range(1, 17):
         w = -(-extents[2] // parts)
         rw = w + halo[2]
         if w > rows or rw > 256:
             continue
-        h = min((rows - w) // rw + 1, extents[1])
-        rh = h + halo[1]
-        d = min(max((rows - (h - 1) * rw - w) // (rh * rw) + 1, 1), extents[0])
-        yield (d, h, w), 8, linear
-        for fewer in range(1, h):
-            d = min((rows - (fewer - 1) * rw - w) // ((fewer + halo[1]) * rw) + 1, extents[0])
-            if d > 1:
-                yield (d, fewer, w), 8, linear
-
-
-def _rows_needed(shape: tuple[tuple[int, int, int], int, tuple[int, ...]], halo: tuple[int, ...]) -> int:
-    """Rows of shared memory that the matrix instructions read, the last tap's included."""
-    tile, row_group, base = shape
-    rh, rw = tile[1] + halo[1], tile[2] + halo[2]
-    shift = (halo[0] * rh + halo[1]) * rw + halo[2]
-    return max((tile[0] + halo[0]) * rh * rw, base[-1] + 7 * row_group + 8 + shift)
+        for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
+            deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
+            yield (min(max(deepest, 1), extents[0]), h, w), False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -273,20 +294,20 @@ def tile(made: Specialisation, extents: tuple[int, int, int], row: int = 0, item
     low, high = reach(made.layer.residues)
     halo = tuple(b - a for a, b in zip(low, high, strict=True))
     best: tuple[tuple[float, int], Tiling] | None = None
-    for shape in _shapes(made.rows, extents, halo):
-        size, row_group, base = shape
+    for shape in _shapes(made.m_tiles, extents, halo):
+        size = shape.tile
         region = (size[0] + halo[0], size[1] + halo[1], size[2] + halo[2])
-        if _rows_needed(shape, halo) * made.chunk * 2 > made.region_bytes or max(region) > 256:
+        if shape.rows_needed(halo) * made.chunk * 2 > made.region_bytes or max(region) > 256:
             continue
         counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
         rows = math.prod(counts) * made.rows
         seconds = rows / 64 * _pass_cycles(made) / CLOCK
         if row:
             stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
-            seconds += stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, size, extents, row, itemsize))
+            seconds += stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, shape.box, extents, row, itemsize))
         score = (seconds, math.prod(region))
         if best is None or score < best[0]:
-            found = Tiling(size, region, row_group, base, counts, made.rows)  # type: ignore[arg-type]
+            found = Tiling(size, shape.box, region, shape.row_group, shape.row_base, counts, made.rows)  # type: ignore[arg-type]
             best = score, found
     if best is None:
         raise Unsupported(f"no tile of {extents} positions fits into shared memory")

@@ -226,7 +226,7 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
     fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_step, w, packed, scale, chunks,
                                                          column_tiles, in_channels, out_channels, volume, weight_bytes);
 }}
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   run_direct(x, w, d, g, arguments);

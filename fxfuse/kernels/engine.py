@@ -38,7 +38,8 @@ class _Strides(ctypes.Structure):
 class _Geometry(ctypes.Structure):
     _fields_ = [
         *((n, _I) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
-        *((n, _I) for n in ("tile_d", "tile_h", "tile_w", "region_h", "region_w", "region_bytes", "region_stride")),
+        *((n, _I) for n in ("tile_d", "tile_h", "tile_w", "box_d", "box_h", "box_w")),
+        *((n, _I) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
         *((n, _I) for n in ("low_d", "low_h", "low_w", "row_group")),
         ("row_base", _I * 8),
         *((n, _I) for n in ("chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
@@ -214,7 +215,7 @@ class _Call:
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk
         geometry = _Geometry(
-            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.region[1:],
+            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.box, *tiling.region[1:],
             math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
             (_I * 8)(*tiling.row_base), made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip

@@ -21,9 +21,9 @@ struct Strides {
 // Where the rows and columns of a thread's accumulators lie.
 template <class Problem>
 struct Place {
-  int packed[Problem::m_tiles][2];  // position in the tile, ten bits per dim; -1 outside it
+  int packed[Problem::m_tiles][2];  // position in the box, ten bits per dim; -1 outside it
   int lane;
-  Tile tile;
+  Tile box;  // of this warpgroup
 
   FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) {
 #pragma unroll
@@ -31,9 +31,10 @@ struct Place {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
-        const int at = g.row_base[group * Problem::m_tiles + i] + (warp * 2 + r) * g.row_group + (lane >> 2);
+        const int at = g.row_base[group * Problem::m_tiles + i] - g.row_base[group * Problem::m_tiles] +
+                       (warp * 2 + r) * g.row_group + (lane >> 2);
         const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
-        packed[i][r] = z < g.tile_d && y < g.tile_h && x < g.tile_w ? z << 20 | y << 10 | x : -1;
+        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
         asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every tile
       }
   }
@@ -86,7 +87,7 @@ struct Extent {
   int step_d, step_h, step_w;
 };
 
-// Stores value(i, r, j, e, q) for all accumulators of the block to a contiguous tensor. `classes` residue classes, the
+// Stores value(i, r, j, e, q) for all accumulators of a warpgroup to a contiguous tensor. `classes` residue classes, the
 // `width` innermost of which are neighbours along w, increasing from class q with q % width == 0 (reversed: decreasing).
 //
 // Eight channels at a time go through shared memory into the order of the tensor: runs of neighbours, so placed that
@@ -94,18 +95,20 @@ struct Extent {
 // anywhere, storing them as they come takes four times as long.
 template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                              const Residue (&residue)[classes], float* buffer, int thread, Value value,
+                              const Residue (&residue)[classes], float* buffer, int group, Value value,
                               const Expression& expression) {
-  constexpr int threads = 128 * kConsumers, planes = classes / width;
-  constexpr int capacity = kConsumers * Problem::m_tiles * 64 * classes;
+  constexpr int threads = 128, planes = classes / width;
+  constexpr int capacity = Problem::m_tiles * 64 * classes;
   constexpr int pitch = capacity + 4;  // the eight rows and four channels of a warp lie in different banks
   constexpr int mine = (capacity + threads - 1) / threads;
   constexpr int sector = 32 / sizeof(Out);
-  const Tile& t = place.tile;
-  const int step = width > 1 ? 1 : o.step_w, row = g.tile_w * width;
+  const Tile& t = place.box;
+  const int thread = threadIdx.x & 127;
+  buffer += group * 8 * pitch;
+  const int step = width > 1 ? 1 : o.step_w, row = g.box_w * width;
   // whole rows that follow each other in memory make one run
-  const bool merged = o.step_h == 1 && step == 1 && g.tile_w == o.size_w && to.stride.h == o.size_w;
-  const int run_length = merged ? g.tile_h * row : row, runs_h = merged ? 1 : g.tile_h, runs_plane = g.tile_d * runs_h;
+  const bool merged = o.step_h == 1 && step == 1 && g.box_w == o.size_w && to.stride.h == o.size_w;
+  const int run_length = merged ? g.box_h * row : row, runs_h = merged ? 1 : g.box_h, runs_plane = g.box_d * runs_h;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
   const uint32_t bits = (uint32_t)((uint64_t)sample / sizeof(Out)) | (uint32_t)to.stride.c | (uint32_t)to.stride.d |
@@ -139,7 +142,7 @@ FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, con
     const bool there = origin(plane, z, rest - z * runs_h, od[s], oh[s], ow[s]) && run < runs_plane * planes;
     int count = (o.size_w - ow[s] + step - 1) / step;
     count = count < row ? count : row;
-    if (merged) count = row * (o.size_h - oh[s] < g.tile_h ? o.size_h - oh[s] : g.tile_h);
+    if (merged) count = row * (o.size_h - oh[s] < g.box_h ? o.size_h - oh[s] : g.box_h);
     length[s] = there && od[s] < o.size_d && oh[s] < o.size_h && ow[s] < o.size_w ? count : 0;
     offset[s] = od[s] * stride_d + oh[s] * stride_h + ow[s];
   }
@@ -147,7 +150,7 @@ FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, con
   for (int j = 0; j < Problem::columns / 8; ++j) {
     if (first + j * 8 >= g.out_channels) break;
     Out* const block = sample + j * 8 * to.stride.c;
-    named_barrier(3, threads);  // what was there has been stored
+    named_barrier(1 + group, threads);  // what was there has been stored
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int channel = (place.lane & 3) * 2 + e;
@@ -159,7 +162,7 @@ FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, con
         for (int r = 0; r < 2; ++r) {
           if (!place.inside(i, r)) continue;
           const int z = place.z(i, r), y = place.y(i, r);
-          const int run = merged ? z : z * g.tile_h + y, x = ((merged ? y * g.tile_w : 0) + place.x(i, r)) * width;
+          const int run = merged ? z : z * g.box_h + y, x = ((merged ? y * g.box_w : 0) + place.x(i, r)) * width;
 #pragma unroll
           for (int p = 0; p < planes; ++p) {
             int d, h, w;
@@ -170,7 +173,7 @@ FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, con
           }
         }
     }
-    named_barrier(3, threads);
+    named_barrier(1 + group, threads);
 #pragma unroll
     for (int channel = 0; channel < 8; ++channel) {
       if (first + j * 8 + channel >= g.out_channels) break;
@@ -208,7 +211,7 @@ template <class Problem, class Out, int classes, int width, bool reversed, class
 FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
                                 const Extent& o, const Residue (&residue)[classes], Value value,
                                 const Expression& expression) {
-  const Tile& t = place.tile;
+  const Tile& t = place.box;
   const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
   int offset[Problem::m_tiles][2];  // of the position with residue zero
   uint32_t inside = 0;
@@ -291,7 +294,7 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
                                   const Extent& o, const Residue (&residue)[classes], Value value,
                                   const Expression& expression) {
   constexpr int blocks = Problem::columns / 8;
-  const Tile& t = place.tile;
+  const Tile& t = place.box;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const bool whole = first + Problem::columns <= g.out_channels;
   Out* const sample = to.out + t.n * to.stride.n;
@@ -347,11 +350,11 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
 // One of the three, as the emitted layout says.
 template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                         const Residue (&residue)[classes], float* buffer, Value value, const Expression& expression) {
+                         const Residue (&residue)[classes], float* buffer, int group, Value value, const Expression& expression) {
   if constexpr (Problem::channels_last)
     store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
   else if constexpr (Problem::staged)
-    store_rows<Problem, Out, classes, width, reversed>(to, g, place, o, residue, buffer, threadIdx.x - 128, value, expression);
+    store_rows<Problem, Out, classes, width, reversed>(to, g, place, o, residue, buffer, group, value, expression);
   else
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
@@ -373,11 +376,11 @@ struct Store {
   FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
                       const Place<Problem>& place, int group)
       : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
-    table.fill(a.to, g, place.tile, group);
+    table.fill(a.to, g, place.box, group);
   }
 
   FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.tile.n] : 1.f;
+    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
     Residue residue[Problem::residues];
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
@@ -389,7 +392,7 @@ struct Store {
     };
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
     store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(a.to, g, place, o, residue, buffer,
-                                                                                          value, a.expression);
+                                                                                          group, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
 };
@@ -417,7 +420,7 @@ struct Pool {
   FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
                      const Place<Problem>& place, int group)
       : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
-    table.fill(a.to, g, place.tile, group);
+    table.fill(a.to, g, place.box, group);
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -425,7 +428,7 @@ struct Pool {
   }
 
   FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    const Tile& t = place.tile;
+    const Tile& t = place.box;
     const float sample_scale = Problem::scaled ? a.to.sample_scale[t.n] : 1.f;
     const int channel0 = t.group * g.out_channels + t.column * Problem::columns;
 #pragma unroll
@@ -468,7 +471,7 @@ struct Pool {
   }
 
   FXFUSE_INLINE void finish() {
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.tile.n] : 1.f;
+    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
     auto value = [&](int i, int r, int j, int e, int) {
       const int column = place.column(j, e);
       float y = best[i][j * 4 + r * 2 + e] * a.factor;
@@ -478,7 +481,7 @@ struct Pool {
     };
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
-    store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, value, a.after);
+    store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, group, value, a.after);
   }
 };
 

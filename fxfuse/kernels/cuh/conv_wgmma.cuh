@@ -27,6 +27,7 @@ struct Step {
 struct Geometry {
   int samples, groups, column_tiles, tiles_d, tiles_h, tiles_w, tiles;
   int tile_d, tile_h, tile_w;        // positions q of a tile
+  int box_d, box_h, box_w;           // and of the part of one warpgroup: half of it along one dim
   int region_h, region_w;            // of the box with halo, rows of shared memory
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
@@ -176,7 +177,12 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    place.tile = tile_at(g, index);
+    place.box = tile_at(g, index);
+    if (group) {  // the second half
+      if (g.box_d < g.tile_d) place.box.d += g.box_d;
+      else if (g.box_h < g.tile_h) place.box.h += g.box_h;
+      else place.box.w += g.box_w;
+    }
     typename Problem::Epilogue epilogue(arguments, g, table, buffer, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
