@@ -75,14 +75,22 @@ class Specialisation:
     stages: int
     x_buffers: int
     pooled: bool
+    exact: bool
 
     @property
-    def chunks(self) -> int:
-        return -(-self.layer.in_channels // self.chunk)
+    def parts(self) -> int:
+        """16-bit numbers that make a float32: two for float32's own accuracy."""
+        return 2 if self.exact else 1
 
     @property
     def padded_channels(self) -> int:
-        return self.chunks * self.chunk
+        """Input channels per group in rows of shared memory."""
+        return -(-self.layer.in_channels // self.chunk) * self.chunk
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of channels that are multiplied: three products of parts in place of four (low times low is nothing)."""
+        return self.padded_channels // self.chunk * (3 if self.exact else 1)
 
     @property
     def resident(self) -> bool:
@@ -141,8 +149,11 @@ class Specialisation:
 
 
 @functools.lru_cache(maxsize=1024)
-def specialise(layer: Layer, *, pooled: bool) -> Specialisation:
-    """The kernel for a layer; ``pooled``: the epilogue keeps a running value per position and channel."""
+def specialise(layer: Layer, *, pooled: bool, exact: bool = False) -> Specialisation:
+    """The kernel for a layer. ``pooled``: the epilogue keeps a running value per position and channel.
+
+    ``exact``: float32's own accuracy, from two 16-bit parts and sums that are kept outside the matrix units.
+    """
     low, high = reach(layer.residues)
     halo = tuple(b - a for a, b in zip(low, high, strict=True))
     width = max(8, -(-layer.out_channels // 8) * 8)
@@ -155,11 +166,11 @@ def specialise(layer: Layer, *, pooled: bool) -> Specialisation:
                 choices.append((_cycles(passes, columns) * -(-width // columns), -stack, columns, passes))
     _, _, columns, passes = min(choices, key=lambda c: c[:3])
     wide = max(len(p.residues) for p in passes) * columns
-    tiles = [m for m in (4, 2, 1) if m * wide <= 256 and not (pooled and m * columns > 128)]
+    tiles = [m for m in (4, 2, 1) if m * wide <= (128 if exact else 256) and not (pooled and m * columns > 128)]
     for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
         if m_tiles == 4 and x_buffers == 1:
             continue  # two tiles of half the size hide each other's copies
-        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled)
+        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
         fitting = (
             math.prod(shape.tile)
             for shape in _shapes(m_tiles, (32, 32, 32), halo)
@@ -316,7 +327,7 @@ def tile(made: Specialisation, extents: tuple[int, int, int], row: int = 0, item
 
 def _pass_cycles(made: Specialisation) -> float:
     """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
-    return _cycles(made.passes, made.columns) * (made.padded_channels // 16)
+    return _cycles(made.passes, made.columns) * (made.chunks * made.chunk // 16)
 
 
 def _partial(

@@ -160,6 +160,7 @@ def _problem(
 {values}
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(channels_last).lower()}, staged = {str(staged).lower()};
+  static constexpr bool exact = {str(made.exact).lower()};
   using Place = fxfuse::Place<Problem>;
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
@@ -221,7 +222,7 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_step) {{
   if (blockIdx.x < g.blocks)
-    fxfuse::to_rows<{t}, {half}, {scaled}>(blockIdx.x, x, rows, samples, g);
+    fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
   else
     fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_step, w, packed, scale, chunks,
                                                          column_tiles, in_channels, out_channels, volume, weight_bytes);

@@ -98,9 +98,14 @@ class Convolution:
         bias: torch.dtype,
         epilogue: Epilogue,
         layout: str = "contiguous",
+        exact: bool = False,
     ) -> Convolution:
-        """The kernels for a layer; Unsupported where there are none. ``layout``: "contiguous" or "channels_last"."""
-        return Convolution(specialise(layer, pooled=bool(epilogue.combine)), dtype, output, bias, epilogue, layout)
+        """The kernels for a layer; Unsupported where there are none.
+
+        ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32.
+        """
+        made = specialise(layer, pooled=bool(epilogue.combine), exact=exact)
+        return Convolution(made, dtype, output, bias, epilogue, layout)
 
     def source(self, staged: bool) -> str:
         """The kernels' text. ``staged``: stores go through shared memory."""
@@ -174,7 +179,7 @@ class _Call:
         module = _module(layer.source(staged), x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
-        width, positions = made.padded_channels * shape.groups, math.prod(sizes)
+        width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)
         _, height, row_width = sizes
         self.rows_shape = (n, *sizes, width)
         self.rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
@@ -195,7 +200,7 @@ class _Call:
         self.samples, self.channels, self.scale = _Samples(parts=parts), _Channels(), _L()
         strides = _Strides(*x.stride())
         blocks_positions = -(-positions // 64)
-        blocks_rows = 0 if self.in_place else blocks_positions * -(-width // 64) * n
+        blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
         steps = [s for p in made.passes for s in p.steps]
         blocks_step = -(-max((s.count for s in steps), default=0) * made.columns * made.chunk // 8 // BLOCK) or 1
         blocks = blocks_rows + blocks_step * len(steps) * tiles * made.chunks

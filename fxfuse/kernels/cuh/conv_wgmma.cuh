@@ -85,8 +85,12 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
         if (!Problem::resident || pass == 0) {
           barrier_wait(&x_empty[xs.slot], xs.phase ^ 1);
           barrier_expect(&x_full[xs.slot], g.region_bytes);
-          copy_box(x + xs.slot * g.region_stride, map, &x_full[xs.slot],
-                   (t.group * g.chunks + chunk) * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
+          int source = t.group * g.chunks + chunk;
+          if (Problem::exact) {  // high, high, low: against high, low, high of the weights
+            const int part = g.chunks / 3, which = chunk / part;
+            source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
+          }
+          copy_box(x + xs.slot * g.region_stride, map, &x_full[xs.slot], source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
           xs.template next<Problem::x_buffers>();
         }
         for (int s = begin; s < end; ++s) {
@@ -110,10 +114,23 @@ struct StepAddress {
 };
 constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17;
 
+// Adds the accumulators of a run to sums that are kept as float32 should be, and empties them: the matrix units
+// truncate as they accumulate.
+template <class Problem, int r>
+FXFUSE_INLINE void promote(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
+                           float (&sum)[Problem::m_tiles][Problem::columns * Problem::residues / 2]) {
+  constexpr int first = Problem::run_first(r) * Problem::columns / 2, count = Problem::run_count(r) * Problem::columns / 2;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int j = first; j < first + count; ++j) sum[i][j] += acc[i][j], acc[i][j] = 0.f;
+}
+
 // The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
 template <class Problem, int r>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
+                            float (&sum)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
                             const uint32_t (&rows)[Problem::m_tiles], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
@@ -146,7 +163,12 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
               acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
       if (ends) {
         wgmma_commit();
-        wgmma_wait<1>();  // the products of the stage before are done
+        if constexpr (Problem::exact) {
+          wgmma_wait<0>();
+          promote<Problem, r>(acc, sum);
+        } else {
+          wgmma_wait<1>();  // the products of the stage before are done
+        }
       }
     }
     wgmma_wait<0>();
@@ -155,7 +177,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
     ring.template next<Problem::stages>();
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
 }
 
 template <class Problem, class Table>
@@ -166,6 +188,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
   float acc[Problem::m_tiles][Problem::columns * Problem::residues / 2];
+  float sum[Problem::m_tiles][Problem::columns * Problem::residues / 2];  // of an exact problem
   typename Problem::Place place(g, group, warp, lane);
   const uint32_t rows_high = (uint32_t)(descriptor<row_bytes>(0, g.row_group * row_bytes) >> 32);
   const uint32_t weights = (uint32_t)descriptor<row_bytes>(shared_address(stages), 0);
@@ -189,7 +212,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-        for (int j = 0; j < Problem::columns * Problem::residues / 2; ++j) acc[i][j] = 0.f;
+        for (int j = 0; j < Problem::columns * Problem::residues / 2; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (begin < end || (Problem::resident && pass == 0)) {
 #pragma unroll 1
@@ -199,14 +222,17 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
           for (int i = 0; i < Problem::m_tiles; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16);
-          conv_run<Problem, 0>(acc, rows, rows_high, steps, weights, pass, full, empty, ws, leader);
+          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, full, empty, ws, leader);
           if (!Problem::resident) {
             if (leader) barrier_arrive(&x_empty[xs.slot]);
             xs.template next<Problem::x_buffers>();
           }
         }
       }
-      epilogue.pass(acc, pass);
+      if constexpr (Problem::exact)
+        epilogue.pass(sum, pass);
+      else
+        epilogue.pass(acc, pass);
     }
     if (Problem::resident) {
       if (leader) barrier_arrive(&x_empty[xs.slot]);

@@ -115,7 +115,8 @@ struct RowGeometry {
 
 // x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes 64 positions of up to
 // 64 channels of one sample.
-template <class T, class Half16, bool scaled>
+// `exact`: behind all of them, what the 16-bit numbers leave of the values.
+template <class T, class Half16, bool scaled, bool exact>
 FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   __shared__ float tile[64][65];
   const int64_t stride_n = g.stride_n, stride_c = g.stride_c, stride_d = g.stride_d, stride_h = g.stride_h,
@@ -194,7 +195,13 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     alignas(16) Half16 v[8];
 #pragma unroll
     for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p]);
-    *(uint4*)(rows + ((int64_t)n * positions + first + p) * row_length + row0 + unit * 8) = *(const uint4*)v;
+    Half16* const to = rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
+    *(uint4*)to = *(const uint4*)v;
+    if (exact) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p] - to_float(v[k]));
+      *(uint4*)(to + row_length) = *(const uint4*)v;
+    }
   }
 }
 
@@ -221,14 +228,18 @@ FXFUSE_INLINE void pack_weights(int block, int blocks_step, const T* w, uint8_t*
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row % Problem::columns;
   const int tap = Problem::tap(number, row / Problem::columns);
   const float s = scaled && column < out_channels ? scale[group * out_channels + column] : 1.f;
+  // of three products of parts the second one has what is left of the weights
+  const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int c = chunk * Problem::chunk + unit * 8 + i;
+    const int c = (chunk - part * chunks_part) * Problem::chunk + unit * 8 + i;
     float v = 0.f;
     if (c < in_channels && column < out_channels)
       v = to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + tap]);
-    values[i] = from_float<Half16>(v * s);
+    v *= s;
+    values[i] = from_float<Half16>(v);
+    if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
   }
   const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
   uint8_t* to = packed + (int64_t)tile * weight_bytes + step.pass_offset * chunks + chunk * step.pass_bytes +
