@@ -21,7 +21,9 @@ CONSUMERS = 2
 STAGE_BYTES = 16384
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
-CLOCK, STORE_RATE, PARTIAL_SECTOR = 1.7e9, 2e10, 5.0
+CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
+#: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
+PROMOTE_EVERY = 128
 #: part of the rows that the tiles of a large input must use
 GOOD_FIT = 0.8
 
@@ -89,7 +91,7 @@ class Specialisation:
 
     @property
     def chunks(self) -> int:
-        """Chunks of channels that are multiplied: three products of parts in place of four (low times low is nothing)."""
+        """Chunks of channels that are multiplied: of two parts each, all products but low times low."""
         return self.padded_channels // self.chunk * (3 if self.exact else 1)
 
     @property
@@ -140,7 +142,8 @@ class Specialisation:
         room = 0
         for step in steps:
             size = self.step_bytes(step)
-            if size > room or (step.first, step.count) != (found[-1][0].first, found[-1][0].count):
+            full = size > room or (self.exact and len(found[-1]) * self.chunk >= PROMOTE_EVERY)
+            if full or (step.first, step.count) != (found[-1][0].first, found[-1][0].count):
                 found.append([])
                 room = STAGE_BYTES
             found[-1].append(step)
@@ -161,12 +164,14 @@ def specialise(layer: Layer, *, pooled: bool, exact: bool = False) -> Specialisa
     for columns in {_columns(width, 64), _columns(width, 64 if pooled else 128)}:
         for stack in dict.fromkeys((1, layer.stride[2], layer.stride[2] * layer.stride[1], math.prod(layer.stride))):
             # neighbours along w in one thread make a store of two
-            if stack * columns <= 128 and (pooled or layer.stride[2] != 2 or stack % 2 == 0):
+            if stack <= 16 and stack * columns <= 128 and (pooled or layer.stride[2] != 2 or stack % 2 == 0):
                 passes = _passes(layer, stack)
                 choices.append((_cycles(passes, columns) * -(-width // columns), -stack, columns, passes))
     _, _, columns, passes = min(choices, key=lambda c: c[:3])
     wide = max(len(p.residues) for p in passes) * columns
-    tiles = [m for m in (4, 2, 1) if m * wide <= (128 if exact else 256) and not (pooled and m * columns > 128)]
+    stack = max(len(p.residues) for p in passes)
+    # a store has one bit for every row of a thread and residue class
+    tiles = [m for m in (4, 2, 1) if m * 2 * stack <= 32 and m * wide <= (128 if exact else 256) and not (pooled and m * columns > 128)]
     for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
         if m_tiles == 4 and x_buffers == 1:
             continue  # two tiles of half the size hide each other's copies
@@ -311,18 +316,43 @@ def tile(made: Specialisation, extents: tuple[int, int, int], row: int = 0, item
         if shape.rows_needed(halo) * made.chunk * 2 > made.region_bytes or max(region) > 256:
             continue
         counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
-        rows = math.prod(counts) * made.rows
-        seconds = rows / 64 * _pass_cycles(made) / CLOCK
-        if row:
-            stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
-            seconds += stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, shape.box, extents, row, itemsize))
-        score = (seconds, math.prod(region))
+        multiply = math.prod(counts) * made.rows / 64 * _pass_cycles(made) / CLOCK
+        estimate = multiply + _store_seconds(made, shape.box, extents, row, itemsize)
+        score = (estimate, math.prod(region))
         if best is None or score < best[0]:
             found = Tiling(size, shape.box, region, shape.row_group, shape.row_base, counts, made.rows)  # type: ignore[arg-type]
             best = score, found
     if best is None:
         raise Unsupported(f"no tile of {extents} positions fits into shared memory")
     return best[1]
+
+
+def _store_seconds(
+    made: Specialisation, box: tuple[int, int, int], extents: tuple[int, int, int], row: int, itemsize: int
+) -> float:
+    """Of one multiprocessor, for one sample, group and tile of output channels."""
+    stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
+    return stored / STORE_RATE * (1 + (PARTIAL_SECTOR * _partial(made, box, extents, row, itemsize) if row else 0.0))
+
+
+def seconds(
+    made: Specialisation,
+    batch: int,
+    sizes: tuple[int, int, int],
+    extents: tuple[int, int, int],
+    row: int,
+    itemsize: int,
+) -> float:
+    """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim."""
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    q = tuple(-(-e // s) for e, s in zip(extents, stride, strict=True))
+    tiling = tile(made, (q[0], q[1], q[2]), row, itemsize)
+    tiles = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
+    waves = -(-tiles // PROCESSORS)
+    one = made.rows / 64 * _pass_cycles(made) / CLOCK
+    one += _store_seconds(made, tiling.box, (q[0], q[1], q[2]), row, itemsize) / math.prod(tiling.counts)
+    read = batch * made.layer.groups * made.layer.in_channels * math.prod(sizes)
+    return waves * one + read * 4 / 1.2e12 + 1.5e-5
 
 
 def _pass_cycles(made: Specialisation) -> float:

@@ -107,7 +107,7 @@ FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, con
   buffer += group * 8 * pitch;
   const int step = width > 1 ? 1 : o.step_w, row = g.box_w * width;
   // whole rows that follow each other in memory make one run
-  const bool merged = o.step_h == 1 && step == 1 && g.box_w == o.size_w && to.stride.h == o.size_w;
+  const bool merged = o.step_h == 1 && step == 1 && row == o.size_w && to.stride.h == o.size_w;
   const int run_length = merged ? g.box_h * row : row, runs_h = merged ? 1 : g.box_h, runs_plane = g.box_d * runs_h;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
@@ -215,6 +215,7 @@ FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, c
   const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
   int offset[Problem::m_tiles][2];  // of the position with residue zero
   uint32_t inside = 0;
+  static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll

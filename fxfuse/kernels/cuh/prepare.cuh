@@ -156,6 +156,34 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     const int group = (row0 + row) / padded, c = row0 + row - group * padded;
     return c < channels ? x + n * stride_n + (int64_t)(group * channels + c) * stride_c : nullptr;
   };
+  if constexpr (sizeof(T) == 4) {
+    // channels are neighbours, and positions follow each other: as it lies
+    if (stride_c == 1 && channels == padded && stride_h == width * stride_w && stride_d == plane * stride_w &&
+        ((stride_w | stride_n) & 3) == 0 && ((uint64_t)x & 15) == 0) {
+      const int units = wide / 8;
+      const int64_t length = (int64_t)row_length * (exact ? 2 : 1);
+#pragma unroll 2
+      for (int i = threadIdx.x; i < 64 * units; i += blockDim.x) {
+        const int p = i / units, unit = i - p * units;
+        if (first + p >= positions) break;
+        const float4* from = (const float4*)((const float*)x + n * stride_n + (first + p) * stride_w + row0 + unit * 8);
+        const float4 a = from[0], b = from[1];
+        const float values[8] = {take(a.x), take(a.y), take(a.z), take(a.w), take(b.x), take(b.y), take(b.z), take(b.w)};
+        alignas(16) Half16 v[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k]);
+        Half16* const to = rows + ((int64_t)n * positions + first + p) * length + row0 + unit * 8;
+        *(uint4*)to = *(const uint4*)v;
+        if (exact) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k] - to_float(v[k]));
+          *(uint4*)(to + row_length) = *(const uint4*)v;
+        }
+      }
+      if (scaled && tiny) atomicAdd(&state.marks[n], tiny);
+      return;
+    }
+  }
   if (stride_w == 1 && stride_h == width && stride_d == plane) {  // positions are neighbours
     const bool aligned = sizeof(T) == 4 && positions % 4 == 0 && stride_c % 4 == 0 && stride_n % 4 == 0 &&
                          ((uint64_t)x & 15) == 0;

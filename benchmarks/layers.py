@@ -1,0 +1,196 @@
+"""Random transposed convolutions on a Hopper GPU: the engine's kernel against cuDNN's best, for each numerics class.
+
+    python benchmarks/layers.py --count 60 --seed 0 --json benchmarks/results/h100_layers.json
+
+Peers run in the same process on the same inputs: eager contiguous and eager channels_last_3d, with
+cudnn.benchmark on. Times are medians of queued calls, in milliseconds; inputs are rotated past the L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxfuse.kernels.convolution import Layer, Unsupported, seconds
+from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.engine import Convolution
+
+CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}
+wrong: list[str] = []
+CHANNELS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layer: Layer
+    batch: int
+    sizes: tuple[int, int, int]
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        layer = self.layer
+        found = [
+            (i - 1) * s - 2 * p + d * (k - 1) + 1
+            for i, k, s, p, d in zip(self.sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+        ]
+        return found[0], found[1], found[2]
+
+    def __str__(self) -> str:
+        g = self.layer
+        return (
+            f"CT({g.in_channels * g.groups},{g.out_channels * g.groups},k{g.kernel},s{g.stride},p{g.padding},"
+            f"d{g.dilation},g{g.groups}) x {self.batch}x{self.sizes}"
+        )
+
+
+def draw(rng: random.Random) -> Case:
+    """A layer whose activations have between 4 MB and 1.5 GB in float32."""
+    while True:
+        groups = rng.choice([1, 1, 1, 1, 2, 4, 8])
+        cin, cout = rng.choice(CHANNELS), rng.choice(CHANNELS)
+        if cin % groups or cout % groups:
+            continue
+        k = rng.choice([1, 2, 2, 3, 3, 3, 4, 5, 7])
+        s = rng.choice([1, 1, 2, 2, 2, 3, 4])
+        kernel = tuple(max(1, k + rng.choice([0, 0, 0, -1])) for _ in range(3))
+        stride = tuple(rng.choice([s, s, s, 1]) for _ in range(3))
+        dilation = tuple(rng.choice([1, 1, 1, 1, 2]) for _ in range(3))
+        padding = tuple(rng.randint(0, (kk - 1) * d // 2) for kk, d in zip(kernel, dilation, strict=True))
+        layer = Layer(cin // groups, cout // groups, groups, kernel, stride, padding, dilation)  # type: ignore[arg-type]
+        sizes = tuple(rng.choice([4, 7, 8, 16, 24, 32, 48, 64]) for _ in range(3))
+        case = Case(layer, rng.choice([1, 2, 4, 8, 16]), sizes)  # type: ignore[arg-type]
+        if min(case.extents) < 1:
+            continue
+        elements = case.batch * max(cout * math.prod(case.extents), cin * math.prod(sizes))
+        if 2**20 <= elements <= 400 * 2**20:
+            return case
+
+
+def median(call: Callable[[int], object], calls: int = 10, rounds: int = 5) -> float:
+    """Milliseconds of one of ``calls`` queued calls; ``call`` is given a running number."""
+    for i in range(3):
+        call(i)
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        for i in range(calls):
+            call(i)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def measure(case: Case, name: str) -> dict[str, object]:
+    dtype, exact = CLASSES[name]
+    layer = case.layer
+    torch.backends.cudnn.allow_tf32 = not exact
+    volume = layer.in_channels * math.prod(layer.kernel)
+    copies = max(1, min(4, 10**8 // (case.batch * layer.in_channels * layer.groups * math.prod(case.sizes) * 4)))
+    shape = (case.batch, layer.in_channels * layer.groups, *case.sizes)
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(copies)]
+    weight = torch.randn(
+        layer.in_channels * layer.groups, layer.out_channels, *layer.kernel, device="cuda", dtype=dtype
+    ) / math.sqrt(volume)
+    bias = torch.randn(layer.out_channels * layer.groups, device="cuda", dtype=dtype)
+    geometry = (layer.stride, layer.padding, 0, layer.groups, layer.dilation)
+    result: dict[str, object] = {"case": str(case), "class": name}
+    expected = F.conv_transpose3d(inputs[0].double(), weight.double(), bias.double(), *geometry)
+    for layout in ("contiguous", "channels_last"):
+        form = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
+        xs = [x.contiguous(memory_format=form) for x in inputs]
+        w = weight.contiguous(memory_format=form)
+
+        def peer(i: int, xs: list[Tensor] = xs, w: Tensor = w) -> Tensor:
+            return F.conv_transpose3d(xs[i % copies], w, bias, *geometry)
+
+        result[f"eager {layout}"] = median(peer)
+        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact)
+        out = torch.full_like(expected, math.nan, dtype=dtype).contiguous(memory_format=form)
+        made.run(xs[0], weight, bias, case.extents, out)
+        error = ((out.double() - expected).norm() / expected.norm()).item()
+        result[f"error {layout}"] = error
+        if not error < {"tf32": 1e-3, "ieee": 6e-7, "float16": 1e-3}[name]:
+            print(f"WRONG: {case} {name} {layout}: a relative error of {error:.1e}", flush=True)
+            wrong.append(str(case))
+
+        def ours(i: int, xs: list[Tensor] = xs, out: Tensor = out, made: Convolution = made) -> None:
+            made.run(xs[i % copies], weight, bias, case.extents, out)
+
+        result[f"fxfuse {layout}"] = median(ours)
+        row = 0 if layout == "channels_last" else case.extents[2]
+        result[f"estimate {layout}"] = 1e3 * seconds(
+            made.made, case.batch, case.sizes, case.extents, row, out.element_size()
+        )
+    torch.cuda.empty_cache()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    cases = [draw(rng) for _ in range(arguments.count)]
+    torch.backends.cudnn.benchmark = True
+    jobs = [(case, name) for case in cases for name in CLASSES]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(compile_ahead, jobs))
+    results = []
+    for case, name in jobs:
+        try:
+            found = measure(case, name)
+        except Unsupported as reason:
+            found = {"case": str(case), "class": name, "unsupported": str(reason)}
+        results.append(found)
+        print(json.dumps(found), flush=True)
+    for name in CLASSES:
+        ratios = [
+            float(str(r[f"eager {layout}"])) / float(str(r[f"fxfuse {layout}"]))
+            for r in results
+            for layout in ("contiguous", "channels_last")
+            if r["class"] == name and "unsupported" not in r
+        ]
+        print(name, "geometric mean", statistics.geometric_mean(ratios), "least", min(ratios))
+    if wrong:
+        raise SystemExit(f"wrong results: {wrong}")
+    if arguments.json:
+        facts = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+        arguments.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+
+def compile_ahead(job: tuple[Case, str]) -> None:
+    from fxfuse.kernels.jit import compile_cubin
+
+    case, name = job
+    dtype, exact = CLASSES[name]
+    for layout in ("contiguous", "channels_last"):
+        try:
+            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact)
+        except Unsupported:
+            continue
+        for staged in {False, layout == "contiguous" and case.layer.stride[2] == 2}:
+            compile_cubin(made.source(staged))
+
+
+if __name__ == "__main__":
+    main()
