@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.chain import no_autocast
-from fxfuse.kernels.execute import prepared
+from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path, choose
 from fxfuse.region import Region
 
@@ -128,10 +128,10 @@ def _rewritten(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The rewritten chain: with a kernel where one is worth it, else by torch's operators."""
     region.rewritten.check(inputs)
     with no_autocast(), _precision(region):
-        kernel = prepared(region, inputs)
-        if kernel is not None:
+        outputs = execute.run(region, inputs)
+        if outputs is not None:
             _report(region, Path.KERNEL)
-            return _separate(kernel.run(inputs), inputs)
+            return _separate(outputs, inputs)
         _report(region, Path.REWRITTEN)
         return _separate(region.rewritten.run(inputs, reuse=True), inputs)
 

@@ -122,46 +122,55 @@ def describe(region: Region) -> str:
 
 
 # --- deciding -------------------------------------------------------------------------------------
-def prepared(region: Region, inputs: Sequence[Tensor]) -> Prepared | None:
-    """How to run ``region`` with a kernel on these inputs; None where torch's operators shall run."""
+def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """The outputs of ``region`` by way of a kernel; None where torch's operators shall run it instead."""
     device = inputs[0].device
     if device.type != "cuda" or not _usable(device.index) or os.environ.get("FXFUSE_KERNELS") == "0":
         return None
-    key = (region, _tf32(region), *((t.shape, t.stride(), t.device) for t in inputs))
-    if key not in _prepared:
-        if torch.cuda.is_current_stream_capturing():
-            return None  # loading a kernel would break the capture
-        if len(_prepared) >= MOST_PREPARED:
-            _prepared.clear()
-        _prepared[key] = _prepare(region, inputs)
-    found = _prepared[key]
-    return None if found is None or any(t.is_neg() for t in inputs) else found
-
-
-_prepared: dict[Any, Prepared | None] = {}
-
-
-def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared | None:
-    device = inputs[0].device
-    try:
-        if any(t.device != device for t in inputs):
-            raise Unscheduled("the inputs are on several devices")
-        made = schedule(region.rewritten, inputs)
-        reason = worth(made)
-        if made.kernel.dtype is torch.float32 and not _tf32(region):
-            reason = "float32 convolutions are to be exact, without TF32"
-        if reason is not None:
-            raise Unscheduled(reason)
-        convolution = convolution_of(made.kernel)
-        convolution.module(device.index)  # compiles and loads
-    except (Unscheduled, Unsupported) as refusal:
-        log.debug("torch's operators run %s: %s", region.anchor, refusal)
+    if any(t.is_neg() for t in inputs):  # a kernel reads memory as it is
         return None
+    key = (region, _tf32(region), *((t.shape, t.stride(), t.device) for t in inputs))
+    found = _prepared.get(key, ...)
+    if found is not ...:
+        return None if found is None else found.run(inputs)
+    if torch.cuda.is_current_stream_capturing():
+        return None  # loading a kernel would break the capture
+    if len(_prepared) >= MOST_PREPARED:
+        _prepared.clear()
+    _prepared[key], outputs = _first_run(region, inputs)
+    return outputs
+
+
+_prepared: dict[Any, Any] = {}  # Prepared, or None for torch's operators
+
+
+def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
+    """Prepare a region, which compiles and loads when it first runs; (None, None) where that does not succeed."""
+    try:
+        made = _prepare(region, inputs)
+        return made, made.run(inputs)
+    except (Unscheduled, Unsupported) as refusal:
+        log.debug("torch's operators run `%s`: %s", region.anchor, refusal)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - the chain still has torch's operators
         _warn(f"{type(error).__name__}: {error}")
-        return None
+    return None, None
+
+
+def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
+    """Raises Unscheduled or Unsupported with the reason why torch's operators shall run."""
+    device = inputs[0].device
+    if any(t.device != device for t in inputs):
+        raise Unscheduled("the inputs are on several devices")
+    made = schedule(region.rewritten, inputs)
+    reason = worth(made)
+    if made.kernel.dtype is torch.float32 and not _tf32(region):
+        reason = "float32 convolutions are to be exact, without TF32"
+    if reason is not None:
+        raise Unscheduled(reason)
     log.debug("%s", made)
-    return Prepared(tuple(n for n, _ in region.rewritten.inputs), made, convolution, device)
+    return Prepared(tuple(n for n, _ in region.rewritten.inputs), made, convolution_of(made.kernel), device)
 
 
 @cache

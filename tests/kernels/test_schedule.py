@@ -321,4 +321,4 @@ def test_a_model_is_described() -> None:
 
 def test_a_cpu_call_takes_no_kernel() -> None:
     made = program(conv(), "z = relu(y)")
-    assert execute.prepared(Region(made, made), [torch.zeros(t.shape) for t in examples(made)]) is None
+    assert execute.run(Region(made, made), [torch.zeros(t.shape) for t in examples(made)]) is None

@@ -1,0 +1,336 @@
+"""The convolution kernels on a Hopper GPU: random chains against float64, layouts, odd inputs, switches."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfuse
+import fxfuse.dynamo
+from fxfuse import ops
+from fxfuse.compare import relative_error
+from fxfuse.kernels.plan import Path
+
+pytest.importorskip("cuda.bindings")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+#: relative L2 error against float64 that the dtype's rounding (TF32 for float32) explains
+LIMIT = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+CONVOLUTIONS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.fixture(autouse=True)
+def tf32() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        yield
+
+
+class Chain(nn.Module):
+    """A transposed convolution and functions behind it; those that take two operands get a residual as well."""
+
+    def __init__(self, convolution: nn.Module, *stages: Callable[..., Tensor], residual: Tensor | None = None) -> None:
+        super().__init__()
+        self.convolution, self.stages = convolution, stages
+        self.register_buffer("residual", residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.convolution(x)
+        for stage in self.stages:
+            y = stage(y)
+        return y if self.residual is None else F.relu(y + self.residual)
+
+
+def run(model: nn.Module, x: Tensor, path: Path = Path.KERNEL) -> tuple[Tensor, Tensor, Tensor]:
+    """The optimised model's result, eager mode's, and that of float64."""
+    truth = copy.deepcopy(model).double()(x.double())
+    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with torch.no_grad(), ops.watch() as runs:
+        got, expected = fast(x), model(x)
+    assert [r.path for r in runs] == [path], fast.fxfuse_report
+    return got, expected, truth
+
+
+def check(model: nn.Module, x: Tensor, path: Path = Path.KERNEL) -> Tensor:
+    got, expected, truth = run(model, x, path)
+    assert got.shape == expected.shape and got.dtype is expected.dtype
+    assert got.stride() == expected.stride()
+    assert relative_error(got, truth) <= max(2 * relative_error(expected, truth), LIMIT[x.dtype])
+    return got
+
+
+def made(dims: int, *args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
+    module: nn.Module = CONVOLUTIONS[dims](*args, **more).cuda().to(dtype)
+    return module
+
+
+def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+# --- random chains --------------------------------------------------------------------------------
+POINTWISE: list[Callable[[Tensor], Tensor]] = [
+    F.relu, F.gelu, F.silu, F.hardswish, torch.sigmoid, torch.tanh, torch.square,
+    lambda y: y * 0.7, lambda y: y / 3, lambda y: y - 0.25, lambda y: y.clamp(-0.5, 0.8),
+    lambda y: y * torch.sigmoid(y),
+    lambda y: F.leaky_relu(y, 0.2), lambda y: F.softplus(y), lambda y: y.abs() + y,
+]  # fmt: skip
+POOLS = {
+    "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d},
+    "avg": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
+}
+
+
+def random_chain(seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    pick = random.Random(seed)
+    dims = pick.choice([1, 2, 3, 3, 3])
+    groups = pick.choice([1, 1, 1, 2, 3])
+    stride = tuple(pick.choice([1, 2, 2, 3]) for _ in range(dims))
+    stride = pick.choice([stride, (2,) * dims])
+    kernel = tuple(pick.randint(1, 5) for _ in range(dims))
+    dilation = tuple(pick.choice([1, 1, 2]) for _ in range(dims))
+    padding = tuple(pick.randint(0, min(d * (k - 1), 3)) for k, d in zip(kernel, dilation, strict=True))
+    extra = tuple(pick.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
+    convolution = made(
+        dims, groups * pick.choice([1, 3, 16, 20, 48]), groups * pick.choice([1, 5, 8, 24, 70]), kernel, stride=stride,
+        padding=padding, output_padding=extra, dilation=dilation, groups=groups, bias=pick.random() < 0.7, dtype=dtype,
+    )  # fmt: skip
+    stages: list[Callable[..., Tensor]] = pick.sample(POINTWISE, pick.randint(0, 2))
+    if pick.random() < 0.7 or dtype is not torch.float32:
+        times = pick.choice([1, 1, 2])
+        window = tuple(s * times for s in stride)
+        kind = pick.choice(["max", "avg"])
+        pool, more = POOLS[kind][dims], {"ceil_mode": True} if kind == "max" and pick.random() < 0.3 else {}
+        stages.append(lambda y: pool(y, window, **more))
+        stages += pick.sample(POINTWISE, pick.randint(0, 2))
+    x = sample(
+        pick.choice([1, 2, 3]), convolution.in_channels, *(pick.randint(5, 19) for _ in range(dims)), dtype=dtype
+    )
+    if pick.random() < 0.3:
+        x = x.contiguous(memory_format=LAST[x.dim()])
+    return Chain(convolution, *stages), x
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_chains(seed: int) -> None:
+    torch.manual_seed(seed)
+    check(*random_chain(seed, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_chains_of_16_bits(seed: int, dtype: torch.dtype) -> None:
+    """With torch's operators where no pool of the kernel's own follows: see ``worth``."""
+    torch.manual_seed(seed)
+    model, x = random_chain(100 + seed, dtype)
+    truth = copy.deepcopy(model).double()(x.double())
+    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with torch.no_grad():
+        got, expected = fast(x), model(x)
+    assert got.stride() == expected.stride() and got.dtype is dtype
+    assert relative_error(got, truth) <= max(2 * relative_error(expected, truth), LIMIT[dtype])
+
+
+# --- what the schedule's parts are for ------------------------------------------------------------
+def test_stacked_pools() -> None:
+    check(
+        Chain(
+            made(3, 16, 24, 5, stride=2, padding=2), lambda y: F.max_pool3d(F.max_pool3d(y, 2), 3), lambda y: y.sum(1)
+        ),
+        sample(2, 16, 9, 10, 11),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pool", [F.max_pool3d, F.avg_pool3d], ids=["max", "avg"])
+def test_16_bits_with_a_pool(dtype: torch.dtype, pool: Callable[..., Tensor]) -> None:
+    check(
+        Chain(made(3, 32, 48, 3, stride=2, dtype=dtype), F.gelu, lambda y: pool(y, 2)),
+        sample(2, 32, 7, 8, 9, dtype=dtype),
+    )
+
+
+def test_16_bits_without_a_pool_are_torchs() -> None:
+    model = Chain(made(3, 32, 48, 3, dtype=torch.float16), F.relu)
+    check(model, sample(2, 32, 7, 8, 9, dtype=torch.float16), Path.REWRITTEN)
+
+
+def test_a_pool_that_is_no_multiple() -> None:
+    check(Chain(made(3, 8, 16, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 3)), sample(1, 8, 9, 9, 9))
+
+
+def test_a_residual() -> None:
+    check(Chain(made(3, 8, 16, 3), residual=sample(2, 16, 8, 9, 10)), sample(2, 8, 6, 7, 8))
+
+
+def test_a_value_used_twice() -> None:
+    check(
+        Chain(made(3, 8, 16, 3), lambda y: F.relu(y) + F.relu(y).mean((2, 3, 4), keepdim=True)), sample(2, 8, 6, 7, 8)
+    )
+
+
+def test_folded_weights() -> None:
+    convolution, norm = made(3, 8, 16, 3, stride=2), nn.BatchNorm3d(16).cuda()
+    nn.init.uniform_(norm.weight, -1, 1), nn.init.uniform_(norm.running_var, 0.5, 2)
+    check(nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool3d(2)).eval(), sample(2, 8, 6, 7, 8))
+
+
+def test_groups_and_dilation() -> None:
+    check(Chain(made(3, 48, 96, 3, dilation=(1, 2, 3), groups=3), torch.tanh), sample(2, 48, 9, 8, 17))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [((1, 2, 1), (2, 1, 3)), ((1, 1, 1), (2, 2, 2)), ((1, 1, 2), (3, 3, 3)), ((2, 1, 1), (1, 1, 2))],
+)
+def test_outputs_that_no_input_reaches(kernel: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """A stride beyond the kernel: residue classes without taps, which hold the bias alone."""
+    check(Chain(made(3, 16, 5, kernel, stride=stride), F.silu), sample(2, 16, 7, 14, 14))
+    check(Chain(made(3, 16, 5, kernel, stride=stride), lambda y: F.max_pool3d(y, stride)), sample(2, 16, 7, 14, 14))
+
+
+# --- layouts and odd inputs -----------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("of", ["x", "weight", "both"])
+def test_channels_last(of: str, dtype: torch.dtype) -> None:
+    model = Chain(made(3, 32, 48, 3, stride=2, dtype=dtype), F.silu, lambda y: F.max_pool3d(y, 2))
+    x = sample(2, 32, 6, 7, 9, dtype=dtype)
+    if of != "weight":
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    if of != "x":
+        model = model.to(memory_format=torch.channels_last_3d)
+    check(model, x)
+
+
+def test_channels_last_without_a_pool() -> None:
+    x = sample(2, 32, 6, 7, 9).contiguous(memory_format=torch.channels_last_3d)
+    check(Chain(made(3, 32, 48, 3, stride=2), F.silu), x)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(2, 4),
+        lambda x: x[:, 1:9],
+        lambda x: x[..., 1:],
+        lambda x: x[:, :1].expand(-1, 8, -1, -1, -1),
+        lambda x: x.flatten()[1 : 1 + 2 * 8 * 7 * 7 * 7].view(2, 8, 7, 7, 7),
+        lambda x: x[1:, :8, 1:, 2:, 3:],
+    ],
+)
+def test_views(view: Callable[[Tensor], Tensor]) -> None:
+    x = view(sample(2, 10, 8, 8, 8))
+    check(Chain(made(3, x.shape[1], 16, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 2)), x)
+
+
+def test_an_empty_batch() -> None:
+    model = Chain(made(3, 8, 16, 3, stride=2), F.silu)
+    fast = fxfuse.optimize(copy.deepcopy(model), (sample(2, 8, 5, 5, 5),))
+    x = sample(0, 8, 5, 5, 5)
+    with torch.no_grad():
+        assert fast(x).shape == model(x).shape
+
+
+def test_shapes_change() -> None:
+    model = Chain(made(3, 8, 16, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 4))
+    fast = fxfuse.optimize(copy.deepcopy(model), (sample(2, 8, 5, 5, 5),))
+    for n, size in ((1, 5), (3, 9), (2, 5), (1, 21)):
+        x = sample(n, 8, size, size + 1, size)
+        with torch.no_grad():
+            assert relative_error(fast(x), copy.deepcopy(model).double()(x.double())) < 1e-3
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("pool", [None, F.max_pool3d, F.avg_pool3d], ids=["none", "max", "avg"])
+def test_values_that_are_not_finite(value: float, pool: Callable[..., Tensor] | None) -> None:
+    x = sample(2, 8, 7, 8, 9)
+    x[0, 3, 2, 5, 4] = x[1, 7, 6, 7, 8] = value
+    stages = [F.softsign] if pool is None else [lambda y: pool(y, 2)]
+    got, _, truth = run(Chain(made(3, 8, 16, 3, stride=2, padding=1), *stages), x)
+    for found in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(found(got), found(truth)), found
+    finite = truth.isfinite()
+    assert relative_error(got[finite], truth[finite]) < 1e-3
+
+
+def test_large_and_small_values() -> None:
+    x = sample(3, 16, 6, 7, 8) * torch.tensor([1e-30, 1.0, 1e30], device="cuda").view(3, 1, 1, 1, 1)
+    got, _, truth = run(Chain(made(3, 16, 16, 3, stride=2), lambda y: y * 0.5 + 0), x)
+    for one, other in zip(got, truth, strict=True):
+        assert relative_error(one, other) < 1e-3
+
+
+def test_the_same_bits_twice() -> None:
+    model = Chain(made(3, 48, 70, 3, stride=2, padding=1), F.gelu, lambda y: F.avg_pool3d(y, 4))
+    x = sample(3, 48, 13, 14, 15)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        assert torch.equal(fast(x), fast(x))
+
+
+# --- switches -------------------------------------------------------------------------------------
+def test_the_environment_switches_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSE_KERNELS", "0")
+    check(Chain(made(3, 8, 16, 3), F.relu), sample(1, 8, 5, 5, 5), Path.REWRITTEN)
+
+
+def test_ieee_settings_are_torchs() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check(Chain(made(3, 8, 16, 3), F.relu), sample(1, 8, 5, 5, 5), Path.REWRITTEN)
+
+
+@pytest.mark.parametrize(("precision", "path"), [("tf32", Path.KERNEL), ("ieee", Path.REWRITTEN)])
+def test_precision_is_asked_for(precision: str, path: Path) -> None:
+    x = sample(1, 8, 5, 5, 5)
+    fast = fxfuse.optimize(Chain(made(3, 8, 16, 3), F.relu), (x,), precision=precision)
+    with torch.no_grad(), ops.watch() as runs:
+        fast(x)
+    assert [r.path for r in runs] == [path]
+
+
+def test_float64_is_torchs() -> None:
+    model = Chain(made(3, 8, 16, 3, dtype=torch.float64), F.relu)
+    x = sample(1, 8, 5, 5, 5, dtype=torch.float64)
+    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with torch.no_grad(), ops.watch() as runs:
+        assert relative_error(fast(x), model(x)) < 1e-12
+    assert [r.path for r in runs] == [Path.REWRITTEN]
+
+
+def test_graph_capture() -> None:
+    model = Chain(made(3, 16, 32, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 2))
+    x = sample(2, 16, 8, 8, 8)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            fast(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), ops.watch() as runs:
+            held = fast(x)
+        assert [r.path for r in runs] == [Path.KERNEL]
+        x.copy_(sample(2, 16, 8, 8, 8))
+        graph.replay()
+        assert torch.equal(held, fast(x))
+
+
+def test_torch_compile() -> None:
+    model = Chain(made(3, 16, 32, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 2))
+    x = sample(2, 16, 8, 8, 8)
+    compiled = torch.compile(model, backend=functools.partial(fxfuse.dynamo.backend, options={"remainder": "eager"}))
+    with torch.no_grad(), ops.watch() as runs:
+        got = compiled(x)
+    assert [r.path for r in runs] == [Path.KERNEL]
+    assert relative_error(got, copy.deepcopy(model).double()(x.double())) < 1e-3
