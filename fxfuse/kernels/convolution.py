@@ -152,10 +152,11 @@ class Specialisation:
 
 
 @functools.lru_cache(maxsize=1024)
-def specialise(layer: Layer, *, pooled: bool, exact: bool = False) -> Specialisation:
+def specialise(layer: Layer, *, pooled: bool, exact: bool = False, before: bool = False) -> Specialisation:
     """The kernel for a layer. ``pooled``: the epilogue keeps a running value per position and channel.
 
     ``exact``: float32's own accuracy, from two 16-bit parts and sums that are kept outside the matrix units.
+    ``before``: an expression is computed in front of the pool, which needs registers, too.
     """
     low, high = reach(layer.residues)
     halo = tuple(b - a for a, b in zip(low, high, strict=True))
@@ -171,7 +172,13 @@ def specialise(layer: Layer, *, pooled: bool, exact: bool = False) -> Specialisa
     wide = max(len(p.residues) for p in passes) * columns
     stack = max(len(p.residues) for p in passes)
     # a store has one bit for every row of a thread and residue class
-    tiles = [m for m in (4, 2, 1) if m * 2 * stack <= 32 and m * wide <= (128 if exact else 256) and not (pooled and m * columns > 128)]
+    tiles = [
+        m
+        for m in (4, 2, 1)
+        if m * 2 * stack <= 32
+        and m * wide <= (128 if exact else 256)
+        and not (pooled and m * columns > (64 if before else 128))
+    ]
     for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
         if m_tiles == 4 and x_buffers == 1:
             continue  # two tiles of half the size hide each other's copies

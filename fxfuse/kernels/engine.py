@@ -104,7 +104,8 @@ class Convolution:
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32.
         """
-        made = specialise(layer, pooled=bool(epilogue.combine), exact=exact)
+        before = epilogue.before != Epilogue.before
+        made = specialise(layer, pooled=bool(epilogue.combine), exact=exact, before=before)
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
     def source(self, staged: bool) -> str:

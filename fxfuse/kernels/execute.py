@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported, tile
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER, Expression
-from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule, worth
+from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -94,14 +95,19 @@ def _pack(expression: Expression | None, values: Mapping[str, Tensor]) -> bytes:
     return struct.pack(f"<{len(fields)}q", *fields)
 
 
-def convolution_of(kernel: Launch) -> Convolution:
-    """The engine's kernel for a launch: its source, not yet compiled. Raises Unsupported."""
+def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
+    """The engine's kernel for a launch: its source, not yet compiled. Raises Unsupported.
+
+    ``exact``: float32 convolutions have float32's accuracy, not TF32's.
+    """
     names = {"before": kernel.before, "after": kernel.after}
     code = "\n".join([f'#include "{HEADER}"', *(e.code for e in names.values() if e is not None)])
     given = {k: e.name for k, e in names.items() if e is not None}
     epilogue = Epilogue(combine=kernel.combine, code=code if given else "", **given)
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
-    made = Convolution.of(kernel.layer, *dtypes, epilogue, layout=kernel.layout)
+    made = Convolution.of(
+        kernel.layer, *dtypes, epilogue, layout=kernel.layout, exact=exact and kernel.dtype is torch.float32
+    )
     positions = [-(-e // s) for e, s in zip(kernel.extents, kernel.layer.stride, strict=True)]
     if kernel.combine:
         stored = kernel.kind.shape[2:]
@@ -113,12 +119,26 @@ def convolution_of(kernel: Launch) -> Convolution:
 def describe(region: Region) -> str:
     """What a kernel takes of a region on a Hopper GPU, or why there is none: a line for a report."""
     try:
-        made = schedule(region.rewritten, examples(region.rewritten))
-        convolution_of(made.kernel)
+        inputs = examples(region.rewritten)
+        made = schedule(region.rewritten, inputs)
+        convolution = convolution_of(made.kernel, exact=region.precision == "ieee")
+        reason = slower(made.kernel, convolution.made, *_input_sizes(region, made, inputs))
     except (Unscheduled, Unsupported) as refusal:
         return f"torch's operators: {refusal}"
-    reason = worth(made)
     return str(made) if reason is None else f"torch's operators: {reason}"
+
+
+def _input_sizes(region: Region, made: Schedule, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
+    """Samples and sizes of the convolution's input, where the region is given it; else what its output tells."""
+    kernel, layer = made.kernel, made.kernel.layer
+    shapes = {name: t.shape for (name, _), t in zip(region.rewritten.inputs, inputs, strict=True)}
+    shape = shapes.get(kernel.x)
+    if shape is None:  # it is computed in front of the kernel, and is as large as its outputs ask for
+        batch = kernel.kind.shape[0] or 0
+        d, h, w = (max(1, e // s) for e, s in zip(kernel.extents, layer.stride, strict=True))
+        return batch, (d, h, w)
+    d, h, w = (1, 1, 1, *shape[2:])[-3:]
+    return shape[0], (d, h, w)
 
 
 # --- deciding -------------------------------------------------------------------------------------
@@ -164,13 +184,12 @@ def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
     if any(t.device != device for t in inputs):
         raise Unscheduled("the inputs are on several devices")
     made = schedule(region.rewritten, inputs)
-    reason = worth(made)
-    if made.kernel.dtype is torch.float32 and not _tf32(region):
-        reason = "float32 convolutions are to be exact, without TF32"
+    convolution = convolution_of(made.kernel, exact=not _tf32(region))
+    reason = slower(made.kernel, convolution.made, *_input_sizes(region, made, inputs))
     if reason is not None:
         raise Unscheduled(reason)
     log.debug("%s", made)
-    return Prepared(tuple(n for n, _ in region.rewritten.inputs), made, convolution_of(made.kernel), device)
+    return Prepared(tuple(n for n, _ in region.rewritten.inputs), made, convolution, device)
 
 
 @cache

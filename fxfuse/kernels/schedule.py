@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
-from fxfuse.instr import DTYPE_NAMES, Instr, Ref, TensorType
+from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.expression import Expression, NotEmittable, emit_expression
 from fxfuse.kernels.windows import Pooling, pooling
@@ -89,13 +89,6 @@ class Schedule:
         first = [f"first {', '.join(i.op for i in self.first.body)}"] if self.first.body else []
         rest = [f"then {' > '.join(i.op for i in self.rest.body)}"] if self.rest.body else []
         return "; ".join([*first, f"one kernel: {self.kernel}", *rest])
-
-
-def worth(schedule: Schedule) -> str | None:
-    """Why torch's own convolution is expected to be at least as fast, or None."""
-    if schedule.kernel.dtype is not torch.float32 and not schedule.kernel.combine:
-        return f"cuDNN convolves {DTYPE_NAMES[schedule.kernel.dtype]} as fast, and no pool follows at once"
-    return None
 
 
 def examples(program: Program) -> list[Tensor]:

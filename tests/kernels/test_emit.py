@@ -66,10 +66,7 @@ def sources(made: Convolution) -> list[str]:
     return [made.source(staged) for staged in (False, True)]
 
 
-SPILLS = pytest.mark.xfail(reason="24 bytes of the convolution's registers are spilt", strict=True)
-
-
-@pytest.mark.parametrize("name", [pytest.param(k, marks=SPILLS) if k == "f16" else k for k in KERNELS])
+@pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_without_spills(name: str) -> None:
     for text in dict.fromkeys(sources(KERNELS[name]())):
         cubin = compile_cubin(text)

@@ -9,7 +9,7 @@ from torch import nn
 import fxfuse
 from fxfuse.kernels import execute
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule, worth
+from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -301,15 +301,9 @@ def test_refusals(lines: tuple[str, ...], inputs: str, reason: str) -> None:
     assert reason in str(refusal.value)
 
 
-def test_worth() -> None:
-    assert worth(cut(conv())) is None
-    half = INPUTS.replace("f32", "f16")
-    assert worth(cut(conv(), inputs=half)) == "cuDNN convolves f16 as fast, and no pool follows at once"
-    assert worth(cut(conv(), "m = " + max_pool("y"), inputs=half)) is None
-
-
 # --- with the rest of the compiler ----------------------------------------------------------------
-def test_a_model_is_described() -> None:
+def test_a_model_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "slower", lambda *_: None)
     model = nn.Sequential(nn.ConvTranspose3d(4, 8, 3, stride=2), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2)).eval()
     region = fxfuse.explain(model, torch.randn(1, 4, 5, 5, 5)).regions[0].region
     line = execute.describe(region)

@@ -1,0 +1,46 @@
+"""Whether the engine's kernel or torch's own convolution is the faster: rules read off a sweep over layers.
+
+The sweep is ``benchmarks/layers.py``; its results lie in ``benchmarks/results/h100_layers.json``. An estimate
+of cuDNN's time would be a guess, so layers of the kinds that lost are refused, and the rest is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels.convolution import Specialisation, seconds
+from fxfuse.kernels.schedule import Launch
+
+#: below this estimate a call is launches and little else, and cuDNN has fewer of them
+LEAST_SECONDS = 6e-5
+#: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's
+LARGE_KERNEL = 64
+
+
+def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
+    """Why torch's own convolution is expected to be at least as fast, or None. ``sizes`` of x, three of them."""
+    layer = made.layer
+    stored = [s or 0 for s in kernel.kind.shape[2:]]
+    extents = (1, 1, 1, *stored)[-3:]
+    row = extents[2] if kernel.layout == "contiguous" else 0
+    last = kernel.layout == "channels_last"
+    if batch == 0 or 0 in extents:
+        return "there is nothing to compute"
+    estimate = seconds(made, batch, sizes, (extents[0], extents[1], extents[2]), row, kernel.kind.dtype.itemsize)
+    if estimate < LEAST_SECONDS:
+        return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
+    if math.prod(layer.kernel) < math.prod(layer.stride) and not kernel.combine:
+        return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
+    if layer.stride[2] > 2 and not last and not kernel.combine:
+        return f"a stride of {layer.stride[2]} along w scatters what is stored"
+    if layer.out_channels <= 4 and layer.in_channels >= 64:
+        return f"{layer.out_channels} output channels leave the matrix units idle"
+    if math.prod(layer.kernel) <= 4 and not kernel.combine:
+        return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
+    narrow = kernel.dtype is not torch.float32
+    if narrow and math.prod(layer.stride) == 1 and math.prod(layer.kernel) < LARGE_KERNEL and not kernel.combine:
+        return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
+    return None
