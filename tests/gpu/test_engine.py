@@ -311,8 +311,8 @@ def test_long_sums_without_tf32(shape: tuple[int, ...]) -> None:
     """The matrix units truncate as they add: what they add by themselves must be short."""
     x, model = sample(*shape).abs(), Chain(made(3, shape[1], 8, 3), lambda y: y * 1)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got, _, truth = run(model, x)
-    assert relative_error(got, truth) <= 5e-7
+        got, expected, truth = run(model, x)
+    assert relative_error(got, truth) <= max(2 * relative_error(expected, truth), 5e-7)
 
 
 def test_small_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
