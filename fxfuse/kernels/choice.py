@@ -16,6 +16,8 @@ from fxfuse.kernels.schedule import Launch
 
 #: below this estimate a call is launches and little else, and cuDNN has fewer of them
 LEAST_SECONDS = 6e-5
+#: the same for grouped convolutions, of which cuDNN makes little
+LEAST_SECONDS_GROUPED = 3e-5
 #: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's
 LARGE_KERNEL = 64
 
@@ -30,17 +32,20 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
     estimate = seconds(made, batch, sizes, (extents[0], extents[1], extents[2]), row, kernel.kind.dtype.itemsize)
+    enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
+    if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
+        return None
     if estimate < LEAST_SECONDS:
         return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
     if math.prod(layer.kernel) < math.prod(layer.stride) and not kernel.combine:
         return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
-    if layer.stride[2] > 2 and not last and not kernel.combine:
+    narrow = kernel.dtype is not torch.float32
+    if layer.stride[2] > 2 and (narrow or not last) and not kernel.combine:
         return f"a stride of {layer.stride[2]} along w scatters what is stored"
-    if layer.out_channels <= 4 and layer.in_channels >= 64:
+    if layer.out_channels <= 4 and layer.in_channels >= 32:
         return f"{layer.out_channels} output channels leave the matrix units idle"
     if math.prod(layer.kernel) <= 4 and not kernel.combine:
         return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
-    narrow = kernel.dtype is not torch.float32
     if narrow and math.prod(layer.stride) == 1 and math.prod(layer.kernel) < LARGE_KERNEL and not kernel.combine:
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None

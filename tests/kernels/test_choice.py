@@ -13,7 +13,7 @@ from fxfuse.program import Program
 
 CONV = (
     "y = conv_transpose(x, w, None, stride={s}, padding=(0, 0, 0), output_padding=(0, 0, 0), "
-    "dilation=(1, 1, 1), groups=1)"
+    "dilation=(1, 1, 1), groups={g})"
 )
 POOL = "m = max_pool(y, kernel={s}, stride={s}, padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
 
@@ -27,9 +27,10 @@ def reason(
     batch: int = 16,
     dtype: str = "f32",
     pool: bool = False,
+    groups: int = 1,
 ) -> str | None:
-    weight = ", ".join(map(str, (*channels, *kernel)))
-    lines = [CONV.format(s=stride), *([POOL.format(s=stride)] if pool else [])]
+    weight = ", ".join(map(str, (channels[0], channels[1] // groups, *kernel)))
+    lines = [CONV.format(s=stride, g=groups), *([POOL.format(s=stride)] if pool else [])]
     body = "".join(f"    {line}\n" for line in (*lines, f"return {'m' if pool else 'y'}"))
     inputs = f"x: {dtype}[{batch}, {channels[0]}, {size}, {size}, {size}], w: {dtype}[{weight}]"
     program = Program.parse(f"def chain({inputs}):\n{body}")[1]
@@ -45,6 +46,7 @@ def test_layers_that_win(dtype: str) -> None:
     assert reason((32, 64), (5, 5, 5), two, dtype=dtype, pool=True) is None
     assert reason((32, 64), (3, 5, 5), dtype=dtype) is None
     assert reason((64, 128), (3, 3, 3)) is None
+    assert reason((64, 64), (3, 3, 3), (1, 1, 3), dtype=dtype, groups=4) is None
 
 
 @pytest.mark.parametrize(
