@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.convolution import STAGE_BYTES, Specialisation
 from fxfuse.kernels.geometry import reach
 
 #: C++ types of elements in memory
@@ -135,7 +135,7 @@ def _problem(
         "residues": made.residues,
         "m_tiles": made.m_tiles,
         "stages": made.stages,
-        "stage_bytes": 16384,
+        "stage_bytes": STAGE_BYTES,
         "passes": len(made.passes),
         "x_buffers": made.x_buffers,
         "stride_d": layer.stride[0],

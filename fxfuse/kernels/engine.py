@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import Layer, Specialisation, Unsupported, specialise, tile
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported, specialise, tile
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
@@ -26,6 +26,8 @@ from fxfuse.kernels.launch import Launch, Module, rows_map
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
 BLOCK = 256
+#: threads of the convolution: two warpgroups that multiply, one that copies
+THREADS = 128 * (CONSUMERS + 1)
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
 _I, _L = ctypes.c_int, ctypes.c_int64
@@ -236,7 +238,7 @@ class _Call:
         processors = _processors(x.device.index)
         self.map = ctypes.create_string_buffer(128)
         self.convolution = Launch(
-            module.kernels["convolution"], min(total, processors), 384,
+            module.kernels["convolution"], min(total, processors), THREADS,
             [self.map, self.packed, geometry, self.arguments], made.dynamic_bytes,
         )  # fmt: skip
         self.direct_geometry = _Direct(strides, *sizes, n, channels=couts)

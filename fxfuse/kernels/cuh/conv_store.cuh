@@ -1,0 +1,358 @@
+// Where a convolution's results lie, and the three ways to store them.
+#pragma once
+#include "conv_wgmma.cuh"
+
+namespace fxfuse {
+
+struct Residue {
+  unsigned char d, h, w, valid;
+};
+
+// Strides in elements; n, c, d, h, w.
+struct Strides {
+  int64_t n, c, d, h, w;
+};
+
+// Where the rows and columns of a thread's accumulators lie.
+template <class Problem>
+struct Place {
+  int packed[Problem::m_tiles][2];  // position in the box, ten bits per dim; -1 outside it
+  int lane;
+  Tile box;  // of this warpgroup
+
+  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) {
+#pragma unroll
+    for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
+        const int at = g.row_base[group * Problem::m_tiles + i] - g.row_base[group * Problem::m_tiles] +
+                       (warp * 2 + r) * g.row_group + (lane >> 2);
+        const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
+        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
+        asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every tile
+      }
+  }
+  FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
+  FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
+  FXFUSE_INLINE int y(int i, int r) const { return packed[i][r] >> 10 & 1023; }
+  FXFUSE_INLINE int x(int i, int r) const { return packed[i][r] & 1023; }
+  // The column of the tile that accumulator 4*j + e belongs to.
+  FXFUSE_INLINE int column(int j, int e) const { return j * 8 + (lane & 3) * 2 + e; }
+};
+
+// What every epilogue is given. Null where there is none.
+template <class Out>
+struct Destination {
+  Out* out;
+  Strides stride;
+  const float *bias, *sample_scale, *channel_scale;  // one per output channel, sample, output channel
+};
+
+// Scale and bias of a tile's output channels, in shared memory: one copy per warpgroup.
+template <class Problem>
+struct ChannelTable {
+  float scale[kConsumers][Problem::columns], bias[kConsumers][Problem::columns];
+
+  template <class Out>
+  FXFUSE_INLINE void fill(const Destination<Out>& to, const Geometry& g, const Tile& t, int group) {
+    named_barrier(1 + group, 128);  // the last tile's reads are done
+    for (int i = threadIdx.x & 127; i < Problem::columns; i += 128) {
+      const int column = t.column * Problem::columns + i, c = t.group * g.out_channels + column;
+      const bool inside = column < g.out_channels;
+      scale[group][i] = inside && to.channel_scale ? to.channel_scale[c] : 1.f;
+      bias[group][i] = inside && to.bias ? to.bias[c] : 0.f;
+    }
+    named_barrier(1 + group, 128);
+  }
+};
+
+struct Maximum {
+  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
+  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
+};
+struct Sum {
+  static FXFUSE_INLINE float zero() { return 0.f; }
+  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
+};
+
+// The output's positions as stores see them: `size` of them; a step of q is `step` of them.
+struct Extent {
+  int size_d, size_h, size_w;
+  int step_d, step_h, step_w;
+};
+
+// Stores value(i, r, j, e, q) for all accumulators of a warpgroup to a contiguous tensor. `classes` residue classes, the
+// `width` innermost of which are neighbours along w, increasing from class q with q % width == 0 (reversed: decreasing).
+//
+// Eight channels at a time go through shared memory into the order of the tensor: runs of neighbours, so placed that
+// a group of threads has just one 32-byte sector. Sectors that are written in part cost a read: where rows begin
+// anywhere, storing them as they come takes four times as long.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                              const Residue (&residue)[classes], float* buffer, int group, Value value,
+                              const Expression& expression) {
+  constexpr int threads = 128, planes = classes / width;
+  constexpr int capacity = Problem::m_tiles * 64 * classes;
+  constexpr int pitch = capacity + 4;  // the eight rows and four channels of a warp lie in different banks
+  constexpr int mine = (capacity + threads - 1) / threads;
+  constexpr int sector = 32 / sizeof(Out);
+  const Tile& t = place.box;
+  const int thread = threadIdx.x & 127;
+  buffer += group * 8 * pitch;
+  const int step = width > 1 ? 1 : o.step_w, row = g.box_w * width;
+  // whole rows that follow each other in memory make one run
+  const bool merged = o.step_h == 1 && step == 1 && row == o.size_w && to.stride.h == o.size_w;
+  const int run_length = merged ? g.box_h * row : row, runs_h = merged ? 1 : g.box_h, runs_plane = g.box_d * runs_h;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
+  const uint32_t bits = (uint32_t)((uint64_t)sample / sizeof(Out)) | (uint32_t)to.stride.c | (uint32_t)to.stride.d |
+                        (uint32_t)to.stride.h | (uint32_t)(t.w * o.step_w);
+  int run_pitch = run_length, mask = 0;
+  if (step == 1 && bits & (sector - 1)) {
+    const int padded = (run_length + 2 * (sector - 1)) / sector * sector;
+    if (padded * runs_plane * planes <= capacity) run_pitch = padded, mask = sector - 1;
+  }
+  const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
+  auto origin = [&](int plane, int z, int y, int& d, int& h, int& w) {
+    const Residue one = residue[0];
+    int rd = one.d, rh = one.h, rw = reversed ? one.w + 1 - width : one.w;
+    bool there = one.valid;
+#pragma unroll
+    for (int p = 1; p < planes; ++p)
+      if (plane == p) {
+        const Residue other = residue[p * width];
+        rd = other.d, rh = other.h, rw = reversed ? other.w + 1 - width : other.w, there = other.valid;
+      }
+    d = (t.d + z) * o.step_d + rd, h = (t.h + y) * o.step_h + rh, w = t.w * o.step_w + rw;
+    return there;
+  };
+  // what this thread stores of every channel
+  int offset[mine], at[mine], length[mine], od[mine], oh[mine], ow[mine];
+#pragma unroll
+  for (int s = 0; s < mine; ++s) {
+    const int slot = thread + s * threads, run = slot / run_pitch;
+    at[s] = slot - run * run_pitch;
+    const int plane = planes == 1 ? 0 : run / runs_plane, rest = run - plane * runs_plane, z = rest / runs_h;
+    const bool there = origin(plane, z, rest - z * runs_h, od[s], oh[s], ow[s]) && run < runs_plane * planes;
+    int count = (o.size_w - ow[s] + step - 1) / step;
+    count = count < row ? count : row;
+    if (merged) count = row * (o.size_h - oh[s] < g.box_h ? o.size_h - oh[s] : g.box_h);
+    length[s] = there && od[s] < o.size_d && oh[s] < o.size_h && ow[s] < o.size_w ? count : 0;
+    offset[s] = od[s] * stride_d + oh[s] * stride_h + ow[s];
+  }
+#pragma unroll
+  for (int j = 0; j < Problem::columns / 8; ++j) {
+    if (first + j * 8 >= g.out_channels) break;
+    Out* const block = sample + j * 8 * to.stride.c;
+    named_barrier(1 + group, threads);  // what was there has been stored
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int channel = (place.lane & 3) * 2 + e;
+      float* const line = buffer + channel * pitch;
+      const int begin = (int)((uint64_t)(block + channel * to.stride.c) / sizeof(Out));
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (!place.inside(i, r)) continue;
+          const int z = place.z(i, r), y = place.y(i, r);
+          const int run = merged ? z : z * g.box_h + y, x = ((merged ? y * g.box_w : 0) + place.x(i, r)) * width;
+#pragma unroll
+          for (int p = 0; p < planes; ++p) {
+            int d, h, w;
+            origin(p, z, merged ? 0 : y, d, h, w);
+            float* const slot = line + (p * runs_plane + run) * run_pitch + x + ((begin + d * stride_d + h * stride_h + w) & mask);
+#pragma unroll
+            for (int q = 0; q < width; ++q) slot[reversed ? width - 1 - q : q] = value(i, r, j, e, p * width + q);
+          }
+        }
+    }
+    named_barrier(1 + group, threads);
+#pragma unroll
+    for (int channel = 0; channel < 8; ++channel) {
+      if (first + j * 8 + channel >= g.out_channels) break;
+      Out* const line = block + channel * to.stride.c;
+      const int begin = (int)((uint64_t)line / sizeof(Out));
+#pragma unroll
+      for (int s = 0; s < mine; ++s) {
+        const int k = at[s] - ((begin + offset[s]) & mask);
+        if ((uint32_t)k >= (uint32_t)length[s]) continue;
+        const int down = merged ? k / o.size_w : 0, along = merged ? k - down * o.size_w : k * step;
+        const float y = buffer[channel * pitch + thread + s * threads];
+        line[offset[s] + k * step] =
+            from_float<Out>(expression(y, t.n, channel0 + j * 8 + channel, od[s], oh[s] + down, ow[s] + along));
+      }
+    }
+  }
+}
+
+// Two neighbours in memory, at once where they are aligned.
+template <class T>
+FXFUSE_INLINE void store_pair(T* to, float a, float b) {
+  if (((uint64_t)to & (2 * sizeof(T) - 1)) == 0) {
+    if constexpr (sizeof(T) == 4)
+      *(float2*)to = make_float2(a, b);
+    else
+      *(uint32_t*)to = (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
+  } else {
+    to[0] = from_float<T>(a), to[1] = from_float<T>(b);
+  }
+}
+
+// The same straight from registers: eight neighbouring threads have neighbouring q. As good where they fill sectors,
+// or where nothing does; and neither warpgroup waits for the other.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                                const Extent& o, const Residue (&residue)[classes], Value value,
+                                const Expression& expression) {
+  const Tile& t = place.box;
+  const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
+  int offset[Problem::m_tiles][2];  // of the position with residue zero
+  uint32_t inside = 0;
+  static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
+                w = (t.w + place.x(i, r)) * o.step_w;
+      offset[i][r] = d * stride_d + h * stride_h + w;
+#pragma unroll
+      for (int q = 0; q < classes; ++q)
+        if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
+            w + residue[q].w < o.size_w)
+          inside |= 1u << ((i * 2 + r) * classes + q);
+    }
+  int class_offset[classes];
+#pragma unroll
+  for (int q = 0; q < classes; ++q) class_offset[q] = residue[q].d * stride_d + residue[q].h * stride_h + residue[q].w;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
+#pragma unroll
+  for (int j = 0; j < Problem::columns / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      schedule_barrier();  // or the loads of all columns are hoisted, and the accumulators spilt
+      const int column = place.column(j, e);
+      if (first + column >= g.out_channels) continue;
+      Out* const out = sample + column * to.stride.c;
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          auto result = [&](int q) {
+            return expression(value(i, r, j, e, q), t.n, channel0 + column,
+                              (t.d + place.z(i, r)) * o.step_d + residue[q].d,
+                              (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                              (t.w + place.x(i, r)) * o.step_w + residue[q].w);
+          };
+#pragma unroll
+          for (int q = 0; q < classes; q += width) {
+            const uint32_t which = inside >> ((i * 2 + r) * classes + q);
+            Out* const at = out + offset[i][r];
+            if constexpr (width == 2) {
+              constexpr int left = reversed ? 1 : 0;
+              if ((which & 3) == 3)
+                store_pair(at + class_offset[q + left], result(q + left), result(q + 1 - left));
+              else if (which & 1)
+                at[class_offset[q]] = from_float<Out>(result(q));
+              else if (which & 2)
+                at[class_offset[q + 1]] = from_float<Out>(result(q + 1));
+            } else {
+              if (which & 1) at[class_offset[q]] = from_float<Out>(result(q));
+            }
+          }
+        }
+    }
+}
+
+// Four neighbouring threads hold two channels each of four blocks of eight; each gets one block. Sixteen bits each.
+FXFUSE_INLINE uint4 transpose_quad(const uint32_t (&mine)[4], int lane) {
+  const int l = lane & 3;
+  uint32_t got[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const int k = l ^ s;
+    const uint32_t sent = k == 0 ? mine[0] : k == 1 ? mine[1] : k == 2 ? mine[2] : mine[3];
+    got[s] = __shfl_xor_sync(~0u, sent, s);  // of thread l^s, for block l
+  }
+  auto of = [&](int m) {
+    const int s = l ^ m;
+    return s == 0 ? got[0] : s == 1 ? got[1] : s == 2 ? got[2] : got[3];
+  };
+  return make_uint4(of(0), of(1), of(2), of(3));
+}
+
+// The same for a tensor whose channels are neighbours: straight from registers.
+template <class Problem, class Out, int classes, class Value, class Expression>
+FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                                  const Extent& o, const Residue (&residue)[classes], Value value,
+                                  const Expression& expression) {
+  constexpr int blocks = Problem::columns / 8;
+  const Tile& t = place.box;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  const bool whole = first + Problem::columns <= g.out_channels;
+  Out* const sample = to.out + t.n * to.stride.n;
+  const bool aligned = (((uint64_t)(sample + channel0) | to.stride.w * sizeof(Out)) & 15) == 0 && whole;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int q = 0; q < classes; ++q) {
+        schedule_barrier();
+        const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                  w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
+        const bool inside =
+            place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
+        Out* const out = sample + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
+        auto result = [&](int j, int e) {
+          const int column = place.column(j, e);
+          return inside && first + column < g.out_channels
+                     ? from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column, d, h, w))
+                     : Out();
+        };
+        int j = 0;
+        if constexpr (sizeof(Out) == 2 && blocks >= 4) {
+          if (aligned) {
+#pragma unroll
+            for (j = 0; j + 4 <= blocks; j += 4) {
+              uint32_t pairs[4];
+#pragma unroll
+              for (int k = 0; k < 4; ++k) pairs[k] = (uint32_t)result(j + k, 0).bits | (uint32_t)result(j + k, 1).bits << 16;
+              const uint4 block = transpose_quad(pairs, place.lane);
+              if (inside) *(uint4*)(out + (j + (place.lane & 3)) * 8) = block;
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < blocks; ++k) {
+          if (k < j || !inside) continue;
+          const int column = place.column(k, 0);
+          if (aligned) {
+            if constexpr (sizeof(Out) == 2)
+              *(uint32_t*)(out + column) = (uint32_t)result(k, 0).bits | (uint32_t)result(k, 1).bits << 16;
+            else
+              *(float2*)(out + column) = make_float2(result(k, 0), result(k, 1));
+          } else {
+            if (first + column < g.out_channels) out[column] = result(k, 0);
+            if (first + column + 1 < g.out_channels) out[column + 1] = result(k, 1);
+          }
+        }
+      }
+}
+
+// One of the three, as the emitted layout says.
+template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                         const Residue (&residue)[classes], float* buffer, int group, Value value, const Expression& expression) {
+  if constexpr (Problem::channels_last)
+    store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
+  else if constexpr (Problem::staged)
+    store_rows<Problem, Out, classes, width, reversed>(to, g, place, o, residue, buffer, group, value, expression);
+  else
+    store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
+}
+
+}  // namespace fxfuse
