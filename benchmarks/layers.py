@@ -1,6 +1,7 @@
 """Random transposed convolutions on a Hopper GPU: the engine's kernel against cuDNN's best, for each numerics class.
 
     python benchmarks/layers.py --count 60 --seed 0 --json benchmarks/results/h100_layers.json
+    python benchmarks/layers.py --read benchmarks/results/h100_layers.json   # no GPU: what `choice` makes of them
 
 Peers run in the same process on the same inputs: eager contiguous and eager channels_last_3d, with
 cudnn.benchmark on. Times are medians of queued calls, in milliseconds; inputs are rotated past the L2.
@@ -17,14 +18,19 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.kernels.convolution import Layer, Unsupported, seconds
+from fxfuse.instr import TensorType
+from fxfuse.kernels.choice import slower
+from fxfuse.kernels.convolution import Layer, Unsupported, seconds, specialise
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.schedule import Launch, dense
 
 CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}
 wrong: list[str] = []
@@ -94,7 +100,7 @@ def median(call: Callable[[int], object], calls: int = 10, rounds: int = 5) -> f
     return statistics.median(times)
 
 
-def measure(case: Case, name: str) -> dict[str, object]:
+def measure(case: Case, name: str) -> dict[str, Any]:
     dtype, exact = CLASSES[name]
     layer = case.layer
     torch.backends.cudnn.allow_tf32 = not exact
@@ -107,7 +113,7 @@ def measure(case: Case, name: str) -> dict[str, object]:
     ) / math.sqrt(volume)
     bias = torch.randn(layer.out_channels * layer.groups, device="cuda", dtype=dtype)
     geometry = (layer.stride, layer.padding, 0, layer.groups, layer.dilation)
-    result: dict[str, object] = {"case": str(case), "class": name}
+    result: dict[str, Any] = {"case": str(case), "class": name}
     expected = F.conv_transpose3d(inputs[0].double(), weight.double(), bias.double(), *geometry)
     for layout in ("contiguous", "channels_last"):
         form = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
@@ -144,9 +150,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--read", type=Path, help="summarise results of the same --count and --seed; measure nothing")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     cases = [draw(rng) for _ in range(arguments.count)]
+    if arguments.read:
+        summarise(cases, json.loads(arguments.read.read_text())["results"])
+        return
     torch.backends.cudnn.benchmark = True
     jobs = [(case, name) for case in cases for name in CLASSES]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -159,14 +169,7 @@ def main() -> None:
             found = {"case": str(case), "class": name, "unsupported": str(reason)}
         results.append(found)
         print(json.dumps(found), flush=True)
-    for name in CLASSES:
-        ratios = [
-            float(str(r[f"eager {layout}"])) / float(str(r[f"fxfuse {layout}"]))
-            for r in results
-            for layout in ("contiguous", "channels_last")
-            if r["class"] == name and "unsupported" not in r
-        ]
-        print(name, "geometric mean", statistics.geometric_mean(ratios), "least", min(ratios))
+    summarise(cases, results)
     if wrong:
         raise SystemExit(f"wrong results: {wrong}")
     if arguments.json:
@@ -178,9 +181,36 @@ def main() -> None:
         arguments.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
 
 
-def compile_ahead(job: tuple[Case, str]) -> None:
-    from fxfuse.kernels.jit import compile_cubin
+def chosen(case: Case, name: str, layout: str) -> bool:
+    """Whether the compiler would run the layer as a kernel, with nothing behind it."""
+    dtype, exact = CLASSES[name]
+    layer = case.layer
+    kind = TensorType(dtype, (case.batch, layer.out_channels * layer.groups, *case.extents))
+    launch = Launch(
+        layer, "x", "w", "b", dtype, dtype, case.extents, "y", kind, dense(kind.shape, layout), ("conv_transpose",)
+    )
+    return slower(launch, specialise(layer, pooled=False, exact=exact), case.batch, case.sizes) is None
 
+
+def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
+    """cuDNN's time over the kernel's, same layout: of all results, and of those that the compiler chooses."""
+    by_name = {str(case): case for case in cases}
+    for name in CLASSES:
+        for only_chosen in (False, True):
+            ratios = [
+                r[f"eager {layout}"] / r[f"fxfuse {layout}"]
+                for r in results
+                if r["class"] == name and "unsupported" not in r
+                for layout in ("contiguous", "channels_last")
+                if not only_chosen or chosen(by_name[r["case"]], name, layout)
+            ]
+            which = "chosen" if only_chosen else "all"
+            print(
+                f"{name} {which}: {len(ratios)}, mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+            )
+
+
+def compile_ahead(job: tuple[Case, str]) -> None:
     case, name = job
     dtype, exact = CLASSES[name]
     for layout in ("contiguous", "channels_last"):

@@ -22,6 +22,9 @@ STAGE_BYTES = 16384
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
 CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
+#: bytes of float32 input per second that are measured and made rows, and seconds that launches take: read off runs
+#: on an H100
+ROWS_RATE, LAUNCHES = 1.2e12, 1.5e-5
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
 #: part of the rows that the tiles of a large input must use
@@ -66,7 +69,8 @@ class Specialisation:
     """What is compiled into a convolution kernel.
 
     ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
-    thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup.
+    thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``: buffers in
+    shared memory, of weights and of x. ``pooled``, ``exact``: see :func:`specialise`.
     """
 
     layer: Layer
@@ -359,7 +363,7 @@ def seconds(
     one = made.rows / 64 * _pass_cycles(made) / CLOCK
     one += _store_seconds(made, tiling.box, (q[0], q[1], q[2]), row, itemsize) / math.prod(tiling.counts)
     read = batch * made.layer.groups * made.layer.in_channels * math.prod(sizes)
-    return waves * one + read * 4 / 1.2e12 + 1.5e-5
+    return waves * one + read * 4 / ROWS_RATE + LAUNCHES
 
 
 def _pass_cycles(made: Specialisation) -> float:

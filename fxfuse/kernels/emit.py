@@ -138,18 +138,11 @@ def _problem(
         "stage_bytes": STAGE_BYTES,
         "passes": len(made.passes),
         "x_buffers": made.x_buffers,
-        "stride_d": layer.stride[0],
-        "stride_h": layer.stride[1],
-        "stride_w": layer.stride[2],
-        "kernel_d": layer.kernel[0],
-        "kernel_h": layer.kernel[1],
-        "kernel_w": layer.kernel[2],
-        "padding_d": layer.padding[0],
-        "padding_h": layer.padding[1],
-        "padding_w": layer.padding[2],
-        "dilation_d": layer.dilation[0],
-        "dilation_h": layer.dilation[1],
-        "dilation_w": layer.dilation[2],
+        **{
+            f"{name}_{dim}": value
+            for name in ("stride", "kernel", "padding", "dilation")
+            for dim, value in zip("dhw", getattr(layer, name), strict=True)
+        },
         "in_channels": layer.in_channels,
         "runs": len(runs),
         "steps": sum(len(p.steps) for p in made.passes),

@@ -112,7 +112,7 @@ def test_a_specialisation_holds_its_limits(layer: Layer, pooled: bool, exact: bo
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
 
 
-@given(layers(most=3), st.tuples(*[st.integers(1, 70)] * 3), st.booleans())
+@given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans())
 def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int], pooled: bool) -> None:
     try:
         made = specialise(layer, pooled=pooled)
