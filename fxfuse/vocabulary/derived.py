@@ -128,3 +128,19 @@ def lay_out(x: Tensor, *, order: tuple[int, ...]) -> Tensor:
     """x, dense, its dims in memory in the given order, the slowest first: the layout that eager mode gives."""
     back = sorted(range(len(order)), key=order.__getitem__)
     return x.permute(order).contiguous().permute(back)
+
+
+@define(Kind.DERIVED, outputs=3)
+def statistics(x: Tensor, *, batch: bool, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and ``1 / sqrt(variance + eps)`` over all spatial dims and a group of channels (dim 1).
+
+    x: (N, C, *spatial). With ``batch`` over all samples, too. Each result is (N, C, 1, ...), or (1, C, 1, ...)
+    with ``batch``, float32 at least: a channel has what its group has. The variance is the biased one.
+    """
+    n, c, *spatial = x.shape
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, groups, -1)
+    dims = (0, 2) if batch else (2,)
+    mean, var = grouped.mean(dims, keepdim=True), grouped.var(dims, correction=0, keepdim=True)
+    shape = (1 if batch else n, c, *(1 for _ in spatial))
+    mean, var, scale = (v.expand(-1, -1, c // groups).reshape(shape) for v in (mean, var, (var + eps).rsqrt()))
+    return mean, var, scale

@@ -1,0 +1,220 @@
+"""Normalisations and means as statistics and pointwise arithmetic: what kernels are made of.
+
+``(x - mean) / sqrt(var + eps) * weight + bias`` needs x twice: for ``statistics``, which the kernel that
+makes x can gather on its way, and for arithmetic that joins the pointwise chain behind it. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fxfuse import vocabulary
+from fxfuse.instr import Instr, Operand, Ref, TensorType
+from fxfuse.program import Program
+
+#: dtypes whose statistics kernels gather
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Callable[[str], bool]) -> Program:
+    """``program`` with the norms and means of ``wanted`` values, as far as they have this form, taken apart.
+
+    ``types``: of every value of the program.
+    """
+    splitter = _Splitter(program, types)
+    for instr in program.body:
+        first = instr.operands[0]
+        split = _SPLIT.get(instr.op)
+        if split is None or not isinstance(first, Ref) or not splitter.fits(first.name, wanted):
+            splitter.body.append(instr)
+        elif not split(splitter, instr, first.name):
+            splitter.body.append(instr)
+    return Program(program.inputs, tuple(splitter.body), program.outputs)
+
+
+class _Splitter:
+    def __init__(self, program: Program, types: Mapping[str, TensorType]) -> None:
+        self.types = types
+        self.taken = {*types}
+        self.body: list[Instr] = []
+        self.centred: dict[str, str] = {}  # value -> what it is less its batch mean
+        self.made: dict[tuple[object, ...], tuple[str, ...]] = {}
+
+    def fits(self, name: str, wanted: Callable[[str], bool]) -> bool:
+        kind = self.types[self.centred.get(name, name)]
+        known = 3 <= len(kind.shape) <= 5 and all(kind.shape)
+        return known and kind.dtype in _DTYPES and wanted(self.centred.get(name, name))
+
+    # --- building -----------------------------------------------------------------------------------
+    def call(self, op: str, *operands: Operand, outs: tuple[str, ...] | None = None, **attributes: Any) -> str:
+        """Add an instruction; the name of its first result."""
+        found = vocabulary.lookup(op)
+        if outs is None:
+            outs = tuple(self._name(f"{op}{len(self.body)}") for _ in range(found.outputs))
+        self.body.append(Instr(outs, op, operands, tuple(found.complete(attributes).items())))
+        return outs[0]
+
+    def _name(self, wanted: str) -> str:
+        while wanted in self.taken:
+            wanted += "_"
+        self.taken.add(wanted)
+        return wanted
+
+    def statistics(self, value: str, *, batch: bool, groups: int, eps: float = 0.0) -> tuple[str, ...]:
+        """Names of the mean, the variance and the scale."""
+        key = value, batch, groups, eps
+        if key not in self.made:
+            self.call("statistics", Ref(value), batch=batch, groups=groups, eps=eps)
+            self.made[key] = self.body[-1].outs
+        return self.made[key]
+
+    def per_channel(self, operand: Operand, value: str) -> Operand:
+        """A vector of channels in the place of ``value``'s channels."""
+        if not isinstance(operand, Ref):
+            return operand
+        spatial = len(self.types[value].shape) - 2
+        return Ref(self.call("reshape", operand, shape=(-1, *(1 for _ in range(spatial)))))
+
+    def affine(self, instr: Instr, value: str, mean: str, scale: str, weight: Operand, bias: Operand) -> None:
+        """``(value - mean) * scale * weight + bias``, as the first result of ``instr``."""
+        steps: list[tuple[str, Operand]] = [("sub", Ref(mean)), ("mul", Ref(scale))]
+        steps += [("mul", weight)] if weight is not None else []
+        steps += [("add", bias)] if bias is not None else []
+        self.finish(value, steps, instr.outs[0])
+
+    def finish(self, value: str, steps: list[tuple[str, Operand]], out: str) -> None:
+        """The steps, in float32 at least, and rounded once."""
+        narrow = self.types[out].dtype is not torch.float32
+        for i, (op, operand) in enumerate(steps):
+            last = i == len(steps) - 1 and not narrow
+            value = self.call(op, Ref(value), operand, outs=(out,) if last else None)
+        if narrow:
+            self.call("cast", Ref(value), outs=(out,), dtype=self.types[out].dtype)
+
+    # --- one operator each; False where it has not this form ----------------------------------------
+    def group_norm(self, instr: Instr, value: str) -> bool:
+        return self._sample_norm(instr, value, dict(instr.attributes)["groups"])
+
+    def instance_norm(self, instr: Instr, value: str) -> bool:
+        return self._sample_norm(instr, value, self._channels(value))
+
+    def _sample_norm(self, instr: Instr, value: str, groups: int) -> bool:
+        mean, _, scale = self.statistics(value, batch=False, groups=groups, eps=dict(instr.attributes)["eps"])
+        weight, bias = (self.per_channel(o, value) for o in instr.operands[1:3])
+        self.affine(instr, value, mean, scale, weight, bias)
+        return True
+
+    def layer_norm(self, instr: Instr, value: str) -> bool:
+        attributes = dict(instr.attributes)
+        if attributes["shape"] != self.types[value].shape[1:]:
+            return False
+        mean, _, scale = self.statistics(value, batch=False, groups=1, eps=attributes["eps"])
+        self.affine(instr, value, mean, scale, *instr.operands[1:3])
+        return True
+
+    def batch_norm(self, instr: Instr, value: str) -> bool:
+        _, mean, var, weight, bias = (self.per_channel(o, value) if i else o for i, o in enumerate(instr.operands))
+        shifted = self.call("add", var, dict(instr.attributes)["eps"])
+        assert isinstance(mean, Ref)
+        self.affine(instr, value, mean.name, self.call("rsqrt", Ref(shifted)), weight, bias)
+        return True
+
+    def batch_norm_batch(self, instr: Instr, value: str) -> bool:
+        return self._batch_norm(instr, value)
+
+    def batch_norm_train(self, instr: Instr, value: str) -> bool:
+        return self._batch_norm(instr, value)
+
+    def _batch_norm(self, instr: Instr, value: str) -> bool:
+        count = self._count(value, batch=True)
+        if count < 2:
+            return False  # torch refuses it
+        eps = dict(instr.attributes)["eps"]
+        mean, var, scale = self.statistics(value, batch=True, groups=self._channels(value), eps=eps)
+        weight, bias = (self.per_channel(o, value) for o in instr.operands[1:3])
+        self.affine(instr, value, mean, scale, weight, bias)
+        if len(instr.outs) > 1:
+            self._vector(mean, 1.0, instr.outs[1])
+            self._vector(var, count / (count - 1), instr.outs[2])
+        return True
+
+    def centre(self, instr: Instr, value: str) -> bool:
+        count = self._count(value, batch=True)
+        if count < 2 or any(self.types[o].dtype is not torch.float32 for o in instr.outs):
+            return False
+        mean, var, _ = self.statistics(value, batch=True, groups=self._channels(value))
+        new, *vectors = instr.outs
+        self.call("sub", Ref(value), Ref(mean), outs=(new,))
+        self.centred[new] = value
+        for source, factor, out in zip((mean, var, var), (1.0, 1.0, count / (count - 1)), vectors, strict=True):
+            self._vector(source, factor, out)
+        return True
+
+    def _vector(self, source: str, factor: float, out: str) -> None:
+        """A statistic of the batch times ``factor`` as ``out``, (C,)."""
+        kind = self.types[out]
+        if factor != 1.0:
+            source = self.call("mul", Ref(source), factor)
+        narrow = kind.dtype is not torch.float32
+        flat = self.call("reshape", Ref(source), shape=kind.shape, outs=None if narrow else (out,))
+        if narrow:
+            self.call("cast", Ref(flat), outs=(out,), dtype=kind.dtype)
+
+    def mean(self, instr: Instr, value: str) -> bool:
+        return self._mean(instr, value, dict(instr.attributes)["dims"], 1.0)
+
+    def sum(self, instr: Instr, value: str) -> bool:
+        dims = dict(instr.attributes)["dims"]
+        shape = self.types[value].shape
+        return self._mean(instr, value, dims, float(math.prod(shape[d] or 0 for d in dims)))
+
+    def adaptive_avg_pool(self, instr: Instr, value: str) -> bool:
+        size, spatial = dict(instr.attributes)["size"], tuple(range(2, len(self.types[value].shape)))
+        return size == (1,) * len(spatial) and self._mean(instr, value, spatial, 1.0)
+
+    def _mean(self, instr: Instr, value: str, dims: tuple[int, ...], factor: float) -> bool:
+        """The mean over all spatial dims, and perhaps over samples, times ``factor``."""
+        kind, (out,) = self.types[value], instr.outs
+        spatial = tuple(range(2, len(kind.shape)))
+        if dims not in (spatial, (0, *spatial)) or self.types[out].dtype is not kind.dtype:
+            return False
+        source, groups = self.centred.get(value, value), self._channels(value)
+        mean = self.statistics(source, batch=dims[0] == 0, groups=groups)[0]
+        steps: list[tuple[str, Operand]] = []
+        if source != value:
+            steps.append(("sub", Ref(self.statistics(source, batch=True, groups=groups)[0])))
+        steps += [("mul", factor)] if factor != 1.0 else []
+        for op, operand in steps:
+            mean = self.call(op, Ref(mean), operand)
+        narrow = kind.dtype is not torch.float32
+        shape = tuple(s or 0 for s in self.types[out].shape)
+        flat = self.call("reshape", Ref(mean), shape=shape, outs=None if narrow else (out,))
+        if narrow:
+            self.call("cast", Ref(flat), outs=(out,), dtype=kind.dtype)
+        return True
+
+    def _channels(self, value: str) -> int:
+        return self.types[value].shape[1] or 0
+
+    def _count(self, value: str, *, batch: bool) -> int:
+        """Elements that a channel's statistics are of."""
+        n, _, *spatial = (s or 0 for s in self.types[value].shape)
+        return math.prod(spatial) * (n if batch else 1)
+
+
+_SPLIT: Mapping[str, Callable[[_Splitter, Instr, str], bool]] = {
+    "group_norm": _Splitter.group_norm,
+    "instance_norm": _Splitter.instance_norm,
+    "layer_norm": _Splitter.layer_norm,
+    "batch_norm": _Splitter.batch_norm,
+    "batch_norm_batch": _Splitter.batch_norm_batch,
+    "batch_norm_train": _Splitter.batch_norm_train,
+    "centre": _Splitter.centre,
+    "mean": _Splitter.mean,
+    "sum": _Splitter.sum,
+    "adaptive_avg_pool": _Splitter.adaptive_avg_pool,
+}

@@ -1,0 +1,125 @@
+"""Norms and means taken apart: the same values as torch's operators, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import program
+
+from fxfuse import vocabulary
+from fxfuse.instr import Ref, TensorType
+from fxfuse.kernels.norms import split_norms
+from fxfuse.program import Program
+
+INPUTS = "x: {0}[3, 6, 4, 5, 2], w: {1}[6], b: {1}[6], m: {1}[6], v: {1}[6], lw: {1}[6, 4, 5, 2]"
+SPLIT = {
+    "group_norm": "y = group_norm(x, w, b, groups=3, eps=1e-3)\ny",
+    "group_norm_plain": "y = group_norm(x, None, None, groups=2, eps=1e-3)\ny",
+    "instance_norm": "y = instance_norm(x, w, b, eps=1e-3)\ny",
+    "layer_norm": "y = layer_norm(x, lw, None, shape=(6, 4, 5, 2), eps=1e-3)\ny",
+    "batch_norm": "y = batch_norm(x, m, v, w, b, eps=1e-3)\ny",
+    "batch_norm_plain": "y = batch_norm(x, m, v, None, None, eps=1e-3)\ny",
+    "batch_norm_batch": "y = batch_norm_batch(x, w, None, eps=1e-3)\ny",
+    "batch_norm_train": "y, a, c = batch_norm_train(x, w, b, eps=1e-3)\ny, a, c",
+    "mean": "y = mean(x, dims=(2, 3, 4), keepdim=False)\ny",
+    "mean_of_all_samples": "y = mean(x, dims=(0, 2, 3, 4), keepdim=True)\ny",
+    "sum": "y = sum(x, dims=(2, 3, 4), keepdim=True)\ny",
+    "adaptive_avg_pool": "y = adaptive_avg_pool(x, size=(1, 1, 1))\ny",
+}
+LEFT = {
+    "another_layer_norm": "y = layer_norm(x, None, None, shape=(2,), eps=1e-3)\ny",
+    "a_partial_mean": "y = mean(x, dims=(2, 3), keepdim=False)\ny",
+    "a_mean_over_channels": "y = mean(x, dims=(1, 2, 3, 4), keepdim=False)\ny",
+    "a_pool": "y = adaptive_avg_pool(x, size=(1, 1, 2))\ny",
+    "softmax": "y = softmax(x, dim=1)\ny",
+}
+
+
+def made(body: str, dtype: str = "f32", parameters: str | None = None) -> Program:
+    return program(INPUTS.format(dtype, parameters or dtype), body)
+
+
+def types_of(original: Program) -> dict[str, TensorType]:
+    tensors = [torch.empty([s or 0 for s in k.shape], dtype=k.dtype) for _, k in original.inputs]
+    values = dict(zip((n for n, _ in original.inputs), tensors, strict=True))
+    for instr in original.body:
+        results = vocabulary.lookup(instr.op)(
+            *(values[o.name] if isinstance(o, Ref) else o for o in instr.operands), **dict(instr.attributes)
+        )
+        results = results if isinstance(results, tuple) else (results,)
+        values.update(zip(instr.outs, results, strict=True))
+    return {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
+
+
+def split(original: Program) -> Program:
+    found = split_norms(original, types_of(original), lambda name: name == "x")
+    found.verify()
+    return found
+
+
+def inputs(original: Program, offset: float = 0.0) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = [torch.rand([s or 0 for s in k.shape]) + 0.5 for _, k in original.inputs]
+    tensors[0] = torch.randn(tensors[0].shape) + offset
+    return [t.to(k.dtype) for t, (_, k) in zip(tensors, original.inputs, strict=True)]
+
+
+@pytest.mark.parametrize(("dtype", "parameters"), [("f32", "f32"), ("f16", "f16"), ("bf16", "bf16"), ("f16", "f32")])
+@pytest.mark.parametrize("name", SPLIT)
+def test_values_are_torchs(name: str, dtype: str, parameters: str) -> None:
+    original = made(SPLIT[name], dtype, parameters)
+    tensors = inputs(original)
+    try:
+        expected = original.run(tensors)
+    except RuntimeError:
+        pytest.skip("torch has no such kernel on a CPU")
+    after = split(original)
+    assert not {"group_norm", "instance_norm", "layer_norm", "mean", "sum"} & {i.op for i in after.body}
+    found = after.run(tensors)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and a.dtype is b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance[a.dtype], atol=tolerance[a.dtype])
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_has_another_form_is_left_alone(name: str) -> None:
+    original = made(LEFT[name])
+    assert split(original) == original
+
+
+def test_only_wanted_values() -> None:
+    original = made(SPLIT["group_norm"])
+    assert split_norms(original, types_of(original), lambda name: name == "z") == original
+
+
+def test_the_mean_of_what_is_centred_needs_no_centred_values() -> None:
+    original = made("c, a, s, u = centre(x)\ny = mean(c, dims=(2, 3, 4), keepdim=True)\ny, a, s, u")
+    after = split(original)
+    tensors = inputs(original, offset=3.0)
+    for a, b in zip(after.run(tensors), original.run(tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    readers = [i.op for i in after.body if "x" in i.reads()]
+    assert readers == ["statistics", "sub", "statistics"]
+    assert not [i for i in after.body if "c" in i.reads()]  # what nobody reads is dropped by the schedule
+
+
+def test_statistics_of_one_value_are_made_once() -> None:
+    original = made("y = instance_norm(x, w, b, eps=1e-3)\nz = instance_norm(x, None, None, eps=1e-3)\ny, z")
+    assert [i.op for i in split(original).body].count("statistics") == 1
+
+
+def test_an_infinite_mean_stays_infinite() -> None:
+    original = made(SPLIT["mean"])
+    tensors = inputs(original)
+    tensors[0][1, 2, 0, 0, 0] = torch.inf
+    (found,) = split(original).run(tensors)
+    assert found[1, 2] == torch.inf and found.isinf().sum() == 1
+
+
+def test_one_value_per_channel_is_left_to_torch() -> None:
+    original = program(
+        "x: f32[1, 6, 1, 1, 1], w: f32[6], b: f32[6]", "y, m, v = batch_norm_train(x, w, b, eps=1e-3)\ny"
+    )
+    types = {n: TensorType(torch.float32, (1, 6, 1, 1, 1)) for n in "xy"}
+    assert split_norms(original, types, lambda _: True) == original
