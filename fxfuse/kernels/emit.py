@@ -21,18 +21,24 @@ class Epilogue:
 
     ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes.
     ``before`` and ``after``: names of expression structs in ``code`` ("fxfuse::Identity" for none).
+    ``gathers``: partial statistics of the stored values; ``keeps``: the values.
     """
 
     combine: str = ""
     before: str = "fxfuse::Identity"
     after: str = "fxfuse::Identity"
     code: str = ""
+    gathers: bool = False
+    keeps: bool = True
 
 
 def emit(
     made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, *, channels_last: bool, staged: bool
 ) -> str:
-    """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
+    """The source of all kernels of a layer: deterministic, a function of what is compiled in alone.
+
+    ``staged``: stores go through shared memory.
+    """
     operand = OPERANDS[dtype]
     scaled = "true" if dtype == "f32" else "false"
     runs = _runs(made)
@@ -46,7 +52,7 @@ def emit(
         *(_wgmma(count * made.columns, operand) for count in sorted({c for _, c in runs})),
         _tables(made),
         _problem(made, runs, dtype, output, epilogue, channels_last, staged),
-        _entries(dtype, operand, bias, scaled),
+        _entries(dtype, operand, output, bias, scaled, epilogue.gathers),
     ])  # fmt: skip
 
 
@@ -121,10 +127,10 @@ def _problem(
     if epilogue.combine:
         bare = str(epilogue.before == "fxfuse::Identity").lower()
         kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {epilogue.before}, {epilogue.after}>"
-        direct = f"fxfuse::direct_pool<Problem, {TYPES[dtype]}, fxfuse::{epilogue.combine}>"
+        direct = f"fxfuse::DirectPool<Problem, {TYPES[dtype]}, fxfuse::{epilogue.combine}>"
     else:
         bare, kind = "false", f"fxfuse::Store<Problem, {out}, {epilogue.before}>"
-        direct = f"fxfuse::direct_store<Problem, {TYPES[dtype]}>"
+        direct = f"fxfuse::DirectStore<Problem, {TYPES[dtype]}>"
     instructions = "\n".join(
         f"    {'else ' if i else ''}if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
         for i, c in enumerate(sorted({c for _, c in runs}))
@@ -154,6 +160,7 @@ def _problem(
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(channels_last).lower()}, staged = {str(staged).lower()};
   static constexpr bool exact = {str(made.exact).lower()};
+  static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   using Place = fxfuse::Place<Problem>;
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
@@ -175,10 +182,7 @@ def _problem(
     return values[r];
   }}
 }};
-static FXFUSE_INLINE void run_direct(const {TYPES[dtype]}* x, const {TYPES[dtype]}* w, fxfuse::DirectGeometry d,
-                                     fxfuse::Geometry g, const Problem::Epilogue::Arguments& a) {{
-  {direct}(x, w, d, g, a);
-}}"""
+using Direct = {direct};"""
 
 
 def _pair(made: Specialisation) -> int:
@@ -191,7 +195,7 @@ def _pair(made: Specialisation) -> int:
     return found.pop() if found in ({1}, {-1}) else 0
 
 
-def _entries(dtype: str, operand: str, bias: str, scaled: str) -> str:
+def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, gathers: bool) -> str:
     t, half = TYPES[dtype], TYPES[operand]
     return f"""
 extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
@@ -223,6 +227,15 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  run_direct(x, w, d, g, arguments);
+  fxfuse::direct_elements<Direct>(x, w, d, g, arguments);
+}}
+""" + (_MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "")
+
+
+_MERGE = """
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads)
+merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
+      const __grid_constant__ Problem::Epilogue::Arguments arguments, fxfuse::Moments* moments) {{
+  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, moments);
 }}
 """

@@ -1,8 +1,9 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
-A call queues up to four kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
-packed weights), `convolution`, and `direct` for samples that `measure` and `prepare` marked. What depends on
-shapes alone is computed once, in a :class:`_Call`; a call fills in the pointers.
+A call queues up to five kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
+packed weights), `convolution`, `direct` for samples that `measure` and `prepare` marked, and `merge` where
+statistics of the output are wanted. What depends on shapes alone is computed once, in a :class:`_Call`; a call
+fills in the pointers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Launch, Module, rows_map
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
+#: threads of `merge`, and the channels that a block of it takes
+MERGE_BLOCK, MERGED = 512, 32
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies
 THREADS = 128 * (CONSUMERS + 1)
@@ -72,7 +75,13 @@ class _Direct(ctypes.Structure):
 
 
 class _Destination(ctypes.Structure):
-    _fields_ = [("out", _L), ("stride", _Strides), ("bias", _L), ("sample_scale", _L), ("channel_scale", _L)]
+    _fields_ = [
+        ("out", _L),
+        ("stride", _Strides),
+        *((n, _L) for n in ("bias", "sample_scale", "channel_scale", "parts", "counts")),
+        ("slots", _I),
+        ("all_channels", _I),
+    ]
 
 
 #: the end of a pool's arguments: extents of the result, and the factor of a sum
@@ -127,12 +136,14 @@ class Convolution:
         before: bytes = b"",
         after: bytes = b"",
         factor: float = 1.0,
+        moments: Tensor | None = None,
     ) -> None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``: the operands
-        of the epilogue's expressions, packed. Everything is queued on the current stream. Raises Unsupported
-        before anything is queued where sizes exceed what the kernels count.
+        of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
+        statistics; where it does not keep the values, ``out`` is a meta tensor. Everything is queued on the
+        current stream. Raises Unsupported before anything is queued where sizes exceed what the kernels count.
         """
         if out.numel() == 0:
             return
@@ -148,7 +159,7 @@ class Convolution:
             if len(self._calls) > 256:
                 self._calls.clear()
             call = self._calls[key] = _Call(self, x, extents, out, bias is not None, len(before), len(after), factor)
-        call.run(x, weight, bias, out, before, after)
+        call.run(x, weight, bias, out, before, after, moments)
 
 
 class _Call:
@@ -179,7 +190,10 @@ class _Call:
         extents_q = out.shape[2:] if pooled else [-(-o // s) for o, s in zip(extents, shape.stride, strict=True)]
         tiling = tile(made, tuple(extents_q), row, out.element_size())
         staged = bool(row) and not pooled and shape.stride[2] == 2 and row * out.element_size() % 32 != 0
-        module = _module(layer.source(staged), x.device.index)
+        epilogue = layer.epilogue
+        self.keeps, self.gathers = epilogue.keeps, epilogue.gathers
+        names = (*KERNELS, "merge") if self.gathers else KERNELS
+        module = _module(layer.source(staged), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
         width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)
@@ -188,7 +202,9 @@ class _Call:
         self.rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
         self.x_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
         parts = 32 * max(1, min(8, math.prod(x.shape[1:]) // 2**16, -(-64 // n)))
-        counts = [n * parts, n * parts, n, n, couts, couts, couts, couts]
+        self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS * 4
+        slots = n * self.slots if self.gathers else 0
+        counts = [n * parts, n * parts, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
         rows_bytes = 0 if self.in_place else n * positions * width * 2
         sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
         self.offsets = [0, sections[0]]
@@ -246,8 +262,24 @@ class _Call:
             module.kernels["direct"], processors * 8, BLOCK,
             [self.x, self.w, self.direct_geometry, geometry, self.arguments],
         )  # fmt: skip
+        if self.gathers:
+            self.destination.slots, self.destination.all_channels = self.slots, couts
+            self.moments = _L()
+            self.merge = Launch(
+                module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK,
+                [self.x, self.w, self.direct_geometry, geometry, self.arguments, self.moments],
+            )  # fmt: skip
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, before: bytes, after: bytes) -> None:
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        before: bytes,
+        after: bytes,
+        moments: Tensor | None,
+    ) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
         base = workspace.data_ptr()
@@ -257,9 +289,10 @@ class _Call:
         self.rows.value, self.packed.value = rows, packed
         samples, channels, to = self.samples, self.channels, self.destination
         samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
-        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:]
+        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
         self.scale.value = channels.scale
-        to.out = out.data_ptr()
+        to.out = out.data_ptr() if self.keeps else 0
+        to.parts, to.counts = state[8:]
         to.bias = channels.bias if self.bias else 0
         if self.scaled:
             to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
@@ -274,14 +307,18 @@ class _Call:
             self.measure(stream)
         self.prepare(stream)
         self.convolution(stream)
-        if self.scaled:
+        if self.scaled and self.keeps:
             self.direct(stream)
+        if self.gathers:
+            assert moments is not None
+            self.moments.value = moments.data_ptr()
+            self.merge(stream)
 
 
 @functools.lru_cache(maxsize=1024)
-def _module(source: str, device: int) -> Module:
+def _module(source: str, names: tuple[str, ...], device: int) -> Module:
     with torch.cuda.device(device):
-        return Module(compile_cubin(source).code, KERNELS)
+        return Module(compile_cubin(source).code, names)
 
 
 @functools.cache

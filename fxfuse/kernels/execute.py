@@ -1,4 +1,4 @@
-"""Run a region by its schedule on a Hopper GPU: decide, compile and load once per shapes, then launch.
+"""Run a region by its schedule on a CUDA GPU: decide, compile and load once per shapes, then launch.
 
 Whatever cannot be prepared runs through torch's operators; a failure to prepare is logged once.
 """
@@ -9,8 +9,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,8 +20,10 @@ from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported, tile
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.expression import HEADER, Expression
+from fxfuse.kernels.expression import HEADER
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
+from fxfuse.kernels.tail import Torch
+from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -34,11 +35,13 @@ MOST_PREPARED = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A schedule with its compiled kernel, for inputs of certain shapes and strides on one device."""
+    """A schedule with its compiled kernels, for inputs of certain shapes and strides on one device."""
 
     names: tuple[str, ...]
+    outputs: tuple[str, ...]
     schedule: Schedule
-    convolution: Convolution
+    convolution: Convolution | None
+    steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
     device: torch.device
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -49,29 +52,40 @@ class Prepared:
         return self._run(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        made, kernel = self.schedule, self.schedule.kernel
         values = dict(zip(self.names, inputs, strict=True))
-        if made.first.body:
-            results = made.first.run(_gather(made.first, values), reuse=True)
-            values.update(zip(made.first.outputs, results, strict=True))
+        if self.convolution is not None:
+            self._convolve(self.convolution, values)
+        for step, dead in self.steps:
+            step(values)
+            for name in dead:
+                values.pop(name, None)
+        return [values[name] for name in self.outputs]
+
+    def _convolve(self, convolution: Convolution, values: dict[str, Tensor]) -> None:
+        first, kernel = self.schedule.first, self.schedule.kernel
+        assert kernel is not None
+        if first.body:
+            results = first.run([values[name] for name, _ in first.inputs], reuse=True)
+            values.update(zip(first.outputs, results, strict=True))
         sizes = [s or 0 for s in kernel.kind.shape]
-        out = torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=self.device)
-        self.convolution.run(
+        device = self.device if kernel.keeps else torch.device("meta")
+        out = torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=device)
+        moments = moments_of(kernel.kind, self.device) if kernel.gathers else None
+        convolution.run(
             _three_dims(values[kernel.x]),
             _three_dims(values[kernel.weight]),
             None if kernel.bias is None else values[kernel.bias].contiguous(),
             kernel.extents,
             _three_dims(out),
-            before=_pack(kernel.before, values),
-            after=_pack(kernel.after, values),
+            before=pack(kernel.before, values),
+            after=pack(kernel.after, values),
             factor=kernel.factor,
+            moments=moments,
         )
-        values[kernel.stored] = out
-        return made.rest.run(_gather(made.rest, values), reuse=True)
-
-
-def _gather(program: Program, values: Mapping[str, Tensor]) -> list[Tensor]:
-    return [values[name] for name, _ in program.inputs]
+        if kernel.keeps:
+            values[kernel.stored] = out
+        if moments is not None:
+            values[moments_name(kernel.stored)] = moments
 
 
 def _three_dims(x: Tensor) -> Tensor:
@@ -79,20 +93,6 @@ def _three_dims(x: Tensor) -> Tensor:
     while x.dim() < 5:
         x = x.unsqueeze(2)
     return x
-
-
-def _pack(expression: Expression | None, values: Mapping[str, Tensor]) -> bytes:
-    """The fields of an expression's struct, 8 bytes each."""
-    if expression is None or not expression.fields:
-        return b""
-    fields = []
-    for field in expression.fields:
-        tensor = values[field.value]
-        if field.axis is None:
-            fields.append(tensor.data_ptr())
-        else:
-            fields.append(0 if tensor.shape[field.axis] == 1 else tensor.stride(field.axis))
-    return struct.pack(f"<{len(fields)}q", *fields)
 
 
 def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
@@ -103,7 +103,9 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
     names = {"before": kernel.before, "after": kernel.after}
     code = "\n".join([f'#include "{HEADER}"', *(e.code for e in names.values() if e is not None)])
     given = {k: e.name for k, e in names.items() if e is not None}
-    epilogue = Epilogue(combine=kernel.combine, code=code if given else "", **given)
+    epilogue = Epilogue(
+        combine=kernel.combine, code=code if given else "", gathers=kernel.gathers, keeps=kernel.keeps, **given
+    )
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
     made = Convolution.of(
         kernel.layer, *dtypes, epilogue, layout=kernel.layout, exact=exact and kernel.dtype is torch.float32
@@ -117,25 +119,47 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
 
 
 def describe(region: Region) -> str:
-    """What a kernel takes of a region on a Hopper GPU, or why there is none: a line for a report."""
+    """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
     try:
         inputs = examples(region.rewritten)
-        made = schedule(region.rewritten, inputs)
-        convolution = convolution_of(made.kernel, exact=region.precision == "ieee")
-        reason = slower(made.kernel, convolution.made, *_input_sizes(region, made, inputs))
-    except (Unscheduled, Unsupported) as refusal:
-        return f"torch's operators: {refusal}"
-    return str(made) if reason is None else f"torch's operators: {reason}"
+        made, _, refusal = decide(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True)
+    except Unscheduled as refused:
+        return f"torch's operators: {refused}"
+    return str(made) if refusal is None else f"{made} ({refusal})"
 
 
-def _input_sizes(region: Region, made: Schedule, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
-    """Samples and sizes of the convolution's input, where the region is given it; else what its output tells."""
-    kernel, layer = made.kernel, made.kernel.layer
-    shapes = {name: t.shape for (name, _), t in zip(region.rewritten.inputs, inputs, strict=True)}
+def decide(
+    program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool
+) -> tuple[Schedule, Convolution | None, str | None]:
+    """A schedule, the kernel of its convolution, and why there is none. Unscheduled where torch shall run it all.
+
+    ``hopper``: the device has the matrix instructions that the convolution needs.
+    """
+    refusal = "the convolution's kernel needs a Hopper GPU"
+    if hopper:
+        try:
+            made = schedule(program, inputs)
+            assert made.kernel is not None
+            convolution = convolution_of(made.kernel, exact=exact)
+            reason = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
+            if reason is None:
+                return made, convolution, None
+            refusal = reason
+        except (Unscheduled, Unsupported) as refused:
+            refusal = str(refused)
+    made = schedule(program, inputs, anchored=False)
+    if all(isinstance(s, Torch) for s in made.steps):
+        raise Unscheduled(refusal)
+    return made, None, refusal
+
+
+def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
+    """Samples and sizes of the convolution's input, where the program is given it; else what its output tells."""
+    shapes = {name: t.shape for (name, _), t in zip(program.inputs, inputs, strict=True)}
     shape = shapes.get(kernel.x)
     if shape is None:  # it is computed in front of the kernel, and is as large as its outputs ask for
         batch = kernel.kind.shape[0] or 0
-        d, h, w = (max(1, e // s) for e, s in zip(kernel.extents, layer.stride, strict=True))
+        d, h, w = (max(1, e // s) for e, s in zip(kernel.extents, kernel.layer.stride, strict=True))
         return batch, (d, h, w)
     d, h, w = (1, 1, 1, *shape[2:])[-3:]
     return shape[0], (d, h, w)
@@ -183,13 +207,18 @@ def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
     device = inputs[0].device
     if any(t.device != device for t in inputs):
         raise Unscheduled("the inputs are on several devices")
-    made = schedule(region.rewritten, inputs)
-    convolution = convolution_of(made.kernel, exact=not _tf32(region))
-    reason = slower(made.kernel, convolution.made, *_input_sizes(region, made, inputs))
-    if reason is not None:
-        raise Unscheduled(reason)
+    program = region.rewritten
+    made, convolution, _ = decide(program, inputs, exact=not _tf32(region), hopper=_hopper(device.index))
     log.debug("%s", made)
-    return Prepared(tuple(n for n, _ in region.rewritten.inputs), made, convolution, device)
+    last: dict[str, int] = {}
+    for i, step in enumerate(made.steps):
+        last.update(dict.fromkeys((*step.reads, *step.makes), i))
+    with torch.cuda.device(device):
+        steps = tuple(
+            (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
+            for i, step in enumerate(made.steps)
+        )
+    return Prepared(tuple(n for n, _ in program.inputs), program.outputs, made, convolution, steps, device)
 
 
 @cache
@@ -199,13 +228,18 @@ def _warn(message: str) -> None:
 
 @cache
 def _usable(device: int) -> bool:
-    """Whether a device is of the Hopper generation, and what compiles and launches is installed."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+    """Whether kernels are compiled for a device (Ampere and later), and what compiles and launches is installed."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         return all(importlib.util.find_spec(f"cuda.bindings.{name}") is not None for name in ("driver", "nvrtc"))
     except ImportError:
         return False
+
+
+@cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _tf32(region: Region) -> bool:

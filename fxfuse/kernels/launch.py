@@ -66,18 +66,19 @@ class Launch:
     ``arguments``: ctypes values, which the launch reads where they lie. Not for several threads at a time.
     """
 
-    def __init__(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
+    def __init__(
+        self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, arguments: Sequence[Any], shared: int = 0
+    ) -> None:
         kernel.allow_shared(shared)
         self._arguments = list(arguments)
         self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         self._address = ctypes.addressof(self._pointers)
-        self._function, self._grid, self._block, self._shared = kernel.function, grid, block, shared
+        self._grid = (grid, 1, 1) if isinstance(grid, int) else grid
+        self._function, self._block, self._shared = kernel.function, block, shared
         self._launch = _driver().cuLaunchKernel
 
     def __call__(self, stream: int) -> None:
-        (status,) = self._launch(
-            self._function, self._grid, 1, 1, self._block, 1, 1, self._shared, stream, self._address, 0
-        )
+        (status,) = self._launch(self._function, *self._grid, self._block, 1, 1, self._shared, stream, self._address, 0)
         if status:
             _checked("cuLaunchKernel", (status,))
 

@@ -27,11 +27,9 @@ def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Calla
     """
     splitter = _Splitter(program, types)
     for instr in program.body:
-        first = instr.operands[0]
-        split = _SPLIT.get(instr.op)
-        if split is None or not isinstance(first, Ref) or not splitter.fits(first.name, wanted):
-            splitter.body.append(instr)
-        elif not split(splitter, instr, first.name):
+        first, split = instr.operands[0], _SPLIT.get(instr.op)
+        fits = split is not None and isinstance(first, Ref) and splitter.fits(first.name, wanted)
+        if not fits or not split(splitter, instr, first.name):  # type: ignore[misc, union-attr]
             splitter.body.append(instr)
     return Program(program.inputs, tuple(splitter.body), program.outputs)
 

@@ -1,16 +1,17 @@
-"""A rewritten chain cut in three: what torch runs first, one convolution kernel, what torch runs behind it.
+"""A rewritten chain cut in three: what torch runs first, one convolution kernel, the steps behind it.
 
 The kernel takes the transposed convolution, the pointwise chain behind it, and a pool where that is
 made of whole residue classes: a window and a step that are multiples of the convolution's stride. It
-then stores one value per position q instead of ``stride`` per dim. Pure: sizes and strides in, a
-printable :class:`Schedule` out, or :class:`Unscheduled` with the reason.
+then stores one value per position q instead of ``stride`` per dim. Where a normalisation follows, it
+gathers the statistics of what it stores. Pure: sizes and strides in, a printable :class:`Schedule` out,
+or :class:`Unscheduled` with the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.kernels.chains import STORED, Chain, Values, dense, layout_of, live
 from fxfuse.kernels.convolution import Layer
-from fxfuse.kernels.expression import Expression, NotEmittable, emit_expression
+from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.norms import split_norms
+from fxfuse.kernels.tail import LEAST_ELEMENTS, Gather, Step, plan
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
-from fxfuse.vocabulary import Kind
 
-#: dtypes that a kernel reads and stores
-STORED = (torch.float32, torch.float16, torch.bfloat16)
 #: elements of one sample: positions in it are 32-bit numbers; samples: a dimension of a grid
 MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 
@@ -42,7 +43,8 @@ class Launch:
     ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
     value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
     makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
-    expressions in front of that and behind it. ``stages`` are for a person to read.
+    expressions in front of that and behind it. ``stages`` are for a person to read. ``gathers``: it makes
+    partial statistics of the value; ``keeps``: and stores it.
     """
 
     layer: Layer
@@ -60,6 +62,8 @@ class Launch:
     factor: float = 1.0
     before: Expression | None = None
     after: Expression | None = None
+    gathers: bool = False
+    keeps: bool = True
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -74,21 +78,23 @@ class Launch:
         return layout_of(self.kind.shape, self.strides) or ""
 
     def __str__(self) -> str:
-        return f"{' > '.join(self.stages)} -> {self.kind}"
+        made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
+        return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """``first`` by torch, then ``kernel``, then ``rest`` by torch, whose outputs are the chain's."""
+    """``first`` by torch, then ``kernel``, if there is one, then ``rest``, cut into ``steps``: the chain's outputs."""
 
     first: Program
-    kernel: Launch
+    kernel: Launch | None
     rest: Program
+    steps: tuple[Step, ...]
 
     def __str__(self) -> str:
         first = [f"first {', '.join(i.op for i in self.first.body)}"] if self.first.body else []
-        rest = [f"then {' > '.join(i.op for i in self.rest.body)}"] if self.rest.body else []
-        return "; ".join([*first, f"one kernel: {self.kernel}", *rest])
+        kernel = [f"one kernel: {self.kernel}"] if self.kernel is not None else []
+        return "; ".join([*first, *kernel, *(f"then {s}" for s in self.steps)])
 
 
 def examples(program: Program) -> list[Tensor]:
@@ -99,17 +105,50 @@ def examples(program: Program) -> list[Tensor]:
         return [torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for _, kind in program.inputs]
 
 
-def schedule(program: Program, inputs: Sequence[Tensor]) -> Schedule:
-    """Cut ``program`` for inputs of these sizes, dtypes, strides and devices: no element of them is read."""
+def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = True) -> Schedule:
+    """Cut ``program`` for inputs of these sizes, dtypes, strides and devices: no element of them is read.
+
+    ``anchored``: a kernel makes the convolution; else torch does, and only the steps behind it are cut.
+    """
     mode = FakeTensorMode()
-    values = _observe(program, inputs, mode)
+    observed = _observe(program, inputs, mode)
+    program, values = _split(program, observed, inputs, mode)
+    if not anchored:
+        nothing = Program((), (), ())
+        return Schedule(nothing, None, program, plan(program, values))
     made = _Cutter(program, values).schedule()
+    assert made.kernel is not None
     values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
     again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
-    for before, after in zip(program.outputs, made.rest.outputs, strict=True):
-        if _form(values[before]) != _form(again[after]):
-            raise Unscheduled(f"{before} would come out in another layout than from torch's operators")
-    return made
+    for name in program.outputs:
+        if _form(observed[name]) != _form(again[name]):
+            raise Unscheduled(f"{name} would come out in another layout than from torch's operators")
+    gathers = any(i.op == "statistics" and made.kernel.stored in i.reads() for i in made.rest.body)
+    steps = plan(made.rest, {**values, **again}, made.kernel.stored if gathers else None)
+    keeps = made.kernel.stored in program.outputs or any(
+        made.kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
+    )
+    gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
+    return dataclasses.replace(made, kernel=dataclasses.replace(made.kernel, gathers=gathers, keeps=keeps), steps=steps)
+
+
+def _split(
+    program: Program, values: dict[str, Tensor], inputs: Sequence[Tensor], mode: FakeTensorMode
+) -> tuple[Program, dict[str, Tensor]]:
+    """Norms of large values taken apart, if nothing comes out in another layout for it."""
+    types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
+
+    def wanted(name: str) -> bool:
+        value = values[name]
+        return value.numel() >= LEAST_ELEMENTS and layout_of(value.shape, value.stride()) is not None
+
+    found = split_norms(program, types, wanted)
+    if found == program:
+        return program, values
+    again = _observe(found, inputs, mode)
+    if any(_form(values[name]) != _form(again[name]) for name in program.outputs):
+        return program, values
+    return found, again
 
 
 def _observe(program: Program, inputs: Sequence[Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
@@ -140,43 +179,11 @@ def _form(value: Tensor) -> tuple[object, ...]:
     return value.dtype, tuple(value.shape), value.stride()
 
 
-def dense(shape: Sequence[int | None], layout: str) -> tuple[int, ...]:
-    """The strides of a dense tensor (N, C, *spatial): "contiguous", or "channels_last" with C the fastest dim."""
-    sizes = [s or 0 for s in shape]
-    order = list(range(len(sizes))) if layout == "contiguous" else [0, *range(2, len(sizes)), 1]
-    strides, step = [0] * len(sizes), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= max(sizes[dim], 1)
-    return tuple(strides)
-
-
-def layout_of(shape: Sequence[int | None], strides: Sequence[int]) -> str | None:
-    """The memory format of a tensor (N, C, *spatial), "contiguous" or "channels_last"; None for any other."""
-    for layout in ("contiguous", "channels_last"):
-        if all(s == 1 or a == b for s, a, b in zip(shape, strides, dense(shape, layout), strict=True)):
-            return layout
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chain:
-    """Pointwise instructions that lead to ``result``."""
-
-    result: str
-    body: tuple[Instr, ...] = ()
-    expression: Expression | None = None
-
-
 class _Cutter:
-    def __init__(self, program: Program, values: dict[str, Tensor]) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
         self.program = program
-        self.types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
-        self.strides = {name: t.stride() for name, t in values.items()}
-        self.readers: dict[str, list[Instr]] = {name: [] for name in values}
-        for instr in program.body:
-            for name in set(instr.reads()):
-                self.readers[name].append(instr)
+        self.values = Values(program, values)
+        self.types, self.strides = self.values.types, self.values.strides
         anchors = [i for i in program.body if i.op == "conv_transpose"]
         if len(anchors) != 1:
             raise Unscheduled(
@@ -191,21 +198,21 @@ class _Cutter:
     def schedule(self) -> Schedule:
         layer, extents = self._layer()
         value = self.anchor.outs[0]
-        chain = self._longest(value, "Before")
+        chain = self.values.longest(value, "Before", self.late)
         taken = [self.anchor, *chain.body]
         stages = [i.op for i in taken]
         pool, found = self._pool(chain.result, layer)
-        after = _Chain(chain.result)
+        after = Chain(chain.result)
         behind: dict[str, Instr] = {}  # what takes the place of the pool
         if pool is not None and found is not None:
             stages.append(f"{pool.op} {'x'.join(map(str, found.window))}")
             taken.append(pool)
             if found.rest is None:
-                after = self._longest(pool.outs[0], "After")
+                after = self.values.longest(pool.outs[0], "After", self.late)
                 taken += after.body
                 stages += [i.op for i in after.body]
             else:
-                after = _Chain(self._name(f"{pool.outs[0]}_combined"))
+                after = Chain(self._name(f"{pool.outs[0]}_combined"))
                 behind[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
                 self._add(after.result, chain.result, found.sizes)
         kernel = Launch(
@@ -225,7 +232,7 @@ class _Cutter:
             before=chain.expression,
             after=after.expression,
         )
-        if not self._storable(kernel.stored):
+        if not self.values.storable(kernel.stored):
             raise Unscheduled(f"{kernel.stored}: no kernel stores {kernel.kind} with the strides {kernel.strides}")
         return self._split(kernel, taken, behind)
 
@@ -266,49 +273,11 @@ class _Cutter:
         return dtype
 
     # --- what the kernel takes ----------------------------------------------------------------------
-    def _longest(self, value: str, name: str) -> _Chain:
-        """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use."""
-        reached = {value}
-        behind = []
-        for instr in self.program.body:
-            reads = self.late.intersection(instr.reads())
-            if reads and reads <= reached and self._same_place(instr, value):
-                reached.update(instr.outs)
-                behind.append(instr)
-        for last in reversed(behind):
-            body = _needed(behind, last)
-            if self._escapes(value, body) or not self._storable(last.outs[0]):
-                continue
-            try:
-                made = emit_expression(name, body, value=value, result=last.outs[0], types=self.types)
-            except NotEmittable:
-                continue
-            return _Chain(last.outs[0], tuple(body), made)
-        return _Chain(value)
-
-    def _same_place(self, instr: Instr, value: str) -> bool:
-        pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE
-        return pointwise and self.types[instr.outs[0]].shape == self.types[value].shape
-
-    def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
-        """Whether something else reads a value between ``value`` and the result of ``body``'s last instruction."""
-        between = [value, *(i.outs[0] for i in body[:-1])]
-        return any(name in self.program.outputs or not self._only(self.readers[name], body) for name in between)
-
-    @staticmethod
-    def _only(readers: Sequence[Instr], body: Sequence[Instr]) -> bool:
-        return all(any(r is i for i in body) for r in readers)
-
-    def _storable(self, name: str) -> bool:
-        kind = self.types[name]
-        return kind.dtype in STORED and layout_of(kind.shape, self.strides[name]) is not None
-
     def _pool(self, value: str, layer: Layer) -> tuple[Instr | None, Pooling | None]:
         """The pool that alone reads ``value``, and how residue classes make it; None where they do not."""
-        readers = self.readers[value]
-        if value in self.program.outputs or len(readers) != 1 or vocabulary.lookup(readers[0].op).kind is not Kind.POOL:
+        pool = self.values.pool_behind(value)
+        if pool is None:
             return None, None
-        pool = readers[0]
         spatial = len(self.types[value].shape) - 2
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))
         return pool, pooling(pool, layer.stride[3 - spatial :], sizes, made)  # type: ignore[arg-type]
@@ -327,35 +296,23 @@ class _Cutter:
 
     # --- the three programs -------------------------------------------------------------------------
     def _split(self, kernel: Launch, taken: Sequence[Instr], behind: dict[str, Instr]) -> Schedule:
-        body = [i for i in self.program.body if i not in taken or i.outs[0] in behind]
+        small = {i.outs[0] for i in taken if i.outs[0] not in self.late}  # others may need them, too
+        body = [i for i in self.program.body if i not in taken or i.outs[0] in behind or i.outs[0] in small]
         needed, first = set(kernel.reads), []
         for instr in reversed(body):
             if not needed.isdisjoint(instr.outs) and self.late.isdisjoint(instr.outs):
                 needed.update(instr.reads())
                 first.append(instr)
         first.reverse()
-        rest = [behind.get(i.outs[0], i) for i in body if i not in first]
+        rest = live([behind.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
         wanted = {*kernel.reads, *self.program.outputs, *(n for i in rest for n in i.reads())}
         given = tuple(out for i in first for out in i.outs if out in wanted)
-        return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs))
+        return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs), ())
 
     def _program(self, body: Sequence[Instr], outputs: tuple[str, ...]) -> Program:
         made = {out for i in body for out in i.outs}
         read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
         return Program(tuple((n, self.types[n]) for n in read if n not in made), tuple(body), outputs)
-
-
-def _needed(body: Sequence[Instr], last: Instr) -> list[Instr]:
-    """The instructions of ``body`` that ``last`` needs, itself included, in order."""
-    needed = set(last.outs)
-    return list(_backwards(body, needed))[::-1]
-
-
-def _backwards(body: Sequence[Instr], needed: set[str]) -> Iterator[Instr]:
-    for instr in reversed(body):
-        if not needed.isdisjoint(instr.outs):
-            needed.update(instr.reads())
-            yield instr
 
 
 def _name(instr: Instr, operand: int) -> str:

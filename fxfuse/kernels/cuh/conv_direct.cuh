@@ -42,42 +42,39 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
   return sum;
 }
 
-// Calls f(n, group, column, d, h, w) for the positions of marked samples, w varying fastest.
-template <class F>
-FXFUSE_INLINE void direct_positions(const DirectGeometry& s, const Geometry& g, int depth, int height, int width, F f) {
-  const int64_t positions = (int64_t)depth * height * width * g.out_channels * g.groups;
-  const int64_t step = (int64_t)gridDim.x * blockDim.x;
+// Whether the direct kernel makes sample n; to be asked by all threads of a block at once.
+FXFUSE_INLINE bool some_weight_is_wrong(const DirectGeometry& s) {
   bool wrong = false;
   for (int c = threadIdx.x; c < s.channels; c += blockDim.x) wrong |= s.wrong[c] != 0;
-  wrong = __syncthreads_or(wrong);
-  for (int n = 0; n < s.samples; ++n) {
-    if (!wrong && s.marks[n] <= kFewTiny) continue;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < positions; i += step) {
-      int64_t rest = i / width;
-      const int w = (int)(i - rest * width);
-      const int h = (int)(rest % height);
-      rest /= height;
-      const int d = (int)(rest % depth);
-      const int c = (int)(rest / depth);
-      f(n, c / g.out_channels, c % g.out_channels, d, h, w);
-    }
+  return __syncthreads_or(wrong);
+}
+
+struct Size {
+  int d, h, w;
+};
+
+// One element of what `Store` and `Pool` (conv_epilogue.cuh) store, before it is rounded.
+template <class Problem, class T>
+struct DirectStore {
+  template <class Arguments>
+  static FXFUSE_INLINE Size size(const Geometry& g, const Arguments&) { return {g.out_d, g.out_h, g.out_w}; }
+  template <class Arguments>
+  static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+                                     const Arguments& a, int n, int c, int d, int h, int w_) {
+    const int group = c / g.out_channels, column = c - group * g.out_channels;
+    const float y = direct_value<Problem>(x, w, s, g, n, group, column, d, h, w_) + (a.to.bias ? a.to.bias[c] : 0.f);
+    return a.expression(y, n, c, d, h, w_);
   }
-}
+};
 
-template <class Problem, class T, class Arguments>
-FXFUSE_INLINE void direct_store(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
-  direct_positions(s, g, g.out_d, g.out_h, g.out_w, [&](int n, int group, int column, int od, int oh, int ow) {
-    const int c = group * g.out_channels + column;
-    const float y = direct_value<Problem>(x, w, s, g, n, group, column, od, oh, ow) + (a.to.bias ? a.to.bias[c] : 0.f);
-    auto* out = a.to.out + n * a.to.stride.n + c * a.to.stride.c + od * a.to.stride.d + oh * a.to.stride.h + ow * a.to.stride.w;
-    *out = from_float<typename RemovePointer<decltype(out)>::type>(a.expression(y, n, c, od, oh, ow));
-  });
-}
-
-template <class Problem, class T, class Combine, class Arguments>
-FXFUSE_INLINE void direct_pool(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
-  direct_positions(s, g, a.pooled_d, a.pooled_h, a.pooled_w, [&](int n, int group, int column, int d, int h, int w_) {
-    const int c = group * g.out_channels + column;
+template <class Problem, class T, class Combine>
+struct DirectPool {
+  template <class Arguments>
+  static FXFUSE_INLINE Size size(const Geometry&, const Arguments& a) { return {a.pooled_d, a.pooled_h, a.pooled_w}; }
+  template <class Arguments>
+  static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+                                     const Arguments& a, int n, int c, int d, int h, int w_) {
+    const int group = c / g.out_channels, column = c - group * g.out_channels;
     const float bias = a.to.bias ? a.to.bias[c] : 0.f;
     float best = Combine::zero();
     for (int rd = 0; rd < Problem::stride_d; ++rd)
@@ -88,8 +85,46 @@ FXFUSE_INLINE void direct_pool(const T* x, const T* w, const DirectGeometry& s, 
           const float y = direct_value<Problem>(x, w, s, g, n, group, column, od, oh, ow) + bias;
           best = Combine::combine(best, a.before(y, n, c, od, oh, ow));
         }
-    auto* out = a.to.out + n * a.to.stride.n + c * a.to.stride.c + d * a.to.stride.d + h * a.to.stride.h + w_ * a.to.stride.w;
-    *out = from_float<typename RemovePointer<decltype(out)>::type>(a.after(best * a.factor, n, c, d, h, w_));
+    return a.after(best * a.factor, n, c, d, h, w_);
+  }
+};
+
+// All elements of marked samples, w varying fastest.
+template <class Direct, class T, class Arguments>
+FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
+  const Size size = Direct::size(g, a);
+  const int64_t elements = (int64_t)size.d * size.h * size.w * g.out_channels * g.groups;
+  const int64_t step = (int64_t)gridDim.x * blockDim.x;
+  const bool wrong = some_weight_is_wrong(s);
+  for (int n = 0; n < s.samples; ++n) {
+    if (!wrong && s.marks[n] <= kFewTiny) continue;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += step) {
+      int64_t rest = i / size.w;
+      const int at_w = (int)(i - rest * size.w), at_h = (int)(rest % size.h);
+      rest /= size.h;
+      const int at_d = (int)(rest % size.d), c = (int)(rest / size.d);
+      auto* out = a.to.out + n * a.to.stride.n + c * a.to.stride.c + at_d * a.to.stride.d + at_h * a.to.stride.h +
+                  at_w * a.to.stride.w;
+      *out = from_float<typename RemovePointer<decltype(out)>::type>(
+          Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w));
+    }
+  }
+}
+
+// Merges partial statistics; those of marked samples are made from their elements.
+template <class Direct, class Out, bool scaled, class T, class Arguments>
+FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+                                     const Arguments& a, Moments* moments) {
+  const bool wrong = scaled && some_weight_is_wrong(s);
+  merge_partials(a.to.partials, moments, [&](int n, int c, Running& mine) {
+    if (!scaled || (!wrong && s.marks[n] <= kFewTiny)) return false;
+    const Size size = Direct::size(g, a);
+    for (int64_t i = threadIdx.x; i < (int64_t)size.d * size.h * size.w; i += blockDim.x) {
+      const int64_t rest = i / size.w;
+      const int at_w = (int)(i - rest * size.w), at_h = (int)(rest % size.h), at_d = (int)(rest / size.h);
+      mine.add(to_float(from_float<Out>(Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w))));
+    }
+    return true;
   });
 }
 

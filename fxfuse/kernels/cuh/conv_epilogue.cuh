@@ -1,5 +1,6 @@
 // What becomes of a convolution's accumulators: scaled, biased, sent through an expression, combined, stored.
 #pragma once
+#include "conv_gather.cuh"
 #include "conv_store.cuh"
 
 namespace fxfuse {
@@ -41,8 +42,10 @@ struct Store {
       return y + table.bias[group][column];
     };
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
-    store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(a.to, g, place, o, residue, buffer,
-                                                                                          group, value, a.expression);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, group, pass, Problem::passes, value, a.expression);
+    if constexpr (Problem::keeps)
+      store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
+          a.to, g, place, o, residue, buffer, group, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
 };
@@ -131,7 +134,8 @@ struct Pool {
     };
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
-    store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, group, value, a.after);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, group, 0, 1, value, a.after);
+    if constexpr (Problem::keeps) store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, group, value, a.after);
   }
 };
 

@@ -1,6 +1,7 @@
 // Where a convolution's results lie, and the three ways to store them.
 #pragma once
 #include "conv_wgmma.cuh"
+#include "statistics.cuh"
 
 namespace fxfuse {
 
@@ -47,6 +48,7 @@ struct Destination {
   Out* out;
   Strides stride;
   const float *bias, *sample_scale, *channel_scale;  // one per output channel, sample, output channel
+  Partials partials;
 };
 
 // Scale and bias of a tile's output channels, in shared memory: one copy per warpgroup.

@@ -39,15 +39,16 @@ struct Geometry {
   int weight_bytes;                  // of one group and column tile, packed
 };
 
-// A tile's place: its first position, sample, group, first output channel in the group.
+// A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is.
 struct Tile {
-  int n, group, column, d, h, w;
+  int n, group, column, d, h, w, number;
 };
 
 FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   Tile t;
   t.column = index % g.column_tiles;
   index /= g.column_tiles;
+  t.number = index % (g.tiles_d * g.tiles_h * g.tiles_w);
   t.w = (index % g.tiles_w) * g.tile_w;
   index /= g.tiles_w;
   t.h = (index % g.tiles_h) * g.tile_h;

@@ -1,0 +1,144 @@
+"""Pointwise chains of a program: how far one kernel can go before something else has to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxfuse import vocabulary
+from fxfuse.instr import Instr, TensorType
+from fxfuse.kernels.expression import Expression, NotEmittable, emit_expression
+from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
+
+#: dtypes that a kernel reads and stores
+STORED = (torch.float32, torch.float16, torch.bfloat16)
+#: an operand that is smaller by this factor may be computed again for every element
+SMALL = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Pointwise instructions that lead to ``result``."""
+
+    result: str
+    body: tuple[Instr, ...] = ()
+    expression: Expression | None = None
+
+
+class Values:
+    """What is known of a program's values: types, strides, and who reads them."""
+
+    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
+        self.program = program
+        self.types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
+        self.strides = {name: t.stride() for name, t in values.items()}
+        self.readers: dict[str, list[Instr]] = {name: [] for name in values}
+        for instr in program.body:
+            for name in set(instr.reads()):
+                self.readers[name].append(instr)
+
+    def storable(self, name: str) -> bool:
+        kind = self.types[name]
+        return kind.dtype in STORED and layout_of(kind.shape, self.strides[name]) is not None
+
+    def longest(self, value: str, name: str, missing: Collection[str], *, kept: bool = False) -> Chain:
+        """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use.
+
+        ``missing``: values that are not there when the chain runs, unless it makes them. ``name``: of the
+        expression. ``kept``: ``value`` is in memory, for others to read. Small operands that are pointwise
+        themselves are computed in the chain, too.
+        """
+        reached, small = {value}, set[str]()
+        behind = []
+        for instr in self.program.body:
+            reads = set(instr.reads())
+            if reads & reached:
+                made_here = reads.intersection(missing) <= reached | small and not {*instr.outs}.isdisjoint(missing)
+                if made_here and self._same_place(instr, value):
+                    reached.update(instr.outs)
+                    behind.append(instr)
+            elif reads.intersection(missing) <= small and self._small(instr, value):
+                small.update(instr.outs)
+                behind.append(instr)
+        for last in reversed(behind):
+            if last.outs[0] in small:
+                continue
+            body = needed(behind, last)
+            inside = [i for i in body if i.outs[0] not in small]
+            between = [*([] if kept else [value]), *(i.outs[0] for i in inside[:-1])]
+            if any(self._escapes(v, inside) for v in between) or not self.storable(last.outs[0]):
+                continue
+            try:
+                made = emit_expression(name, body, value=value, result=last.outs[0], types=self.types)
+            except NotEmittable:
+                continue
+            return Chain(last.outs[0], tuple(body), made)
+        return Chain(value)
+
+    def _same_place(self, instr: Instr, value: str) -> bool:
+        pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE
+        return pointwise and self.types[instr.outs[0]].shape == self.types[value].shape
+
+    def _small(self, instr: Instr, value: str) -> bool:
+        size, own = (math.prod(s or 0 for s in self.types[n].shape) for n in (instr.outs[0], value))
+        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * SMALL <= own
+
+    def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
+        """Whether something else than ``body`` reads ``value``."""
+        readers = self.readers[value]
+        return value in self.program.outputs or any(all(r is not i for i in body) for r in readers)
+
+    def pool_behind(self, value: str) -> Instr | None:
+        """The pool that alone reads ``value``."""
+        readers = self.readers[value]
+        if value in self.program.outputs or len(readers) != 1 or vocabulary.lookup(readers[0].op).kind is not Kind.POOL:
+            return None
+        return readers[0]
+
+
+def needed(body: Sequence[Instr], last: Instr) -> list[Instr]:
+    """The instructions of ``body`` that ``last`` needs, itself included, in order."""
+    return list(_backwards(body, set(last.outs)))[::-1]
+
+
+def live(body: Sequence[Instr], outputs: Collection[str]) -> list[Instr]:
+    """The instructions of ``body`` that ``outputs`` need, in order."""
+    return list(_backwards(body, set(outputs)))[::-1]
+
+
+def _backwards(body: Sequence[Instr], wanted: set[str]) -> Iterator[Instr]:
+    for instr in reversed(body):
+        if not wanted.isdisjoint(instr.outs):
+            wanted.update(instr.reads())
+            yield instr
+
+
+# --- layouts --------------------------------------------------------------------------------------
+def dense(shape: Sequence[int | None], layout: str) -> tuple[int, ...]:
+    """The strides of a dense tensor (N, C, *spatial): "contiguous", or "channels_last" with C the fastest dim."""
+    sizes = [s or 0 for s in shape]
+    order = list(range(len(sizes))) if layout == "contiguous" else [0, *range(2, len(sizes)), 1]
+    strides, step = [0] * len(sizes), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(sizes[dim], 1)
+    return tuple(strides)
+
+
+def layouts_of(shape: Sequence[int | None], strides: Sequence[int]) -> list[str]:
+    """The memory formats that a tensor (N, C, *spatial) has: "contiguous", "channels_last", both or none."""
+    return [
+        layout
+        for layout in ("contiguous", "channels_last")
+        if all(s == 1 or a == b for s, a, b in zip(shape, strides, dense(shape, layout), strict=True))
+    ]
+
+
+def layout_of(shape: Sequence[int | None], strides: Sequence[int]) -> str | None:
+    """The first of :func:`layouts_of`, or None."""
+    return next(iter(layouts_of(shape, strides)), None)

@@ -1,0 +1,256 @@
+// Kernels behind a convolution, bound by memory: a pointwise chain over a tensor, with a pool in it or none; and the
+// first stage of statistics.
+#pragma once
+#include "pointwise.cuh"
+#include "statistics.cuh"
+
+namespace fxfuse {
+
+struct Sizes {
+  int n, c, d, h, w;
+};
+
+// y itself.
+struct Same {
+  FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
+};
+
+// sizeof(T) * count consecutive bytes at once.
+template <class T, int count>
+struct alignas(sizeof(T) * count) Vector {
+  T v[count];
+};
+
+template <class In, class Out, class Before>
+struct MapArguments {
+  const In* in;
+  Out* out;
+  Sizes size;
+  int unused;
+  alignas(8) Before before;
+};
+
+constexpr int kMapThreads = 256;
+
+// Contiguous: `count` neighbours per thread. `whole`: they are of the same sample and channel.
+template <int count, bool whole, class In, class Out, class Before>
+FXFUSE_INLINE void map_contiguous(const MapArguments<In, Out, Before>& a) {
+  const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, elements = plane * a.size.c * a.size.n;
+  const unsigned i = (blockIdx.x * (unsigned)kMapThreads + threadIdx.x) * count;
+  if (i >= elements) return;
+  const unsigned row = i / a.size.w, slab = row / a.size.h, channel = slab / a.size.d;
+  int w = i - row * a.size.w, h = row - slab * a.size.h, d = slab - channel * a.size.d;
+  int n = channel / a.size.c, c = channel - n * a.size.c;
+  Vector<In, count> v;
+  Vector<Out, count> r;
+  const bool full = i + count <= elements;
+  if (full) {
+    v = *(const Vector<In, count>*)(a.in + i);
+  } else {
+    for (int k = 0; k < count; ++k)
+      if (i + k < elements) v.v[k] = a.in[i + k];
+  }
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    r.v[k] = from_float<Out>(a.before(to_float(v.v[k]), n, c, d, h, w));
+    if (++w == a.size.w) {
+      w = 0;
+      if (++h == a.size.h) {
+        h = 0;
+        if (++d == a.size.d && !whole) {
+          d = 0;
+          if (++c == a.size.c) c = 0, ++n;
+          if (n == a.size.n) n = c = 0;  // behind the last one: nothing is stored, but operands are read
+        }
+      }
+    }
+  }
+  if (full) {
+    *(Vector<Out, count>*)(a.out + i) = r;
+  } else {
+    for (int k = 0; k < count; ++k)
+      if (i + k < elements) a.out[i + k] = r.v[k];
+  }
+}
+
+// Channels are neighbours: a thread has `count` of them at kRows positions of a sample, so that what depends on the
+// channel alone is read once. Blocks: of positions, samples, of channels.
+constexpr int kRows = 8;
+template <int count, class In, class Out, class Before>
+FXFUSE_INLINE void map_channels(const MapArguments<In, Out, Before>& a) {
+  const int units = a.size.c / count, across = units < kMapThreads ? units : kMapThreads;
+  const int unit = threadIdx.x % across + blockIdx.z * across, down = kMapThreads / across;
+  const int plane = a.size.d * a.size.h * a.size.w, n = blockIdx.y, c = unit * count;
+  if (unit >= units || threadIdx.x >= across * down) return;
+  const int first = blockIdx.x * down * kRows + threadIdx.x / across;
+#pragma unroll
+  for (int k = 0; k < kRows; ++k) {
+    const int p = first + k * down;
+    if (p >= plane) break;
+    const int row = p / a.size.w, w = p - row * a.size.w, d = row / a.size.h, h = row - d * a.size.h;
+    const int64_t at = ((int64_t)n * plane + p) * a.size.c + c;
+    const Vector<In, count> v = *(const Vector<In, count>*)(a.in + at);
+    Vector<Out, count> r;
+#pragma unroll
+    for (int e = 0; e < count; ++e) r.v[e] = from_float<Out>(a.before(to_float(v.v[e]), n, c + e, d, h, w));
+    *(Vector<Out, count>*)(a.out + at) = r;
+  }
+}
+
+// --- pools --------------------------------------------------------------------------------------------
+struct MapMaximum {
+  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
+  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
+};
+struct MapSum {
+  static FXFUSE_INLINE float zero() { return 0.f; }
+  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
+};
+
+template <class In, class Out, class Before, class After>
+struct PoolArguments {
+  const In* in;
+  Out* out;
+  Sizes size, made;  // of the input, of the result
+  alignas(8) Before before;
+  alignas(8) After after;
+};
+
+// Inputs of a window along one dim: first, first + step, ... below end; `padded` of them with padding.
+struct Range {
+  int first, end, step, padded;
+};
+
+// `Pool` has constants per dim: kernel, stride, padding, dilation; adaptive; divisor: 0 counts what is there, -1 with padding.
+template <class Pool>
+FXFUSE_INLINE Range range_of(int o, int size, int made, int kernel, int stride, int padding, int dilation) {
+  if (Pool::adaptive) {
+    const int first = (int)((int64_t)o * size / made), end = (int)(((int64_t)(o + 1) * size + made - 1) / made);
+    return {first, end, 1, end - first};
+  }
+  int first = o * stride - padding, end = first + (kernel - 1) * dilation + 1;
+  const int padded = (end < size + padding ? end : size + padding) - first;
+  if (end > size) end = size;
+  if (first < 0) first += (-first + dilation - 1) / dilation * dilation;
+  return {first, end, dilation, padded};
+}
+
+template <class Pool, bool last, class In, class Out, class Before, class After>
+FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
+  const unsigned plane = (unsigned)a.made.d * a.made.h * a.made.w, elements = plane * a.made.c * a.made.n;
+  const unsigned i = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
+  if (i >= elements) return;
+  unsigned position = i, channel = 0;
+  if (last) {
+    position = i / a.made.c, channel = i - position * a.made.c;
+  } else {
+    channel = i / plane, position = i - channel * plane;
+  }
+  const unsigned row = position / a.made.w, slab = row / a.made.h;
+  const int w = position - row * a.made.w, h = row - slab * a.made.h;
+  const int n = last ? slab / a.made.d : channel / a.made.c;
+  const int d = last ? slab - n * a.made.d : slab, c = last ? channel : channel - n * a.made.c;
+  const int64_t sw = last ? a.size.c : 1, sh = sw * a.size.w, sd = sh * a.size.h;
+  const In* from = a.in + n * (sd * a.size.d * (last ? 1 : a.size.c)) + c * (last ? 1 : sd * a.size.d);
+  const Range ds = range_of<Pool>(d, a.size.d, a.made.d, Pool::kernel_d, Pool::stride_d, Pool::padding_d, Pool::dilation_d);
+  const Range hs = range_of<Pool>(h, a.size.h, a.made.h, Pool::kernel_h, Pool::stride_h, Pool::padding_h, Pool::dilation_h);
+  const Range ws = range_of<Pool>(w, a.size.w, a.made.w, Pool::kernel_w, Pool::stride_w, Pool::padding_w, Pool::dilation_w);
+  float y = Pool::Combine::zero();
+  for (int id = ds.first; id < ds.end; id += ds.step)
+    for (int ih = hs.first; ih < hs.end; ih += hs.step) {
+      const In* line = from + id * sd + ih * sh;
+#pragma unroll 4
+      for (int iw = ws.first; iw < ws.end; iw += ws.step)
+        y = Pool::Combine::combine(y, a.before(to_float(line[iw * sw]), n, c, id, ih, iw));
+    }
+  if (Pool::sums) {
+    int divisor = Pool::divisor;
+    if (Pool::divisor == 0) divisor = (ds.end - ds.first) * (hs.end - hs.first) * (ws.end - ws.first);
+    if (Pool::divisor < 0) divisor = ds.padded * hs.padded * ws.padded;
+    y /= (float)divisor;
+  }
+  a.out[i] = from_float<Out>(a.after(y, n, c, d, h, w));
+}
+
+// --- statistics ---------------------------------------------------------------------------------------
+constexpr int kMeasured = 32;  // elements per thread
+
+FXFUSE_INLINE float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+
+// Contiguous: a block per sample, channel and slot of kMeasured * kMapThreads positions.
+template <class In>
+FXFUSE_INLINE void measure_contiguous(const In* x, const Partials& p, int positions) {
+  __shared__ float shared[2][kMapThreads / 32];
+  const int slot = blockIdx.x % p.slots, channel = blockIdx.x / p.slots, n = channel / p.channels, c = channel - n * p.channels;
+  const int first = slot * kMeasured * kMapThreads, rest = positions - first;
+  const int count = rest < kMeasured * kMapThreads ? rest : kMeasured * kMapThreads;
+  const In* from = x + (int64_t)channel * positions + first;
+  float v[kMeasured], sum = 0.f, squares = 0.f;
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k) {
+    const int i = k * kMapThreads + threadIdx.x;
+    v[k] = i < count ? to_float(from[i]) : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k) sum += v[k];
+  sum = warp_sum(sum);
+  if ((threadIdx.x & 31) == 0) shared[0][threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0.f;
+  for (int k = 0; k < kMapThreads / 32; ++k) sum += shared[0][k];
+  const float mean = sum / (float)count;
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k)
+    if (k * kMapThreads + threadIdx.x < count) squares = fmaf(v[k] - mean, v[k] - mean, squares);
+  squares = warp_sum(squares);
+  if ((threadIdx.x & 31) == 0) shared[1][threadIdx.x / 32] = squares;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    squares = 0.f;
+    for (int k = 0; k < kMapThreads / 32; ++k) squares += shared[1][k];
+    p.parts[((int64_t)n * p.slots + slot) * p.channels + c] = make_float2(mean, squares);
+    if (c == 0) p.counts[n * p.slots + slot] = count;
+  }
+}
+
+// Channels are neighbours: a block per sample, 32 channels and slot of kMeasured * kMapThreads / 32 positions.
+template <class In>
+FXFUSE_INLINE void measure_channels(const In* x, const Partials& p, int positions) {
+  constexpr int warps = kMapThreads / 32, size = kMeasured * warps;
+  __shared__ float shared[2][warps][32];
+  const int blocks = (p.channels + 31) / 32, block = blockIdx.x % blocks, rest = blockIdx.x / blocks;
+  const int slot = rest % p.slots, n = rest / p.slots, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int c = block * 32 + lane, first = slot * size, count = positions - first < size ? positions - first : size;
+  const bool there = c < p.channels;
+  const In* from = x + ((int64_t)n * positions + first) * p.channels + (there ? c : 0);
+  float v[kMeasured], sum = 0.f, squares = 0.f;
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k) {
+    const int i = k * warps + warp;
+    v[k] = i < count ? to_float(from[(int64_t)i * p.channels]) : 0.f;
+  }
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k) sum += v[k];
+  shared[0][warp][lane] = sum;
+  __syncthreads();
+  sum = 0.f;
+  for (int k = 0; k < warps; ++k) sum += shared[0][k][lane];
+  const float mean = sum / (float)count;
+#pragma unroll
+  for (int k = 0; k < kMeasured; ++k)
+    if (k * warps + warp < count) squares = fmaf(v[k] - mean, v[k] - mean, squares);
+  shared[1][warp][lane] = squares;
+  __syncthreads();
+  if (warp == 0) {
+    squares = 0.f;
+    for (int k = 0; k < warps; ++k) squares += shared[1][k][lane];
+    if (there) p.parts[((int64_t)n * p.slots + slot) * p.channels + c] = make_float2(mean, squares);
+    if (c == 0) p.counts[n * p.slots + slot] = count;
+  }
+}
+
+}  // namespace fxfuse

@@ -1,0 +1,86 @@
+"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``cuh/map.cuh``. Pure."""
+
+from __future__ import annotations
+
+from fxfuse.kernels.emit import TYPES
+from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.tail import Window
+
+#: bytes that a thread reads at once
+VECTOR_BYTES = 16
+
+
+def vector(dtype: str) -> int:
+    """Elements that a thread reads at once."""
+    return VECTOR_BYTES // (4 if dtype == "f32" else 2)
+
+
+def emit_map(dtype: str, output: str, layout: str, before: Expression | None) -> str:
+    """Entries ``whole``, ``any``: for a multiple of the vector in a channel's plane (or among channels), or not."""
+    given, out, count = TYPES[dtype], TYPES[output], vector(dtype)
+    if layout == "contiguous":
+        bodies = {"whole": f"map_contiguous<{count}, true>(a)", "any": f"map_contiguous<{count}, false>(a)"}
+    else:
+        bodies = {"whole": f"map_channels<{count}>(a)", "any": "map_channels<1>(a)"}
+    name = "fxfuse::Same" if before is None else before.name
+    arguments = f"fxfuse::MapArguments<{given}, {out}, {name}>"
+    return "\n".join([*_head(before), *(_entry(entry, arguments, f"fxfuse::{body}") for entry, body in bodies.items())])
+
+
+def emit_pool(
+    dtype: str, output: str, layout: str, before: Expression | None, window: Window, after: Expression | None
+) -> str:
+    """The entry ``pool``."""
+    names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
+    arguments = f"fxfuse::PoolArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    constants = {
+        f"{name}_{dim}": value
+        for name in ("kernel", "stride", "padding", "dilation")
+        for dim, value in zip("dhw", getattr(window, name), strict=True)
+    }
+    lines = [f"  static constexpr int {k} = {v};" for k, v in {**constants, "divisor": window.divisor}.items()]
+    sums, adaptive = (str(v).lower() for v in (window.combine == "Sum", window.adaptive))
+    return "\n".join([
+        *_head(before, after),
+        "struct Pool {",
+        f"  using Combine = fxfuse::Map{window.combine};",
+        f"  static constexpr bool sums = {sums}, adaptive = {adaptive};",
+        *lines,
+        "};",
+        _entry("pool", arguments, f"fxfuse::map_pool<Pool, {str(layout != 'contiguous').lower()}>(a)"),
+    ])  # fmt: skip
+
+
+def emit_statistics(dtype: str, layout: str) -> str:
+    """Entries ``measure``, ``merge`` and ``finish``: the stages of statistics."""
+    given = TYPES[dtype]
+    measure = "measure_contiguous" if layout == "contiguous" else "measure_channels"
+    return f"""#include "map.cuh"
+extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)
+measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positions) {{
+  fxfuse::{measure}(x, p, positions);
+}}
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads)
+merge(const __grid_constant__ fxfuse::Partials p, fxfuse::Moments* out) {{
+  fxfuse::merge_partials(p, out, [](int, int, fxfuse::Running&) {{ return false; }});
+}}
+{FINISH}"""
+
+
+FINISH = """extern "C" __global__ void __launch_bounds__(fxfuse::kFinishThreads)
+finish(const fxfuse::Moments* moments, float* mean, float* var, float* scale, int samples, int channels, int members,
+       int batch, double count, double eps) {
+  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, count, eps);
+}
+"""
+
+
+def _head(*expressions: Expression | None) -> list[str]:
+    return ['#include "map.cuh"', *(e.code for e in expressions if e is not None)]
+
+
+def _entry(name: str, arguments: str, body: str) -> str:
+    return (
+        f'extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)\n'
+        f"{name}(const __grid_constant__ {arguments} a) {{\n  {body};\n}}"
+    )

@@ -1,0 +1,308 @@
+"""What runs behind a convolution: pointwise chains with their pools, and statistics, as kernels; the rest as torch.
+
+Pure: :func:`plan` cuts a program into steps in the order in which they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from fxfuse import vocabulary
+from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.kernels.chains import Chain, Values, layouts_of, live
+from fxfuse.kernels.expression import Expression
+from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
+
+#: elements of a tensor from which on a kernel of ours is worth its launch
+LEAST_ELEMENTS = 2**20
+#: elements of a tensor that a kernel counts
+MOST_ELEMENTS = 2**31 - 1
+#: how often an element may be computed again because windows overlap
+MOST_OVERLAP = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A pool, per spatial dim (three of them). ``combine``: "Maximum" or "Sum".
+
+    Output o looks at ``kernel`` inputs from ``o*stride - padding`` on, ``dilation`` apart, as far as there are
+    any. A sum is divided by ``divisor``; for 0 by the inputs that it has, for -1 by those that it has with
+    padding. ``adaptive``: windows are ``[o*L // O, ceil((o+1)*L / O))`` instead.
+    """
+
+    combine: str
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    divisor: int = 1
+    adaptive: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
+
+    Both are dense in the same ``layout``.
+    """
+
+    value: str
+    given: TensorType
+    stored: str
+    kind: TensorType
+    strides: tuple[int, ...]
+    layout: str
+    stages: tuple[str, ...]
+    before: Expression | None = None
+    window: Window | None = None
+    after: Expression | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
+        return tuple(dict.fromkeys([self.value, *operands]))
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return (self.stored,)
+
+    def __str__(self) -> str:
+        return f"one kernel: {' > '.join(self.stages)} -> {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """The ``statistics`` of ``value``: of all ``instrs``, from one pass over it.
+
+    ``layout``: the memory format of ``value``; "" where the kernel that makes it gathers on its way.
+    """
+
+    value: str
+    kind: TensorType
+    layout: str
+    instrs: tuple[Instr, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value,)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return tuple(o for i in self.instrs for o in i.outs)
+
+    def __str__(self) -> str:
+        where = f"one pass over {self.value}" if self.layout else "gathered on the way"
+        return f"statistics of {self.value}, {where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Torch:
+    """Instructions by torch's operators."""
+
+    program: Program
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.program.inputs)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return self.program.outputs
+
+    def __str__(self) -> str:
+        return " > ".join(i.op for i in self.program.body)
+
+
+Step = Map | Gather | Torch
+
+
+def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = None) -> tuple[Step, ...]:
+    """Cut ``program`` into steps. ``values``: all of its values, without their elements.
+
+    ``gathered``: the input whose statistics the kernel that makes it gathers.
+    """
+    return _Planner(program, values, gathered).plan()
+
+
+class _Planner:
+    def __init__(self, program: Program, values: Mapping[str, Tensor], gathered: str | None) -> None:
+        self.program, self.gathered = program, gathered
+        self.values = Values(program, values)
+        self.there = {n for n, _ in program.inputs}
+        self.left = live(program.body, program.outputs)
+        self.steps: list[Step] = []
+        self.torch: list[Instr] = []
+
+    def plan(self) -> tuple[Step, ...]:
+        while self.left:
+            instr = self.left[0]
+            step, body = self._step(instr)
+            if step is None:
+                self.torch.append(instr)
+                self.there.update(instr.outs)
+                self.left.pop(0)
+                continue
+            self._flush()
+            self.steps.append(step)
+            self.there.update(step.makes)
+            self.left = [i for i in self.left if not any(i is b for b in body)]
+            # what the chain computed for itself may be needed elsewhere, or by nobody any more
+            self.left = live(self.left, self.program.outputs)
+        self._flush()
+        return tuple(self.steps)
+
+    def _flush(self) -> None:
+        """Let torch run what has gathered."""
+        if not self.torch:
+            return
+        made = {o for i in self.torch for o in i.outs}
+        wanted = {*self.program.outputs, *(n for i in self.left for n in i.reads())}
+        read = dict.fromkeys(n for i in self.torch for n in i.reads() if n not in made)
+        outputs = tuple(o for i in self.torch for o in i.outs if o in wanted)
+        inputs = tuple((n, self.values.types[n]) for n in read)
+        self.steps.append(Torch(Program(inputs, tuple(self.torch), outputs)))
+        self.torch = []
+
+    def _step(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:
+        """A kernel that begins with ``instr``, and what it takes; None for torch."""
+        op = vocabulary.lookup(instr.op)
+        if op.name == "statistics":
+            return self._gather(instr)
+        if op.kind is Kind.POOL:
+            value = instr.operands[0]
+            assert isinstance(value, Ref)
+            if self._readable(value.name):
+                found = self._pooled(value.name, Chain(value.name), instr)
+                return found or (None, ())
+        if op.kind is Kind.POINTWISE:
+            for name in instr.reads():
+                same = self.values.types[name].shape == self.values.types[instr.outs[0]].shape
+                if same and self._readable(name):
+                    found = self._map(name, instr)
+                    if found is not None:
+                        return found
+        return None, ()
+
+    def _readable(self, name: str) -> bool:
+        """Whether kernels read ``name`` as their value, and it is large enough for one."""
+        kind = self.values.types[name]
+        size = math.prod(s or 0 for s in kind.shape)
+        return (
+            name in self.there
+            and 3 <= len(kind.shape) <= 5
+            and LEAST_ELEMENTS <= size <= MOST_ELEMENTS
+            and self.values.storable(name)
+        )
+
+    def _missing(self) -> set[str]:
+        return {o for i in self.left for o in i.outs}
+
+    def _layout(self, value: str, stored: str) -> str | None:
+        """A memory format that both have."""
+        both = (layouts_of(self.values.types[n].shape, self.values.strides[n]) for n in (value, stored))
+        first, second = both
+        return next((layout for layout in first if layout in second), None)
+
+    # --- maps -----------------------------------------------------------------------------------------
+    def _map(self, value: str, first: Instr) -> tuple[Step, Sequence[Instr]] | None:
+        """The longest chain from ``value`` that has ``first`` in it."""
+        chain = self.values.longest(value, "Before", self._missing(), kept=True)
+        if not any(i is first for i in chain.body):
+            return None
+        pool = self.values.pool_behind(chain.result)
+        found = None if pool is None else self._pooled(value, chain, pool)
+        if found is not None:
+            return found
+        return self._made(value, chain, None, Chain(chain.result), ())
+
+    def _pooled(self, value: str, before: Chain, pool: Instr) -> tuple[Step, Sequence[Instr]] | None:
+        """The chain, the pool behind it, and the chain behind that."""
+        kind = self.values.types[before.result]
+        window = window_of(pool, len(kind.shape) - 2)
+        out = self.values.types[pool.outs[0]]
+        if window is None or out.dtype is not kind.dtype or len(kind.shape) < 3:
+            return None
+        sizes = (math.prod(s or 0 for s in self.values.types[n].shape) for n in (value, pool.outs[0]))
+        looked_at = math.prod(window.kernel) * list(sizes)[1]
+        if before.body and not window.adaptive:
+            size = math.prod(s or 0 for s in kind.shape)
+            if looked_at > MOST_OVERLAP * size:
+                return None
+        after = self.values.longest(pool.outs[0], "After", self._missing())
+        if not self.values.storable(after.result):
+            return None
+        stage = pool.op if window.adaptive else f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"
+        return self._made(value, before, window, after, (pool,), stage)
+
+    def _made(
+        self, value: str, before: Chain, window: Window | None, after: Chain, pool: Sequence[Instr], stage: str = ""
+    ) -> tuple[Step, Sequence[Instr]] | None:
+        layout = self._layout(value, after.result)
+        if layout is None:
+            return None
+        body = [*before.body, *pool, *after.body]
+        stages = [*(i.op for i in before.body), *([stage] if pool else []), *(i.op for i in after.body)]
+        kind, strides = self.values.types[after.result], self.values.strides[after.result]
+        step = Map(
+            value=value,
+            given=self.values.types[value],
+            stored=after.result,
+            kind=kind,
+            strides=strides,
+            layout=layout,
+            stages=tuple(stages),
+            before=before.expression,
+            window=window,
+            after=after.expression,
+        )
+        # small operands stay: others may need them, and `live` drops them where nobody does
+        small = {i.outs[0] for i in body if self.values.types[i.outs[0]].shape not in self._shapes(value, step)}
+        return step, [i for i in body if i.outs[0] not in small]
+
+    def _shapes(self, value: str, step: Map) -> tuple[tuple[int | None, ...], ...]:
+        return self.values.types[value].shape, step.kind.shape
+
+    # --- statistics -----------------------------------------------------------------------------------
+    def _gather(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:
+        (value,) = instr.reads()
+        kind = self.values.types[value]
+        instrs = tuple(i for i in self.left if i.op == "statistics" and value in i.reads())
+        if value == self.gathered:
+            return Gather(value, kind, "", instrs), instrs
+        if not self._readable(value):
+            return None, ()
+        return Gather(value, kind, layouts_of(kind.shape, self.values.strides[value])[0], instrs), instrs
+
+
+def window_of(pool: Instr, rank: int) -> Window | None:
+    """The pool over ``rank`` spatial dims as a window; None for one that kernels do not make."""
+    attributes = dict(pool.attributes)
+
+    def three(values: Collection[int], fill: int) -> tuple[int, int, int]:
+        d, h, w = (*[fill] * (3 - len(values)), *values)
+        return d, h, w
+
+    one, zero = (1, 1, 1), (0, 0, 0)
+    combine = "Maximum" if "max" in pool.op else "Sum"
+    if pool.op.startswith("adaptive"):
+        if len(attributes["size"]) != rank:
+            return None  # no dim of samples
+        return Window(combine, one, one, zero, one, 0, adaptive=True)
+    kernel, stride, padding = (attributes[k] for k in ("kernel", "stride", "padding"))
+    if len(kernel) != rank:
+        return None
+    dilation = attributes.get("dilation", (1,) * rank)
+    divisor = 1
+    if combine == "Sum":
+        divisor = attributes["divisor_override"] or (-1 if attributes["count_include_pad"] else 0)
+        if rank == 1 and attributes["divisor_override"]:
+            return None
+        whole = not any(padding) and not attributes["ceil_mode"]
+        if whole and divisor <= 0:
+            divisor = math.prod(kernel)
+    return Window(combine, three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), divisor)

@@ -1,0 +1,262 @@
+"""What runs behind a convolution on a GPU: norms, statistics, pools and chains, against float64 and eager mode."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import LAST, LIMIT, made, sample
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse import ops
+from fxfuse.compare import relative_error
+from fxfuse.kernels import execute
+from fxfuse.kernels.plan import Path
+
+pytest.importorskip("cuda.bindings")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU or later"
+)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """TF32 is allowed, and kernels run whether they are the faster or not."""
+    for module in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("fxfuse.kernels.execute.slower", lambda *_: None)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        yield
+
+
+def steps_of(fast: nn.Module, x: Tensor) -> str:
+    """The schedule that ran last."""
+    return "; ".join(str(p.schedule) for p in execute._prepared.values() if p is not None)
+
+
+def check(model: nn.Module, x: Tensor, *expected: str) -> None:
+    """As near to float64 as the dtype's rounding explains; ``expected`` words are in the schedule."""
+    execute._prepared.clear()
+    eager, truth = copy.deepcopy(model), copy.deepcopy(model).double()
+    exact = truth(x.double())
+    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with torch.no_grad(), ops.watch() as runs:
+        got, like = fast(x), eager(x)
+    assert [r.path for r in runs] == [Path.KERNEL], fast.fxfuse_report
+    for word in expected:
+        assert word in steps_of(fast, x), steps_of(fast, x)
+    assert got.shape == like.shape and got.dtype is like.dtype and got.stride() == like.stride()
+    assert relative_error(got, exact) <= max(2 * relative_error(like, exact), LIMIT[x.dtype]), steps_of(fast, x)
+    for (name, a), b, c in zip(fast.named_buffers(), eager.buffers(), truth.buffers(), strict=True):
+        assert a.dtype is b.dtype
+        assert relative_error(a, c) <= max(2 * relative_error(b, c), 1e-3), name
+
+
+NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "batch": lambda c, d: {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[d](c),
+    "instance": lambda c, d: {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[d](c, affine=True),
+    "group": lambda c, d: nn.GroupNorm(2, c),
+    "one_group": lambda c, d: nn.GroupNorm(1, c, affine=False),
+}
+
+
+class Stages(nn.Module):
+    def __init__(self, *stages: nn.Module | Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([s for s in stages if isinstance(s, nn.Module)])
+        self.order = [s if not isinstance(s, nn.Module) else None for s in stages]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = iter(self.parts)
+        for stage in self.order:
+            x = next(parts)(x) if stage is None else stage(x)
+        return x
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Random affine parameters and statistics: those of a fresh module hide what is left out."""
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "num_groups") or "Norm" in type(module).__name__:
+                for p in module.parameters():
+                    p.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("by_torch", [False, True], ids=["kernel", "by_torch"])
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms(norm: str, dtype: torch.dtype, layout: str, by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_torch:
+        monkeypatch.setattr("fxfuse.kernels.execute.slower", lambda *_: "the test says so")
+    torch.manual_seed(1)
+    for channels, stride, size in ((24, 1, (9, 8, 11)), (70, 2, (5, 7, 6))):
+        convolution = made(3, 16, channels, 3, stride=stride, dtype=dtype)
+        model = spread(Stages(convolution, F.relu, NORMS[norm](channels, 3).cuda().to(dtype), F.hardswish))
+        x = sample(3, 16, *size, dtype=dtype)
+        if layout == "last":
+            x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
+        words = ["over"] if by_torch else ["statistics", "gathered on the way"]
+        check(model.train(), x, *words)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_fewer_dims(dims: int) -> None:
+    for norm in NORMS.values():
+        check(spread(Stages(made(dims, 8, 12, 3), norm(12, dims).cuda())).train(), sample(3, 8, *(9, 10, 11)[:dims]))
+
+
+def test_statistics_behind_a_pool() -> None:
+    model = Stages(made(3, 16, 24, 3, stride=2, padding=1), lambda y: F.avg_pool3d(y, 2), nn.BatchNorm3d(24).cuda())
+    check(spread(model).train(), sample(4, 16, 9, 9, 9), "gathered on the way")
+
+
+def test_only_statistics_are_kept() -> None:
+    model = Stages(made(3, 16, 24, 5), lambda y: y * 2, nn.BatchNorm3d(24).cuda(), nn.AdaptiveAvgPool3d(1))
+    x = sample(4, 16, 6, 7, 8)
+    check(spread(model).train(), x, "-> statistics;")
+    model = Stages(made(3, 16, 24, 3, stride=2), F.silu, lambda y: y.mean((2, 3, 4)))
+    check(model, x, "-> statistics;")
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, -1000.0])
+def test_a_mean_far_from_zero(mean: float) -> None:
+    """In standard deviations, in the ieee class: no worse than twice eager mode's own error."""
+    torch.manual_seed(0)
+    convolution = made(3, 16, 24, 3, stride=2)
+    model = Stages(convolution, lambda y: y + mean, nn.InstanceNorm3d(24).cuda())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        x = sample(2, 16, 12, 12, 12)
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.no_grad():
+            got, like = fxfuse.optimize(copy.deepcopy(model), (x,))(x), model(x)
+        assert relative_error(got, exact) <= max(2 * relative_error(like, exact), 1e-6)
+
+
+def test_the_same_bits_twice() -> None:
+    model = spread(Stages(made(3, 16, 24, 3), F.silu, nn.GroupNorm(4, 24).cuda(), lambda y: F.avg_pool3d(y, 3, 2, 1)))
+    x = sample(3, 16, 17, 18, 19)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        assert torch.equal(fast(x), fast(x))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_samples_that_do_not_fit(value: float) -> None:
+    """Those of a sample that the direct kernel computes are its own, and no other sample's."""
+    x = sample(3, 16, 7, 8, 9)
+    x[1, 3, 2, 5, 4] = value
+    model = spread(Stages(made(3, 16, 24, 3, stride=2), F.softsign, nn.InstanceNorm3d(24, affine=True).cuda()))
+    check(model, x)
+    check(Stages(made(3, 16, 24, 3, stride=2), F.softsign, lambda y: y.mean((2, 3, 4))), x, "-> statistics;")
+
+
+# --- pools and chains -----------------------------------------------------------------------------
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda y: F.max_pool3d(y, 3),
+    "max_overlapping": lambda y: F.max_pool3d(y, 3, 2, 1),
+    "max_dilated": lambda y: F.max_pool3d(y, (2, 3, 2), (1, 2, 1), (0, 1, 1), (2, 2, 1)),
+    "max_ceil": lambda y: F.max_pool3d(y, 3, 2, ceil_mode=True),
+    "avg": lambda y: F.avg_pool3d(y, 2),
+    "avg_padded": lambda y: F.avg_pool3d(y, 3, 2, 1),
+    "avg_ceil": lambda y: F.avg_pool3d(y, 3, 2, 1, ceil_mode=True),
+    "avg_what_is_there": lambda y: F.avg_pool3d(y, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "avg_divisor": lambda y: F.avg_pool3d(y, 3, 2, 1, divisor_override=5),
+    "adaptive_avg": lambda y: F.adaptive_avg_pool3d(y, (3, 4, 5)),
+    "adaptive_max": lambda y: F.adaptive_max_pool3d(y, (4, 3, 7)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("pool", POOLS)
+def test_pools(pool: str, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(2)
+    for stages in ((POOLS[pool], F.silu), (F.hardswish, lambda y: y.sigmoid(), POOLS[pool])):
+        model, x = Stages(made(3, 8, 20, 3, dtype=dtype), *stages), sample(2, 8, 9, 10, 11, dtype=dtype)
+        if layout == "last":
+            x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
+        check(model, x, "then one kernel: ")
+
+
+def test_a_pool_of_values_that_are_not_finite() -> None:
+    x = sample(2, 8, 9, 10, 11)
+    x[0, 3, 2, 5, 4], x[1, 1, 1, 1, 1] = float("nan"), float("-inf")
+    for pool in POOLS.values():
+        check(Stages(made(3, 8, 20, 1), pool), x)
+
+
+def test_residuals_of_what_is_normalised() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = made(3, 8, 12, 3), nn.GroupNorm(3, 12).cuda()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.convolution(x))
+            return F.gelu(self.norm(y)) + y * y.mean((2, 3, 4), keepdim=True)
+
+    check(spread(Residual()), sample(2, 8, 6, 7, 8), "statistics")
+
+
+class Drawn:
+    """A random chain of two to six stages."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        pick = random.Random(seed)
+        dims = pick.choice([2, 3, 3])
+        groups = pick.choice([1, 1, 1, 2])
+        stride = pick.choice([(1,) * dims, (2,) * dims, tuple(pick.choice([1, 2, 3]) for _ in range(dims))])
+        kernel = tuple(pick.randint(1, 4) for _ in range(dims))
+        channels = groups * pick.choice([2, 4, 8, 12, 32])
+        convolution = made(
+            dims, groups * pick.choice([1, 3, 16, 24]), channels, kernel, stride=stride, groups=groups, dtype=dtype,
+            padding=tuple(pick.randint(0, (k - 1) // 2) for k in kernel),
+        )  # fmt: skip
+        stages: list[Any] = [self.stage(pick, channels, dims, dtype) for _ in range(pick.randint(2, 6))]
+        self.model = spread(Stages(convolution, *stages)).train(pick.random() < 0.6)
+        sizes = (pick.randint(9, 19) for _ in range(dims))
+        self.x = sample(pick.choice([1, 2, 3]), convolution.in_channels, *sizes, dtype=dtype)
+        if pick.random() < 0.3:
+            self.x = self.x.contiguous(memory_format=LAST[self.x.dim()])
+
+    def stage(self, pick: random.Random, channels: int, dims: int, dtype: torch.dtype) -> Any:
+        kind = pick.random()
+        if kind < 0.35:
+            return pick.choice([F.relu, F.silu, F.hardswish, torch.tanh, lambda y: y * 0.7, lambda y: y.clamp(-1, 1)])
+        if kind < 0.65:
+            return NORMS[pick.choice(list(NORMS))](channels, dims).cuda().to(dtype)
+        if kind < 0.85:
+            max_pool, avg_pool = ((F.max_pool2d, F.avg_pool2d), (F.max_pool3d, F.avg_pool3d))[dims - 2]
+            pool, window = pick.choice([max_pool, avg_pool]), pick.choice([(2, 2, 0), (2, 1, 0), (3, 2, 1)])
+            return lambda y: pool(y, *window)
+        if kind < 0.95:
+            return pick.choice([
+                lambda y: y - y.mean(tuple(range(2, y.dim())), keepdim=True),
+                lambda y: y * torch.softmax(y, 1), lambda y: y + y.sigmoid() * y,
+            ])  # fmt: skip
+        return lambda y: y / (1 + y.abs().sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_random_chains(seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    drawn = Drawn(seed, dtype)
+    if any(s == 0 for s in drawn.model(drawn.x).shape):
+        pytest.skip("nothing is left")
+    model, x = drawn.model, drawn.x
+    exact = copy.deepcopy(model).double()(x.double())
+    eager = copy.deepcopy(model)
+    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with torch.no_grad():
+        got, like = fast(x), eager(x)
+        assert got.shape == like.shape and got.stride() == like.stride() and got.dtype is like.dtype
+        assert relative_error(got, exact) <= max(3 * relative_error(like, exact), 3 * LIMIT[dtype])
