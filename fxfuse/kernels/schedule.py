@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -112,43 +112,60 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     """
     mode = FakeTensorMode()
     observed = _observe(program, inputs, mode)
-    program, values = _split(program, observed, inputs, mode)
+    split = _split(program, observed)
+    versions = [(split, _observe(split, inputs, mode))] if split != program else []
+    versions.append((program, observed))
     if not anchored:
-        nothing = Program((), (), ())
-        return Schedule(nothing, None, program, plan(program, values))
-    made = _Cutter(program, values).schedule()
-    assert made.kernel is not None
-    values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
-    again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
-    for name in program.outputs:
-        if _form(observed[name]) != _form(again[name]):
-            raise Unscheduled(f"{name} would come out in another layout than from torch's operators")
-    gathers = any(i.op == "statistics" and made.kernel.stored in i.reads() for i in made.rest.body)
-    steps = plan(made.rest, {**values, **again}, made.kernel.stored if gathers else None)
-    keeps = made.kernel.stored in program.outputs or any(
-        made.kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
-    )
+        whole, values = next((p, v) for p, v in versions if _same_forms(program, observed, v))
+        return Schedule(Program((), (), ()), None, whole, plan(whole, values))
+    for version, values in versions:
+        found = _Cutter(version, values).schedule()
+        for made in _layouts(found, program.outputs):
+            assert made.kernel is not None
+            values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
+            again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
+            if _same_forms(program, observed, again):
+                return _with_steps(made, {**values, **again})
+    raise Unscheduled("a result would come out in another layout than from torch's operators")
+
+
+def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:
+    """The schedule as it is, and with the stored value laid out in the other way: where it is no output we may choose."""
+    yield made
+    kernel = made.kernel
+    assert kernel is not None
+    if kernel.stored not in outputs:
+        other = "contiguous" if kernel.layout == "channels_last" else "channels_last"
+        strides = dense(kernel.kind.shape, other)
+        yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
+
+
+def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+    """The schedule with what runs behind its kernel."""
+    kernel = made.kernel
+    assert kernel is not None
+    gathers = any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
+    steps = plan(made.rest, values, kernel.stored if gathers else None)
     gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
-    return dataclasses.replace(made, kernel=dataclasses.replace(made.kernel, gathers=gathers, keeps=keeps), steps=steps)
+    keeps = kernel.stored in made.rest.outputs or any(
+        kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
+    )
+    return dataclasses.replace(made, kernel=dataclasses.replace(kernel, gathers=gathers, keeps=keeps), steps=steps)
 
 
-def _split(
-    program: Program, values: dict[str, Tensor], inputs: Sequence[Tensor], mode: FakeTensorMode
-) -> tuple[Program, dict[str, Tensor]]:
-    """Norms of large values taken apart, if nothing comes out in another layout for it."""
-    types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
+def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
+    """The program with the norms of large values taken apart."""
 
     def wanted(name: str) -> bool:
         value = values[name]
         return value.numel() >= LEAST_ELEMENTS and layout_of(value.shape, value.stride()) is not None
 
-    found = split_norms(program, types, wanted)
-    if found == program:
-        return program, values
-    again = _observe(found, inputs, mode)
-    if any(_form(values[name]) != _form(again[name]) for name in program.outputs):
-        return program, values
-    return found, again
+    return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
+
+
+def _same_forms(program: Program, values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether the program's outputs have the same dtypes, sizes and strides."""
+    return all(_form(values[name]) == _form(others[name]) for name in program.outputs)
 
 
 def _observe(program: Program, inputs: Sequence[Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
