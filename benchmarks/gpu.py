@@ -1,10 +1,14 @@
 """fxfuse and its peers on a CUDA GPU, all in one process on the same inputs.
 
-    python benchmarks/gpu.py [--json FILE] [--cases NAME ...] [--compile] [--dtype float32|float16|bfloat16] [--ieee]
+    python benchmarks/gpu.py [--json FILE] [--cases NAME ...] [--chains] [--random N] [--seed N] [--compile]
+                             [--dtype float32|float16|bfloat16] [--ieee]
 
 Protocol: no_grad, CUDA events around queued calls, inputs rotated past the L2 cache, median of seven,
 cudnn.benchmark on for every peer. The peers: eager, eager in channels_last_3d, and with --compile
-torch.compile of both.
+torch.compile of both. The cases are the project's five models; with --chains those of
+benchmarks/chains.py, with --random as many random ones. The floor is what reading the input and writing
+the output takes at the copy bandwidth, or what the products take at the rate of 16-bit matrix
+multiplications, whichever is longer: 2.98 TB/s and 751 TFLOP/s, measured on an H100.
 """
 
 from __future__ import annotations
@@ -13,17 +17,23 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import pathlib
+import random
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+from chains import CHAINS, TRAINED, draw
 from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.compare import relative_error
+from fxfuse.kernels import execute
 from fxfuse.models import CASES, Case
 
+#: bytes per second that are copied, operations per second of 16-bit products, on an H100
+COPY, PRODUCTS = 2.98e12, 751e12
 #: bytes of inputs to rotate through: more than any L2
 ROTATION = 200e6
 
@@ -63,6 +73,15 @@ def peers(model: nn.Module, compiled: bool) -> dict[str, tuple[nn.Module, torch.
     return ways
 
 
+def floor_ms(model: nn.Module, x: Tensor) -> float:
+    """The least time: of memory traffic, or of products of the first convolution."""
+    conv = next(m for m in model.modules() if isinstance(m, nn.ConvTranspose3d))
+    with torch.no_grad():
+        out = copy.deepcopy(model)(x)
+    products = 2 * math.prod(x.shape) // x.shape[1] * conv.weight.numel()
+    return 1e3 * max((x.nbytes + out.nbytes) / COPY, products / PRODUCTS)
+
+
 def measure(case: Case, mode: str, dtype: torch.dtype, compiled: bool) -> dict[str, object]:
     torch.manual_seed(0)
     model = case.make().cuda().to(dtype).train(mode == "train")
@@ -74,6 +93,7 @@ def measure(case: Case, mode: str, dtype: torch.dtype, compiled: bool) -> dict[s
         "model": case.name,
         "mode": mode,
         "dtype": str(dtype).removeprefix("torch."),
+        "floor": round(floor_ms(model, xs[0]), 4),
         "ms": {},
         "error": {},
     }
@@ -84,12 +104,19 @@ def measure(case: Case, mode: str, dtype: torch.dtype, compiled: bool) -> dict[s
         way(few)  # new sizes: the first call of an optimised module may be the model's own
         row["error"][name] = relative_error(way(few), truth)  # type: ignore[index]
         del inputs
+        if name.startswith("fxfuse"):
+            plans = [p for p in execute._prepared.values() if p is not None]
+            row.setdefault("plan", {})[name] = str(plans[0].schedule) if plans else "torch's operators"  # type: ignore[attr-defined]
+            execute._prepared.clear()
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write the results there")
+    parser.add_argument("--chains", action="store_true", help="the chains of benchmarks/chains.py")
+    parser.add_argument("--random", type=int, default=0, help="so many random chains")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", nargs="*", help="names of models; all by default")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--ieee", action="store_true", help="float32 convolutions without TF32")
@@ -97,19 +124,29 @@ def main() -> None:
     given = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = not given.ieee
+    pick = random.Random(given.seed)
+    cases = CHAINS if given.chains else CASES
+    if given.random:
+        cases = tuple(draw(pick) for _ in range(given.random))
     rows = []
     with torch.no_grad():
-        for case in CASES:
+        for case in cases:
             if given.cases and case.name not in given.cases:
                 continue
-            modes = (
-                ("train", "eval") if any(isinstance(m, nn.BatchNorm3d) for m in case.make().modules()) else ("eval",)
-            )
+            modes: tuple[str, ...] = ("train",) if case.name in TRAINED else ("eval",)
+            if cases is CASES and any(isinstance(m, nn.BatchNorm3d) for m in case.make().modules()):
+                modes = ("train", "eval")
             for mode in modes:
                 row = measure(case, mode, getattr(torch, given.dtype), given.compile)
-                print(row["model"], mode, row["dtype"], {k: f"{v:.3f}" for k, v in row["ms"].items()}, flush=True)  # type: ignore[attr-defined]
-                print("   errors", {k: f"{v:.1e}" for k, v in row["error"].items()}, flush=True)  # type: ignore[attr-defined]
                 rows.append(row)
+                times: dict[str, float] = row["ms"]  # type: ignore[assignment]
+                ours = min(v for k, v in times.items() if k.startswith("fxfuse"))
+                best = min(v for k, v in times.items() if not k.startswith("fxfuse"))
+                print(row["model"], mode, row["dtype"], {k: f"{v:.3f}" for k, v in times.items()}, flush=True)
+                print(f"   {best / ours:.2f} x the best peer, {ours / row['floor']:.1f} x the floor", end="; ")  # type: ignore[operator]
+                print("errors", {k: f"{v:.1e}" for k, v in row["error"].items()}, flush=True)  # type: ignore[attr-defined]
+                for name, plan in row["plan"].items():  # type: ignore[attr-defined]
+                    print(f"   {name}: {plan}", flush=True)
     if given.json:
         machine = {
             "device": torch.cuda.get_device_name(),

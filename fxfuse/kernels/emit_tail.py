@@ -28,9 +28,15 @@ def emit_map(dtype: str, output: str, layout: str, before: Expression | None) ->
 
 
 def emit_pool(
-    dtype: str, output: str, layout: str, before: Expression | None, window: Window, after: Expression | None
+    dtype: str,
+    output: str,
+    layouts: tuple[str, str],
+    before: Expression | None,
+    window: Window,
+    after: Expression | None,
 ) -> str:
-    """The entry ``pool``."""
+    """The entry ``pool``. ``layouts``: of the value, of the result."""
+    last = ", ".join(str(layout != "contiguous").lower() for layout in layouts)
     names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
     arguments = f"fxfuse::PoolArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     constants = {
@@ -47,7 +53,7 @@ def emit_pool(
         f"  static constexpr bool sums = {sums}, adaptive = {adaptive};",
         *lines,
         "};",
-        _entry("pool", arguments, f"fxfuse::map_pool<Pool, {str(layout != 'contiguous').lower()}>(a)"),
+        _entry("pool", arguments, f"fxfuse::map_pool<Pool, {last}>(a)"),
     ])  # fmt: skip
 
 

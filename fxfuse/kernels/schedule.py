@@ -130,7 +130,7 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
 
 
 def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:
-    """The schedule as it is, and with the stored value laid out in the other way: where it is no output we may choose."""
+    """The schedule as it is; and, where the stored value is no output, with that laid out in the other way."""
     yield made
     kernel = made.kernel
     assert kernel is not None

@@ -48,7 +48,7 @@ class Window:
 class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
-    Both are dense in the same ``layout``.
+    Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window``.
     """
 
     value: str
@@ -56,7 +56,7 @@ class Map:
     stored: str
     kind: TensorType
     strides: tuple[int, ...]
-    layout: str
+    layouts: tuple[str, str]
     stages: tuple[str, ...]
     before: Expression | None = None
     window: Window | None = None
@@ -202,11 +202,11 @@ class _Planner:
     def _missing(self) -> set[str]:
         return {o for i in self.left for o in i.outs}
 
-    def _layout(self, value: str, stored: str) -> str | None:
-        """A memory format that both have."""
-        both = (layouts_of(self.values.types[n].shape, self.values.strides[n]) for n in (value, stored))
-        first, second = both
-        return next((layout for layout in first if layout in second), None)
+    def _layouts(self, value: str, stored: str) -> tuple[str, str]:
+        """A memory format of each: the same one, if that is possible."""
+        first, second = (layouts_of(self.values.types[n].shape, self.values.strides[n]) for n in (value, stored))
+        both = [layout for layout in first if layout in second]
+        return (both[0], both[0]) if both else (first[0], second[0])
 
     # --- maps -----------------------------------------------------------------------------------------
     def _map(self, value: str, first: Instr) -> tuple[Step, Sequence[Instr]] | None:
@@ -242,8 +242,8 @@ class _Planner:
     def _made(
         self, value: str, before: Chain, window: Window | None, after: Chain, pool: Sequence[Instr], stage: str = ""
     ) -> tuple[Step, Sequence[Instr]] | None:
-        layout = self._layout(value, after.result)
-        if layout is None:
+        layouts = self._layouts(value, after.result)
+        if window is None and layouts[0] != layouts[1]:
             return None
         body = [*before.body, *pool, *after.body]
         stages = [*(i.op for i in before.body), *([stage] if pool else []), *(i.op for i in after.body)]
@@ -254,7 +254,7 @@ class _Planner:
             stored=after.result,
             kind=kind,
             strides=strides,
-            layout=layout,
+            layouts=layouts,
             stages=tuple(stages),
             before=before.expression,
             window=window,

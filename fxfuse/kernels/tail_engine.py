@@ -92,18 +92,18 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
     size, made = _sizes(given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
-        source = emit_pool(dtype, output, step.layout, step.before, step.window, step.after)
+        source = emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
         kernel = _load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         head = struct.Struct("<qq10i")
         sizes: tuple[int, ...] = (*size, *made)
     else:
-        source = emit_map(dtype, output, step.layout, step.before)
+        source = emit_map(dtype, output, step.layouts[0], step.before)
         kernels = _load(source, ("whole", "any"), device)
         count = vector(dtype)
-        whole = (d * h * w if step.layout == "contiguous" else c) % count == 0
+        whole = (d * h * w if step.layouts[0] == "contiguous" else c) % count == 0
         kernel = kernels["whole" if whole else "any"]
-        if step.layout == "contiguous":
+        if step.layouts[0] == "contiguous":
             grid = (-(-math.prod(size) // (BLOCK * count)), 1, 1)
         else:
             units = c // count if whole else c

@@ -103,7 +103,9 @@ def test_norms(norm: str, dtype: torch.dtype, layout: str, by_torch: bool, monke
         x = sample(3, 16, *size, dtype=dtype)
         if layout == "last":
             x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
-        words = ["over"] if by_torch else ["statistics", "gathered on the way"]
+        words = ["one pass over"] if by_torch else ["statistics", "gathered on the way"]
+        if by_torch and layout == "last" and norm != "batch":
+            words = ["_norm"]  # torch's own gives contiguous values
         check(model.train(), x, *words)
 
 
@@ -223,7 +225,7 @@ class Drawn:
         stages: list[Any] = [self.stage(pick, channels, dims, dtype) for _ in range(pick.randint(2, 6))]
         self.model = spread(Stages(convolution, *stages)).train(pick.random() < 0.6)
         sizes = (pick.randint(9, 19) for _ in range(dims))
-        self.x = sample(pick.choice([1, 2, 3]), convolution.in_channels, *sizes, dtype=dtype)
+        self.x: Tensor = sample(pick.choice([1, 2, 3]), convolution.in_channels, *sizes, dtype=dtype)
         if pick.random() < 0.3:
             self.x = self.x.contiguous(memory_format=LAST[self.x.dim()])
 

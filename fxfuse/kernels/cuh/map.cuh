@@ -135,21 +135,22 @@ FXFUSE_INLINE Range range_of(int o, int size, int made, int kernel, int stride, 
   return {first, end, dilation, padded};
 }
 
-template <class Pool, bool last, class In, class Out, class Before, class After>
+// `last`, `last_made`: channels are neighbours in the input, in the result.
+template <class Pool, bool last, bool last_made, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
   const unsigned plane = (unsigned)a.made.d * a.made.h * a.made.w, elements = plane * a.made.c * a.made.n;
   const unsigned i = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
   if (i >= elements) return;
   unsigned position = i, channel = 0;
-  if (last) {
+  if (last_made) {
     position = i / a.made.c, channel = i - position * a.made.c;
   } else {
     channel = i / plane, position = i - channel * plane;
   }
   const unsigned row = position / a.made.w, slab = row / a.made.h;
   const int w = position - row * a.made.w, h = row - slab * a.made.h;
-  const int n = last ? slab / a.made.d : channel / a.made.c;
-  const int d = last ? slab - n * a.made.d : slab, c = last ? channel : channel - n * a.made.c;
+  const int n = last_made ? slab / a.made.d : channel / a.made.c;
+  const int d = last_made ? slab - n * a.made.d : slab, c = last_made ? channel : channel - n * a.made.c;
   const int64_t sw = last ? a.size.c : 1, sh = sw * a.size.w, sd = sh * a.size.h;
   const In* from = a.in + n * (sd * a.size.d * (last ? 1 : a.size.c)) + c * (last ? 1 : sd * a.size.d);
   const Range ds = range_of<Pool>(d, a.size.d, a.made.d, Pool::kernel_d, Pool::stride_d, Pool::padding_d, Pool::dilation_d);
