@@ -233,7 +233,7 @@ direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
 
 
 _MERGE = """
-extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads)
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 1)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
       const __grid_constant__ Problem::Epilogue::Arguments arguments, fxfuse::Moments* moments) {{
   fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, moments);

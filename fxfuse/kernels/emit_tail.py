@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)
 measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positions) {{
   fxfuse::{measure}(x, p, positions);
 }}
-extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads)
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const __grid_constant__ fxfuse::Partials p, fxfuse::Moments* out) {{
   fxfuse::merge_partials(p, out, [](int, int, fxfuse::Running&) {{ return false; }});
 }}

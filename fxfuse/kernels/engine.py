@@ -27,7 +27,7 @@ from fxfuse.kernels.launch import Launch, Module, rows_map
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
 #: threads of `merge`, and the channels that a block of it takes
-MERGE_BLOCK, MERGED = 512, 32
+MERGE_BLOCK, MERGED = 512, 8
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies
 THREADS = 128 * (CONSUMERS + 1)
@@ -62,7 +62,10 @@ class _Channels(ctypes.Structure):
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("stride", _Strides),
-        *((n, _I) for n in ("depth", "height", "width", "channels", "padded", "groups", "blocks", "blocks_positions")),
+        *(
+            (n, _I)
+            for n in ("depth", "height", "width", "channels", "padded", "groups", "blocks", "blocks_positions", "span")
+        ),
     ]
 
 
@@ -202,7 +205,7 @@ class _Call:
         self.rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
         self.x_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
         parts = 32 * max(1, min(8, math.prod(x.shape[1:]) // 2**16, -(-64 // n)))
-        self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS * 4
+        self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
         slots = n * self.slots if self.gathers else 0
         counts = [n * parts, n * parts, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
         rows_bytes = 0 if self.in_place else n * positions * width * 2
@@ -218,13 +221,14 @@ class _Call:
         self.x, self.w, self.b, self.rows, self.packed = (_L() for _ in range(5))
         self.samples, self.channels, self.scale = _Samples(parts=parts), _Channels(), _L()
         strides = _Strides(*x.stride())
-        blocks_positions = -(-positions // 64)
+        span = 4096 // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
+        blocks_positions = -(-positions // span)
         blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
         steps = [s for p in made.passes for s in p.steps]
         blocks_step = -(-max((s.count for s in steps), default=0) * made.columns * made.chunk // 8 // BLOCK) or 1
         blocks = blocks_rows + blocks_step * len(steps) * tiles * made.chunks
         rows_geometry = _Rows(
-            strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions
+            strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions, span
         )
         self.measure = Launch(
             module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,

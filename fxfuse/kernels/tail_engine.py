@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.emit_tail import emit_map, emit_pool, emit_statistics, vector
+from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Launch, Module
@@ -25,11 +26,9 @@ from fxfuse.kernels.tail import Gather, Map, Step, Torch
 Values = dict[str, Tensor]
 Run = Callable[[Values], None]
 
-BLOCK, MERGE_BLOCK, FINISH_BLOCK = 256, 512, 128
+BLOCK, FINISH_BLOCK = 256, 128
 #: positions per thread of a map over channels, elements per thread that measures
 ROWS, MEASURED = 8, 32
-#: channels that a block merges
-MERGED = 32
 _I, _L, _D = ctypes.c_int, ctypes.c_int64, ctypes.c_double
 
 
@@ -189,7 +188,7 @@ def _prepare_gather(step: Gather, device: torch.device) -> Run:
 def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.device) -> Callable[[Tensor], Tensor]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
-    lanes = 1 if step.layout == "contiguous" else MERGED
+    lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
 

@@ -96,6 +96,9 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   const int64_t elements = (int64_t)size.d * size.h * size.w * g.out_channels * g.groups;
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
   const bool wrong = some_weight_is_wrong(s);
+  bool marked = wrong;
+  for (int n = threadIdx.x; n < s.samples; n += blockDim.x) marked |= s.marks[n] > kFewTiny;
+  if (!__syncthreads_or(marked)) return;
   for (int n = 0; n < s.samples; ++n) {
     if (!wrong && s.marks[n] <= kFewTiny) continue;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += step) {

@@ -42,7 +42,7 @@ struct Store {
       return y + table.bias[group][column];
     };
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, group, pass, Problem::passes, value, a.expression);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, buffer, group, pass, Problem::passes, value, a.expression);
     if constexpr (Problem::keeps)
       store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
           a.to, g, place, o, residue, buffer, group, value, a.expression);
@@ -134,7 +134,7 @@ struct Pool {
     };
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, group, 0, 1, value, a.after);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, buffer, group, 0, 1, value, a.after);
     if constexpr (Problem::keeps) store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, group, value, a.after);
   }
 };

@@ -4,14 +4,35 @@
 
 namespace fxfuse {
 
-// A slot of statistics per warp and pass: of up to m_tiles * 16 * classes elements of a channel.
+// Mean and sum of squares around it; of how many elements, others know.
+struct Part {
+  float mean, squares;
+};
+
+// How two parts of `a` and `b` elements become one.
+struct Weights {
+  float a, b, both;
+  FXFUSE_INLINE Weights(int na, int nb) {
+    const float reciprocal = 1.f / (float)(na + nb > 0 ? na + nb : 1);
+    a = (float)na * reciprocal, b = (float)nb * reciprocal, both = (float)na * b;
+  }
+};
+FXFUSE_INLINE Part merged(const Part& x, const Part& y, const Weights& w) {
+  const float d = y.mean - x.mean;
+  return {w.a * x.mean + w.b * y.mean, x.squares + y.squares + d * d * w.both};  // Inf stays Inf
+}
+
+// A slot of statistics per warpgroup and pass: of up to m_tiles * 64 * classes elements of a channel. Of eight columns
+// at a time: each thread's own elements; then each of eight threads with the same columns takes one of them, over three
+// exchanges with half as many columns each; then one thread takes the four warps' parts, from shared memory.
 template <class Problem, class Out, int classes, class Value, class Expression>
 FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                          const Residue (&residue)[classes], int group, int pass, int passes, Value value,
-                          const Expression& expression) {
-  constexpr int rows = Problem::m_tiles * 2 * classes;
+                          const Residue (&residue)[classes], float* buffer, int group, int pass, int passes,
+                          Value value, const Expression& expression) {
+  constexpr int rows = Problem::m_tiles * 2 * classes, blocks = Problem::columns / 8;
   static_assert(rows <= 32, "one bit per row and class");
   const Tile& t = place.box;
+  const int lane = place.lane, warp = (threadIdx.x >> 5) & 3;
   uint32_t inside = 0;
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
@@ -24,19 +45,31 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
             (t.w + place.x(i, r)) * o.step_w + residue[q].w < o.size_w)
           inside |= 1u << ((i * 2 + r) * classes + q);
   int count = __popc(inside);
-#pragma unroll
-  for (int s = 4; s < 32; s *= 2) count += __shfl_xor_sync(~0u, count, s);  // lanes with other rows
   const float reciprocal = 1.f / (float)(count > 0 ? count : 1);
-  const int warp = (threadIdx.x >> 5) & 3, number = ((t.number * passes + pass) * kConsumers + group) * 4 + warp;
-  const int64_t slot = (int64_t)t.n * to.partials.slots + number;
-  if (place.lane == 0) to.partials.counts[slot] = count;
+  auto next = [&](int distance) {
+    const int other = __shfl_xor_sync(~0u, count, distance);
+    const Weights w(count, other);
+    count += other;
+    return w;
+  };
+  const Weights w16 = next(16), w8 = next(8), w4 = next(4);
+  // shared memory of this warpgroup: the warps' counts, then their parts of 32 columns, twice
+  buffer += group * 8 * (Problem::m_tiles * 64 * classes + 4);
+  int* const counts = (int*)buffer;
+  Part* const parts = (Part*)(buffer + 4);
+  named_barrier(1 + group, 128);  // what a store had there has been read
+  if (lane == 0) counts[warp] = count;
+  const int64_t slot = (int64_t)t.n * to.partials.slots + (t.number * passes + pass) * kConsumers + group;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  float2* const parts = to.partials.parts + slot * to.partials.channels + channel0;
+  Part* const stored = (Part*)to.partials.parts + slot * to.partials.channels + channel0;
 #pragma unroll
-  for (int j = 0; j < Problem::columns / 8; ++j)
+  for (int j0 = 0; j0 < blocks; j0 += 4) {
+    Part p[8];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      schedule_barrier();
+    for (int k = 0; k < 8; ++k) {
+      p[k] = {0.f, 0.f};
+      const int j = j0 + k / 2, e = k & 1;
+      if (j >= blocks) continue;
       const int column = place.column(j, e);
       float v[rows];
       float sum = 0.f, squares = 0.f;
@@ -46,27 +79,51 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int q = 0; q < classes; ++q) {
-            const int k = (i * 2 + r) * classes + q;
-            v[k] = 0.f;
-            if (inside >> k & 1) {
+            const int at = (i * 2 + r) * classes + q;
+            v[at] = 0.f;
+            if (inside >> at & 1) {
               // as it is stored
-              v[k] = to_float(from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column,
-                                                         (t.d + place.z(i, r)) * o.step_d + residue[q].d,
-                                                         (t.h + place.y(i, r)) * o.step_h + residue[q].h,
-                                                         (t.w + place.x(i, r)) * o.step_w + residue[q].w)));
-              sum += v[k];
+              v[at] = to_float(from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column,
+                                                          (t.d + place.z(i, r)) * o.step_d + residue[q].d,
+                                                          (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                                                          (t.w + place.x(i, r)) * o.step_w + residue[q].w)));
+              sum += v[at];
             }
           }
-#pragma unroll
-      for (int s = 4; s < 32; s *= 2) sum += __shfl_xor_sync(~0u, sum, s);
       const float mean = sum * reciprocal;
 #pragma unroll
-      for (int k = 0; k < rows; ++k)
-        if (inside >> k & 1) squares = fmaf(v[k] - mean, v[k] - mean, squares);
-#pragma unroll
-      for (int s = 4; s < 32; s *= 2) squares += __shfl_xor_sync(~0u, squares, s);
-      if (place.lane < 4 && first + column < g.out_channels) parts[column] = make_float2(mean, squares);
+      for (int at = 0; at < rows; ++at)
+        if (inside >> at & 1) squares = fmaf(v[at] - mean, v[at] - mean, squares);
+      p[k] = {mean, squares};
+      schedule_barrier();
     }
+    auto exchange = [&](int half, int distance, const Weights& w) {
+      const bool upper = lane & distance;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k >= half) break;
+        const Part sent = upper ? p[k] : p[k + half], kept = upper ? p[k + half] : p[k];
+        const Part got = {__shfl_xor_sync(~0u, sent.mean, distance), __shfl_xor_sync(~0u, sent.squares, distance)};
+        p[k] = merged(kept, got, w);
+      }
+    };
+    exchange(4, 16, w16), exchange(2, 8, w8), exchange(1, 4, w4);
+    Part* const mine = parts + (j0 / 4 & 1) * 128;
+    mine[warp * 32 + (lane >> 3) * 8 + (lane & 3) * 2 + (lane >> 2 & 1)] = p[0];
+    named_barrier(1 + group, 128);
+    if (warp == (j0 / 4 & 3) && j0 * 8 + lane < Problem::columns && first + j0 * 8 + lane < g.out_channels) {
+      Part all = mine[lane];
+      int before = counts[0];
+#pragma unroll
+      for (int other = 1; other < 4; ++other) {
+        all = merged(all, mine[other * 32 + lane], Weights(before, counts[other]));
+        before += counts[other];
+      }
+      stored[j0 * 8 + lane] = all;
+      if (j0 == 0 && lane == 0) to.partials.counts[slot] = before;
+    }
+  }
+  named_barrier(1 + group, 128);
 }
 
 }  // namespace fxfuse

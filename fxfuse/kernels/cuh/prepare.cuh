@@ -56,6 +56,7 @@ FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const
   float largest = 0.f;
   bool wrong = false;
   if (scaled) {
+#pragma unroll 4
     for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
       const int c = i / volume, k = i - c * volume;
       const float v = fabsf(to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + k]));
@@ -110,15 +111,18 @@ struct RowGeometry {
   int64_t stride_n, stride_c, stride_d, stride_h, stride_w;
   int depth, height, width;
   int channels, padded, groups;  // per group
-  int blocks, blocks_positions;  // of 64 positions times of 64 channels, in all; of 64 positions
+  int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
+  int span;                      // a power of two: 64, or more where the rows are short
 };
 
-// x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes 64 positions of up to
-// 64 channels of one sample.
+// x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes `span` positions of
+// up to 4096 / span channels of one sample.
 // `exact`: behind all of them, what the 16-bit numbers leave of the values.
 template <class T, class Half16, bool scaled, bool exact>
 FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
-  __shared__ float tile[64][65];
+  __shared__ float tiles[64 * 65];
+  const int span = g.span, pitch = span + 1, shift = 31 - __clz(span);
+  auto tile = [&](int row, int p) -> float& { return tiles[row * pitch + p]; };
   const int64_t stride_n = g.stride_n, stride_c = g.stride_c, stride_d = g.stride_d, stride_h = g.stride_h,
                 stride_w = g.stride_w;
   const int height = g.height, width = g.width, depth = g.depth, channels = g.channels, padded = g.padded,
@@ -127,7 +131,7 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
   const int blocks_y = (padded * groups + 63) / 64, block_y = block_rest % blocks_y;
   const int plane = height * width;
   const int positions = depth * plane, row_length = padded * groups;
-  const int first = block_x * 64, row0 = block_y * 64, n = block_rest / blocks_y;
+  const int first = block_x * span, row0 = block_y * 64, n = block_rest / blocks_y;
   const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
   float scale = 1.f;
   if (scaled) {  // every warp for itself
@@ -163,7 +167,7 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
       const int units = wide / 8;
       const int64_t length = (int64_t)row_length * (exact ? 2 : 1);
 #pragma unroll 2
-      for (int i = threadIdx.x; i < 64 * units; i += blockDim.x) {
+      for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
         const int p = i / units, unit = i - p * units;
         if (first + p >= positions) break;
         const float4* from = (const float4*)((const float*)x + n * stride_n + (first + p) * stride_w + row0 + unit * 8);
@@ -185,31 +189,33 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     }
   }
   if (stride_w == 1 && stride_h == width && stride_d == plane) {  // positions are neighbours
-    const bool aligned = sizeof(T) == 4 && positions % 4 == 0 && stride_c % 4 == 0 && stride_n % 4 == 0 &&
-                         ((uint64_t)x & 15) == 0;
+    constexpr int count = 16 / sizeof(T);  // elements that are read at once
+    const bool aligned = positions % count == 0 && stride_c % count == 0 && stride_n % count == 0 && ((uint64_t)x & 15) == 0;
     if (aligned) {
-      const int p = (threadIdx.x & 15) * 4;
-      for (int row = threadIdx.x >> 4; row < wide; row += 16) {
+      constexpr int log2 = sizeof(T) == 4 ? 2 : 3;
+#pragma unroll 2
+      for (int i = threadIdx.x; i < wide << (shift - log2); i += blockDim.x) {
+        const int row = i >> (shift - log2), p = (i - (row << (shift - log2))) * count;
         const T* from = source(row);
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (from && first + p < positions) v = *(const float4*)((const float*)from + first + p);
-        tile[row][p] = take(v.x), tile[row][p + 1] = take(v.y), tile[row][p + 2] = take(v.z),
-        tile[row][p + 3] = take(v.w);
+        alignas(16) T v[count] = {};
+        if (from && first + p < positions) *(uint4*)v = *(const uint4*)(from + first + p);
+#pragma unroll
+        for (int k = 0; k < count; ++k) tile(row, p + k) = take(to_float(v[k]));
       }
     } else {
-      const int p = threadIdx.x & 63;
-      for (int row = threadIdx.x >> 6; row < wide; row += 4) {
+      for (int i = threadIdx.x; i < wide << shift; i += blockDim.x) {
+        const int row = i >> shift, p = i & (span - 1);
         const T* from = source(row);
-        tile[row][p] = from && first + p < positions ? take(to_float(from[first + p])) : 0.f;
+        tile(row, p) = from && first + p < positions ? take(to_float(from[first + p])) : 0.f;
       }
     }
   } else {
     const bool by_channel = stride_c == 1;
-    for (int i = threadIdx.x; i < wide * 64; i += blockDim.x) {
-      const int row = by_channel ? i % wide : i >> 6, p = by_channel ? i / wide : i & 63;
+    for (int i = threadIdx.x; i < wide << shift; i += blockDim.x) {
+      const int row = by_channel ? i % wide : i >> shift, p = by_channel ? i / wide : i & (span - 1);
       const T* from = source(row);
       const int at = first + p, d = at / plane, h = (at - d * plane) / width, w = at - d * plane - h * width;
-      tile[row][p] =
+      tile(row, p) =
           from && at < positions ? take(to_float(from[d * stride_d + h * stride_h + w * stride_w])) : 0.f;
     }
   }
@@ -217,17 +223,17 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
   // A few such values may lose precision: their error is below 2^-39 of the sample's largest. Many would show.
   if (scaled && tiny) atomicAdd(&state.marks[n], tiny);
   const int units = wide / 8;
-  for (int i = threadIdx.x; i < 64 * units; i += blockDim.x) {
+  for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
     const int p = i / units, unit = i - p * units;
     if (first + p >= positions) break;
     alignas(16) Half16 v[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p]);
+    for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile(unit * 8 + k, p));
     Half16* const to = rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
     *(uint4*)to = *(const uint4*)v;
     if (exact) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile[unit * 8 + k][p] - to_float(v[k]));
+      for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile(unit * 8 + k, p) - to_float(v[k]));
       *(uint4*)(to + row_length) = *(const uint4*)v;
     }
   }

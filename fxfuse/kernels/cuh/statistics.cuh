@@ -60,38 +60,43 @@ FXFUSE_INLINE void block_sum(double (&v)[numbers]) {
   __syncthreads();
 }
 
-constexpr int kMergeThreads = 512;   // per 32 channels of a sample
+constexpr int kMergeThreads = 512, kMerged = 8;  // per kMerged channels of a sample
 
-// Merges the partial statistics of a sample's channels: a block of kMergeThreads per sample and 32 channels. Where
+// Merges the partial statistics of a sample's channels: a block of kMergeThreads per sample and kMerged channels. Where
 // `fallback(n, c, running)` says that it has made them by itself, those count.
 template <class Fallback>
 FXFUSE_INLINE void merge_partials(const Partials& p, Moments* out, Fallback fallback) {
-  constexpr int warps = kMergeThreads / 32;
-  __shared__ double shared[4 * warps * 33];
+  constexpr int lanes = kMergeThreads / kMerged;
+  __shared__ double shared[4 * kMergeThreads];
   static_assert(sizeof(shared) >= kMergeThreads * sizeof(Counted), "the fallback uses the same memory");
-  double(*const sums)[warps][33] = (double(*)[warps][33])shared;
-  const int blocks = (p.channels + 31) / 32, n = blockIdx.x / blocks, first = (blockIdx.x - n * blocks) * 32;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, c = first + lane;
+  double(*const sums)[kMergeThreads] = (double(*)[kMergeThreads])shared;  // count, sum, sum less shift, squares
+  const int blocks = (p.channels + kMerged - 1) / kMerged, n = blockIdx.x / blocks;
+  const int first = (blockIdx.x - n * blocks) * kMerged, lane = threadIdx.x / kMerged, c = first + threadIdx.x % kMerged;
   double count = 0, sum = 0, shifted = 0, squares = 0;
   const bool there = c < p.channels;
   const float2* parts = p.parts + (int64_t)n * p.slots * p.channels + (there ? c : 0);
   const int* counts = p.counts + (int64_t)n * p.slots;
   const double shift = parts[0].x;
 #pragma unroll 8
-  for (int slot = warp; slot < p.slots; slot += warps) {
+  for (int slot = lane; slot < p.slots; slot += lanes) {
     const float2 part = parts[(int64_t)slot * p.channels];
     const double k = counts[slot], d = part.x - shift;
     count += k, sum += k * part.x, shifted += k * d, squares += part.y + k * d * d;  // an empty slot is all zero
   }
-  sums[0][warp][lane] = count, sums[1][warp][lane] = sum, sums[2][warp][lane] = shifted, sums[3][warp][lane] = squares;
+  sums[0][threadIdx.x] = count, sums[1][threadIdx.x] = sum, sums[2][threadIdx.x] = shifted, sums[3][threadIdx.x] = squares;
   __syncthreads();
-  if (warp == 0) {
-    for (int w = 1; w < warps; ++w)
-      count += sums[0][w][lane], sum += sums[1][w][lane], shifted += sums[2][w][lane], squares += sums[3][w][lane];
-    squares -= shifted * shifted / count;
-    if (there) out[(int64_t)n * p.channels + c] = {sum / count, squares < 0 ? 0 : squares};
+  for (int half = kMergeThreads / 2; half >= kMerged; half /= 2) {
+    if (threadIdx.x < half)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[k][threadIdx.x] += sums[k][threadIdx.x + half];
+    __syncthreads();
   }
-  for (int i = 0; i < 32 && first + i < p.channels; ++i) {
+  if (lane == 0 && there) {
+    count = sums[0][threadIdx.x], shifted = sums[2][threadIdx.x];
+    squares = sums[3][threadIdx.x] - shifted * shifted / count;
+    out[(int64_t)n * p.channels + c] = {sums[1][threadIdx.x] / count, squares < 0 ? 0 : squares};
+  }
+  for (int i = 0; i < kMerged && first + i < p.channels; ++i) {
     Running mine;
     if (!fallback(n, first + i, mine)) continue;
     Counted* const all = (Counted*)shared;
