@@ -33,10 +33,11 @@ class Scale(nn.Module):
 
     def __init__(self, channels: int, *, add: bool = False) -> None:
         super().__init__()
-        self.weight, self.add = nn.Parameter(torch.rand(channels, 1, 1, 1) + 0.5), add
+        self.weight, self.add = nn.Parameter(torch.rand(channels) + 0.5), add
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight if self.add else x * self.weight
+        weight = self.weight.view(-1, 1, 1, 1)
+        return x + weight if self.add else x * weight
 
 
 def up(*args: int, **more: int | bool) -> nn.ConvTranspose3d:
