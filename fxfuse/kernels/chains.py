@@ -106,9 +106,9 @@ def needed(body: Sequence[Instr], last: Instr) -> list[Instr]:
     return list(_backwards(body, set(last.outs)))[::-1]
 
 
-def live(body: Sequence[Instr], outputs: Collection[str]) -> list[Instr]:
-    """The instructions of ``body`` that ``outputs`` need, in order."""
-    return list(_backwards(body, set(outputs)))[::-1]
+def needed_by(body: Sequence[Instr], values: Collection[str]) -> list[Instr]:
+    """The instructions of ``body`` that ``values`` need, in order."""
+    return list(_backwards(body, set(values)))[::-1]
 
 
 def _backwards(body: Sequence[Instr], wanted: set[str]) -> Iterator[Instr]:

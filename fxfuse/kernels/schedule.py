@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.chains import STORED, Chain, Values, dense, layout_of, live
+from fxfuse.kernels.chains import STORED, Chain, Values, dense, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
@@ -321,7 +321,7 @@ class _Cutter:
                 needed.update(instr.reads())
                 first.append(instr)
         first.reverse()
-        rest = live([behind.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
+        rest = needed_by([behind.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
         wanted = {*kernel.reads, *self.program.outputs, *(n for i in rest for n in i.reads())}
         given = tuple(out for i in first for out in i.outs if out in wanted)
         return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs), ())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.chains import Chain, Values, layouts_of, live
+from fxfuse.kernels.chains import SMALL, Chain, Values, layouts_of, needed, needed_by
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -134,34 +134,52 @@ class _Planner:
         self.program, self.gathered = program, gathered
         self.values = Values(program, values)
         self.there = {n for n, _ in program.inputs}
-        self.left = live(program.body, program.outputs)
+        self.left = needed_by(program.body, program.outputs)
         self.steps: list[Step] = []
         self.torch: list[Instr] = []
+        self.largest = max((math.prod(s or 0 for s in k.shape) for k in self.values.types.values()), default=0)
 
     def plan(self) -> tuple[Step, ...]:
         while self.left:
-            instr = self.left[0]
+            self._take([i for i in self.left if self._is_view_of_what_is_there(i)])
+            if not self.left:
+                break
+            instr = next((i for i in self.left if not self._waits(i)), self.left[-1])
             step, body = self._step(instr)
             if step is None:
-                self.torch.append(instr)
-                self.there.update(instr.outs)
-                self.left.pop(0)
+                self._take(needed(self.left, instr))
                 continue
-            self._flush()
+            # operands that wait have to be there
+            self._take([i for i in needed_by(self.left, step.reads) if all(i is not b for b in body)])
+            self._flush(step.reads)
             self.steps.append(step)
             self.there.update(step.makes)
-            self.left = [i for i in self.left if not any(i is b for b in body)]
+            self.left = [i for i in self.left if all(i is not b for b in body)]
             # what the chain computed for itself may be needed elsewhere, or by nobody any more
-            self.left = live(self.left, self.program.outputs)
-        self._flush()
+            self.left = needed_by(self.left, self.program.outputs)
+        self._flush(())
         return tuple(self.steps)
 
-    def _flush(self) -> None:
-        """Let torch run what has gathered."""
+    def _is_view_of_what_is_there(self, instr: Instr) -> bool:
+        return vocabulary.lookup(instr.op).kind is Kind.SHAPE and self.there.issuperset(instr.reads())
+
+    def _waits(self, instr: Instr) -> bool:
+        """Whether a chain may compute this small operand for itself: it waits until something else needs it."""
+        size = math.prod(s or 0 for s in self.values.types[instr.outs[0]].shape)
+        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * SMALL <= self.largest
+
+    def _take(self, body: Sequence[Instr]) -> None:
+        """Let torch run these."""
+        self.torch += body
+        self.there.update(o for i in body for o in i.outs)
+        self.left = [i for i in self.left if all(i is not b for b in body)]
+
+    def _flush(self, reads: Sequence[str]) -> None:
+        """A step of what torch has to run so far, ``reads`` being wanted next."""
         if not self.torch:
             return
         made = {o for i in self.torch for o in i.outs}
-        wanted = {*self.program.outputs, *(n for i in self.left for n in i.reads())}
+        wanted = {*self.program.outputs, *reads, *(n for i in self.left for n in i.reads())}
         read = dict.fromkeys(n for i in self.torch for n in i.reads() if n not in made)
         outputs = tuple(o for i in self.torch for o in i.outs if o in wanted)
         inputs = tuple((n, self.values.types[n]) for n in read)
@@ -260,7 +278,7 @@ class _Planner:
             window=window,
             after=after.expression,
         )
-        # small operands stay: others may need them, and `live` drops them where nobody does
+        # small operands stay: others may need them, and they are dropped where nobody does
         small = {i.outs[0] for i in body if self.values.types[i.outs[0]].shape not in self._shapes(value, step)}
         return step, [i for i in body if i.outs[0] not in small]
 
