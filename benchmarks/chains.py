@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -124,6 +125,13 @@ def stage(pick: random.Random, channels: int) -> tuple[str, Stage]:
     ])  # fmt: skip
 
 
+def _has_a_result(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    try:
+        return model.to("meta").eval()(torch.empty(shape, device="meta")).numel() > 0  # type: ignore[no-any-return]
+    except RuntimeError:  # a window is larger than what it is over
+        return False
+
+
 def draw(pick: random.Random) -> Case:
     """A layer of 2 to 60 GFLOP with two to six stages behind it; a stage that drops dims is the last."""
     while True:
@@ -145,4 +153,6 @@ def draw(pick: random.Random) -> Case:
             break
     shape = (batch, inside, size, size, size)
     make = lambda: Stages(up(inside, outside, kernel, stride=stride, padding=padding), *(s for _, s in stages))  # noqa: E731
+    if not _has_a_result(copy.deepcopy(make()), shape):
+        return draw(pick)
     return Case(" > ".join([*names, f"x {batch}x{inside}x{size}^3"]), make, shape, (1, inside, 8, 8, 8))

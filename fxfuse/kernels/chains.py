@@ -93,12 +93,10 @@ class Values:
         readers = self.readers[value]
         return value in self.program.outputs or any(all(r is not i for i in body) for r in readers)
 
-    def pool_behind(self, value: str) -> Instr | None:
-        """The pool that alone reads ``value``."""
+    def only_reader(self, value: str) -> Instr | None:
+        """The instruction that alone reads ``value``, once."""
         readers = self.readers[value]
-        if value in self.program.outputs or len(readers) != 1 or vocabulary.lookup(readers[0].op).kind is not Kind.POOL:
-            return None
-        return readers[0]
+        return readers[0] if len(readers) == 1 and value not in self.program.outputs else None
 
 
 def needed(body: Sequence[Instr], last: Instr) -> list[Instr]:

@@ -11,11 +11,15 @@ import math
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import Specialisation, seconds
+from fxfuse.kernels.convolution import Specialisation, seconds, tile
 from fxfuse.kernels.schedule import Launch
 
 #: below this estimate a call is launches and little else, and cuDNN has fewer of them
 LEAST_SECONDS = 6e-5
+#: the same where other operators are behind the convolution, which the kernel takes as well
+LEAST_SECONDS_CHAIN = 2.5e-5
+#: part of a tile's rows that are positions of the output
+LEAST_FIT = 0.45
 #: the same for grouped convolutions, of which cuDNN makes little
 LEAST_SECONDS_GROUPED = 3e-5
 #: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's
@@ -31,14 +35,21 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     last = kernel.layout == "channels_last"
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
-    estimate = seconds(made, batch, sizes, (extents[0], extents[1], extents[2]), row, kernel.kind.dtype.itemsize)
+    itemsize = kernel.kind.dtype.itemsize
+    estimate = seconds(made, batch, sizes, (extents[0], extents[1], extents[2]), row, itemsize)
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
     if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
         return None
-    if estimate < LEAST_SECONDS:
+    chain = bool(kernel.combine) or kernel.gathers or len(kernel.stages) > 2
+    if estimate < (LEAST_SECONDS_CHAIN if chain else LEAST_SECONDS):
         return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
     if math.prod(layer.kernel) < math.prod(layer.stride) and not kernel.combine:
         return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
+    step = layer.stride if not kernel.combine else (1, 1, 1)
+    d, h, w = (-(-e // s) for e, s in zip(extents, step, strict=True))
+    tiling = tile(made, (d, h, w), row, itemsize)
+    if d * h * w < LEAST_FIT * math.prod(tiling.counts) * tiling.rows and not made.exact:
+        return f"an output of {extents} leaves most rows of the tiles unused"
     narrow = kernel.dtype is not torch.float32
     if layer.stride[2] > 2 and (narrow or not last) and not kernel.combine:
         return f"a stride of {layer.stride[2]} along w scatters what is stored"
@@ -46,6 +57,11 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         return f"{layer.out_channels} output channels leave the matrix units idle"
     if math.prod(layer.kernel) <= 4 and not kernel.combine:
         return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
-    if narrow and math.prod(layer.stride) == 1 and math.prod(layer.kernel) < LARGE_KERNEL and not kernel.combine:
+    if (
+        narrow
+        and math.prod(layer.stride) == 1
+        and math.prod(layer.kernel) < LARGE_KERNEL
+        and not (kernel.combine or kernel.gathers)
+    ):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None

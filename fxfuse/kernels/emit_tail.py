@@ -1,10 +1,10 @@
-"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``cuh/map.cuh``. Pure."""
+"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``map.cuh`` and ``fold.cuh``. Pure."""
 
 from __future__ import annotations
 
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.tail import Window
+from fxfuse.kernels.tail import Fold, Window
 
 #: bytes that a thread reads at once
 VECTOR_BYTES = 16
@@ -54,6 +54,25 @@ def emit_pool(
         *lines,
         "};",
         _entry("pool", arguments, f"fxfuse::map_pool<Pool, {last}>(a)"),
+    ])  # fmt: skip
+
+
+def emit_fold(
+    dtype: str, output: str, layout: str, before: Expression | None, fold: Fold, after: Expression | None
+) -> str:
+    """The entry ``fold``."""
+    names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
+    arguments = f"fxfuse::FoldArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    last = layout != "contiguous"
+    return "\n".join([
+        '#include "fold.cuh"',
+        *_head(before, after),
+        "struct Fold {",
+        f"  using Op = fxfuse::Fold{fold.combine};",
+        f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last)};",
+        f"  static constexpr bool last = {str(last).lower()}, keeps = {str(fold.keeps).lower()};",
+        "};",
+        _entry("fold", arguments, "fxfuse::fold_channels<Fold>(a)"),
     ])  # fmt: skip
 
 

@@ -7,7 +7,7 @@ makes x can gather on its way, and for arithmetic that joins the pointwise chain
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Calla
         fits = split is not None and isinstance(first, Ref) and splitter.fits(first.name, wanted)
         if not fits or not split(splitter, instr, first.name):  # type: ignore[misc, union-attr]
             splitter.body.append(instr)
+            splitter.follow(instr)
     return Program(program.inputs, tuple(splitter.body), program.outputs)
 
 
@@ -39,13 +40,15 @@ class _Splitter:
         self.types = types
         self.taken = {*types}
         self.body: list[Instr] = []
-        self.centred: dict[str, str] = {}  # value -> what it is less its batch mean
+        #: value -> the value and the steps per channel that it is made of
+        self.mapped: dict[str, tuple[str, tuple[tuple[str, Operand], ...]]] = {}
         self.made: dict[tuple[object, ...], tuple[str, ...]] = {}
 
     def fits(self, name: str, wanted: Callable[[str], bool]) -> bool:
-        kind = self.types[self.centred.get(name, name)]
+        source = self.mapped.get(name, (name,))[0]
+        kind = self.types[source]
         known = 3 <= len(kind.shape) <= 5 and all(kind.shape)
-        return known and kind.dtype in _DTYPES and wanted(self.centred.get(name, name))
+        return known and kind.dtype in _DTYPES and wanted(source)
 
     # --- building -----------------------------------------------------------------------------------
     def call(self, op: str, *operands: Operand, outs: tuple[str, ...] | None = None, **attributes: Any) -> str:
@@ -82,7 +85,19 @@ class _Splitter:
         steps: list[tuple[str, Operand]] = [("sub", Ref(mean)), ("mul", Ref(scale))]
         steps += [("mul", weight)] if weight is not None else []
         steps += [("add", bias)] if bias is not None else []
+        if all(not isinstance(o, Ref) or self._per_channel(o) for _, o in steps):
+            self.map(value, steps, instr.outs[0])
         self.finish(value, steps, instr.outs[0])
+
+    def map(self, value: str, steps: Sequence[tuple[str, Operand]], out: str) -> None:
+        """Remember that ``out`` is made of ``value`` by these steps."""
+        source, before = self.mapped.get(value, (value, ()))
+        self.mapped[out] = source, (*before, *steps)
+
+    def _per_channel(self, operand: Ref) -> bool:
+        """Whether an operand that was made here is the same all over a channel."""
+        shape = self.types[operand.name].shape if operand.name in self.types else None
+        return shape is None or all(s == 1 for s in shape[-3:]) or len(shape) < 3
 
     def finish(self, value: str, steps: list[tuple[str, Operand]], out: str) -> None:
         """The steps, in float32 at least, and rounded once."""
@@ -92,6 +107,16 @@ class _Splitter:
             value = self.call(op, Ref(value), operand, outs=(out,) if last else None)
         if narrow:
             self.call("cast", Ref(value), outs=(out,), dtype=self.types[out].dtype)
+
+    def follow(self, instr: Instr) -> None:
+        """Numbers that a value made of steps meets are steps, too."""
+        if instr.op not in ("add", "sub", "mul", "div") or len(instr.operands) != 2:
+            return
+        first, second = instr.operands
+        if isinstance(first, Ref) and first.name in self.mapped and isinstance(second, (int, float)):
+            same = self.types[first.name] == self.types[instr.outs[0]]
+            if same and self.types[first.name].dtype.is_floating_point:
+                self.map(first.name, [(instr.op, second)], instr.outs[0])
 
     # --- one operator each; False where it has not this form ----------------------------------------
     def group_norm(self, instr: Instr, value: str) -> bool:
@@ -147,7 +172,7 @@ class _Splitter:
         mean, var, _ = self.statistics(value, batch=True, groups=self._channels(value))
         new, *vectors = instr.outs
         self.call("sub", Ref(value), Ref(mean), outs=(new,))
-        self.centred[new] = value
+        self.map(value, [("sub", Ref(mean))], new)
         for source, factor, out in zip((mean, var, var), (1.0, 1.0, count / (count - 1)), vectors, strict=True):
             self._vector(source, factor, out)
         return True
@@ -180,12 +205,11 @@ class _Splitter:
         spatial = tuple(range(2, len(kind.shape)))
         if dims not in (spatial, (0, *spatial)) or self.types[out].dtype is not kind.dtype:
             return False
-        source, groups = self.centred.get(value, value), self._channels(value)
-        mean = self.statistics(source, batch=dims[0] == 0, groups=groups)[0]
-        steps: list[tuple[str, Operand]] = []
-        if source != value:
-            steps.append(("sub", Ref(self.statistics(source, batch=True, groups=groups)[0])))
-        steps += [("mul", factor)] if factor != 1.0 else []
+        batch = dims[0] == 0
+        # (mean of steps) = (steps of mean), as far as the steps are the same for all samples that are in it
+        source, before = (value, ()) if batch else self.mapped.get(value, (value, ()))
+        mean = self.statistics(source, batch=batch, groups=self._channels(value))[0]
+        steps = [*before, *([("mul", factor)] if factor != 1.0 else [])]
         for op, operand in steps:
             mean = self.call(op, Ref(mean), operand)
         narrow = kind.dtype is not torch.float32

@@ -27,6 +27,7 @@ from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.tail import LEAST_ELEMENTS, Gather, Step, plan
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
 
 #: elements of one sample: positions in it are 32-bit numbers; samples: a dimension of a grid
 MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
@@ -292,8 +293,8 @@ class _Cutter:
     # --- what the kernel takes ----------------------------------------------------------------------
     def _pool(self, value: str, layer: Layer) -> tuple[Instr | None, Pooling | None]:
         """The pool that alone reads ``value``, and how residue classes make it; None where they do not."""
-        pool = self.values.pool_behind(value)
-        if pool is None:
+        pool = self.values.only_reader(value)
+        if pool is None or vocabulary.lookup(pool.op).kind is not Kind.POOL:
             return None, None
         spatial = len(self.types[value].shape) - 2
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))

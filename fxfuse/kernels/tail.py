@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.chains import SMALL, Chain, Values, layouts_of, needed, needed_by
+from fxfuse.kernels.chains import SMALL, Chain, Values, dense, layouts_of, needed, needed_by
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -44,11 +44,44 @@ class Window:
     adaptive: bool = False
 
 
+#: channels that a thread holds
+MOST_CHANNELS_EACH = 64
+_FOLDS = {
+    "sum": "Sum",
+    "mean": "Mean",
+    "amax": "Maximum",
+    "max": "Maximum",
+    "amin": "Minimum",
+    "min": "Minimum",
+    "logsumexp": "LogSumExp",
+    "softmax": "Softmax",
+    "log_softmax": "LogSoftmax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it."""
+
+    combine: str
+    channels: int
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every channel has a result."""
+        return self.combine.endswith("Softmax")
+
+    def lanes(self, last: bool) -> int:
+        """Threads per position: where channels are neighbours (``last``), neighbouring threads read them."""
+        each, most = (4, 32) if last else (MOST_CHANNELS_EACH, 4)
+        return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
+
+
 @dataclasses.dataclass(frozen=True)
 class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
-    Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window``.
+    Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
     """
 
     value: str
@@ -60,6 +93,7 @@ class Map:
     stages: tuple[str, ...]
     before: Expression | None = None
     window: Window | None = None
+    fold: Fold | None = None
     after: Expression | None = None
 
     @property
@@ -197,6 +231,11 @@ class _Planner:
             if self._readable(value.name):
                 found = self._pooled(value.name, Chain(value.name), instr)
                 return found or (None, ())
+        if op.kind is Kind.REDUCTION:
+            value = instr.operands[0]
+            assert isinstance(value, Ref)
+            if self._readable(value.name):
+                return self._folded(value.name, Chain(value.name), instr) or (None, ())
         if op.kind is Kind.POINTWISE:
             for name in instr.reads():
                 same = self.values.types[name].shape == self.values.types[instr.outs[0]].shape
@@ -232,8 +271,12 @@ class _Planner:
         chain = self.values.longest(value, "Before", self._missing(), kept=True)
         if not any(i is first for i in chain.body):
             return None
-        pool = self.values.pool_behind(chain.result)
-        found = None if pool is None else self._pooled(value, chain, pool)
+        reader = self.values.only_reader(chain.result)
+        found = None
+        if reader is not None and vocabulary.lookup(reader.op).kind is Kind.POOL:
+            found = self._pooled(value, chain, reader)
+        elif reader is not None and vocabulary.lookup(reader.op).kind is Kind.REDUCTION:
+            found = self._folded(value, chain, reader)
         if found is not None:
             return found
         return self._made(value, chain, None, Chain(chain.result), ())
@@ -257,11 +300,36 @@ class _Planner:
         stage = pool.op if window.adaptive else f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"
         return self._made(value, before, window, after, (pool,), stage)
 
+    def _folded(self, value: str, before: Chain, reduction: Instr) -> tuple[Step, Sequence[Instr]] | None:
+        """The chain, the reduction over channels behind it, and the chain behind that."""
+        kind, out = (self.values.types[n] for n in (before.result, reduction.outs[0]))
+        fold = fold_of(reduction, kind)
+        if fold is None or out.dtype is not kind.dtype:
+            return None
+        last = layouts_of(self.values.types[value].shape, self.values.strides[value])[0] != "contiguous"
+        if -(-fold.channels // fold.lanes(last)) > MOST_CHANNELS_EACH:
+            return None
+        after = Chain(reduction.outs[0])
+        if len(out.shape) == len(kind.shape):
+            after = self.values.longest(after.result, "After", self._missing())
+        elif self.values.strides[after.result] != dense(out.shape, "contiguous"):
+            return None
+        return self._made(value, before, fold, after, (reduction,), reduction.op)
+
     def _made(
-        self, value: str, before: Chain, window: Window | None, after: Chain, pool: Sequence[Instr], stage: str = ""
+        self,
+        value: str,
+        before: Chain,
+        how: Window | Fold | None,
+        after: Chain,
+        pool: Sequence[Instr],
+        stage: str = "",
     ) -> tuple[Step, Sequence[Instr]] | None:
+        window, fold = how if isinstance(how, Window) else None, how if isinstance(how, Fold) else None
+        if fold is not None and len(self.values.types[after.result].shape) < 3:
+            return None
         layouts = self._layouts(value, after.result)
-        if window is None and layouts[0] != layouts[1]:
+        if window is None and (fold is None or fold.keeps) and layouts[0] != layouts[1]:
             return None
         body = [*before.body, *pool, *after.body]
         stages = [*(i.op for i in before.body), *([stage] if pool else []), *(i.op for i in after.body)]
@@ -276,6 +344,7 @@ class _Planner:
             stages=tuple(stages),
             before=before.expression,
             window=window,
+            fold=fold,
             after=after.expression,
         )
         # small operands stay: others may need them, and they are dropped where nobody does
@@ -295,6 +364,16 @@ class _Planner:
         if not self._readable(value):
             return None, ()
         return Gather(value, kind, layouts_of(kind.shape, self.values.strides[value])[0], instrs), instrs
+
+
+def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
+    """The reduction of a (N, C, *spatial) value over its channels; None for others."""
+    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    dims = attributes.get("dims", (attributes.get("dim"),))
+    channels = kind.shape[1]
+    if combine is None or dims != (1,) or not channels:
+        return None
+    return Fold(combine, channels)
 
 
 def window_of(pool: Instr, rank: int) -> Window | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
-from fxfuse.kernels.emit_tail import emit_map, emit_pool, emit_statistics, vector
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
@@ -96,6 +96,13 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         head = struct.Struct("<qq10i")
         sizes: tuple[int, ...] = (*size, *made)
+    elif step.fold is not None:
+        layout = step.layouts[0]
+        source = emit_fold(dtype, output, layout, step.before, step.fold, step.after)
+        kernel = _load(source, ("fold",), device)["fold"]
+        grid = (-(-n * d * h * w * step.fold.lanes(layout != "contiguous") // BLOCK), 1, 1)
+        head = struct.Struct("<qq6i")
+        sizes = (*size, 0)
     else:
         source = emit_map(dtype, output, step.layouts[0], step.before)
         kernels = _load(source, ("whole", "any"), device)
@@ -118,7 +125,7 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
             value = value.clone()
         out = torch.empty_strided(shape, step.strides, dtype=step.kind.dtype, device=device)
         parts = [head.pack(value.data_ptr(), out.data_ptr(), *sizes), pack(step.before, values).ljust(8, b"\0")]
-        if step.window is not None:
+        if step.window is not None or step.fold is not None:
             parts.append(pack(step.after, values).ljust(8, b"\0"))
         _launch(kernel, grid, BLOCK, [ctypes.create_string_buffer(b"".join(parts))], device)
         values[step.stored] = out

@@ -160,6 +160,38 @@ def test_samples_that_do_not_fit(value: float) -> None:
     check(Stages(made(3, 16, 24, 3, stride=2), F.softsign, lambda y: y.mean((2, 3, 4))), x, "-> statistics;")
 
 
+# --- reductions over channels ---------------------------------------------------------------------
+FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda y: y.sum(1),
+    "mean": lambda y: y.mean(1, keepdim=True),
+    "amax": lambda y: y.amax(1, keepdim=True),
+    "min": lambda y: y.min(1, keepdim=True).values,
+    "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
+    "softmax": lambda y: y.softmax(1),
+    "log_softmax": lambda y: y.log_softmax(1),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("fold", FOLDS)
+def test_reductions_over_channels(fold: str, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(3)
+    for channels in (1, 3, 20, 70, 200):
+        model = Stages(made(3, 8, channels, 3, stride=2, dtype=dtype), lambda y: y + 0.5, FOLDS[fold], torch.sigmoid)
+        x = sample(2, 8, 5, 6, 7, dtype=dtype)
+        if layout == "last":
+            x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
+        check(model, x)
+
+
+def test_reductions_of_values_that_are_not_finite() -> None:
+    x = sample(2, 8, 5, 6, 7)
+    x[0, 3, 2, 5, 4], x[1, 1, 1, 1, 1], x[1, 2, 3, 4, 5] = float("nan"), float("-inf"), float("inf")
+    for fold in FOLDS.values():
+        check(Stages(made(3, 8, 12, 1), fold), x)
+
+
 # --- pools and chains -----------------------------------------------------------------------------
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda y: F.max_pool3d(y, 3),
@@ -242,7 +274,7 @@ class Drawn:
         if kind < 0.95:
             return pick.choice([
                 lambda y: y - y.mean(tuple(range(2, y.dim())), keepdim=True),
-                lambda y: y * torch.softmax(y, 1), lambda y: y + y.sigmoid() * y,
+                lambda y: y * torch.softmax(y, 1), lambda y: y + y.sigmoid() * y, lambda y: y.log_softmax(1),
             ])  # fmt: skip
         return lambda y: y / (1 + y.abs().sum(1, keepdim=True))
 

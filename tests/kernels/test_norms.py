@@ -8,6 +8,7 @@ from harness import program
 
 from fxfuse import vocabulary
 from fxfuse.instr import Ref, TensorType
+from fxfuse.kernels.chains import needed_by
 from fxfuse.kernels.norms import split_norms
 from fxfuse.program import Program
 
@@ -102,6 +103,34 @@ def test_the_mean_of_what_is_centred_needs_no_centred_values() -> None:
     readers = [i.op for i in after.body if "x" in i.reads()]
     assert readers == ["statistics", "sub", "statistics"]
     assert not [i for i in after.body if "c" in i.reads()]  # what nobody reads is dropped by the schedule
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "batch_norm_batch(x, w, b, eps=1e-3)", "group_norm(x, w, None, groups=2, eps=1e-3)",
+        "instance_norm(x, None, b, eps=1e-3)", "batch_norm(x, m, v, w, b, eps=1e-3)",
+    ],
+)  # fmt: skip
+def test_the_mean_of_what_is_normalised_is_made_of_statistics(norm: str, dtype: str) -> None:
+    original = made(f"y = {norm}\nu = mul(y, 0.5)\nz = sub(u, 3)\nq = mean(z, dims=(2, 3, 4), keepdim=True)\nq", dtype)
+    tensors = inputs(original, offset=2.0)
+    truth = [t.double() for t in tensors]
+    wide = made(str(original).split("\n", 1)[1].replace("    ", "").replace("return ", "").strip(), "f64")
+    after = split(original)
+    (found,), (expected,) = after.run(tensors), wide.run(truth)
+    tolerance = {"f32": 1e-5, "f16": 2e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert {i.op for i in needed_by(after.body, after.outputs) if "x" in i.reads()} == {"statistics"}
+
+
+def test_steps_that_vary_in_space_are_none() -> None:
+    original = made(
+        "y = layer_norm(x, lw, None, shape=(6, 4, 5, 2), eps=1e-3)\nq = mean(y, dims=(2, 3, 4), keepdim=True)\nq"
+    )
+    after, tensors = split(original), inputs(original)
+    torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_of_one_value_are_made_once() -> None:
