@@ -27,8 +27,10 @@ CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 ROWS_RATE, LAUNCHES = 1.2e12, 1.5e-5
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
-#: part of the rows that the tiles of a large input must use
-GOOD_FIT = 0.8
+#: sizes of outputs for which a specialisation, which knows no sizes, is chosen: a power of two, and one with a border
+_TYPICAL = ((32, 32, 32), (34, 34, 34))
+#: part of the rows that the tiles of a large input must use; differences of it, summed over those, that do not matter
+GOOD_FIT, ABOUT_AS_GOOD = 0.5, 0.05
 
 
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
@@ -183,18 +185,30 @@ def specialise(layer: Layer, *, pooled: bool, exact: bool = False, before: bool 
         and m * wide <= (128 if exact else 256)
         and not (pooled and m * columns > (64 if before else 128))
     ]
-    for m_tiles, (chunk, x_buffers, stages) in itertools.product(tiles, _memory(layer.in_channels)):
-        if m_tiles == 4 and x_buffers == 1:
-            continue  # two tiles of half the size hide each other's copies
-        made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
-        fitting = (
-            math.prod(shape.tile)
-            for shape in _shapes(m_tiles, (32, 32, 32), halo)
-            if shape.rows_needed(halo) * chunk * 2 <= made.region_bytes
-        )
-        if max(fitting, default=0) >= made.rows * GOOD_FIT:
-            return made
+    for m_tiles in tiles:
+        fitting: list[tuple[float, Specialisation]] = []
+        for chunk, x_buffers, stages in _memory(layer.in_channels, len(passes)):
+            if m_tiles == 4 and x_buffers == 1:
+                continue  # two tiles of half the size hide each other's copies
+            made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
+            fit = [_fit(made, extents, halo) for extents in _TYPICAL]
+            if min(fit) >= GOOD_FIT:
+                fitting.append((sum(fit), made))
+        if fitting:
+            best = max(fit for fit, _ in fitting)
+            # the first of those that are about as good: they are in the order of preference
+            return next(made for fit, made in fitting if fit >= best - ABOUT_AS_GOOD)
     raise Unsupported(f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory")
+
+
+def _fit(made: Specialisation, extents: tuple[int, int, int], halo: tuple[int, ...]) -> float:
+    """Part of the rows of the best tiles that are positions."""
+    parts = [0.0]
+    for shape in _shapes(made.m_tiles, extents, halo):
+        if shape.rows_needed(halo) * made.chunk * 2 <= made.region_bytes:
+            tiles = math.prod(-(-e // t) for e, t in zip(extents, shape.tile, strict=True))
+            parts.append(math.prod(extents) / (tiles * made.rows))
+    return max(parts)
 
 
 def _passes(layer: Layer, stack: int) -> tuple[Pass, ...]:
@@ -227,12 +241,12 @@ def _columns(width: int, most: int) -> int:
     return min(range(8, min(width, most) + 1, 8), key=lambda c: (-(-width // c) * c + 8 * -(-width // c), -c))
 
 
-def _memory(channels: int) -> Iterator[tuple[int, int, int]]:
-    """(chunk, buffers of x, stages), the fastest first."""
+def _memory(channels: int, passes: int) -> Iterator[tuple[int, int, int]]:
+    """(chunk, buffers of x, stages), the fastest first: several passes want x to stay, one wants copies hidden."""
     padded = -(-channels // 16) * 16
-    for chunk in (c for c in (64, 32, 16) if padded % c == 0):
-        for buffers, stages in ((2, 4), (2, 3), (1, 4), (1, 3)):
-            yield chunk, buffers, stages
+    chunks = [c for c in (64, 32, 16) if padded % c == 0]
+    found = [(chunk, buffers, stages) for chunk in chunks for buffers in (2, 1) for stages in (4, 3)]
+    yield from sorted(found, key=lambda f: -f[1]) if passes == 1 else found
 
 
 @dataclasses.dataclass(frozen=True)

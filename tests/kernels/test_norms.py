@@ -126,9 +126,12 @@ def test_the_mean_of_what_is_normalised_is_made_of_statistics(norm: str, dtype: 
 
 
 def test_steps_that_vary_in_space_are_none() -> None:
-    original = made(
-        "y = layer_norm(x, lw, None, shape=(6, 4, 5, 2), eps=1e-3)\nq = mean(y, dims=(2, 3, 4), keepdim=True)\nq"
-    )
+    lines = [
+        "y = layer_norm(x, lw, None, shape=(6, 4, 5, 2), eps=1e-3)",
+        "q = mean(y, dims=(2, 3, 4), keepdim=True)",
+        "q",
+    ]
+    original = made("\n".join(lines))
     after, tensors = split(original), inputs(original)
     torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
 
