@@ -58,19 +58,25 @@ def emit_pool(
 
 
 def emit_fold(
-    dtype: str, output: str, layout: str, before: Expression | None, fold: Fold, after: Expression | None
+    dtype: str,
+    output: str,
+    layouts: tuple[str, str],
+    before: Expression | None,
+    fold: Fold,
+    after: Expression | None,
 ) -> str:
-    """The entry ``fold``."""
+    """The entry ``fold``. ``layouts``: of the value, of the result."""
     names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
     arguments = f"fxfuse::FoldArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
-    last = layout != "contiguous"
+    last, last_made = (layout != "contiguous" for layout in layouts)
     return "\n".join([
         '#include "fold.cuh"',
         *_head(before, after),
         "struct Fold {",
         f"  using Op = fxfuse::Fold{fold.combine};",
-        f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last)};",
-        f"  static constexpr bool last = {str(last).lower()}, keeps = {str(fold.keeps).lower()};",
+        f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last, last_made)};",
+        f"  static constexpr bool last = {str(last).lower()}, last_made = {str(last_made).lower()};",
+        f"  static constexpr bool keeps = {str(fold.keeps).lower()};",
         "};",
         _entry("fold", arguments, "fxfuse::fold_channels<Fold>(a)"),
     ])  # fmt: skip

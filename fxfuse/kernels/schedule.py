@@ -24,7 +24,8 @@ from fxfuse.kernels.chains import STORED, Chain, Values, dense, layout_of, neede
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.tail import LEAST_ELEMENTS, Gather, Step, plan
+from fxfuse.kernels.tail import LEAST_ELEMENTS, Gather, Step, Torch, plan
+from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -113,21 +114,46 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     """
     mode = FakeTensorMode()
     observed = _observe(program, inputs, mode)
-    split = _split(program, observed)
-    versions = [(split, _observe(split, inputs, mode))] if split != program else []
-    versions.append((program, observed))
+    versions = _versions(program, observed, inputs, mode)
     if not anchored:
         whole, values = next((p, v) for p, v in versions if _same_forms(program, observed, v))
         return Schedule(Program((), (), ()), None, whole, plan(whole, values))
+    found = []
     for version, values in versions:
-        found = _Cutter(version, values).schedule()
-        for made in _layouts(found, program.outputs):
+        for made in _layouts(_Cutter(version, values).schedule(), program.outputs):
             assert made.kernel is not None
             values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
             again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
             if _same_forms(program, observed, again):
-                return _with_steps(made, {**values, **again})
-    raise Unscheduled("a result would come out in another layout than from torch's operators")
+                found.append(_with_steps(made, {**values, **again}))
+    if not found:
+        raise Unscheduled("a result would come out in another layout than from torch's operators")
+    return min(found, key=_passes_by_torch)  # the first of equals
+
+
+def _versions(
+    program: Program, observed: dict[str, Tensor], inputs: Sequence[Tensor], mode: FakeTensorMode
+) -> list[tuple[Program, dict[str, Tensor]]]:
+    """What means the same as ``program``, the best for kernels first, each with its values."""
+    plain = program
+    made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
+    pools = any(vocabulary.lookup(i.op).kind is Kind.POOL for i in program.body)
+    if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
+        plain = unfold(program)  # a pool of plain outputs is cheaper than one of scaled ones
+    found = {plain: _observe(plain, inputs, mode)}
+    split = _split(plain, found[plain])
+    return [*({split: _observe(split, inputs, mode)} | found | {program: observed}).items()]
+
+
+def _passes_by_torch(made: Schedule) -> int:
+    """Instructions on large values that torch's operators run."""
+    programs = [s.program for s in made.steps if isinstance(s, Torch)]
+    large = [p for p in programs if any(_elements(k) >= LEAST_ELEMENTS for _, k in p.inputs)]
+    return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
+
+
+def _elements(kind: TensorType) -> int:
+    return math.prod(s or 0 for s in kind.shape)
 
 
 def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:

@@ -71,9 +71,9 @@ class Fold:
         """Whether every channel has a result."""
         return self.combine.endswith("Softmax")
 
-    def lanes(self, last: bool) -> int:
-        """Threads per position: where channels are neighbours (``last``), neighbouring threads read them."""
-        each, most = (4, 32) if last else (MOST_CHANNELS_EACH, 4)
+    def lanes(self, last: bool, last_made: bool) -> int:
+        """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
+        each, most = (4, 32) if last and (last_made or not self.keeps) else (MOST_CHANNELS_EACH, 4)
         return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
 
 
@@ -306,9 +306,6 @@ class _Planner:
         fold = fold_of(reduction, kind)
         if fold is None or out.dtype is not kind.dtype:
             return None
-        last = layouts_of(self.values.types[value].shape, self.values.strides[value])[0] != "contiguous"
-        if -(-fold.channels // fold.lanes(last)) > MOST_CHANNELS_EACH:
-            return None
         after = Chain(reduction.outs[0])
         if len(out.shape) == len(kind.shape):
             after = self.values.longest(after.result, "After", self._missing())
@@ -329,8 +326,12 @@ class _Planner:
         if fold is not None and len(self.values.types[after.result].shape) < 3:
             return None
         layouts = self._layouts(value, after.result)
-        if window is None and (fold is None or fold.keeps) and layouts[0] != layouts[1]:
+        if window is None and fold is None and layouts[0] != layouts[1]:
             return None
+        if fold is not None:
+            lanes = fold.lanes(*(layout != "contiguous" for layout in layouts))
+            if -(-fold.channels // lanes) > MOST_CHANNELS_EACH:
+                return None
         body = [*before.body, *pool, *after.body]
         stages = [*(i.op for i in before.body), *([stage] if pool else []), *(i.op for i in after.body)]
         kind, strides = self.values.types[after.result], self.values.strides[after.result]

@@ -97,10 +97,10 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
         head = struct.Struct("<qq10i")
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
-        layout = step.layouts[0]
-        source = emit_fold(dtype, output, layout, step.before, step.fold, step.after)
+        source = emit_fold(dtype, output, step.layouts, step.before, step.fold, step.after)
         kernel = _load(source, ("fold",), device)["fold"]
-        grid = (-(-n * d * h * w * step.fold.lanes(layout != "contiguous") // BLOCK), 1, 1)
+        lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
+        grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         head = struct.Struct("<qq6i")
         sizes = (*size, 0)
     else:

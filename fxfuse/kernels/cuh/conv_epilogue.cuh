@@ -10,6 +10,28 @@ struct Identity {
   FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
 };
 
+// Calls f(i, r, j, e, q, d, h, w) for the accumulators that hold elements of the output, with their places.
+template <class Problem, int classes, class F>
+FXFUSE_INLINE void each_inside(const Geometry& g, const Place<Problem>& place, const Extent& o,
+                               const Residue (&residue)[classes], F f) {
+  const Tile& t = place.box;
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int q = 0; q < classes; ++q) {
+        const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
+                  w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
+        if (!(residue[q].valid && place.inside(i, r) && d < o.size_d && h < o.size_h && w < o.size_w)) continue;
+#pragma unroll
+        for (int j = 0; j < Problem::columns / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (t.column * Problem::columns + place.column(j, e) < g.out_channels) f(i, r, j, e, q, d, h, w);
+      }
+}
+
 // Every output of the convolution, through `Expression`, to `out`.
 template <class Problem, class Out, class Expression>
 struct Store {
@@ -30,7 +52,7 @@ struct Store {
     table.fill(a.to, g, place.box, group);
   }
 
-  FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
     const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
     Residue residue[Problem::residues];
 #pragma unroll
@@ -42,6 +64,20 @@ struct Store {
       return y + table.bias[group][column];
     };
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    if constexpr (Problem::gathers && Problem::keeps) {  // both want the same values: made once, in place
+      auto kept = [&](int i, int r, int j, int e, int q) -> float& {
+        return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
+      };
+      each_inside<Problem>(g, place, o, residue, [&](int i, int r, int j, int e, int q, int d, int h, int w) {
+        const int c = place.box.group * g.out_channels + place.box.column * Problem::columns + place.column(j, e);
+        kept(i, r, j, e, q) = a.expression(value(i, r, j, e, q), place.box.n, c, d, h, w);
+      });
+      const Identity same;
+      gather<Problem>(a.to, g, place, o, residue, buffer, group, pass, Problem::passes, kept, same);
+      store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
+          a.to, g, place, o, residue, buffer, group, kept, same);
+      return;
+    }
     if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, buffer, group, pass, Problem::passes, value, a.expression);
     if constexpr (Problem::keeps)
       store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(

@@ -15,8 +15,8 @@ struct FoldArguments {
   alignas(8) After after;
 };
 
-// `Fold` has constants: channels, lanes (a power of two, threads per position), last (channels are neighbours), keeps
-// (every channel has a result, as softmax has), and `op`.
+// `Fold` has constants: channels, lanes (a power of two, threads per position), last, last_made (channels are
+// neighbours in the input, in the result), keeps (every channel has a result, as softmax has), and `op`.
 template <class Fold>
 struct Folding {
   static constexpr int each = (Fold::channels + Fold::lanes - 1) / Fold::lanes;
@@ -118,10 +118,12 @@ FXFUSE_INLINE void fold_channels(const FoldArguments<In, Out, Before, After>& a)
   const float r = Fold::Op::fold(f, Fold::channels);
   if (found >= units) return;
   if constexpr (Fold::keeps) {
+    const int64_t step_made = Fold::last_made ? 1 : plane;
+    const int64_t to = (int64_t)n * Fold::channels * plane + (Fold::last_made ? (int64_t)p * Fold::channels : p);
 #pragma unroll
     for (int k = 0; k < f.each; ++k) {
       const int c = k * Fold::lanes + f.lane;
-      if (f.there(k)) a.out[base + c * step] = from_float<Out>(a.after(Fold::Op::result(f.v[k], r), n, c, d, h, w));
+      if (f.there(k)) a.out[to + c * step_made] = from_float<Out>(a.after(Fold::Op::result(f.v[k], r), n, c, d, h, w));
     }
   } else {
     if (f.lane == 0) a.out[unit] = from_float<Out>(a.after(r, n, 0, d, h, w));
