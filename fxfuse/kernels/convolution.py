@@ -185,9 +185,9 @@ def specialise(layer: Layer, *, pooled: bool, exact: bool = False, before: bool 
         and m * wide <= (128 if exact else 256)
         and not (pooled and m * columns > (64 if before else 128))
     ]
-    for m_tiles in tiles:
+    for m_tiles, stages in itertools.product(tiles, (4, 3)):
         fitting: list[tuple[float, Specialisation]] = []
-        for chunk, x_buffers, stages in _memory(layer.in_channels, len(passes)):
+        for chunk, x_buffers in _memory(layer.in_channels, len(passes)):
             if m_tiles == 4 and x_buffers == 1:
                 continue  # two tiles of half the size hide each other's copies
             made = Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
@@ -241,12 +241,11 @@ def _columns(width: int, most: int) -> int:
     return min(range(8, min(width, most) + 1, 8), key=lambda c: (-(-width // c) * c + 8 * -(-width // c), -c))
 
 
-def _memory(channels: int, passes: int) -> Iterator[tuple[int, int, int]]:
-    """(chunk, buffers of x, stages), the fastest first: several passes want x to stay, one wants copies hidden."""
+def _memory(channels: int, passes: int) -> list[tuple[int, int]]:
+    """(chunk, buffers of x), the fastest first: several passes want x to stay, one wants copies hidden."""
     padded = -(-channels // 16) * 16
-    chunks = [c for c in (64, 32, 16) if padded % c == 0]
-    found = [(chunk, buffers, stages) for chunk in chunks for buffers in (2, 1) for stages in (4, 3)]
-    yield from sorted(found, key=lambda f: -f[1]) if passes == 1 else found
+    found = [(chunk, buffers) for chunk in (64, 32, 16) if padded % chunk == 0 for buffers in (2, 1)]
+    return sorted(found, key=lambda f: -f[1]) if passes == 1 else found
 
 
 @dataclasses.dataclass(frozen=True)

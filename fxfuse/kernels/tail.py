@@ -175,7 +175,8 @@ class _Planner:
 
     def plan(self) -> tuple[Step, ...]:
         while self.left:
-            self._take([i for i in self.left if self._is_view_of_what_is_there(i)])
+            for view in [i for i in self.left if vocabulary.lookup(i.op).kind is Kind.SHAPE]:
+                self._take(self._cheap(view))
             if not self.left:
                 break
             instr = next((i for i in self.left if not self._waits(i)), self.left[-1])
@@ -194,8 +195,15 @@ class _Planner:
         self._flush(())
         return tuple(self.steps)
 
-    def _is_view_of_what_is_there(self, instr: Instr) -> bool:
-        return vocabulary.lookup(instr.op).kind is Kind.SHAPE and self.there.issuperset(instr.reads())
+    def _cheap(self, view: Instr) -> list[Instr]:
+        """A view and the small operands that it is made of; nothing where it needs more than those."""
+        body = needed(self.left, view)
+        made = {o for i in body for o in i.outs}
+        cheap = all(
+            (self._waits(i) or vocabulary.lookup(i.op).kind is Kind.SHAPE) and {*i.reads()} <= self.there | made
+            for i in body
+        )
+        return body if cheap else []
 
     def _waits(self, instr: Instr) -> bool:
         """Whether a chain may compute this small operand for itself: it waits until something else needs it."""
