@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search import OPERATORS, RULES, Seen, check, search
+from search import OPERATORS, RULES, Seen, check, missing, search
 from strategies import chains
 
 CHAINS = 1400
@@ -11,4 +11,4 @@ CHAINS = 1400
 def test_random_chains() -> None:
     seen = Seen()
     search(chains(), lambda chain: check(chain, seen), CHAINS)
-    assert (OPERATORS | RULES) - seen.keys() == set()
+    assert missing(seen, OPERATORS | RULES) == set()

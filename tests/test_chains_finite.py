@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search import FINITE_ONLY, Seen, check, search
+from search import FINITE_ONLY, Seen, check, missing, search
 from strategies import chains
 
 from fxfuse.patterns import Legality
@@ -13,4 +13,4 @@ CHAINS = 600
 def test_random_chains() -> None:
     seen = Seen()
     search(chains(in_line=True), lambda chain: check(chain, seen, allow=tuple(Legality)), CHAINS)
-    assert FINITE_ONLY - seen.keys() == set()
+    assert missing(seen, FINITE_ONLY) == set()

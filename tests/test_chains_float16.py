@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from search import NARROW, Seen, check, search
+from search import NARROW, Seen, check, missing, search
 from strategies import chains
 
 CHAINS = 150
@@ -12,4 +12,4 @@ CHAINS = 150
 def test_random_chains() -> None:
     seen = Seen()
     search(chains(in_line=True), lambda chain: check(chain, seen, dtype=torch.float16), CHAINS)
-    assert NARROW - seen.keys() == set()
+    assert missing(seen, NARROW) == set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from search import OPERATORS, RULES, Seen, check, search
+from search import OPERATORS, RULES, Seen, check, missing, search
 from strategies import chains
 
 CHAINS = 1000
@@ -12,4 +12,4 @@ CHAINS = 1000
 def test_random_chains() -> None:
     seen = Seen()
     search(chains(), lambda chain: check(chain, seen, dtype=torch.float32), CHAINS)
-    assert (OPERATORS | RULES) - seen.keys() == set()
+    assert missing(seen, OPERATORS | RULES) == set()
