@@ -46,12 +46,14 @@ class Values:
         kind = self.types[name]
         return kind.dtype in STORED and layout_of(kind.shape, self.strides[name]) is not None
 
-    def longest(self, value: str, name: str, missing: Collection[str], *, kept: bool = False) -> Chain:
+    def longest(
+        self, value: str, name: str, missing: Collection[str], *, there: Collection[str] = (), kept: bool = False
+    ) -> Chain:
         """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use.
 
         ``missing``: values that are not there when the chain runs, unless it makes them. ``name``: of the
         expression. ``kept``: ``value`` is in memory, for others to read. Small operands that are pointwise
-        themselves are computed in the chain, too.
+        themselves are computed in the chain, too, unless they are ``there``.
         """
         reached, small = {value}, set[str]()
         behind = []
@@ -62,7 +64,7 @@ class Values:
                 if made_here and self._same_place(instr, value):
                     reached.update(instr.outs)
                     behind.append(instr)
-            elif reads.intersection(missing) <= small and self._small(instr, value):
+            elif reads.intersection(missing) <= small and self._small(instr, value) and not {*instr.outs} <= {*there}:
                 small.update(instr.outs)
                 behind.append(instr)
         for last in reversed(behind):

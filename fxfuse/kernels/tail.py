@@ -82,6 +82,7 @@ class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
     Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
+    ``body``: the instructions that it stands for.
     """
 
     value: str
@@ -95,6 +96,7 @@ class Map:
     window: Window | None = None
     fold: Fold | None = None
     after: Expression | None = None
+    body: tuple[Instr, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -276,7 +278,7 @@ class _Planner:
     # --- maps -----------------------------------------------------------------------------------------
     def _map(self, value: str, first: Instr) -> tuple[Step, Sequence[Instr]] | None:
         """The longest chain from ``value`` that has ``first`` in it."""
-        chain = self.values.longest(value, "Before", self._missing(), kept=True)
+        chain = self.values.longest(value, "Before", self._missing(), there=self.there, kept=True)
         if not any(i is first for i in chain.body):
             return None
         reader = self.values.only_reader(chain.result)
@@ -302,7 +304,7 @@ class _Planner:
             size = math.prod(s or 0 for s in kind.shape)
             if looked_at > MOST_OVERLAP * size:
                 return None
-        after = self.values.longest(pool.outs[0], "After", self._missing())
+        after = self.values.longest(pool.outs[0], "After", self._missing(), there=self.there)
         if not self.values.storable(after.result):
             return None
         stage = pool.op if window.adaptive else f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"
@@ -316,7 +318,7 @@ class _Planner:
             return None
         after = Chain(reduction.outs[0])
         if len(out.shape) == len(kind.shape):
-            after = self.values.longest(after.result, "After", self._missing())
+            after = self.values.longest(after.result, "After", self._missing(), there=self.there)
         elif self.values.strides[after.result] != dense(out.shape, "contiguous"):
             return None
         return self._made(value, before, fold, after, (reduction,), reduction.op)
@@ -355,6 +357,7 @@ class _Planner:
             window=window,
             fold=fold,
             after=after.expression,
+            body=tuple(body),
         )
         # small operands stay: others may need them, and they are dropped where nobody does
         small = {i.outs[0] for i in body if self.values.types[i.outs[0]].shape not in self._shapes(value, step)}

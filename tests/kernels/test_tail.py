@@ -1,0 +1,236 @@
+"""What runs behind a convolution: steps that together mean the chain, and what kernels take of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import program
+from hypothesis import HealthCheck, given, settings
+from strategies import Chain, chains
+from torch import Tensor
+
+import fxfuse
+from fxfuse import vocabulary
+from fxfuse.instr import Instr, Ref
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
+from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
+from fxfuse.kernels.tail import Fold, Gather, Torch, Window
+from fxfuse.program import Program
+
+
+@pytest.fixture(autouse=True)
+def small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take tensors of any size."""
+    for module in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
+
+
+# --- the steps mean the chain ---------------------------------------------------------------------
+def perform(instr: Instr, values: dict[str, Tensor]) -> None:
+    operands = [values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
+    result = vocabulary.lookup(instr.op)(*operands, **dict(instr.attributes))
+    values.update(zip(instr.outs, result if isinstance(result, tuple) else (result,), strict=True))
+
+
+def perform_steps(made: Schedule, values: dict[str, Tensor]) -> None:
+    """Every step by torch, from no more than it says that it reads, to no more than it says that it makes."""
+    for step in made.steps:
+        body = step.program.body if isinstance(step, Torch) else step.instrs if isinstance(step, Gather) else step.body
+        inside = {name: values[name] for name in step.reads}
+        for instr in body:
+            perform(instr, inside)
+        for name in step.makes:
+            values[name] = inside[name]
+
+
+def check(chain: Program, inputs: list[Tensor]) -> None:
+    expected = chain.run(inputs)
+    for anchored in (True, False):
+        try:
+            made = schedule(chain, inputs, anchored=anchored)
+        except Unscheduled:
+            continue
+        values = dict(zip((n for n, _ in chain.inputs), inputs, strict=True))
+        if made.kernel is not None:
+            for instr in made.first.body:
+                perform(instr, values)
+            # what the kernel stores, and what its statistics are of
+            whole = made.kernel
+            assert set(whole.reads) <= values.keys()
+            replay(chain, made, values)
+        perform_steps(made, values)
+        for name, value in zip(chain.outputs, expected, strict=True):
+            torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-4, equal_nan=True)
+            if made.kernel is not None or len(chain.outputs) == 1:
+                assert values[name].dtype is value.dtype
+
+
+def replay(chain: Program, made: Schedule, values: dict[str, Tensor]) -> None:
+    """The kernel's stored value, from the chain's own instructions; of a pool that is cut in two, its first half."""
+    assert made.kernel is not None
+    everything = dict(zip((n for n, _ in chain.inputs), (values[n] for n, _ in chain.inputs), strict=True))
+    for instr in chain.body:
+        perform(instr, everything)
+    name = made.kernel.stored
+    if name in everything:
+        values[name] = everything[name]
+        return
+    raise Unscheduled("a pool is cut in two, or a norm is taken apart in front of it")
+
+
+BATCHES = settings(max_examples=150, deadline=None, database=None, derandomize=True,
+                   suppress_health_check=list(HealthCheck))  # fmt: skip
+
+
+@BATCHES
+@given(chains())
+def test_random_chains(chain: Chain) -> None:
+    model, x = chain.make(torch.float32)
+    optimized = fxfuse.optimize(model, (x,))
+    for region in optimized.fxfuse_report.regions:
+        found = region.region.rewritten
+        try:
+            inputs = [torch.rand(t.shape).add(0.5).to(t.dtype) for t in examples(found)]
+            found.run(inputs)
+        except (Unscheduled, RuntimeError, ValueError):
+            continue
+        try:
+            check(found, inputs)
+        except Unscheduled:
+            continue
+
+
+# --- what kernels take ----------------------------------------------------------------------------
+CONV = (
+    "y = conv_transpose(x, w, b, stride=(1, 1, 1), padding=(0, 0, 0), output_padding=(0, 0, 0), dilation=(1, 1, 1),"
+    " groups=1)"
+)
+INPUTS = "x: f32[2, 8, 4, 5, 6], w: f32[8, 16, 3, 3, 3], b: f32[16], g: f32[16], s: f32[16, 1, 1, 1]"
+
+
+def steps(*lines: str, anchored: bool = True) -> list[str]:
+    made = program(INPUTS, "\n".join([CONV, *lines]))
+    return [str(s) for s in schedule(made, examples(made), anchored=anchored).steps]
+
+
+def test_a_norm_is_statistics_and_a_map() -> None:
+    found = steps("z = relu(y)", "u = group_norm(z, g, None, groups=4, eps=1e-5)", "v = relu(u)", "v")
+    assert found == [
+        "reshape",
+        "statistics of z, gathered on the way",
+        "one kernel: sub > mul > mul > relu -> f32[2, 16, 6, 7, 8]",
+    ]
+
+
+def test_behind_torchs_convolution_statistics_are_a_pass() -> None:
+    found = steps("u = instance_norm(y, None, None, eps=1e-5)", "u", anchored=False)
+    assert found == [
+        "conv_transpose",
+        "statistics of y, one pass over y",
+        "one kernel: sub > mul -> f32[2, 16, 6, 7, 8]",
+    ]
+
+
+def test_values_that_only_statistics_read_are_not_kept() -> None:
+    made = program(INPUTS, "\n".join([CONV, "z = relu(y)", "m = mean(z, dims=(2, 3, 4), keepdim=True)", "m"]))
+    kernel = schedule(made, examples(made)).kernel
+    assert kernel is not None and kernel.gathers and not kernel.keeps
+
+
+def test_a_pool_joins_the_chain_in_front_of_it() -> None:
+    pool = (
+        "m = avg_pool(z, kernel=(3, 3, 3), stride=(3, 3, 3), padding=(0, 0, 0), ceil_mode=False,"
+        " count_include_pad=True, divisor_override=None)"
+    )
+    found = steps("z = relu(y)", pool, "v = tanh(m)", "v", anchored=False)
+    assert found == ["conv_transpose", "one kernel: relu > avg_pool 3x3x3 > tanh -> f32[2, 16, 2, 2, 2]"]
+
+
+def test_overlapping_windows_do_not_compute_twice() -> None:
+    pool = "m = max_pool(z, kernel=(3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1), ceil_mode=False)"
+    found = steps("z = gelu(y, approximate='none')", pool, "m", anchored=False)
+    assert found[1:] == [
+        "one kernel: gelu -> f32[2, 16, 6, 7, 8]",
+        "one kernel: max_pool 3x3x3 -> f32[2, 16, 6, 7, 8]",
+    ]
+
+
+def test_a_reduction_over_channels_joins() -> None:
+    found = steps("z = relu(y)", "v = softmax(z, dim=1)", "t = mul(v, 2.0)", "t", anchored=False)
+    assert found[1:] == ["one kernel: relu > softmax > mul -> f32[2, 16, 6, 7, 8]"]
+    found = steps("v = sum(y, dims=(1,), keepdim=False)", "v", anchored=False)
+    assert found[1:] == ["one kernel: sum -> f32[2, 6, 7, 8]"]
+
+
+def test_other_reductions_are_torchs() -> None:
+    assert steps("v = softmax(y, dim=2)", "v") == ["softmax"]
+    assert steps("v = prod(y, dim=1, keepdim=True)", "v") == ["prod"]
+
+
+def test_small_operands_are_computed_in_the_chain() -> None:
+    found = steps("t = add(s, 1.0)", "r = rsqrt(t)", "z = mul(y, r)", "z", anchored=False)
+    assert found == ["conv_transpose", "one kernel: add > rsqrt > mul -> f32[2, 16, 6, 7, 8]"]
+
+
+def test_small_operands_that_are_outputs_are_made_as_well() -> None:
+    found = steps("t = add(s, 1.0)", "z = mul(y, t)", "z, t", anchored=False)
+    assert found == [
+        "conv_transpose",
+        "one kernel: add > mul -> f32[2, 16, 6, 7, 8]",
+        "one kernel: add -> f32[16, 1, 1, 1]",
+    ]
+
+
+def test_a_value_that_others_read_is_stored() -> None:
+    found = steps("z = relu(y)", "v = prod(z, dim=1, keepdim=True)", "u = exp(z)", "t = mul(u, v)", "t", anchored=False)
+    assert found == [
+        "conv_transpose",
+        "one kernel: relu -> f32[2, 16, 6, 7, 8]",
+        "prod",
+        "one kernel: exp > mul -> f32[2, 16, 6, 7, 8]",
+    ]
+
+
+def test_what_torch_has_made_is_not_computed_again() -> None:
+    """Its own operands may be gone."""
+    lines = [
+        "t = add(s, 1.0)",
+        "q = mul(t, 2.0)",
+        "p = prod(q, dim=0, keepdim=True)",
+        "z = mul(y, q)",
+        "u = add(z, p)",
+        "u",
+    ]
+    found = program(INPUTS, "\n".join([CONV, *lines]))
+    made = schedule(found, examples(found), anchored=False)
+    torch.manual_seed(0)
+    inputs = [torch.randn(t.shape) for t in examples(found)]
+    values = dict(zip((n for n, _ in found.inputs), inputs, strict=True))
+    perform_steps(made, values)
+    torch.testing.assert_close(values["u"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
+    assert steps("z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t") == ["softmax > relu"]
+
+
+# --- every kernel compiles ------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_kernels_compile_without_spills(dtype: str, layout: str, arch: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    window = Window("Sum", (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1), -1)
+    sources = [
+        emit_map(dtype, dtype, layout, None),
+        emit_pool(dtype, dtype, (layout, "contiguous"), None, window, None),
+        emit_fold(dtype, dtype, (layout, layout), None, Fold("Softmax", 64), None),
+        emit_fold(dtype, dtype, (layout, "contiguous"), None, Fold("LogSumExp", 3), None),
+        emit_statistics(dtype, layout),
+    ]
+    for source in sources:
+        cubin = compile_cubin(source, arch)
+        assert not {name: used.spills for name, used in cubin.kernels.items() if used.spills}
