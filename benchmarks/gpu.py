@@ -89,6 +89,7 @@ def measure(case: Case, mode: str, dtype: torch.dtype, compiled: bool) -> dict[s
     xs = [torch.randn(case.shape, device="cuda", dtype=dtype) for _ in range(min(8, int(ROTATION // size) + 2))]
     small = xs[0][:4]
     truth = copy.deepcopy(model).double()(small.double())
+    torch._dynamo.reset()  # or it gives up compiling after a few cases of the same class
     row: dict[str, object] = {
         "model": case.name,
         "mode": mode,
