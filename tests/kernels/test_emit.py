@@ -62,6 +62,28 @@ KERNELS = {
 }
 
 
+def norm(name: str, *behind: str, monkeypatch: pytest.MonkeyPatch, **more: object) -> Convolution:
+    """A convolution that gathers statistics of what it makes, for tensors of any size."""
+    for module in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
+    return kernel((64, 32), (2, 2, 2), *behind, f"n = {name}", **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("stride", [ONE, TWO], ids=str)
+@pytest.mark.parametrize("last", ["instance_norm(z, None, None, eps=1e-5)", "mean(z, dims=(2, 3, 4), keepdim=True)"])
+def test_statistics_do_not_disturb_the_products(
+    last: str, stride: tuple[int, int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = norm(last, "z = silu(y)", s=stride, dtype=dtype, monkeypatch=monkeypatch)
+    assert made.epilogue.gathers and made.epilogue.keeps == last.startswith("instance_norm")
+    cubin = compile_cubin(made.source(staged=False))
+    lines = sass(cubin, "convolution").splitlines()
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    assert not [line for line in lines[products[0] : products[-1]] if "STL" in line or "LDL" in line]
+    assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
+
+
 def sources(made: Convolution) -> list[str]:
     return [made.source(staged) for staged in (False, True)]
 
