@@ -23,7 +23,7 @@ from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
-from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare
+from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare, source_of
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -121,11 +121,24 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
 def describe(region: Region) -> str:
     """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
     try:
-        inputs = examples(region.rewritten)
-        made, _, refusal = decide(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True)
+        made, _, refusal = _decide_for_examples(region)
     except Unscheduled as refused:
         return f"torch's operators: {refused}"
     return str(made) if refusal is None else f"{made} ({refusal})"
+
+
+def source(region: Region) -> str:
+    """The CUDA C++ of the kernels that :func:`describe` names."""
+    try:
+        made, convolution, _ = _decide_for_examples(region)
+    except Unscheduled:
+        return ""
+    kernels = [] if convolution is None else [convolution.source(staged=False)]
+    return "\n\n".join([*kernels, *(s for step in made.steps if (s := source_of(step)))])
+
+
+def _decide_for_examples(region: Region) -> tuple[Schedule, Convolution | None, str | None]:
+    return decide(region.rewritten, examples(region.rewritten), exact=region.precision == "ieee", hopper=True)
 
 
 def decide(

@@ -41,6 +41,20 @@ def prepare(step: Step, device: torch.device) -> Run:
     return _torch(step)
 
 
+def source_of(step: Step) -> str:
+    """The CUDA C++ of a step's kernels; empty for torch's."""
+    if isinstance(step, Gather):
+        return emit_statistics(DTYPE_NAMES[step.kind.dtype], step.layout or "contiguous")
+    if isinstance(step, Torch):
+        return ""
+    dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
+    if step.window is not None:
+        return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
+    if step.fold is not None:
+        return emit_fold(dtype, output, step.layouts, step.before, step.fold, step.after)
+    return emit_map(dtype, output, step.layouts[0], step.before)
+
+
 def _torch(step: Torch) -> Run:
     program = step.program
     names = [n for n, _ in program.inputs]
@@ -86,27 +100,23 @@ def pack(expression: Expression | None, values: Mapping[str, Tensor]) -> bytes:
 
 
 def _prepare_map(step: Map, device: torch.device) -> Run:
-    given: TensorType = step.given
-    dtype, output = DTYPE_NAMES[given.dtype], DTYPE_NAMES[step.kind.dtype]
-    size, made = _sizes(given), _sizes(step.kind)
+    source = source_of(step)
+    size, made = _sizes(step.given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
-        source = emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
         kernel = _load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         head = struct.Struct("<qq10i")
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
-        source = emit_fold(dtype, output, step.layouts, step.before, step.fold, step.after)
         kernel = _load(source, ("fold",), device)["fold"]
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         head = struct.Struct("<qq6i")
         sizes = (*size, 0)
     else:
-        source = emit_map(dtype, output, step.layouts[0], step.before)
         kernels = _load(source, ("whole", "any"), device)
-        count = vector(dtype)
+        count = vector(DTYPE_NAMES[step.given.dtype])
         whole = (d * h * w if step.layouts[0] == "contiguous" else c) % count == 0
         kernel = kernels["whole" if whole else "any"]
         if step.layouts[0] == "contiguous":
@@ -157,9 +167,7 @@ def moments_name(value: str) -> str:
 
 
 def _prepare_gather(step: Gather, device: torch.device) -> Run:
-    layout = step.layout or "contiguous"
-    source = emit_statistics(DTYPE_NAMES[step.kind.dtype], layout)
-    kernels = _load(source, ("measure", "merge", "finish"), device)
+    kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
     measure = _prepare_measure(step, kernels, device) if step.layout else None
     name = moments_name(step.value)
     n, c, d, h, w = _sizes(step.kind)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from fxfuse import vocabulary
+from fxfuse.kernels import execute
 from fxfuse.partition import label
 from fxfuse.patterns import Application, Rejection
 from fxfuse.propagate import facts
@@ -38,6 +39,16 @@ class RegionReport:
     @property
     def stages(self) -> tuple[str, ...]:
         return tuple(i.op for i in self.region.rewritten.body)
+
+    @property
+    def plan(self) -> str:
+        """What runs on a Hopper GPU in a call without gradients, step by step, for the sizes that the region names."""
+        return execute.describe(self.region)
+
+    @property
+    def source(self) -> str:
+        """The CUDA C++ of the kernels of that plan; empty where it has none."""
+        return execute.source(self.region)
 
     def __str__(self) -> str:
         before, after = " > ".join(i.op for i in self.region.original.body), " > ".join(self.visible_stages)
