@@ -87,7 +87,7 @@ class Values:
         return pointwise and self.types[instr.outs[0]].shape == self.types[value].shape
 
     def _small(self, instr: Instr, value: str) -> bool:
-        size, own = (math.prod(s or 0 for s in self.types[n].shape) for n in (instr.outs[0], value))
+        size, own = (elements(self.types[n]) for n in (instr.outs[0], value))
         return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * SMALL <= own
 
     def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
@@ -116,6 +116,11 @@ def _backwards(body: Sequence[Instr], wanted: set[str]) -> Iterator[Instr]:
         if not wanted.isdisjoint(instr.outs):
             wanted.update(instr.reads())
             yield instr
+
+
+def elements(kind: TensorType) -> int:
+    """How many there are."""
+    return math.prod(s or 0 for s in kind.shape)
 
 
 # --- layouts --------------------------------------------------------------------------------------

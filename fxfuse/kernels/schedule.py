@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, layout_of, needed_by
+from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
@@ -148,14 +148,10 @@ def _versions(
 def _passes_by_torch(made: Schedule) -> int:
     """Instructions on large values that torch's operators run."""
     assert made.kernel is not None
-    whole = _elements(made.kernel.kind)
+    whole = elements(made.kernel.kind)
     programs = [s.program for s in made.steps if isinstance(s, Torch)]
-    large = [p for p in programs if any(_elements(k) * SMALL > whole for _, k in p.inputs)]
+    large = [p for p in programs if any(elements(k) * SMALL > whole for _, k in p.inputs)]
     return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
-
-
-def _elements(kind: TensorType) -> int:
-    return math.prod(s or 0 for s in kind.shape)
 
 
 def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.chains import SMALL, Chain, Values, dense, layouts_of, needed, needed_by
+from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -173,7 +173,7 @@ class _Planner:
         self.left = needed_by(program.body, program.outputs)
         self.steps: list[Step] = []
         self.torch: list[Instr] = []
-        self.largest = max((math.prod(s or 0 for s in k.shape) for k in self.values.types.values()), default=0)
+        self.largest = max(map(elements, self.values.types.values()), default=0)
 
     def plan(self) -> tuple[Step, ...]:
         while self.left:
@@ -209,8 +209,8 @@ class _Planner:
 
     def _waits(self, instr: Instr) -> bool:
         """Whether a chain may compute this small operand for itself: it waits until something else needs it."""
-        size = math.prod(s or 0 for s in self.values.types[instr.outs[0]].shape)
-        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * SMALL <= self.largest
+        small = elements(self.values.types[instr.outs[0]]) * SMALL <= self.largest
+        return small and vocabulary.lookup(instr.op).kind is Kind.POINTWISE
 
     def _take(self, body: Sequence[Instr]) -> None:
         """Let torch run these."""
@@ -258,11 +258,10 @@ class _Planner:
     def _readable(self, name: str) -> bool:
         """Whether kernels read ``name`` as their value, and it is large enough for one."""
         kind = self.values.types[name]
-        size = math.prod(s or 0 for s in kind.shape)
         return (
             name in self.there
             and 3 <= len(kind.shape) <= 5
-            and LEAST_ELEMENTS <= size <= MOST_ELEMENTS
+            and LEAST_ELEMENTS <= elements(kind) <= MOST_ELEMENTS
             and self.values.storable(name)
         )
 
@@ -298,12 +297,9 @@ class _Planner:
         out = self.values.types[pool.outs[0]]
         if window is None or out.dtype is not kind.dtype or len(kind.shape) < 3:
             return None
-        sizes = (math.prod(s or 0 for s in self.values.types[n].shape) for n in (value, pool.outs[0]))
-        looked_at = math.prod(window.kernel) * list(sizes)[1]
-        if before.body and not window.adaptive:
-            size = math.prod(s or 0 for s in kind.shape)
-            if looked_at > MOST_OVERLAP * size:
-                return None
+        looked_at = math.prod(window.kernel) * elements(out)
+        if before.body and not window.adaptive and looked_at > MOST_OVERLAP * elements(kind):
+            return None
         after = self.values.longest(pool.outs[0], "After", self._missing(), there=self.there)
         if not self.values.storable(after.result):
             return None
