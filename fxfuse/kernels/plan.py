@@ -13,7 +13,7 @@ class Path(enum.Enum):
     """How a region runs."""
 
     REWRITTEN = "rewritten"  #: the rewritten chain by torch's operators; nobody asks for gradients
-    KERNEL = "kernel"  #: the rewritten chain, its convolution and what is close behind it in one kernel of ours
+    KERNEL = "kernel"  #: the rewritten chain, as far as that is worth it by kernels of ours
     ORIGINAL = "original"  #: the chain as the model wrote it, recorded by autograd
     RECOMPUTE = "recompute"  #: the rewritten chain forward; the original chain again, in the backward
 
