@@ -26,11 +26,13 @@ from torch import Tensor
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import Layer, Unsupported, seconds, specialise
+from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Launch, dense
+from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.tiling import seconds
 
 CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}
 wrong: list[str] = []
@@ -124,7 +126,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             return F.conv_transpose3d(xs[i % copies], w, bias, *geometry)
 
         result[f"eager {layout}"] = median(peer)
-        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact)
+        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents)
         out = torch.full_like(expected, math.nan, dtype=dtype).contiguous(memory_format=form)
         made.run(xs[0], weight, bias, case.extents, out)
         error = ((out.double() - expected).norm() / expected.norm()).item()
@@ -189,7 +191,8 @@ def chosen(case: Case, name: str, layout: str) -> bool:
     launch = Launch(
         layer, "x", "w", "b", dtype, dtype, case.extents, "y", kind, dense(kind.shape, layout), ("conv_transpose",)
     )
-    return slower(launch, specialise(layer, pooled=False, exact=exact), case.batch, case.sizes) is None
+    made = specialise(layer, pooled=False, exact=exact, contiguous=layout == "contiguous", finite=name != "float16")
+    return slower(launch, made, case.batch, case.sizes) is None
 
 
 def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
@@ -215,11 +218,11 @@ def compile_ahead(job: tuple[Case, str]) -> None:
     dtype, exact = CLASSES[name]
     for layout in ("contiguous", "channels_last"):
         try:
-            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact)
+            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents)
         except Unsupported:
             continue
-        for staged in {False, layout == "contiguous" and case.layer.stride[2] == 2}:
-            compile_cubin(made.source(staged))
+        for store in made.stores:
+            compile_cubin(made.source(store))
 
 
 if __name__ == "__main__":

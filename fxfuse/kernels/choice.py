@@ -11,8 +11,9 @@ import math
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import Specialisation, seconds, tile
+from fxfuse.kernels.convolution import Specialisation
 from fxfuse.kernels.schedule import Launch
+from fxfuse.kernels.tiling import seconds, tile
 
 #: below this estimate a call is launches and little else, and cuDNN has fewer of them
 LEAST_SECONDS = 6e-5
@@ -48,7 +49,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     step = layer.stride if not kernel.combine else (1, 1, 1)
     d, h, w = (-(-e // s) for e, s in zip(extents, step, strict=True))
     tiling = tile(made, (d, h, w), row, itemsize)
-    if d * h * w < LEAST_FIT * math.prod(tiling.counts) * tiling.rows and not made.exact:
+    if tiling.fit((d, h, w)) < LEAST_FIT and not made.exact:
         return f"an output of {extents} leaves most rows of the tiles unused"
     narrow = kernel.dtype is not torch.float32
     if layer.stride[2] > 2 and (narrow or not last) and not kernel.combine:

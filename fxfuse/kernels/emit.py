@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fxfuse.kernels.convolution import STAGE_BYTES, Specialisation
 from fxfuse.kernels.geometry import reach
+from fxfuse.kernels.tiling import Store
 
 #: C++ types of elements in memory
 TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
@@ -32,13 +33,8 @@ class Epilogue:
     keeps: bool = True
 
 
-def emit(
-    made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, *, channels_last: bool, staged: bool
-) -> str:
-    """The source of all kernels of a layer: deterministic, a function of what is compiled in alone.
-
-    ``staged``: stores go through shared memory.
-    """
+def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, store: Store) -> str:
+    """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
     operand = OPERANDS[dtype]
     scaled = "true" if dtype == "f32" else "false"
     runs = _runs(made)
@@ -51,7 +47,7 @@ def emit(
         epilogue.code,
         *(_wgmma(count * made.columns, operand) for count in sorted({c for _, c in runs})),
         _tables(made),
-        _problem(made, runs, dtype, output, epilogue, channels_last, staged),
+        _problem(made, runs, dtype, output, epilogue, store),
         _entries(dtype, operand, output, bias, scaled, epilogue.gathers),
     ])  # fmt: skip
 
@@ -92,7 +88,7 @@ def _tables(made: Specialisation) -> str:
                     f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}"
                 )
                 packed.append(f"{{{offset}, {pass_offset}, {pass_bytes}, {step.count}}}")
-                taps.append(_list([*step.taps, *[0] * (made.residues - step.count)]))
+                taps.append(_list([-1 if t is None else t for t in step.taps] + [-1] * (made.residues - step.count)))
                 inside += made.step_bytes(step)
                 offset += made.step_bytes(step)
         pass_offset += pass_bytes
@@ -118,8 +114,7 @@ def _problem(
     dtype: str,
     output: str,
     epilogue: Epilogue,
-    channels_last: bool,
-    staged: bool,
+    store: Store,
 ) -> str:
     layer = made.layer
     half = made.columns // 2
@@ -153,15 +148,20 @@ def _problem(
         "runs": len(runs),
         "steps": sum(len(p.steps) for p in made.passes),
         "pair": _pair(made),
+        "buffers": made.buffers,
+        "lines": made.lines,
+        "pitch": made.pitch,
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
     return f"""struct Problem {{
 {values}
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
-  static constexpr bool channels_last = {str(channels_last).lower()}, staged = {str(staged).lower()};
+  static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
+  static constexpr bool bulk = {str(store in (Store.ROWS, Store.PLANES)).lower()};
   static constexpr bool exact = {str(made.exact).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   using Place = fxfuse::Place<Problem>;
+{_run_type(made, store)}
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
@@ -195,6 +195,31 @@ def _pair(made: Specialisation) -> int:
     return found.pop() if found in ({1}, {-1}) else 0
 
 
+def _run_type(made: Specialisation, store: Store) -> str:
+    """What of a pass's classes follows each other in memory: see ``conv_bulk.cuh``."""
+    if made.pooled or store not in (Store.ROWS, Store.PLANES):
+        return "  using Runs = fxfuse::OneRun;"
+    merged = store is Store.PLANES
+    at = [r.at for r in made.passes[0].residues]  # w, and h where rows are merged, are the same in every pass
+    keys = [a[:1] if merged else a[:2] for a in at]
+    runs = sorted(set(keys))
+    tables = {
+        "of": [runs.index(k) for k in keys],
+        "first": [keys.index(r) for r in runs],
+        "h": [a[1] if merged else 0 for a in at],
+        "w": [a[2] for a in at],
+    }
+    functions = "\n".join(
+        f"    static __device__ constexpr int {name}(int i) {{\n"
+        f"      constexpr int values[] = {_list(values)};\n      return values[i];\n    }}"
+        for name, values in tables.items()
+    )
+    return (
+        f"  struct Runs {{\n    static constexpr int count = {len(runs)};\n"
+        f"    static constexpr bool merged = {str(merged).lower()};\n{functions}\n  }};"
+    )
+
+
 def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, gathers: bool) -> str:
     t, half = TYPES[dtype], TYPES[operand]
     return f"""
@@ -202,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
 convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
             const __grid_constant__ fxfuse::Geometry g,
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::conv_wgmma<Problem, fxfuse::ChannelTable<Problem>>(&map, weights, g, arguments);
+  fxfuse::conv_wgmma<Problem, fxfuse::ChannelTable<Problem>, fxfuse::Outbox<Problem>>(&map, weights, g, arguments);
 }}
 extern "C" __global__ void __launch_bounds__(256)
 measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse::ChannelState channels, const {t}* x,

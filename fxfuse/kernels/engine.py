@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported, specialise, tile
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Launch, Module, rows_map
+from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.tiling import Extents, Store, store_of, tile
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
 #: threads of `merge`, and the channels that a block of it takes
@@ -44,10 +46,11 @@ class _Geometry(ctypes.Structure):
     _fields_ = [
         *((n, _I) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
         *((n, _I) for n in ("tile_d", "tile_h", "tile_w", "box_d", "box_h", "box_w")),
+        *((n, _I) for n in ("half_d", "half_h", "half_w", "linear")),
         *((n, _I) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
         *((n, _I) for n in ("low_d", "low_h", "low_w", "row_group")),
         ("row_base", _I * 8),
-        *((n, _I) for n in ("chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
+        *((n, _I) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
     ]
 
 
@@ -113,20 +116,42 @@ class Convolution:
         epilogue: Epilogue,
         layout: str = "contiguous",
         exact: bool = False,
+        extents: Extents | None = None,
     ) -> Convolution:
         """The kernels for a layer; Unsupported where there are none.
 
-        ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32.
+        ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
+        sizes of the stored tensor, for a choice between a few kernels; any of them takes any size.
         """
         before = epilogue.before != Epilogue.before
-        made = specialise(layer, pooled=bool(epilogue.combine), exact=exact, before=before)
+        made = specialise(
+            layer,
+            pooled=bool(epilogue.combine),
+            exact=exact,
+            before=before,
+            contiguous=layout == "contiguous" and epilogue.keeps,
+            finite=dtype is torch.float32,
+            stored=extents,
+            itemsize=output.itemsize,
+        )
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
-    def source(self, staged: bool) -> str:
-        """The kernels' text. ``staged``: stores go through shared memory."""
+    def source(self, store: Store | None = None) -> str:
+        """The kernels' text. ``store``: one of :attr:`stores`; by default the one for outputs of some size."""
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
-        last = self.layout == "channels_last"
-        return emit(self.made, dtype, output, bias, self.epilogue, channels_last=last, staged=staged)
+        return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The ways to store that sizes may ask for."""
+        if self.layout == "channels_last":
+            return (Store.CHANNELS,)
+        if self.made.pooled:
+            return (Store.DIRECT,)
+        _, h, w = self.made.layer.stride
+        classes = self.made.stored_classes
+        bulk = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
+        return (*bulk, Store.DIRECT)
 
     def run(
         self,
@@ -190,13 +215,14 @@ class _Call:
         self.bias = bias
         pooled = bool(layer.epilogue.combine)
         row = 0 if layer.layout == "channels_last" else out.shape[4]
-        extents_q = out.shape[2:] if pooled else [-(-o // s) for o, s in zip(extents, shape.stride, strict=True)]
-        tiling = tile(made, tuple(extents_q), row, out.element_size())
-        staged = bool(row) and not pooled and shape.stride[2] == 2 and row * out.element_size() % 32 != 0
+        stride = (1, 1, 1) if pooled else shape.stride
+        d, h, w = (-(-o // s) for o, s in zip(out.shape[2:], stride, strict=True))
+        tiling = tile(made, (d, h, w), row, out.element_size())
+        store, _ = store_of(made, tiling, (d, h, w), row, out.element_size())
         epilogue = layer.epilogue
         self.keeps, self.gathers = epilogue.keeps, epilogue.gathers
         names = (*KERNELS, "merge") if self.gathers else KERNELS
-        module = _module(layer.source(staged), names, x.device.index)
+        module = _module(layer.source(store), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
         width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)
@@ -243,9 +269,10 @@ class _Call:
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk
         geometry = _Geometry(
-            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.box, *tiling.region[1:],
+            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.box, *tiling.half,
+            tiling.linear, *tiling.region[1:],
             math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
-            (_I * 8)(*tiling.row_base), made.chunks, *extents, shape.out_channels, made.weight_bytes,
+            (_I * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip
         head = ctypes.sizeof(_Destination)
         self.before, self.after = head, head + max(before, 8)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import Unsupported, tile
+from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
 from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare, source_of
+from fxfuse.kernels.tiling import tile
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -107,14 +108,11 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         combine=kernel.combine, code=code if given else "", gathers=kernel.gathers, keeps=kernel.keeps, **given
     )
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
-    made = Convolution.of(
-        kernel.layer, *dtypes, epilogue, layout=kernel.layout, exact=exact and kernel.dtype is torch.float32
-    )
-    positions = [-(-e // s) for e, s in zip(kernel.extents, kernel.layer.stride, strict=True)]
-    if kernel.combine:
-        stored = kernel.kind.shape[2:]
-        positions[3 - len(stored) :] = [s or 0 for s in stored]
-    tile(made.made, (positions[0], positions[1], positions[2]))
+    d, h, w = (1, 1, 1, *(s or 0 for s in kernel.kind.shape[2:]))[-3:]
+    exact = exact and kernel.dtype is torch.float32
+    made = Convolution.of(kernel.layer, *dtypes, epilogue, kernel.layout, exact, (d, h, w))
+    stride = (1, 1, 1) if kernel.combine else kernel.layer.stride
+    tile(made.made, (-(-d // stride[0]), -(-h // stride[1]), -(-w // stride[2])))
     return made
 
 
@@ -133,7 +131,7 @@ def source(region: Region) -> str:
         made, convolution, _ = _decide_for_examples(region)
     except Unscheduled:
         return ""
-    kernels = [] if convolution is None else [convolution.source(staged=False)]
+    kernels = [] if convolution is None else [convolution.source()]
     return "\n\n".join([*kernels, *(s for step in made.steps if (s := source_of(step)))])
 
 

@@ -56,25 +56,31 @@ def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x."""
+    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x; None where one has none."""
 
     delta: tuple[int, int, int]
     first: int
-    taps: tuple[int, ...]
+    taps: tuple[int | None, ...]
 
     @property
     def count(self) -> int:
         return len(self.taps)
 
 
-def steps_of(residues: Sequence[Residue]) -> tuple[Step, ...]:
-    """The steps of a pass over ``residues``: per delta, every run of neighbouring classes that have it; by run."""
+def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step, ...]:
+    """The steps of a pass over ``residues``: per delta, every run of neighbouring classes that have it; by run.
+
+    ``filled``: one run per delta, from the first class to the last that has it.
+    """
     by_delta: dict[tuple[int, int, int], dict[int, int]] = {}
     for i, residue in enumerate(residues):
         for tap in residue.taps:
             by_delta.setdefault(tap.delta, {})[i] = tap.index
     steps = []
     for delta, taps in sorted(by_delta.items()):
+        if filled:
+            steps.append(Step(delta, 0, tuple(map(taps.get, range(max(taps) + 1)))))
+            continue
         for first in taps:
             if first - 1 not in taps:
                 run = list(itertools.takewhile(taps.__contains__, range(first, len(residues))))

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import specialise
 from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.specialise import specialise
 from fxfuse.program import Program
 
 CONV = (

@@ -20,11 +20,10 @@ from fxfuse.kernels.convolution import (
     Layer,
     Specialisation,
     Unsupported,
-    seconds,
-    specialise,
-    tile,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
+from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.tiling import MOST_COPIED, Store, Tiling, seconds, store_of, tile, tilings
 
 ONE = (1, 1, 1)
 MODEL_1 = Layer(32, 64, 1, (5, 5, 5), (2, 2, 2), (2, 2, 2), ONE)
@@ -61,21 +60,22 @@ def by_steps(made: Specialisation, x: Tensor, weight: Tensor, extents: tuple[int
             begin = [b + d for b, d in zip(before, step.delta, strict=True)]
             window = padded[(..., *(slice(b, b + q) for b, q in zip(begin, positions, strict=True)))]
             for i, tap in enumerate(step.taps):
-                sums[step.first + i] += torch.einsum("ncdhw,co->nodhw", window, taps[:, :, tap])
+                if tap is not None:
+                    sums[step.first + i] += torch.einsum("ncdhw,co->nodhw", window, taps[:, :, tap])
         for residue, value in zip(one.residues, sums, strict=True):
             into = out[(..., *(slice(r, None, s) for r, s in zip(residue.at, layer.stride, strict=True)))]
             into += value[(..., *(slice(0, n) for n in into.shape[2:]))]
     return out
 
 
-@given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3))
-def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int]) -> None:
+@given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans(), st.booleans())
+def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int], contiguous: bool, finite: bool) -> None:
     geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
     extents = tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
     if min(extents) < 1:
         return
     try:
-        made = specialise(layer, pooled=False)
+        made = specialise(layer, pooled=False, contiguous=contiguous, finite=finite)
     except Unsupported:
         return
     torch.manual_seed(0)
@@ -85,16 +85,18 @@ def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int]) -
     torch.testing.assert_close(by_steps(made, x, weight, extents), expected, rtol=1e-12, atol=1e-12)
 
 
-@given(layers(), st.booleans(), st.booleans())
-def test_a_specialisation_holds_its_limits(layer: Layer, pooled: bool, exact: bool) -> None:
+@given(layers(), st.booleans(), st.booleans(), st.booleans(), st.booleans())
+def test_a_specialisation_holds_its_limits(
+    layer: Layer, pooled: bool, exact: bool, contiguous: bool, finite: bool
+) -> None:
     try:
-        made = specialise(layer, pooled=pooled, exact=exact)
+        made = specialise(layer, pooled=pooled, exact=exact, contiguous=contiguous, finite=finite)
     except Unsupported:  # a kernel that reaches too far
         return
     assert sorted(r.at for p in made.passes for r in p.residues) == sorted(
         itertools.product(*(range(s) for s in layer.stride))
     )
-    taps = [t for p in made.passes for s in p.steps for t in s.taps]
+    taps = [t for p in made.passes for s in p.steps for t in s.taps if t is not None]
     assert sorted(taps) == sorted(t.index for r in layer.residues for t in r.taps)
     wide = made.columns * made.residues
     assert made.columns % 8 == 0 and wide <= 128
@@ -110,37 +112,77 @@ def test_a_specialisation_holds_its_limits(layer: Layer, pooled: bool, exact: bo
             assert not exact or len(batch) == 1 or len(batch) * made.chunk <= PROMOTE_EVERY + made.chunk
     used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
+    assert made.lines * made.buffers and made.pitch % 8 == 0
+
+
+def positions(made: Specialisation, found: Tiling, extents: tuple[int, int, int], group: int, number: int) -> list:
+    """(row of shared memory, position in the output or None) of a warpgroup, in the `number`-th tile along h."""
+    _, region_h, region_w = found.region
+    start = number * found.tile[1]
+    skip, h0 = (start % region_w, start // region_w) if found.linear else (0, start)
+    rows = []
+    for i in range(made.m_tiles):
+        for row in range(64):
+            at = found.row_base[group * made.m_tiles + i] + row // 8 * found.row_group + row % 8 + skip
+            plane, x = divmod(at - group * found.part_rows, region_w)
+            z, y = divmod(plane, region_h)
+            inside = z < found.box[0] and y < found.box[1] and x < found.box[2]
+            place = (z + group * found.half[0], y + group * found.half[1], x + group * found.half[2])
+            if inside:
+                assert at == (place[0] * region_h + place[1]) * region_w + place[2]
+            whole = inside and h0 + place[1] < extents[1]
+            rows.append((at, (place[0], h0 + place[1], place[2]) if whole else None))
+    return rows
 
 
 @given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans())
 def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int], pooled: bool) -> None:
     try:
         made = specialise(layer, pooled=pooled)
-        found = tile(made, extents, extents[2])
+        tile(made, extents, extents[2])
     except Unsupported:
         return
-    low, high = reach(layer.residues)
-    halo = [b - a for a, b in zip(low, high, strict=True)]
-    assert found.region == tuple(t + h for t, h in zip(found.tile, halo, strict=True))
-    assert math.prod(found.region) * made.chunk * 2 <= made.region_bytes and max(found.region) <= 256
-    assert all(c * t >= e for c, t, e in zip(found.counts, found.tile, extents, strict=True))
-    assert math.prod(found.box) * CONSUMERS == math.prod(found.tile)
-    rows: list[tuple[int, int, int]] = []
-    _, region_h, region_w = found.region
-    for group in range(CONSUMERS):
-        base = found.row_base[group * made.m_tiles]
-        offset = [b * group if b < t else 0 for b, t in zip(found.box, found.tile, strict=True)]
-        for i in range(made.m_tiles):
-            for row in range(64):
-                at = found.row_base[group * made.m_tiles + i] + row // 8 * found.row_group + row % 8
-                plane, x = divmod(at - base, region_w)
-                z, y = divmod(plane, region_h)
-                if z < found.box[0] and y < found.box[1] and x < found.box[2]:
-                    rows.append((z + offset[0], y + offset[1], x + offset[2]))
-                    assert at == (rows[-1][0] * region_h + rows[-1][1]) * region_w + rows[-1][2]
-                shift = (halo[0] * region_h + halo[1]) * region_w + halo[2]
-                assert (at + shift + 1) * made.chunk * 2 <= made.region_bytes
-    assert sorted(rows) == sorted(itertools.product(*map(range, found.tile)))
+    halo = made.halo
+    for found in tilings(made, extents, linear=True):
+        assert math.prod(found.region) * made.chunk * 2 <= made.region_bytes and max(found.region) <= MOST_COPIED
+        assert found.counts[0] * found.tile[0] >= extents[0] and found.counts[2] * found.tile[2] >= extents[2]
+        shift = (halo[0] * found.region[1] + halo[1]) * found.region[2] + halo[2]
+        covered = []
+        for number in range(found.counts[1]):
+            for group in range(CONSUMERS):
+                for at, place in positions(made, found, extents, group, number):
+                    assert (at + shift + 1) * made.chunk * 2 <= made.region_bytes
+                    if place is not None:
+                        covered.append(place)
+        expected = itertools.product(range(found.tile[0]), range(extents[1]), range(found.tile[2]))
+        assert sorted(covered) == sorted(expected)
+
+
+@given(layers(most=4), st.tuples(*[st.integers(1, 70)] * 3), st.sampled_from([2, 4]))
+def test_what_is_copied_in_bulk_is_neighbours(layer: Layer, extents: tuple[int, int, int], itemsize: int) -> None:
+    """The runs of a warpgroup: without holes, as long as promised, and in their part of shared memory."""
+    try:
+        made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=extents, itemsize=itemsize)
+    except Unsupported:
+        return
+    stride = layer.stride
+    q = tuple(-(-e // s) for e, s in zip(extents, stride, strict=True))
+    for found in tilings(made, q, linear=math.prod(stride) == 1):
+        kind, longest = store_of(made, found, q, extents[2], itemsize)
+        if kind not in (Store.ROWS, Store.PLANES):
+            continue
+        for one, number, group in itertools.product(made.passes, range(found.counts[1]), range(CONSUMERS)):
+            runs: dict[tuple[int, ...], set[int]] = {}
+            for _, place in positions(made, found, q, group, number):
+                for residue in one.residues if place is not None else ():
+                    d, h, w = (p * s + r for p, s, r in zip(place, stride, residue.at, strict=True))
+                    if h < extents[1] and w < extents[2]:
+                        merged = kind is Store.PLANES
+                        runs.setdefault((d,) if merged else (d, h), set()).add(h * extents[2] * merged + w)
+            for run in runs.values():
+                assert run == set(range(min(run), max(run) + 1)) and len(run) <= longest
+            align = 32 // itemsize
+            assert len(runs) * ((longest + 2 * align - 1) // align * align) <= made.pitch - 2 * align
 
 
 def test_residues_of_model_1() -> None:

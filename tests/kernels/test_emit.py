@@ -77,7 +77,7 @@ def test_statistics_do_not_disturb_the_products(
 ) -> None:
     made = norm(last, "z = silu(y)", s=stride, dtype=dtype, monkeypatch=monkeypatch)
     assert made.epilogue.gathers and made.epilogue.keeps == last.startswith("instance_norm")
-    cubin = compile_cubin(made.source(staged=False))
+    cubin = compile_cubin(made.source())
     lines = sass(cubin, "convolution").splitlines()
     products = [i for i, line in enumerate(lines) if "HGMMA" in line]
     assert not [line for line in lines[products[0] : products[-1]] if "STL" in line or "LDL" in line]
@@ -85,7 +85,7 @@ def test_statistics_do_not_disturb_the_products(
 
 
 def sources(made: Convolution) -> list[str]:
-    return [made.source(staged) for staged in (False, True)]
+    return [made.source(store) for store in made.stores]
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -1,7 +1,7 @@
 // What becomes of a convolution's accumulators: scaled, biased, sent through an expression, combined, stored.
 #pragma once
+#include "conv_bulk.cuh"
 #include "conv_gather.cuh"
-#include "conv_store.cuh"
 
 namespace fxfuse {
 
@@ -15,21 +15,34 @@ template <class Problem, int classes, class F>
 FXFUSE_INLINE void each_inside(const Geometry& g, const Place<Problem>& place, const Extent& o,
                                const Residue (&residue)[classes], F f) {
   const Tile& t = place.box;
+  const uint32_t inside = inside_mask(g, place, o, residue);
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int q = 0; q < classes; ++q) {
+        if (!(inside >> ((i * 2 + r) * classes + q) & 1)) continue;
         const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
                   w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
-        if (!(residue[q].valid && place.inside(i, r) && d < o.size_d && h < o.size_h && w < o.size_w)) continue;
 #pragma unroll
         for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             if (t.column * Problem::columns + place.column(j, e) < g.out_channels) f(i, r, j, e, q, d, h, w);
       }
+}
+
+// The store that the emitted layout asks for. `Runs`: of the classes, for bulk copies.
+template <class Problem, class Runs, class Out, int classes, int width, bool reversed, class Value, class Expression>
+FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                         const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, Value value, const Expression& expression) {
+  if constexpr (Problem::channels_last)
+    store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
+  else if constexpr (Problem::bulk)
+    stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, value, expression);
+  else
+    store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
 // Every output of the convolution, through `Expression`, to `out`.
@@ -42,13 +55,14 @@ struct Store {
   const Arguments& a;
   const Geometry& g;
   ChannelTable<Problem>& table;
-  float* buffer;
+  float* gathered;
+  Outbox<Problem>& outbox;
   const Place<Problem>& place;
   const int group;
 
-  FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
+  FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                       const Place<Problem>& place, int group)
-      : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
+      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group) {
     table.fill(a.to, g, place.box, group);
   }
 
@@ -73,17 +87,29 @@ struct Store {
         kept(i, r, j, e, q) = a.expression(value(i, r, j, e, q), place.box.n, c, d, h, w);
       });
       const Identity same;
-      gather<Problem>(a.to, g, place, o, residue, buffer, group, pass, Problem::passes, kept, same);
-      store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
-          a.to, g, place, o, residue, buffer, group, kept, same);
+      gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, kept, same);
+      store<Problem, typename Problem::Runs, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
+          a.to, g, place, o, residue, outbox, group, kept, same);
       return;
     }
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, buffer, group, pass, Problem::passes, value, a.expression);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
     if constexpr (Problem::keeps)
-      store<Problem, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
-          a.to, g, place, o, residue, buffer, group, value, a.expression);
+      store<Problem, typename Problem::Runs, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
+          a.to, g, place, o, residue, outbox, group, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
+
+  // What a warp sends of a warpgroup's part of a tile.
+  static FXFUSE_INLINE void send(const Arguments& a, const Geometry& g, Outbox<Problem>& outbox, const Tile& part, int group) {
+    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+#pragma unroll 1
+    for (int pass = 0; pass < Problem::passes; ++pass) {
+      Residue residue[Problem::residues];
+#pragma unroll
+      for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
+      send_runs<Problem, typename Problem::Runs>(outbox, a.to, g, part, o, residue, group);
+    }
+  }
 };
 
 // All residue classes of a position q become one value: a pool whose window and stride are the convolution's stride,
@@ -101,14 +127,15 @@ struct Pool {
   const Arguments& a;
   const Geometry& g;
   ChannelTable<Problem>& table;
-  float* buffer;
+  float* gathered;
+  Outbox<Problem>& outbox;
   const Place<Problem>& place;
   const int group;
   float best[Problem::m_tiles][Problem::columns / 2];
 
-  FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* buffer,
+  FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                      const Place<Problem>& place, int group)
-      : a(a), g(g), table(table), buffer(buffer), place(place), group(group) {
+      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group) {
     table.fill(a.to, g, place.box, group);
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
@@ -170,8 +197,14 @@ struct Pool {
     };
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, buffer, group, 0, 1, value, a.after);
-    if constexpr (Problem::keeps) store<Problem, Out, 1, 1, false>(a.to, g, place, o, residue, buffer, group, value, a.after);
+    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
+    if constexpr (Problem::keeps) store<Problem, OneRun, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
+  }
+
+  static FXFUSE_INLINE void send(const Arguments& a, const Geometry& g, Outbox<Problem>& outbox, const Tile& part, int group) {
+    const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
+    const Residue residue[1] = {{0, 0, 0, 1}};
+    send_runs<Problem, OneRun>(outbox, a.to, g, part, o, residue, group);
   }
 };
 

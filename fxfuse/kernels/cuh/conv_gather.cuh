@@ -22,6 +22,8 @@ FXFUSE_INLINE Part merged(const Part& x, const Part& y, const Weights& w) {
   return {w.a * x.mean + w.b * y.mean, x.squares + y.squares + d * d * w.both};  // Inf stays Inf
 }
 
+constexpr int kGathered = 4 + 2 * 128 * 2;  // floats of shared memory of a warpgroup
+
 // A slot of statistics per warpgroup and pass: of up to m_tiles * 64 * classes elements of a channel. Of eight columns
 // at a time: each thread's own elements; then each of eight threads with the same columns takes one of them, over three
 // exchanges with half as many columns each; then one thread takes the four warps' parts, from shared memory.
@@ -30,20 +32,9 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
                           const Residue (&residue)[classes], float* buffer, int group, int pass, int passes,
                           Value value, const Expression& expression) {
   constexpr int rows = Problem::m_tiles * 2 * classes, blocks = Problem::columns / 8;
-  static_assert(rows <= 32, "one bit per row and class");
   const Tile& t = place.box;
   const int lane = place.lane, warp = (threadIdx.x >> 5) & 3;
-  uint32_t inside = 0;
-#pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-#pragma unroll
-      for (int q = 0; q < classes; ++q)
-        if (residue[q].valid && place.inside(i, r) && (t.d + place.z(i, r)) * o.step_d + residue[q].d < o.size_d &&
-            (t.h + place.y(i, r)) * o.step_h + residue[q].h < o.size_h &&
-            (t.w + place.x(i, r)) * o.step_w + residue[q].w < o.size_w)
-          inside |= 1u << ((i * 2 + r) * classes + q);
+  const uint32_t inside = inside_mask(g, place, o, residue);
   int count = __popc(inside);
   const float reciprocal = 1.f / (float)(count > 0 ? count : 1);
   auto next = [&](int distance) {
@@ -54,10 +45,10 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
   };
   const Weights w16 = next(16), w8 = next(8), w4 = next(4);
   // shared memory of this warpgroup: the warps' counts, then their parts of 32 columns, twice
-  buffer += group * 8 * (Problem::m_tiles * 64 * classes + 4);
+  buffer += group * kGathered;
   int* const counts = (int*)buffer;
   Part* const parts = (Part*)(buffer + 4);
-  named_barrier(1 + group, 128);  // what a store had there has been read
+  named_barrier(1 + group, 128);  // what was there has been read
   if (lane == 0) counts[warp] = count;
   const int64_t slot = (int64_t)t.n * to.partials.slots + (t.number * passes + pass) * kConsumers + group;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;

@@ -1,4 +1,4 @@
-// Where a convolution's results lie, and the three ways to store them.
+// Where a convolution's results lie, and how they are stored straight from registers.
 #pragma once
 #include "conv_wgmma.cuh"
 #include "statistics.cuh"
@@ -21,18 +21,24 @@ struct Place {
   int lane;
   Tile box;  // of this warpgroup
 
-  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) {
+  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) { locate(g, group, warp, 0); }
+  FXFUSE_INLINE void locate(const Geometry& g, int group, int warp, int skip) {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
-        const int at = g.row_base[group * Problem::m_tiles + i] - g.row_base[group * Problem::m_tiles] +
+        const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
                        (warp * 2 + r) * g.row_group + (lane >> 2);
         const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
         packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
-        asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every tile
+        asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every use
       }
+  }
+  // To a warpgroup's part of a tile.
+  FXFUSE_INLINE void move(const Geometry& g, const Tile& tile, int group, int warp) {
+    box = part_of(g, tile, group);
+    if (g.linear) locate(g, group, warp, tile.skip);
   }
   FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
@@ -84,109 +90,26 @@ struct Extent {
   int step_d, step_h, step_w;
 };
 
-// Stores value(i, r, j, e, q) for all accumulators of a warpgroup to a contiguous tensor. `classes` residue classes, the
-// `width` innermost of which are neighbours along w, increasing from class q with q % width == 0 (reversed: decreasing).
-//
-// Eight channels at a time go through shared memory into the order of the tensor: runs of neighbours, so placed that
-// a group of threads has just one 32-byte sector. Sectors that are written in part cost a read: where rows begin
-// anywhere, storing them as they come takes four times as long.
-template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
-FXFUSE_INLINE void store_rows(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                              const Residue (&residue)[classes], float* buffer, int group, Value value,
-                              const Expression& expression) {
-  constexpr int threads = 128, planes = classes / width;
-  constexpr int capacity = Problem::m_tiles * 64 * classes;
-  constexpr int pitch = capacity + 4;  // the eight rows and four channels of a warp lie in different banks
-  constexpr int mine = (capacity + threads - 1) / threads;
-  constexpr int sector = 32 / sizeof(Out);
+// One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output.
+template <class Problem, int classes>
+FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& place, const Extent& o,
+                                   const Residue (&residue)[classes]) {
+  static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
   const Tile& t = place.box;
-  const int thread = threadIdx.x & 127;
-  buffer += group * 8 * pitch;
-  const int step = width > 1 ? 1 : o.step_w, row = g.box_w * width;
-  // whole rows that follow each other in memory make one run
-  const bool merged = o.step_h == 1 && step == 1 && row == o.size_w && to.stride.h == o.size_w;
-  const int run_length = merged ? g.box_h * row : row, runs_h = merged ? 1 : g.box_h, runs_plane = g.box_d * runs_h;
-  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
-  const uint32_t bits = (uint32_t)((uint64_t)sample / sizeof(Out)) | (uint32_t)to.stride.c | (uint32_t)to.stride.d |
-                        (uint32_t)to.stride.h | (uint32_t)(t.w * o.step_w);
-  int run_pitch = run_length, mask = 0;
-  if (step == 1 && bits & (sector - 1)) {
-    const int padded = (run_length + 2 * (sector - 1)) / sector * sector;
-    if (padded * runs_plane * planes <= capacity) run_pitch = padded, mask = sector - 1;
-  }
-  const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
-  auto origin = [&](int plane, int z, int y, int& d, int& h, int& w) {
-    const Residue one = residue[0];
-    int rd = one.d, rh = one.h, rw = reversed ? one.w + 1 - width : one.w;
-    bool there = one.valid;
+  uint32_t inside = 0;
 #pragma unroll
-    for (int p = 1; p < planes; ++p)
-      if (plane == p) {
-        const Residue other = residue[p * width];
-        rd = other.d, rh = other.h, rw = reversed ? other.w + 1 - width : other.w, there = other.valid;
-      }
-    d = (t.d + z) * o.step_d + rd, h = (t.h + y) * o.step_h + rh, w = t.w * o.step_w + rw;
-    return there;
-  };
-  // what this thread stores of every channel
-  int offset[mine], at[mine], length[mine], od[mine], oh[mine], ow[mine];
+  for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-  for (int s = 0; s < mine; ++s) {
-    const int slot = thread + s * threads, run = slot / run_pitch;
-    at[s] = slot - run * run_pitch;
-    const int plane = planes == 1 ? 0 : run / runs_plane, rest = run - plane * runs_plane, z = rest / runs_h;
-    const bool there = origin(plane, z, rest - z * runs_h, od[s], oh[s], ow[s]) && run < runs_plane * planes;
-    int count = (o.size_w - ow[s] + step - 1) / step;
-    count = count < row ? count : row;
-    if (merged) count = row * (o.size_h - oh[s] < g.box_h ? o.size_h - oh[s] : g.box_h);
-    length[s] = there && od[s] < o.size_d && oh[s] < o.size_h && ow[s] < o.size_w ? count : 0;
-    offset[s] = od[s] * stride_d + oh[s] * stride_h + ow[s];
-  }
+    for (int r = 0; r < 2; ++r) {
+      const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
+                w = (t.w + place.x(i, r)) * o.step_w;
 #pragma unroll
-  for (int j = 0; j < Problem::columns / 8; ++j) {
-    if (first + j * 8 >= g.out_channels) break;
-    Out* const block = sample + j * 8 * to.stride.c;
-    named_barrier(1 + group, threads);  // what was there has been stored
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int channel = (place.lane & 3) * 2 + e;
-      float* const line = buffer + channel * pitch;
-      const int begin = (int)((uint64_t)(block + channel * to.stride.c) / sizeof(Out));
-#pragma unroll
-      for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (!place.inside(i, r)) continue;
-          const int z = place.z(i, r), y = place.y(i, r);
-          const int run = merged ? z : z * g.box_h + y, x = ((merged ? y * g.box_w : 0) + place.x(i, r)) * width;
-#pragma unroll
-          for (int p = 0; p < planes; ++p) {
-            int d, h, w;
-            origin(p, z, merged ? 0 : y, d, h, w);
-            float* const slot = line + (p * runs_plane + run) * run_pitch + x + ((begin + d * stride_d + h * stride_h + w) & mask);
-#pragma unroll
-            for (int q = 0; q < width; ++q) slot[reversed ? width - 1 - q : q] = value(i, r, j, e, p * width + q);
-          }
-        }
+      for (int q = 0; q < classes; ++q)
+        if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
+            w + residue[q].w < o.size_w)
+          inside |= 1u << ((i * 2 + r) * classes + q);
     }
-    named_barrier(1 + group, threads);
-#pragma unroll
-    for (int channel = 0; channel < 8; ++channel) {
-      if (first + j * 8 + channel >= g.out_channels) break;
-      Out* const line = block + channel * to.stride.c;
-      const int begin = (int)((uint64_t)line / sizeof(Out));
-#pragma unroll
-      for (int s = 0; s < mine; ++s) {
-        const int k = at[s] - ((begin + offset[s]) & mask);
-        if ((uint32_t)k >= (uint32_t)length[s]) continue;
-        const int down = merged ? k / o.size_w : 0, along = merged ? k - down * o.size_w : k * step;
-        const float y = buffer[channel * pitch + thread + s * threads];
-        line[offset[s] + k * step] =
-            from_float<Out>(expression(y, t.n, channel0 + j * 8 + channel, od[s], oh[s] + down, ow[s] + along));
-      }
-    }
-  }
+  return inside;
 }
 
 // Two neighbours in memory, at once where they are aligned.
@@ -202,30 +125,23 @@ FXFUSE_INLINE void store_pair(T* to, float a, float b) {
   }
 }
 
-// The same straight from registers: eight neighbouring threads have neighbouring q. As good where they fill sectors,
-// or where nothing does; and neither warpgroup waits for the other.
+// Stores value(i, r, j, e, q) for all accumulators of a warpgroup, straight from registers: eight neighbouring threads
+// have neighbouring q. `classes` residue classes, the `width` innermost of which are neighbours along w, increasing from
+// class q with q % width == 0 (reversed: decreasing).
 template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
                                 const Extent& o, const Residue (&residue)[classes], Value value,
                                 const Expression& expression) {
   const Tile& t = place.box;
   const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
+  const uint32_t inside = inside_mask(g, place, o, residue);
   int offset[Problem::m_tiles][2];  // of the position with residue zero
-  uint32_t inside = 0;
-  static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
-                w = (t.w + place.x(i, r)) * o.step_w;
-      offset[i][r] = d * stride_d + h * stride_h + w;
-#pragma unroll
-      for (int q = 0; q < classes; ++q)
-        if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
-            w + residue[q].w < o.size_w)
-          inside |= 1u << ((i * 2 + r) * classes + q);
-    }
+    for (int r = 0; r < 2; ++r)
+      offset[i][r] = (t.d + place.z(i, r)) * o.step_d * stride_d + (t.h + place.y(i, r)) * o.step_h * stride_h +
+                     (t.w + place.x(i, r)) * o.step_w;
   int class_offset[classes];
 #pragma unroll
   for (int q = 0; q < classes; ++q) class_offset[q] = residue[q].d * stride_d + residue[q].h * stride_h + residue[q].w;
@@ -343,18 +259,6 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
           }
         }
       }
-}
-
-// One of the three, as the emitted layout says.
-template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
-FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                         const Residue (&residue)[classes], float* buffer, int group, Value value, const Expression& expression) {
-  if constexpr (Problem::channels_last)
-    store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
-  else if constexpr (Problem::staged)
-    store_rows<Problem, Out, classes, width, reversed>(to, g, place, o, residue, buffer, group, value, expression);
-  else
-    store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
 }  // namespace fxfuse

@@ -26,22 +26,26 @@ struct Step {
 
 struct Geometry {
   int samples, groups, column_tiles, tiles_d, tiles_h, tiles_w, tiles;
-  int tile_d, tile_h, tile_w;        // positions q of a tile
-  int box_d, box_h, box_w;           // and of the part of one warpgroup: half of it along one dim
+  int tile_d, tile_h, tile_w;        // positions q of a tile; in a linear one, tile_h rows of a plane of the region
+  int box_d, box_h, box_w;           // and of the part of one warpgroup
+  int half_d, half_h, half_w;        // from the first warpgroup's part to the second's
+  int linear;                        // consecutive rows of a plane, from anywhere: its width is the output's
   int region_h, region_w;            // of the box with halo, rows of shared memory
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
   int row_group;                     // rows from one group of eight to the next
   int row_base[8];                   // first row of each m64 tile
+  int part_rows;                     // of the region, from where one warpgroup's places are counted to the other's
   int chunks;                        // of input channels, per group
   int out_d, out_h, out_w;           // extents of the convolution's output
   int out_channels;                  // per group
   int weight_bytes;                  // of one group and column tile, packed
 };
 
-// A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is.
+// A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
+// and how many rows of the region are in front of a linear one's.
 struct Tile {
-  int n, group, column, d, h, w, number;
+  int n, group, column, d, h, w, number, skip;
 };
 
 FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
@@ -52,6 +56,11 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   t.w = (index % g.tiles_w) * g.tile_w;
   index /= g.tiles_w;
   t.h = (index % g.tiles_h) * g.tile_h;
+  t.skip = 0;
+  if (g.linear) {
+    t.skip = t.h % g.region_w;
+    t.h /= g.region_w;
+  }
   index /= g.tiles_h;
   t.d = (index % g.tiles_d) * g.tile_d;
   index /= g.tiles_d;
@@ -60,8 +69,25 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   return t;
 }
 
+// A warpgroup's part of it.
+FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
+  t.d += group * g.half_d, t.h += group * g.half_h, t.w += group * g.half_w;
+  return t;
+}
+
 constexpr int kConsumers = 2;                     // warpgroups that multiply
 constexpr int kThreads = 128 * (kConsumers + 1);  // and one that copies
+
+// Of the buffers of x and of weights.
+template <class Problem>
+struct Barriers {
+  uint64_t x_full[Problem::x_buffers], x_empty[Problem::x_buffers];
+  uint64_t full[Problem::stages], empty[Problem::stages];
+  FXFUSE_INLINE void init() {
+    for (int i = 0; i < Problem::x_buffers; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
+    for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
+  }
+};
 
 struct Ring {
   int slot = 0, phase = 0;
@@ -73,7 +99,7 @@ struct Ring {
 
 template <class Problem>
 FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const Geometry& g, uint8_t* x, uint8_t* stages,
-                             uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
+                             Barriers<Problem>& barriers) {
   Ring xs, ws;
   prefetch_map(map);
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
@@ -84,22 +110,22 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
       if (begin == end && !(Problem::resident && pass == 0)) continue;
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
         if (!Problem::resident || pass == 0) {
-          barrier_wait(&x_empty[xs.slot], xs.phase ^ 1);
-          barrier_expect(&x_full[xs.slot], g.region_bytes);
+          barrier_wait(&barriers.x_empty[xs.slot], xs.phase ^ 1);
+          barrier_expect(&barriers.x_full[xs.slot], g.region_bytes);
           int source = t.group * g.chunks + chunk;
           if (Problem::exact) {  // high, high, low: against high, low, high of the weights
             const int part = g.chunks / 3, which = chunk / part;
             source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
           }
-          copy_box(x + xs.slot * g.region_stride, map, &x_full[xs.slot], source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
+          copy_box(x + xs.slot * g.region_stride, map, &barriers.x_full[xs.slot], source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
           xs.template next<Problem::x_buffers>();
         }
         for (int s = begin; s < end; ++s) {
           const uint32_t bytes = Problem::step(s).batch * 16u;
           if (bytes == 0) continue;
-          barrier_wait(&empty[ws.slot], ws.phase ^ 1);
-          barrier_expect(&full[ws.slot], bytes);
-          copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &full[ws.slot]);
+          barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);
+          barrier_expect(&barriers.full[ws.slot], bytes);
+          copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &barriers.full[ws.slot]);
           from += bytes;
           ws.template next<Problem::stages>();
         }
@@ -114,6 +140,13 @@ struct StepAddress {
   uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does
 };
 constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17;
+
+// What of the output lies in shared memory goes out from there: a warp per multiplying warpgroup.
+template <class Problem, class Outbox>
+FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Outbox outbox, int group) {
+  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x)
+    Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at(g, index), group), group);
+}
 
 // Adds the accumulators of a run to sums that are kept as float32 should be, and empties them: the matrix units
 // truncate as they accumulate.
@@ -181,9 +214,9 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
     conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
 }
 
-template <class Problem, class Table>
+template <class Problem, class Table, class Outbox>
 FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Table& table,
-                                const StepAddress* steps, float* buffer, uint8_t* x, uint8_t* stages, uint64_t* x_full, uint64_t* x_empty, uint64_t* full, uint64_t* empty) {
+                                const StepAddress* steps, float* gathered, Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& barriers) {
   constexpr int row_bytes = Problem::chunk * 2;
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
@@ -201,13 +234,8 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    place.box = tile_at(g, index);
-    if (group) {  // the second half
-      if (g.box_d < g.tile_d) place.box.d += g.box_d;
-      else if (g.box_h < g.tile_h) place.box.h += g.box_h;
-      else place.box.w += g.box_w;
-    }
-    typename Problem::Epilogue epilogue(arguments, g, table, buffer, place, group);
+    place.move(g, tile_at(g, index), group, warp);
+    typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
 #pragma unroll
@@ -218,14 +246,14 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
       if (begin < end || (Problem::resident && pass == 0)) {
 #pragma unroll 1
         for (int chunk = 0; chunk < g.chunks; ++chunk) {
-          if (!Problem::resident || pass == 0) barrier_wait(&x_full[xs.slot], xs.phase);
+          if (!Problem::resident || pass == 0) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
           uint32_t rows[Problem::m_tiles];  // low words of descriptors; a shift adds to them
 #pragma unroll
           for (int i = 0; i < Problem::m_tiles; ++i)
-            rows[i] = bases[i] + xs.slot * (g.region_stride / 16);
-          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, full, empty, ws, leader);
+            rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
+          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, barriers.full, barriers.empty, ws, leader);
           if (!Problem::resident) {
-            if (leader) barrier_arrive(&x_empty[xs.slot]);
+            if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
             xs.template next<Problem::x_buffers>();
           }
         }
@@ -236,28 +264,29 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
         epilogue.pass(acc, pass);
     }
     if (Problem::resident) {
-      if (leader) barrier_arrive(&x_empty[xs.slot]);
+      if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
       xs.template next<Problem::x_buffers>();
     }
     epilogue.finish();
   }
 }
 
-// `Table`: what the epilogue keeps in shared memory.
-template <class Problem, class Table>
+// `Table`: what the epilogue keeps in shared memory; `Outbox`: see conv_bulk.cuh.
+template <class Problem, class Table, class Outbox>
 FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, const Geometry& g,
                               const typename Problem::Epilogue::Arguments& arguments) {
   extern __shared__ uint8_t raw[];
-  __shared__ uint64_t x_full[Problem::x_buffers], x_empty[Problem::x_buffers];
-  __shared__ uint64_t full[Problem::stages], empty[Problem::stages];
+  __shared__ Barriers<Problem> barriers;
+  __shared__ typename Outbox::Shared out[kConsumers];
   __shared__ Table table;
   __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
-  float* buffer = (float*)(x + Problem::x_buffers * g.region_stride);  // the epilogue's
+  float* rest = (float*)(x + Problem::x_buffers * g.region_stride);
+  auto outbox = [&](int group) { return Outbox{rest + group * Outbox::size, out[group]}; };
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Problem::x_buffers; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
-    for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
+    barriers.init();
+    for (int group = 0; group < kConsumers; ++group) out[group].init();
     barrier_init_fence();
   }
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
@@ -267,11 +296,12 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    registers_down<24>();
-    if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, x_full, x_empty, full, empty);
+    registers_down<Problem::bulk ? 72 : 24>();
+    if (Problem::bulk && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
+    if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, barriers);
   } else {
-    registers_up<240>();
-    conv_consume<Problem>(g, arguments, table, steps, buffer, x, stages, x_full, x_empty, full, empty);
+    registers_up<Problem::bulk ? 216 : 240>();
+    conv_consume<Problem>(g, arguments, table, steps, rest + kConsumers * Outbox::size, outbox(threadIdx.x / 128 - 1), x, stages, barriers);
   }
 }
 

@@ -269,7 +269,7 @@ FXFUSE_INLINE void pack_weights(int block, int blocks_step, const T* w, uint8_t*
   for (int i = 0; i < 8; ++i) {
     const int c = (chunk - part * chunks_part) * Problem::chunk + unit * 8 + i;
     float v = 0.f;
-    if (c < in_channels && column < out_channels)
+    if (c < in_channels && column < out_channels && tap >= 0)
       v = to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + tap]);
     v *= s;
     values[i] = from_float<Half16>(v);

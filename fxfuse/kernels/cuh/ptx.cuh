@@ -52,6 +52,7 @@ FXFUSE_INLINE void schedule_barrier() { asm volatile("" ::: "memory"); }
 // Threads of a subset of the warps meet.
 FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+
 // --- bulk copies into shared memory --------------------------------------------------------------------
 FXFUSE_INLINE void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {
   asm volatile(

@@ -1,0 +1,226 @@
+// Stores of a convolution's results as runs of neighbours in memory: the multiplying warpgroups put blocks of channels
+// into shared memory and go on, a warp per warpgroup takes them from there.
+#pragma once
+#include "conv_store.cuh"
+
+namespace fxfuse {
+
+// What of a pass's results follows each other in memory: `count` runs per position in d (`merged`) or per row of
+// positions. Class q lies in run `of(q)`, from the place of its position `h(q)` rows and `w(q)` elements further;
+// class `first(u)` begins run u. For one class per position:
+struct OneRun {
+  static constexpr int count = 1;
+  static constexpr bool merged = true;
+  static __device__ constexpr int of(int) { return 0; }
+  static __device__ constexpr int first(int) { return 0; }
+  static __device__ constexpr int h(int) { return 0; }
+  static __device__ constexpr int w(int) { return 0; }
+};
+
+// Where a run begins in a channel of the tensor, and how long it is; nothing is stored where that is not positive.
+struct Run {
+  int offset, length;
+};
+constexpr int kSector = 32;  // bytes; one that is written in part costs about four times a whole one
+constexpr int kRuns = 64;  // that a part of a tile has at most
+
+// The runs of one warpgroup's part of a tile: `box`.
+template <class Problem, class Runs>
+struct RunPlan {
+  int number, rows, pitch;  // how many of them; rows of positions that each has; elements from one to the next
+  int start, longest;       // elements in front of a run from the box's begin; of the longest run
+
+  template <class Out>
+  FXFUSE_INLINE RunPlan(const Destination<Out>& to, const Geometry& g, const Tile& box, const Extent& o, int group) {
+    constexpr int align = kSector / sizeof(Out);
+    const int row = (int)to.stride.h;
+    number = g.box_d * Runs::count * (Runs::merged ? 1 : g.box_h);
+    start = 0, longest = g.box_w * o.step_w;
+    if (Runs::merged) {
+      longest = g.box_h * o.step_h * row;
+      if (g.linear) {  // from the first position of the row where it begins, or of the next
+        const int begin = box.skip + group * (g.row_base[Problem::m_tiles] - g.part_rows), end = begin + Problem::m_tiles * 64;
+        auto place_of = [&](int at) {
+          const int h = at / g.region_w, w = at - h * g.region_w;
+          return h * row + (w < row ? w : row);
+        };
+        start = place_of(begin), longest = place_of(end) - start;
+      }
+    }
+    pitch = (longest + 2 * align - 1) & ~(align - 1);
+  }
+
+  // The run of class run `u` of a position (z) or row of positions (z, y): where it begins in a channel of the tensor.
+  template <class Out, int classes>
+  FXFUSE_INLINE int offset(const Destination<Out>& to, const Tile& box, const Extent& o, const Residue (&residue)[classes],
+                           int z, int y, int u) const {
+    const Residue one = residue[Runs::first(u)];
+    const int d = (box.d + z) * o.step_d + one.d, h = Runs::merged ? box.h * o.step_h : (box.h + y) * o.step_h + one.h;
+    return d * (int)to.stride.d + h * (int)to.stride.h + box.w * o.step_w + start;
+  }
+
+  // Its length; not positive where it is outside the tensor.
+  template <int classes>
+  FXFUSE_INLINE int length(const Tile& box, const Extent& o, const Residue (&residue)[classes], int z, int y, int u) const {
+    const Residue one = residue[Runs::first(u)];
+    if (!one.valid || (box.d + z) * o.step_d + one.d >= o.size_d) return 0;
+    if (Runs::merged) {
+      const int left = (o.size_h - box.h * o.step_h) * o.size_w - start;
+      return longest < left ? longest : left;
+    }
+    if ((box.h + y) * o.step_h + one.h >= o.size_h) return 0;
+    const int left = o.size_w - box.w * o.step_w;
+    return longest < left ? longest : left;
+  }
+};
+
+// A warpgroup's blocks of `Problem::lines` channels in shared memory.
+template <class Problem>
+struct Outbox {
+  struct Shared {
+    uint64_t full[Problem::buffers], empty[Problem::buffers];
+    Run runs[kRuns];  // for the warp that sends them
+    FXFUSE_INLINE void init() {
+      for (int i = 0; i < Problem::buffers; ++i) barrier_init(&full[i], 4), barrier_init(&empty[i], 1);
+    }
+  };
+  static constexpr int size = Problem::buffers * Problem::lines * Problem::pitch;
+  float* memory;  // `size` of it
+  Shared& shared;
+  Ring ring = {};
+  template <class Out>
+  FXFUSE_INLINE Out* line(int number) const {
+    return (Out*)(memory + ring.slot * Problem::lines * Problem::pitch) + number * Problem::pitch;
+  }
+};
+
+// Puts value(i, r, j, e, q) of all accumulators of a warpgroup into its outbox, every run at a place that is congruent
+// to its address modulo a sector.
+template <class Problem, class Runs, class Out, int classes, class Value, class Expression>
+FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                              const Extent& o, const Residue (&residue)[classes], int group, Value value,
+                              const Expression& expression) {
+  constexpr int align = kSector / sizeof(Out), halves = Problem::lines / 4;
+  constexpr int outside = Problem::pitch - 2 * align;  // what is not stored goes there
+  const Tile& t = place.box;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  // of an address, in elements, only the place in a sector matters here
+  const uint32_t sample = (uint32_t)((uint64_t)(to.out + t.n * to.stride.n + channel0 * to.stride.c) / sizeof(Out));
+  const int row = (int)to.stride.h;
+  const RunPlan<Problem, Runs> plan(to, g, t, o, group);
+  // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
+  const uint32_t inside = inside_mask(g, place, o, residue);
+  int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2][Runs::count];
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
+      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * o.step_h * row + x - plan.start : x;
+#pragma unroll
+      for (int u = 0; u < Runs::count; ++u) begin[i][r][u] = plan.offset(to, t, o, residue, z, y, u);
+#pragma unroll
+      for (int q = 0; q < classes; ++q)
+        slot[i][r][q] = inside >> ((i * 2 + r) * classes + q) & 1
+                            ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
+                            : outside;
+    }
+#pragma unroll
+  for (int block = 0; block < Problem::columns / Problem::lines; ++block) {
+    if (first + block * Problem::lines / 8 * 8 >= g.out_channels) break;
+    barrier_wait(&outbox.shared.empty[outbox.ring.slot], outbox.ring.phase ^ 1);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < halves; ++half) {
+      const int j = (block * halves + half) / 2, e = (block * halves + half) & 1;
+      schedule_barrier();
+      const int column = place.column(j, e);
+      if (first + column >= g.out_channels) continue;
+      Out* const line = outbox.template line<Out>(half * 4 + (place.lane & 3));
+      const uint32_t address = sample + (uint32_t)column * (uint32_t)to.stride.c;
+#pragma unroll
+      for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int u = 0; u < Runs::count; ++u) {
+            Out* const shifted = line + ((address + begin[i][r][u]) & (align - 1));
+#pragma unroll
+            for (int q = 0; q < classes; ++q)
+              if (Runs::of(q) == u)
+                shifted[slot[i][r][q]] = from_float<Out>(
+                    expression(value(i, r, j, e, q), t.n, channel0 + column, (t.d + place.z(i, r)) * o.step_d + residue[q].d,
+                               (t.h + place.y(i, r)) * o.step_h + residue[q].h, (t.w + place.x(i, r)) * o.step_w + residue[q].w));
+          }
+    }
+    __syncwarp();
+    if (place.lane == 0) barrier_arrive(&outbox.shared.full[outbox.ring.slot]);
+    outbox.ring.template next<Problem::buffers>();
+  }
+  named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
+}
+
+// Sends what `stage_runs` puts there: a warp, several channels at once, 16 bytes per thread, and so that every sector but
+// the first and the last of a run is written at once.
+template <class Problem, class Runs, class Out, int classes>
+FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Tile& t, const Extent& o,
+                             const Residue (&residue)[classes], int group) {
+  constexpr int align = kSector / sizeof(Out), lines = Problem::lines, at_once = 32 / lines, ahead = 3;
+  constexpr int unit = 16 / sizeof(Out);
+  const int lane = threadIdx.x & 31, number = lane / at_once, part = lane % at_once;
+  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
+  const RunPlan<Problem, Runs> plan(to, g, t, o, group);
+  for (int run = lane; run < plan.number; run += 32) {
+    const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : at / g.box_h, y = at - z * g.box_h;
+#pragma unroll
+    for (int k = 0; k < Runs::count; ++k)
+      if (u == k) outbox.shared.runs[run] = {plan.offset(to, t, o, residue, z, y, k), plan.length(t, o, residue, z, y, k)};
+  }
+  __syncwarp();
+  // a block of four channels has every other one of eight
+  const int column = lines == 8 ? (number & 3) * 2 + number / 4 : number * 2;
+  Out* const channel = to.out + t.n * to.stride.n + (channel0 + column) * to.stride.c;
+  const int left = g.out_channels - first - column;  // of this and the channels behind it
+#pragma unroll 1
+  for (int block = 0; block < Problem::columns / lines; ++block) {
+    const int skipped = lines == 8 ? block * 8 : block / 2 * 8 + (block & 1);
+    if (first + skipped / 8 * 8 >= g.out_channels) break;
+    Out* const out = channel + skipped * to.stride.c;
+    const Out* from = outbox.template line<Out>(number);
+    barrier_wait(&outbox.shared.full[outbox.ring.slot], outbox.ring.phase);
+    if (skipped < left) {
+#pragma unroll 1
+      for (int run = 0; run < plan.number; ++run, from += plan.pitch) {
+        const Run one = outbox.shared.runs[run];
+        if (one.length <= 0) continue;
+        Out* const begin = out + one.offset;
+        const int shift = (int)((uint64_t)begin / sizeof(Out)) & (align - 1);
+        int head = (align - shift) & (align - 1);
+        head = head < one.length ? head : one.length;
+        const int body = (one.length - head) & ~(align - 1);
+        const Out* const source = from + shift + head;
+        Out* const to_ = begin + head;
+#pragma unroll 1
+        for (int k = part * unit; k < body; k += ahead * at_once * unit) {
+          uint4 v[ahead];
+#pragma unroll
+          for (int i = 0; i < ahead; ++i)
+            if (k + i * at_once * unit < body) v[i] = *(const uint4*)(source + k + i * at_once * unit);
+#pragma unroll
+          for (int i = 0; i < ahead; ++i)
+            if (k + i * at_once * unit < body) *(uint4*)(to_ + k + i * at_once * unit) = v[i];
+        }
+#pragma unroll 1
+        for (int end = part; end < 2 * align - 2; end += at_once) {
+          const int k = end < head ? end : end + body;
+          if (k < one.length) begin[k] = from[shift + k];
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&outbox.shared.empty[outbox.ring.slot]);
+    outbox.ring.template next<Problem::buffers>();
+  }
+}
+
+}  // namespace fxfuse

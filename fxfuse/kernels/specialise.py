@@ -1,0 +1,171 @@
+"""Which kernel a layer gets: residue classes per pass, channel tiles, rows and buffers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+from fxfuse.kernels.convolution import Layer, Pass, Specialisation, Unsupported, cycles
+from fxfuse.kernels.geometry import Residue, Step, steps_of
+from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, STORE_RATE, Extents, best_fit, store_seconds, tile
+
+#: sizes of outputs for which a specialisation, which knows no sizes, is chosen: powers of two, and with a border
+_TYPICAL = ((32, 32, 32), (34, 34, 34), (48, 48, 48), (66, 66, 66))
+#: how much faster another kernel must be for sizes that the usual one fits badly
+WORTH_COMPILING = 1.08
+#: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
+PARTIAL_ROW = 0.2
+
+
+@functools.lru_cache(maxsize=1024)
+def specialise(
+    layer: Layer,
+    *,
+    pooled: bool,
+    exact: bool = False,
+    before: bool = False,
+    contiguous: bool = False,
+    finite: bool = False,
+    stored: Extents | None = None,
+    itemsize: int = 4,
+) -> Specialisation:
+    """The kernel for a layer. ``pooled``: the epilogue keeps a running value per position and channel.
+
+    ``exact``: float32's own accuracy, from two 16-bit parts and sums that are kept outside the matrix units.
+    ``before``: an expression is computed in front of the pool, which needs registers, too.
+    ``contiguous``: the output's w varies fastest in memory, not its channels. ``finite``: x has no Inf nor NaN,
+    so that it may be multiplied with zeros. ``stored``, ``itemsize``: of the stored tensor. A layer has few
+    kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
+    """
+    anywhere = contiguous and not pooled and (stored is None or stored[2] * itemsize % 32 != 0)
+    columns, passes = _stacked(layer, pooled=pooled, anywhere=anywhere, finite=finite)
+    stack = max(len(p.residues) for p in passes)
+    # a store has one bit for every row of a thread and residue class
+    tiles = [
+        m
+        for m in (4, 2, 1)
+        if m * 2 * stack <= 32
+        and m * stack * columns <= (128 if exact else 256)
+        and not (pooled and m * columns > (64 if before else 128))
+    ]
+    made = [
+        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
+        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
+        if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
+    ]
+    usual = max(made, key=_usual_rate)
+    if _usual_rate(usual) == 0:
+        raise Unsupported(
+            f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory"
+        )
+    if stored is not None:
+        seconds = {m: _seconds(m, stored, contiguous, itemsize) for m in made}
+        best = min(made, key=seconds.__getitem__)
+        if seconds[best] * WORTH_COMPILING < seconds[usual]:
+            return best
+    return usual
+
+
+def _stacked(layer: Layer, *, pooled: bool, anywhere: bool, finite: bool) -> tuple[int, tuple[Pass, ...]]:
+    """Output channels of a tile, and how many residue classes have accumulators at the same time.
+
+    ``anywhere``: rows of the output begin anywhere in a sector of memory, so that a pass should have many of them.
+    """
+    width = max(8, -(-layer.out_channels // 8) * 8)
+    plane = layer.stride[2] * layer.stride[1]
+    choices = []
+    for stack in dict.fromkeys((1, layer.stride[2], plane, math.prod(layer.stride))):
+        # neighbours along w in one thread make a store of two
+        if stack > 16 or not (pooled or layer.stride[2] != 2 or stack % 2 == 0):
+            continue
+        most = {64, 64 if pooled else 128, 128 // stack if anywhere else 64}
+        for columns in {_columns(width, m) for m in most}:
+            if stack * columns > 128:
+                continue
+            passes = _passes(layer, stack, columns, finite and not pooled)
+            seconds = cycles(passes, columns) * -(-width // columns) * layer.in_channels / 16 / CLOCK
+            if anywhere:
+                partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % layer.stride[2] == 0 else 1.0
+                written = 64 * math.prod(layer.stride) * width * 4
+                seconds += written / STORE_RATE * (1 + PARTIAL_SECTOR * partial)
+            choices.append((seconds, -stack, columns, passes))
+    _, _, columns, passes = min(choices, key=lambda c: c[:3])
+    return columns, passes
+
+
+def _passes(layer: Layer, stack: int, columns: int, finite: bool) -> tuple[Pass, ...]:
+    """Passes of ``stack`` residue classes, in an order in which instructions always begin at the first one.
+
+    ptxas keeps the accumulators of one instruction in one place: runs that begin anywhere would be copied
+    to and fro. Where no order helps, classes in between are multiplied with zeros if x is finite, or else
+    every class gets instructions of its own.
+    """
+    groups = [layer.residues[i : i + stack] for i in range(0, len(layer.residues), stack)]
+    ways = []
+    for order in _orders(groups, stack):
+        ordered = [tuple(g[i] for i in order) for g in groups]
+        if finite:
+            ways.append(tuple(Pass(r, steps_of(r, filled=True)) for r in ordered))
+        passes = tuple(Pass(r, steps_of(r)) for r in ordered)
+        if all(s.first == 0 for p in passes for s in p.steps):
+            return passes
+    alone = tuple(
+        Pass(g, tuple(sorted(
+            (Step(s.delta, s.first + i, (tap,)) for s in steps_of(g) for i, tap in enumerate(s.taps)),
+            key=lambda s: (s.first, s.delta),
+        ))) for g in groups
+    )  # fmt: skip
+    return min([*ways, alone], key=lambda w: cycles(w, columns))
+
+
+def _orders(groups: list[tuple[Residue, ...]], stack: int) -> list[tuple[int, ...]]:
+    """Orders of the classes of a pass; first those that leave neighbours along w next to each other."""
+    by_taps = tuple(sorted(range(stack), key=lambda i: -sum(len(g[i].taps) for g in groups)))
+    if stack > 4:
+        return [tuple(range(stack)), by_taps]
+
+    def parted(order: tuple[int, ...]) -> int:
+        return sum(a // 2 != b // 2 for a, b in zip(order[::2], order[1::2], strict=False))
+
+    return sorted(itertools.permutations(range(stack)), key=parted)
+
+
+def _columns(width: int, most: int) -> int:
+    """Output channels per tile: at most ``most``, as few padded ones as possible, then as many as possible."""
+    return min(range(8, min(width, most) + 1, 8), key=lambda c: (-(-width // c) * c + 8 * -(-width // c), -c))
+
+
+def _memory(channels: int) -> list[tuple[int, int]]:
+    """(chunk, buffers of x)"""
+    padded = -(-channels // 16) * 16
+    return [(chunk, buffers) for chunk in (64, 32, 16) if padded % chunk == 0 for buffers in (2, 1)]
+
+
+def _usual_rate(made: Specialisation) -> float:
+    """How fast a kernel is on outputs of typical sizes, relative to others for a layer; 0 where some do not fit."""
+    fit = [best_fit(made, extents) for extents in _TYPICAL]
+    return sum(fit) / len(fit) * _speed(made) if min(fit) > 0 else 0.0
+
+
+def _speed(made: Specialisation) -> float:
+    """How fast a kernel's instructions are, relative to others for the same layer: read off runs on an H100."""
+    together = made.m_tiles * made.chunk // 16  # instructions of a step
+    speed = {1: 0.7, 2: 0.85, 4: 0.97}.get(together, 1.0)
+    speed *= (0.85 if made.m_tiles == 1 else 1.0) * (1.0 if made.stages > 3 else 0.97)
+    if len(made.passes) > 1:  # x should stay
+        return speed * (1.0 if made.resident else 0.85) * (1.0 if made.x_buffers > 1 else 0.97)
+    return speed * (1.0 if made.x_buffers > 1 else 0.95)
+
+
+def _seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: int) -> float:
+    """About the time of a sample and tile of channels on one multiprocessor."""
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    row = stored[2] if contiguous else 0
+    try:
+        tiling = tile(made, (d, h, w), row, itemsize)
+    except Unsupported:
+        return math.inf
+    multiply = math.prod(tiling.counts) * len(tiling.row_base) * made.pass_cycles / CLOCK
+    return multiply / _speed(made) + store_seconds(made, tiling, (d, h, w), row, itemsize)

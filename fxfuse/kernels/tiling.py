@@ -1,0 +1,222 @@
+"""Tiles of a convolution's output: which positions a thread block takes, how it stores them, and how long that takes.
+
+An output is tiled in positions q, of which every residue class has an element. Pure arithmetic; a compiled kernel
+takes all of it as arguments, but for the kind of store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from fxfuse.kernels.convolution import CONSUMERS, MOST_RUNS, Specialisation, Unsupported
+
+#: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
+#: that is written in part: measured on an H100, rows of 95 floats against rows of 96
+CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
+#: bytes of float32 input per second that are measured and made rows, and seconds that launches take: read off runs
+#: on an H100
+ROWS_RATE, LAUNCHES = 1.2e12, 1.5e-5
+#: bytes of a run that a bulk copy is worth
+SHORT_RUN = 128
+#: positions of x per dim that one copy brings
+MOST_COPIED = 256
+
+Extents = tuple[int, int, int]
+
+
+class Store(enum.Enum):
+    """How results get to memory."""
+
+    CHANNELS = "channels are neighbours: from registers"
+    DIRECT = "w varies fastest: from registers"
+    ROWS = "w varies fastest: rows, copied in bulk"
+    PLANES = "w varies fastest: runs of whole rows, copied in bulk"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Positions q of a thread block: a ``tile``, of two ``box``es, one per warpgroup; with halo: ``region``.
+
+    ``row_base``: first row of each m64 tile in the region; ``row_group``: rows from one group of eight to the
+    next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
+    output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
+    ``half``: from the first box to the second, in positions; ``part_rows``: in rows, where places of the
+    second are counted from its own begin.
+    """
+
+    tile: Extents
+    box: Extents
+    half: Extents
+    region: Extents
+    row_group: int
+    row_base: tuple[int, ...]
+    part_rows: int
+    counts: Extents
+    linear: bool = False
+
+    def rows_needed(self, halo: Extents) -> int:
+        """Rows of shared memory that the matrix instructions read, the last tap's included."""
+        _, height, width = self.region
+        shift = (halo[0] * height + halo[1]) * width + halo[2]
+        skip = width - 1 if self.linear else 0
+        return max(math.prod(self.region), skip + max(self.row_base) + 7 * self.row_group + 8 + shift)
+
+    def fit(self, extents: Extents) -> float:
+        """Part of the rows that are positions of ``extents``."""
+        return math.prod(extents) / (math.prod(self.counts) * len(self.row_base) * 64)
+
+
+def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
+    """Those whose region fits into shared memory. ``linear``: such tiles as well."""
+    for found in itertools.chain(_boxes(made, extents), _linear(made, extents) if linear else ()):
+        fits = found.rows_needed(made.halo) * made.chunk * 2 <= made.region_bytes
+        if fits and max(found.region) <= MOST_COPIED:
+            yield found
+
+
+def _boxes(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
+    """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim."""
+    halo = made.halo
+    for box, blocks in _box_sizes(made.m_tiles, extents, halo):
+        d, h, w = box
+        for axis in range(3):
+            size = [d, h, w]
+            size[axis] *= CONSUMERS
+            region = (size[0] + halo[0], size[1] + halo[1], size[2] + halo[2])
+            _, rh, rw = region
+            step = (d * rh * rw, h * rw, w)[axis]
+            if blocks:
+                inside = itertools.product(range(d), range(0, h, 8), range(0, w, 8))
+                base = [(z * rh + y) * rw + x for z, y, x in inside]
+            else:
+                # consecutive rows of the region: as many as the box spans in it
+                if (d - 1) * rh * rw + (h - 1) * rw + w > made.m_tiles * 64:
+                    continue
+                base = list(range(0, made.m_tiles * 64, 64))
+            rows = tuple(part * step + at for part in range(CONSUMERS) for at in base)
+            half = tuple(b if i == axis else 0 for i, b in enumerate(box))
+            counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
+            yield Tiling(tuple(size), box, half, region, rw if blocks else 8, rows, step, counts)  # type: ignore[arg-type]
+
+
+def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[Extents, bool]]:
+    """(box, whether it is made of blocks of 8 by 8) for the rows of one warpgroup."""
+    for a in (1, 2, 4):
+        for b in (1, 2, 4):
+            if a * b <= m_tiles:
+                yield (m_tiles // (a * b), a * 8, b * 8), True
+    rows = m_tiles * 64
+    for parts in range(1, 17):
+        w = -(-extents[2] // parts)
+        rw = w + halo[2]
+        if w > rows or rw > MOST_COPIED:
+            continue
+        for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
+            deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
+            yield (min(max(deepest, 1), extents[0]), h, w), False
+
+
+def _linear(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
+    """Runs of a padded plane: one of twice the length, or two in neighbouring planes."""
+    depth, height, width = extents
+    halo, rows = made.halo, made.m_tiles * 64
+    rw = width + halo[2]
+    for planes in range(1, CONSUMERS + 1):
+        run = rows * CONSUMERS // planes
+        tiles_h = -(-((height - 1) * rw + width) // run)
+        span = max((k * run % rw + run - 1) // rw + 1 for k in range(tiles_h))
+        region = (planes + halo[0], span + halo[1], rw)
+        part = region[1] * rw if planes == CONSUMERS else 0
+        base = tuple((part or rows) * group + at for group in range(CONSUMERS) for at in range(0, rows, 64))
+        yield Tiling(
+            (planes, run, width), (1, span, width), (planes - 1, 0, 0), region, 8, base, part,
+            (-(-depth // planes), tiles_h, 1), linear=True,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def best_fit(made: Specialisation, extents: Extents) -> float:
+    """Part of the rows of the best tiles that are positions."""
+    return max((t.fit(extents) for t in tilings(made, extents, linear=_dense(made))), default=0.0)
+
+
+def _dense(made: Specialisation) -> bool:
+    """Whether the stored positions are neighbours, and not those of residue classes."""
+    return made.pooled or math.prod(made.layer.stride) == 1
+
+
+@functools.lru_cache(maxsize=4096)
+def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4) -> Tiling:
+    """The fastest tiling of ``extents`` positions q per dim, as far as waste and stores tell.
+
+    ``row``: elements of ``itemsize`` bytes in a row (along w) of the stored tensor; 0 where channels are
+    neighbours in memory.
+    """
+    best: tuple[tuple[float, int], Tiling] | None = None
+    for found in tilings(made, extents, linear=row == 0 or _dense(made)):
+        multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
+        estimate = multiply + store_seconds(made, found, extents, row, itemsize)
+        score = (estimate, math.prod(found.region))
+        if best is None or score < best[0]:
+            best = score, found
+    if best is None:
+        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
+    return best[1]
+
+
+def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> tuple[Store, int]:
+    """How results are stored, and how many of them follow each other in memory. Arguments as of :func:`tile`."""
+    if row == 0:
+        return Store.CHANNELS, made.columns
+    if made.pooled:  # little is stored, and registers are scarce
+        return Store.DIRECT, 8
+    stride = made.layer.stride
+    classes, plane = made.stored_classes, stride[1] * stride[2]
+    depth, height, width = tiling.box
+    align = 32 // itemsize
+    whole = tiling.counts[2] == 1 and tiling.half[2] == 0
+    if classes % plane == 0 and whole:
+        longest = made.m_tiles * 64 if tiling.linear else height * stride[1] * row
+        kind, runs = Store.PLANES, depth * (classes // plane)
+    elif classes % stride[2] == 0 and not tiling.linear:
+        longest = width * stride[2]
+        kind, runs = Store.ROWS, depth * height * (classes // stride[2])
+    else:
+        pair = stride[2] == 1 or (stride[2] == 2 and classes % 2 == 0)
+        return Store.DIRECT, 8 * stride[2] if pair else 1
+    pitch = -(-(longest + align - 1) // align) * align
+    if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > made.pitch:
+        return Store.DIRECT, 8 * stride[2]
+    return kind, longest
+
+
+def store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
+    """Of one multiprocessor, for one sample, group and tile of output channels."""
+    stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
+    return stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize))
+
+
+def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
+    """Part of the 32-byte sectors of a stored run that it fills only in part."""
+    kind, run = store_of(made, tiling, extents, row, itemsize)
+    if kind is Store.CHANNELS or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
+        return 0.0
+    return min(1.0, 2 / (run * itemsize / 32 + 1))
+
+
+def seconds(made: Specialisation, batch: int, sizes: Extents, extents: Extents, row: int, itemsize: int) -> float:
+    """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim."""
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
+    tiling = tile(made, (d, h, w), row, itemsize)
+    tiles = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
+    waves = -(-tiles // PROCESSORS)
+    one = len(tiling.row_base) * made.pass_cycles / CLOCK
+    one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
+    read = batch * made.layer.groups * made.layer.in_channels * math.prod(sizes)
+    return waves * one + read * 4 / ROWS_RATE + LAUNCHES
