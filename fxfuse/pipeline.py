@@ -8,8 +8,10 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fxfuse.kernels import dump
+from fxfuse.kernels.execute import dump_planned
 from fxfuse.lower import lower, rewrite
 from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
@@ -65,5 +67,8 @@ def fuse(
         report = summarize(graph, regions, before)
         lower(graph, order, regions, target)  # one node per region
     report.graph_after = graph
+    if dump.wanted() and not any(isinstance(t, Tensor) and t.is_cuda for t in inputs):  # there it is written as it runs
+        for rewritten in regions:
+            dump_planned(rewritten.region)
     log.info("%s", report.headline)
     return report

@@ -122,6 +122,11 @@ class Convolution:
         made = specialise(layer, pooled=bool(epilogue.combine), exact=exact, before=before)
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
+    def staged(self, width: int) -> bool:
+        """Whether stores of rows of ``width`` values go through shared memory."""
+        step, size = self.made.layer.stride[2], self.output.itemsize
+        return self.layout == "contiguous" and not self.epilogue.combine and step == 2 and width * size % 32 != 0
+
     def source(self, staged: bool) -> str:
         """The kernels' text. ``staged``: stores go through shared memory."""
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
@@ -192,11 +197,10 @@ class _Call:
         row = 0 if layer.layout == "channels_last" else out.shape[4]
         extents_q = out.shape[2:] if pooled else [-(-o // s) for o, s in zip(extents, shape.stride, strict=True)]
         tiling = tile(made, tuple(extents_q), row, out.element_size())
-        staged = bool(row) and not pooled and shape.stride[2] == 2 and row * out.element_size() % 32 != 0
         epilogue = layer.epilogue
         self.keeps, self.gathers = epilogue.keeps, epilogue.gathers
         names = (*KERNELS, "merge") if self.gathers else KERNELS
-        module = _module(layer.source(staged), names, x.device.index)
+        module = _module(layer.source(layer.staged(out.shape[4])), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
         width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)

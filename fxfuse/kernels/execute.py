@@ -9,21 +9,23 @@ import dataclasses
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import dump
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported, tile
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER
+from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
-from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare, source_of
+from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -33,66 +35,38 @@ log = logging.getLogger(__name__)
 MOST_PREPARED = 1024
 
 
+ENGINE, CUDNN, TORCH = "engine", "cudnn", "torch"
+
+
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A schedule with its compiled kernels, for inputs of certain shapes and strides on one device."""
+class Candidate:
+    """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by kernels behind
+    torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
 
-    names: tuple[str, ...]
-    outputs: tuple[str, ...]
-    schedule: Schedule
-    convolution: Convolution | None
-    steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
-    device: torch.device
+    ``refusal``: why the estimate prefers another way to the convolution's kernel.
+    """
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
-        if torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                return self._run(inputs)
-        return self._run(inputs)
+    name: str
+    schedule: Schedule | None = None
+    convolution: Convolution | None = None
+    refusal: str | None = None
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = dict(zip(self.names, inputs, strict=True))
-        if self.convolution is not None:
-            self._convolve(self.convolution, values)
-        for step, dead in self.steps:
-            step(values)
-            for name in dead:
-                values.pop(name, None)
-        return [values[name] for name in self.outputs]
+    def __str__(self) -> str:
+        if self.schedule is None:
+            return f"torch's operators: {self.refusal}" if self.refusal else "torch's operators"
+        return f"{self.schedule} ({self.refusal})" if self.refusal and self.name == CUDNN else str(self.schedule)
 
-    def _convolve(self, convolution: Convolution, values: dict[str, Tensor]) -> None:
-        first, kernel = self.schedule.first, self.schedule.kernel
+    def sources(self) -> list[tuple[str, str]]:
+        """A name and the CUDA C++ for each of its sources, in the order in which they run."""
+        if self.schedule is None:
+            return []
+        steps = [(kind_of(step), text) for step in self.schedule.steps if (text := source_of(step))]
+        if self.convolution is None:
+            return steps
+        kernel = self.schedule.kernel
         assert kernel is not None
-        if first.body:
-            results = first.run([values[name] for name, _ in first.inputs], reuse=True)
-            values.update(zip(first.outputs, results, strict=True))
-        sizes = [s or 0 for s in kernel.kind.shape]
-        device = self.device if kernel.keeps else torch.device("meta")
-        out = torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=device)
-        moments = moments_of(kernel.kind, self.device) if kernel.gathers else None
-        convolution.run(
-            _three_dims(values[kernel.x]),
-            _three_dims(values[kernel.weight]),
-            None if kernel.bias is None else values[kernel.bias].contiguous(),
-            kernel.extents,
-            _three_dims(out),
-            before=pack(kernel.before, values),
-            after=pack(kernel.after, values),
-            factor=kernel.factor,
-            moments=moments,
-        )
-        if kernel.keeps:
-            values[kernel.stored] = out
-        if moments is not None:
-            values[moments_name(kernel.stored)] = moments
-
-
-def _three_dims(x: Tensor) -> Tensor:
-    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x
+        text = self.convolution.source(self.convolution.staged(kernel.kind.shape[-1] or 0))
+        return [("convolution", text), *steps]
 
 
 def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
@@ -120,50 +94,56 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
 
 def describe(region: Region) -> str:
     """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
-    try:
-        made, _, refusal = _decide_for_examples(region)
-    except Unscheduled as refused:
-        return f"torch's operators: {refused}"
-    return str(made) if refusal is None else f"{made} ({refusal})"
+    return str(_planned(region))
 
 
 def source(region: Region) -> str:
     """The CUDA C++ of the kernels that :func:`describe` names."""
+    return "\n\n".join(text for _, text in _planned(region).sources())
+
+
+def _planned(region: Region) -> Candidate:
+    """What the estimate chooses on a Hopper GPU, for contiguous inputs."""
     try:
-        made, convolution, _ = _decide_for_examples(region)
-    except Unscheduled:
-        return ""
-    kernels = [] if convolution is None else [convolution.source(staged=False)]
-    return "\n\n".join([*kernels, *(s for step in made.steps if (s := source_of(step)))])
+        inputs = examples(region.rewritten)
+    except Unscheduled as refused:
+        return Candidate(TORCH, refusal=str(refused))
+    return next(candidates(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True))
 
 
-def _decide_for_examples(region: Region) -> tuple[Schedule, Convolution | None, str | None]:
-    return decide(region.rewritten, examples(region.rewritten), exact=region.precision == "ieee", hopper=True)
+def dump_planned(region: Region) -> None:
+    """Write what :func:`describe` tells to the folder of FXFUSE_DUMP."""
+    strides = [torch.empty([s or 1 for s in k.shape], device="meta").stride() for _, k in region.rewritten.inputs]
+    dump.write(region, strides, "a Hopper GPU, where the inputs are contiguous (not run)", lambda: _planned(region))
 
 
-def decide(
-    program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool
-) -> tuple[Schedule, Convolution | None, str | None]:
-    """A schedule, the kernel of its convolution, and why there is none. Unscheduled where torch shall run it all.
+def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool) -> Iterator[Candidate]:
+    """The ways to run a program that there are, the one that the estimate chooses first.
 
-    ``hopper``: the device has the matrix instructions that the convolution needs.
+    ``hopper``: the device has the matrix instructions that the convolution's kernel needs.
     """
-    refusal = "the convolution's kernel needs a Hopper GPU"
+    refusal: str | None = "the convolution's kernel needs a Hopper GPU"
+    engine = None
     if hopper:
         try:
             made = schedule(program, inputs)
             assert made.kernel is not None
             convolution = convolution_of(made.kernel, exact=exact)
             reason = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
-            if reason is None:
-                return made, convolution, None
-            refusal = reason
+            engine, refusal = Candidate(ENGINE, made, convolution, reason), reason
         except (Unscheduled, Unsupported) as refused:
             refusal = str(refused)
-    made = schedule(program, inputs, anchored=False)
-    if all(isinstance(s, Torch) for s in made.steps):
-        raise Unscheduled(refusal)
-    return made, None, refusal
+    if engine is not None and refusal is None:
+        yield engine
+    try:
+        made = schedule(program, inputs, anchored=False)
+        if not all(isinstance(s, Torch) for s in made.steps):
+            yield Candidate(CUDNN, made, refusal=refusal)
+    except Unscheduled as refused:
+        refusal = str(refused)
+    yield Candidate(TORCH, refusal=refusal)
+    if engine is not None and engine.refusal is not None:
+        yield engine
 
 
 def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
@@ -203,11 +183,23 @@ _prepared: dict[Any, Any] = {}  # Prepared, or None for torch's operators
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
     """Prepare a region, which compiles and loads when it first runs; (None, None) where that does not succeed."""
+    device = inputs[0].device
+    if any(t.device != device for t in inputs):
+        log.debug("torch's operators run `%s`: the inputs are on several devices", region.anchor)
+        return None, None
     try:
-        made = _prepare(region, inputs)
-        return made, made.run(inputs)
-    except (Unscheduled, Unsupported) as refusal:
-        log.debug("torch's operators run `%s`: %s", region.anchor, refusal)
+        for candidate in candidates(
+            region.rewritten, inputs, exact=not _tf32(region), hopper=_hopper(device.index)
+        ):  # the first that can be prepared
+            try:
+                made, outputs = _try(candidate, region, inputs)
+            except Unsupported as refusal:
+                log.debug("%s: %s", candidate, refusal)
+                continue
+            log.debug("`%s`: %s", region.anchor, candidate)
+            if dump.wanted():
+                _dump(candidate, region, inputs)
+            return made, outputs
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - the chain still has torch's operators
@@ -215,23 +207,18 @@ def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | Non
     return None, None
 
 
-def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
-    """Raises Unscheduled or Unsupported with the reason why torch's operators shall run."""
+def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
+    """Prepare a candidate and run it once, which compiles; (None, None) for torch's operators. Raises Unsupported."""
+    if candidate.schedule is None:
+        return None, None
+    made = Prepared.of(region.rewritten, candidate.schedule, candidate.convolution, inputs[0].device)
+    return made, made.run(inputs)
+
+
+def _dump(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
-    if any(t.device != device for t in inputs):
-        raise Unscheduled("the inputs are on several devices")
-    program = region.rewritten
-    made, convolution, _ = decide(program, inputs, exact=not _tf32(region), hopper=_hopper(device.index))
-    log.debug("%s", made)
-    last: dict[str, int] = {}
-    for i, step in enumerate(made.steps):
-        last.update(dict.fromkeys((*step.reads, *step.makes), i))
-    with torch.cuda.device(device):
-        steps = tuple(
-            (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
-            for i, step in enumerate(made.steps)
-        )
-    return Prepared(tuple(n for n, _ in program.inputs), program.outputs, made, convolution, steps, device)
+    where = f"{torch.cuda.get_device_name(device)}, {'tf32' if _tf32(region) else 'ieee'} convolutions of float32"
+    dump.write(region, [t.stride() for t in inputs], where, lambda: candidate, architecture(device))
 
 
 @cache

@@ -55,6 +55,15 @@ def source_of(step: Step) -> str:
     return emit_map(dtype, output, step.layouts[0], step.before)
 
 
+def kind_of(step: Step) -> str:
+    """What a step's kernels are about, in a word."""
+    if isinstance(step, Gather):
+        return "statistics"
+    if isinstance(step, Torch):
+        return "torch"
+    return "pool" if step.window is not None else "fold" if step.fold is not None else "map"
+
+
 def _torch(step: Torch) -> Run:
     program = step.program
     names = [n for n, _ in program.inputs]
@@ -71,10 +80,14 @@ def _module(source: str, names: tuple[str, ...], device: int, arch: str) -> Modu
     return Module(compile_cubin(source, arch).code, names)
 
 
-def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+def architecture(device: torch.device) -> str:
+    """What kernels are compiled for on ``device``: "sm_90a" on Hopper."""
     major, minor = torch.cuda.get_device_capability(device)
-    arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    return _module(source, names, device.index, arch).kernels
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+    return _module(source, names, device.index, architecture(device)).kernels
 
 
 def _sizes(kind: TensorType) -> tuple[int, int, int, int, int]:
