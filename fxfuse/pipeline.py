@@ -32,15 +32,24 @@ class Options:
     precision: str | None = None
     allow: frozenset[Legality] = dataclasses.field(default_factory=lambda: Legality.parse(None))
     rules: tuple[Rule, ...] = DEFAULT_RULES
+    kernels: bool = True
+    tune: bool = False
 
     @staticmethod
-    def make(precision: str | None, allow: Collection[str | Legality] | None) -> Options:
+    def make(
+        precision: str | None, allow: Collection[str | Legality] | None, kernels: bool = True, tune: bool = False
+    ) -> Options:
         """Check what a caller gave; ValueError names the value and what is accepted."""
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(
                 f"precision={precision!r} is not one of {', '.join(map(repr, PRECISIONS))} or None (torch's settings)"
             )
-        return Options(precision, Legality.parse(allow))
+        for name, value in (("kernels", kernels), ("tune", tune)):
+            if type(value) is not bool:
+                raise ValueError(f"{name}={value!r} is not True or False")
+        if tune and not kernels:
+            raise ValueError("tune=True measures kernels against torch, and kernels=False leaves them out: choose one")
+        return Options(precision, Legality.parse(allow), kernels=kernels, tune=tune)
 
 
 def fuse(
@@ -63,7 +72,10 @@ def fuse(
         forward_inplace_results(graph)
         order = Order(graph)
         drafts = partition(graph, order)  # one draft per anchor
-        regions = [rewrite(d, options.rules, settings, options.precision) for d in drafts]  # the algebra
+        regions = [  # the algebra
+            rewrite(d, options.rules, settings, precision=options.precision, kernels=options.kernels, tune=options.tune)
+            for d in drafts
+        ]
         report = summarize(graph, regions, before)
         lower(graph, order, regions, target)  # one node per region
     report.graph_after = graph

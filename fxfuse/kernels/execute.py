@@ -5,23 +5,27 @@ Whatever cannot be prepared runs through torch's operators; a failure to prepare
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.kernels import dump
+from fxfuse import timing
+from fxfuse.kernels import dump, kept, measure
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported, tile
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER
+from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
@@ -37,24 +41,31 @@ MOST_PREPARED = 1024
 
 ENGINE, CUDNN, TORCH = "engine", "cudnn", "torch"
 
+Strides = Sequence[Sequence[int]] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by kernels behind
     torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
 
-    ``refusal``: why the estimate prefers another way to the convolution's kernel.
+    ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the measurement
+    that chose it.
     """
 
     name: str
     schedule: Schedule | None = None
     convolution: Convolution | None = None
     refusal: str | None = None
+    choice: Choice | None = None
 
     def __str__(self) -> str:
-        if self.schedule is None:
-            return f"torch's operators: {self.refusal}" if self.refusal else "torch's operators"
-        return f"{self.schedule} ({self.refusal})" if self.refusal and self.name == CUDNN else str(self.schedule)
+        plan = "torch's operators" if self.schedule is None else str(self.schedule)
+        if self.choice is not None:
+            return f"{plan} (measured: {self.choice})"
+        if self.refusal is None or self.name == ENGINE:
+            return plan
+        return f"{plan}: {self.refusal}" if self.schedule is None else f"{plan} ({self.refusal})"
 
     def sources(self) -> list[tuple[str, str]]:
         """A name and the CUDA C++ for each of its sources, in the order in which they run."""
@@ -92,29 +103,43 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
     return made
 
 
-def describe(region: Region) -> str:
-    """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
-    return str(_planned(region))
+def describe(region: Region, strides: Strides = None, device: torch.device | None = None) -> str:
+    """What kernels take of a region, or why there is none: a line for a report.
+
+    ``strides`` of its inputs; None stands for contiguous ones. ``device``: a GPU that kernels are compiled for;
+    any other stands for a Hopper GPU, of which nothing was measured.
+    """
+    return str(_planned(region, strides, device))
 
 
-def source(region: Region) -> str:
+def source(region: Region, strides: Strides = None, device: torch.device | None = None) -> str:
     """The CUDA C++ of the kernels that :func:`describe` names."""
-    return "\n\n".join(text for _, text in _planned(region).sources())
-
-
-def _planned(region: Region) -> Candidate:
-    """What the estimate chooses on a Hopper GPU, for contiguous inputs."""
-    try:
-        inputs = examples(region.rewritten)
-    except Unscheduled as refused:
-        return Candidate(TORCH, refusal=str(refused))
-    return next(candidates(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True))
+    return "\n\n".join(text for _, text in _planned(region, strides, device).sources())
 
 
 def dump_planned(region: Region) -> None:
     """Write what :func:`describe` tells to the folder of FXFUSE_DUMP."""
     strides = [torch.empty([s or 1 for s in k.shape], device="meta").stride() for _, k in region.rewritten.inputs]
     dump.write(region, strides, "a Hopper GPU, where the inputs are contiguous (not run)", lambda: _planned(region))
+
+
+def _planned(region: Region, strides: Strides = None, device: torch.device | None = None) -> Candidate:
+    """What a first call would run."""
+    if not region.kernels:
+        return Candidate(TORCH, refusal="kernels are left out, as asked for")
+    try:
+        inputs = examples(region.rewritten)
+    except Unscheduled as refused:
+        return Candidate(TORCH, refusal=str(refused))
+    if strides is not None:
+        with FakeTensorMode():
+            inputs = [torch.empty_strided(t.shape, s, dtype=t.dtype) for t, s in zip(inputs, strides, strict=True)]
+    if device is None or not _usable(device):
+        return next(candidates(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True))
+    exact = not _tf32(region)
+    found = candidates(region.rewritten, inputs, exact=exact, hopper=_hopper(device))
+    choice = kept.load(kept.identity(region, inputs, exact=exact, device=_device_name(device)))
+    return next(found) if choice is None else _chosen_first(found, choice)[0]
 
 
 def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool) -> Iterator[Candidate]:
@@ -162,7 +187,7 @@ def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> 
 def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """The outputs of ``region`` by way of a kernel; None where torch's operators shall run it instead."""
     device = inputs[0].device
-    if device.type != "cuda" or not _usable(device.index) or os.environ.get("FXFUSE_KERNELS") == "0":
+    if not (region.kernels and _usable(device)) or os.environ.get("FXFUSE_KERNELS") == "0":
         return None
     if any(t.is_neg() for t in inputs):  # a kernel reads memory as it is
         return None
@@ -183,14 +208,11 @@ _prepared: dict[Any, Any] = {}  # Prepared, or None for torch's operators
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
     """Prepare a region, which compiles and loads when it first runs; (None, None) where that does not succeed."""
-    device = inputs[0].device
-    if any(t.device != device for t in inputs):
+    if any(t.device != inputs[0].device for t in inputs):
         log.debug("torch's operators run `%s`: the inputs are on several devices", region.anchor)
         return None, None
     try:
-        for candidate in candidates(
-            region.rewritten, inputs, exact=not _tf32(region), hopper=_hopper(device.index)
-        ):  # the first that can be prepared
+        for candidate in _in_order(region, inputs):  # the first that can be prepared
             try:
                 made, outputs = _try(candidate, region, inputs)
             except Unsupported as refusal:
@@ -207,6 +229,55 @@ def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | Non
     return None, None
 
 
+def _candidates(region: Region, inputs: Sequence[Tensor]) -> Iterator[Candidate]:
+    device = inputs[0].device
+    return candidates(region.rewritten, inputs, exact=not _tf32(region), hopper=_hopper(device))
+
+
+def _in_order(region: Region, inputs: Sequence[Tensor]) -> Iterable[Candidate]:
+    """The candidates, the one to run first: what was measured and kept, or else what the estimate chooses."""
+    device = inputs[0].device
+    of = kept.identity(region, inputs, exact=not _tf32(region), device=_device_name(device))
+    session = measure.session.get()
+    choice = None if session is not None else kept.load(of)
+    if choice is None and (session is not None or region.tune):
+        measured = _measure(region, inputs, timing.queued if session is None else session.timer)
+        if measured is not None:
+            choice = measured.choice
+            kept.save(of, choice)
+            if session is not None:
+                session.measured.append(measured)
+    found = _candidates(region, inputs)
+    return found if choice is None else _chosen_first(found, choice)
+
+
+def _chosen_first(found: Iterable[Candidate], choice: Choice) -> list[Candidate]:
+    marked = [dataclasses.replace(c, choice=choice) if c.name == choice.chosen else c for c in found]
+    return sorted(marked, key=lambda c: c.choice is None)
+
+
+def _measure(region: Region, inputs: Sequence[Tensor], timer: measure.Timer) -> measure.Measured | None:
+    """Measure every candidate with these inputs; None where that fails."""
+    device = inputs[0].device
+    found = {c.name: c for c in _candidates(region, inputs)}
+
+    def start(name: str) -> Callable[[], object]:
+        made, _ = _try(found[name], region, inputs)
+        if made is None:
+            return lambda: region.rewritten.run(inputs, reuse=True)
+        return lambda: made.run(inputs)
+
+    try:
+        with torch.cuda.device(device):
+            ways, chosen = measure.fastest({n: str(c) for n, c in found.items()}, start, timer)
+    except Exception as error:  # noqa: BLE001 - the estimate still chooses
+        log.warning("`%s` cannot be measured, and the estimate chooses: %s", region.anchor, error)
+        return None
+    first, (_, kind) = inputs[0], region.rewritten.inputs[0]
+    told = str(kind) if first.is_contiguous() else f"{kind} with strides {tuple(first.stride())}"
+    return measure.Measured(region, told, _device_name(device), ways, chosen, next(iter(found)))
+
+
 def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
     """Prepare a candidate and run it once, which compiles; (None, None) for torch's operators. Raises Unsupported."""
     if candidate.schedule is None:
@@ -215,9 +286,20 @@ def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tupl
     return made, made.run(inputs)
 
 
+@contextlib.contextmanager
+def measuring(timer: measure.Timer = timing.queued) -> Iterator[measure.Session]:
+    """What runs inside the block, in this thread and without gradients, is measured; calls afterwards run the fastest.
+
+    ``timer``: median seconds of a call of every way that it is given.
+    """
+    _prepared.clear()  # what is prepared anew is measured
+    with measure.collecting(timer) as session:
+        yield session
+
+
 def _dump(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
-    where = f"{torch.cuda.get_device_name(device)}, {'tf32' if _tf32(region) else 'ieee'} convolutions of float32"
+    where = f"{_device_name(device)}, {'tf32' if _tf32(region) else 'ieee'} convolutions of float32"
     dump.write(region, [t.stride() for t in inputs], where, lambda: candidate, architecture(device))
 
 
@@ -227,9 +309,9 @@ def _warn(message: str) -> None:
 
 
 @cache
-def _usable(device: int) -> bool:
+def _usable(device: torch.device) -> bool:
     """Whether kernels are compiled for a device (Ampere and later), and what compiles and launches is installed."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         return all(importlib.util.find_spec(f"cuda.bindings.{name}") is not None for name in ("driver", "nvrtc"))
@@ -238,7 +320,12 @@ def _usable(device: int) -> bool:
 
 
 @cache
-def _hopper(device: int) -> bool:
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
