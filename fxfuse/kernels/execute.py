@@ -184,16 +184,32 @@ def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> 
 
 
 # --- deciding -------------------------------------------------------------------------------------
-def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def key_of(text: str, inputs: Sequence[Tensor]) -> Any:
+    """What a region is prepared anew for: its text, torch's setting of precision, and the forms of its inputs."""
+    return text, _tf32_allowed(), *[(t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+
+
+def find(key: Any, inputs: Sequence[Tensor]) -> Prepared | None:
+    """What was prepared for inputs of these forms, which it may run. None: ask :func:`run`."""
+    found = _prepared.get(key)
+    if found is None or os.environ.get("FXFUSE_KERNELS") == "0":
+        return None
+    for t in inputs:
+        if t.is_neg():  # a kernel reads memory as it is
+            return None
+    return found
+
+
+def run(region: Region, inputs: Sequence[Tensor], key: Any = None) -> list[Tensor] | None:
     """The outputs of ``region`` by way of a kernel; None where torch's operators shall run it instead."""
     device = inputs[0].device
     if not (region.kernels and _usable(device)) or os.environ.get("FXFUSE_KERNELS") == "0":
         return None
-    if any(t.is_neg() for t in inputs):  # a kernel reads memory as it is
+    if any(t.is_neg() for t in inputs):
         return None
-    key = (region, _tf32(region), *((t.shape, t.stride(), t.device) for t in inputs))
-    found = _prepared.get(key, ...)
-    if found is not ...:
+    key = key or key_of(region.text, inputs)
+    if key in _prepared:
+        found = _prepared[key]
         return None if found is None else found.run(inputs)
     if torch.cuda.is_current_stream_capturing():
         return None  # loading a kernel would break the capture
@@ -203,7 +219,7 @@ def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     return outputs
 
 
-_prepared: dict[Any, Any] = {}  # Prepared, or None for torch's operators
+_prepared: dict[Any, Prepared | None] = {}  # None for torch's operators
 
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
@@ -331,8 +347,12 @@ def _hopper(device: torch.device) -> bool:
 
 def _tf32(region: Region) -> bool:
     """Whether float32 convolutions may round their factors to TF32."""
-    if region.precision is not None:
-        return region.precision == "tf32"
-    cudnn = torch.backends.cudnn
-    # allow_tf32 raises once this newer setting was used; this one follows both
-    return bool(cudnn.enabled) and cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return _tf32_allowed() if region.precision is None else region.precision == "tf32"
+
+
+_cudnn_convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+
+
+def _tf32_allowed() -> bool:
+    """Torch's settings at this moment. (``allow_tf32`` raises once the newer one was used, which follows both.)"""
+    return bool(torch._C._get_cudnn_enabled()) and _cudnn_convolutions.fp32_precision == "tf32"

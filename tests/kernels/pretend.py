@@ -20,6 +20,7 @@ class Stand:
     """Stands in for what is compiled: counts its runs, and has the program run by torch."""
 
     runs: list[str] = []
+    asks_torch, apart = False, False
 
     def __init__(self, program: Program, schedule: Schedule, name: str) -> None:
         self.program, self.schedule, self.name = program, schedule, name
