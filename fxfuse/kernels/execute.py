@@ -350,9 +350,9 @@ def _tf32(region: Region) -> bool:
     return _tf32_allowed() if region.precision is None else region.precision == "tf32"
 
 
-_cudnn_convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-
-
 def _tf32_allowed() -> bool:
-    """Torch's settings at this moment. (``allow_tf32`` raises once the newer one was used, which follows both.)"""
-    return bool(torch._C._get_cudnn_enabled()) and _cudnn_convolutions.fp32_precision == "tf32"
+    """torch's setting at this moment; past torch.backends.cudnn, since every call asks.
+
+    ``allow_tf32`` raises once the newer ``conv.fp32_precision`` was used, which follows both.
+    """
+    return torch._C._get_cudnn_enabled() and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
