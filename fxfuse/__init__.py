@@ -4,7 +4,19 @@ from fxfuse.api import explain, optimize
 from fxfuse.patterns import Legality, Rule
 from fxfuse.region import Region
 from fxfuse.report import Report
+from fxfuse.tuning import Tuning, tune
 from fxfuse.verify import VerificationError
 from fxfuse.version import __version__
 
-__all__ = ["Legality", "Region", "Report", "Rule", "VerificationError", "__version__", "explain", "optimize"]
+__all__ = [
+    "Legality",
+    "Region",
+    "Report",
+    "Rule",
+    "Tuning",
+    "VerificationError",
+    "__version__",
+    "explain",
+    "optimize",
+    "tune",
+]

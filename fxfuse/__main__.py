@@ -8,7 +8,7 @@ import sys
 import time
 
 from fxfuse import demo
-from fxfuse.kernels import cache
+from fxfuse.kernels import cache, kept
 from fxfuse.version import __version__
 
 
@@ -39,7 +39,8 @@ def _cache(clear: bool) -> int:
             print("nothing is kept: there is no home folder; set FXFUSE_CACHE_DIR")
             return 0
         if clear:
-            print(f"removed {kernels.clear()} from {kernels.root}")
+            removed, choices = kernels.clear(), kept.clear()
+            print(f"removed {removed}{_choices(' and', choices)} from {kernels.root}")
             return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -49,8 +50,14 @@ def _cache(clear: bool) -> int:
         about = " ".join(entry.about.get(name, "") for name in ("arch", "kernels"))
         print(f"{entry.key[:12]}  {_bytes(entry.size):>10}  {_age(time.time() - entry.used):>8}  {about}"[:120])
     total = sum(e.size for e in entries)
-    print(f"{kernels.root}: {len(entries)} compiled, {_bytes(total)} of at most {_bytes(kernels.limit)}")
+    compiled = f"{len(entries)} compiled, {_bytes(total)} of at most {_bytes(kernels.limit)}"
+    print(f"{kernels.root}: {compiled}{_choices(';', kept.count())}")
     return 0
+
+
+def _choices(join: str, count: int) -> str:
+    """What was measured, if anything was."""
+    return f"{join} {count} measured choice{'' if count == 1 else 's'}" if count else ""
 
 
 def _bytes(size: float) -> str:

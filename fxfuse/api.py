@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxfuse.capture import CallForm
@@ -23,6 +24,8 @@ def optimize(
     *,
     precision: str | None = None,
     allow: Collection[str | Legality] | None = None,
+    kernels: bool = True,
+    tune: bool = False,
     submodules: Sequence[str] | None = None,
     verify: bool = False,
 ) -> nn.Module:
@@ -42,6 +45,9 @@ def optimize(
             torch's settings at call time.
         allow: legality classes of rewrites, out of "bitwise", "reassociating", "finite-only". The
             default is the first two.
+        kernels: False leaves generated kernels out, and torch's operators run the rewritten chains.
+        tune: measure the ways to run a region on the GPU, in the first call without gradients for its shapes
+            (here and now for ``example_inputs``), where no choice is kept on disk: see :func:`fxfuse.tune`.
         submodules: names or shell patterns ("decoder.*"): only these parts are optimised, for models
             that cannot be captured whole.
         verify: compare the result for each new set of shapes with float64; raise VerificationError
@@ -54,7 +60,7 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     model = unwrapped(model)
-    options = Options.make(precision, allow)
+    options = Options.make(precision, allow, kernels, tune)
     if submodules is not None:
         result: nn.Module = optimize_parts(model, submodules, options, verify)
     else:
@@ -65,6 +71,9 @@ def optimize(
             result._fxfuse_runtime.prepare(args, kwargs)
         else:
             _run_once(result, args, kwargs)
+        if tune:
+            with torch.no_grad():
+                _run_once(result, args, kwargs)
     return result
 
 

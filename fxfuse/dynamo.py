@@ -18,11 +18,8 @@ import collections
 import contextlib
 import copy
 import dataclasses
-import functools
-import hashlib
 import itertools
 import logging
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,13 +31,13 @@ from fxfuse.ops import run_region, traced_region, update_running_statistics
 from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import UNKNOWN
 from fxfuse.report import Report
-from fxfuse.version import __version__
+from fxfuse.version import digest
 
 log = logging.getLogger(__name__)
 
 #: who may run what is not fused
 REMAINDERS = ("inductor", "eager")
-OPTIONS = ("remainder", "precision", "allow")
+OPTIONS = ("remainder", "precision", "allow", "kernels", "tune")
 #: how many reports are kept
 KEPT = 64
 
@@ -61,7 +58,7 @@ def backend(
         example_inputs: the tensors (and sizes) of the call that is being compiled.
         mode: Inductor's, as in ``torch.compile(mode=...)``: "default", "reduce-overhead", ...
         options: "remainder": who runs what is not fused, "inductor" (the default) or "eager";
-            "precision" and "allow": as in :func:`fxfuse.optimize`.
+            "precision", "allow", "kernels" and "tune": as in :func:`fxfuse.optimize`.
 
     Raises:
         ValueError: an unknown mode or option, or a value that is not accepted; the message lists
@@ -109,7 +106,7 @@ class Choices:
             patches = {}
         else:
             patches = _inductor(mode)
-        return Choices(Options.make(given.get("precision"), given.get("allow")), remainder, patches)
+        return Choices(Options.make(**{"precision": None, "allow": None, **given}), remainder, patches)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -125,15 +122,8 @@ def _inductor(mode: str | None) -> dict[str, Any]:
         raise ValueError(f"mode={mode!r} is not one of {_listed(modes)}")
     known = dict(config.unsafe_marked_cacheable_functions)
     # they depend on their arguments and on this package alone
-    known.update((f"{f.__module__}.{f.__name__}", _digest()) for f in (traced_region, update_running_statistics))
+    known.update((f"{f.__module__}.{f.__name__}", digest()) for f in (traced_region, update_running_statistics))
     return {**modes[mode or "default"], "unsafe_marked_cacheable_functions": known}
-
-
-@functools.cache
-def _digest() -> str:
-    """Tells one source of this package from another, for the keys of Inductor's caches."""
-    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join([__version__.encode(), *(f.read_bytes() for f in files)])).hexdigest()
 
 
 # --- one graph ------------------------------------------------------------------------------------

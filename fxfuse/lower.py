@@ -27,8 +27,19 @@ class Rewritten:
     rejected: list[Rejection]
 
 
-def rewrite(draft: Draft, rules: Sequence[Rule], settings: Settings, precision: str | None) -> Rewritten:
-    """Apply the algebra to a draft. Rules that come to no end leave the chain as it was."""
+def rewrite(
+    draft: Draft,
+    rules: Sequence[Rule],
+    settings: Settings,
+    *,
+    precision: str | None = None,
+    kernels: bool = True,
+    tune: bool = False,
+) -> Rewritten:
+    """Apply the algebra to a draft. Rules that come to no end leave the chain as it was.
+
+    ``precision``, ``kernels``, ``tune``: how the region is to run, see :class:`~fxfuse.region.Region`.
+    """
     original = to_program(draft.build.graph)
     build = _copy(draft.build, original)
     try:
@@ -40,7 +51,7 @@ def rewrite(draft: Draft, rules: Sequence[Rule], settings: Settings, precision: 
         rewritten = original
     names = tuple(a.rule for a in applied)
     statistics = tuple(i for i in range(len(original.outputs)) if not any(original.differentiable_in([i])))
-    region = Region(original, rewritten, names, precision, statistics)
+    region = Region(original, rewritten, names, precision, statistics, kernels, tune)
     region.verify()
     return Rewritten(draft, region, applied, rejected)
 

@@ -64,17 +64,16 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
     """
     if not _plain(inputs):
         return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return _rewritten(text, inputs)
     region = Region.parse(text)
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    path = choose(region, inputs[0].device.type, gradients)
+    path = choose(region, inputs[0].device.type, gradients=True)
     if path is Path.RECOMPUTE:
         return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
-    if path is Path.ORIGINAL:
-        region.original.check(inputs)
-        _report(region, path)
-        with no_autocast(), _precision(region):
-            return _separate(region.original.run(inputs), inputs)
-    return _rewritten(region, inputs)
+    region.original.check(inputs)
+    _report(region, path)
+    with no_autocast(), _precision(region):
+        return _separate(region.original.run(inputs), inputs)
 
 
 def traced_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
@@ -100,7 +99,10 @@ def _plain(inputs: Sequence[Tensor]) -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
-    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in inputs)
+    for t in inputs:  # noqa: SIM110 - a generator costs more, and this is on the way of every call
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 def _precision(region: Region) -> contextlib.AbstractContextManager[Any]:
@@ -121,14 +123,22 @@ _NOTHING = contextlib.nullcontext()
 
 # --- the operator ---------------------------------------------------------------------------------
 def _forward(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
-    return [_no_view(t) for t in _rewritten(Region.parse(text), inputs)]
+    return [_no_view(t) for t in _rewritten(text, inputs)]
 
 
-def _rewritten(region: Region, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _rewritten(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The rewritten chain: with a kernel where one is worth it, else by torch's operators."""
+    key = execute.key_of(text, inputs)
+    prepared = execute.find(key, inputs)
+    if prepared is not None and not prepared.asks_torch:  # nothing that autocast or a precision would change
+        if _watchers:
+            _report(Region.parse(text), Path.KERNEL)
+        made = prepared.run(inputs)
+        return made if prepared.apart else _separate(made, inputs)
+    region = Region.parse(text)
     region.rewritten.check(inputs)
     with no_autocast(), _precision(region):
-        outputs = execute.run(region, inputs)
+        outputs = prepared.run(inputs) if prepared is not None else execute.run(region, inputs, key)
         if outputs is not None:
             _report(region, Path.KERNEL)
             return _separate(outputs, inputs)

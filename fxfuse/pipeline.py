@@ -8,8 +8,10 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fxfuse.kernels import dump
+from fxfuse.kernels.execute import dump_planned
 from fxfuse.lower import lower, rewrite
 from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
@@ -30,15 +32,24 @@ class Options:
     precision: str | None = None
     allow: frozenset[Legality] = dataclasses.field(default_factory=lambda: Legality.parse(None))
     rules: tuple[Rule, ...] = DEFAULT_RULES
+    kernels: bool = True
+    tune: bool = False
 
     @staticmethod
-    def make(precision: str | None, allow: Collection[str | Legality] | None) -> Options:
+    def make(
+        precision: str | None, allow: Collection[str | Legality] | None, kernels: bool = True, tune: bool = False
+    ) -> Options:
         """Check what a caller gave; ValueError names the value and what is accepted."""
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(
                 f"precision={precision!r} is not one of {', '.join(map(repr, PRECISIONS))} or None (torch's settings)"
             )
-        return Options(precision, Legality.parse(allow))
+        for name, value in (("kernels", kernels), ("tune", tune)):
+            if type(value) is not bool:
+                raise ValueError(f"{name}={value!r} is not True or False")
+        if tune and not kernels:
+            raise ValueError("tune=True measures kernels against torch, and kernels=False leaves them out: choose one")
+        return Options(precision, Legality.parse(allow), kernels=kernels, tune=tune)
 
 
 def fuse(
@@ -61,9 +72,15 @@ def fuse(
         forward_inplace_results(graph)
         order = Order(graph)
         drafts = partition(graph, order)  # one draft per anchor
-        regions = [rewrite(d, options.rules, settings, options.precision) for d in drafts]  # the algebra
+        regions = [  # the algebra
+            rewrite(d, options.rules, settings, precision=options.precision, kernels=options.kernels, tune=options.tune)
+            for d in drafts
+        ]
         report = summarize(graph, regions, before)
         lower(graph, order, regions, target)  # one node per region
     report.graph_after = graph
+    if dump.wanted() and not any(isinstance(t, Tensor) and t.is_cuda for t in inputs):  # there it is written as it runs
+        for rewritten in regions:
+            dump_planned(rewritten.region)
     log.info("%s", report.headline)
     return report

@@ -29,7 +29,9 @@ class Region:
 
     ``rules`` names the rewrites that lead from ``original`` to ``rewritten``, in order.
     ``precision`` is the numerics class of float32 convolutions ("tf32", "ieee"), or None for torch's
-    settings at call time. ``statistics`` are positions of outputs that carry no gradient.
+    settings at call time. ``statistics`` are positions of outputs that carry no gradient. ``kernels``:
+    generated kernels may run it; ``tune``: where no choice between them and torch is kept, the first
+    call measures.
     """
 
     original: Program
@@ -37,10 +39,16 @@ class Region:
     rules: tuple[str, ...] = ()
     precision: str | None = None
     statistics: tuple[int, ...] = ()
+    kernels: bool = True
+    tune: bool = False
 
     def __reduce__(self) -> Any:
         # without what is cached: another process computes other hashes
-        return Region, (self.original, self.rewritten, self.rules, self.precision, self.statistics)
+        return Region, self._fields
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __str__(self) -> str:
         facts: dict[str, Any] = {
@@ -48,6 +56,8 @@ class Region:
             "rules": self.rules,
             "precision": self.precision,
             "statistics": self.statistics,
+            **({} if self.kernels else {"kernels": False}),
+            **({"tune": True} if self.tune else {}),
         }
         head = "".join(f"{k} = {v!r}\n" for k, v in facts.items())
         changed = self.rewritten.text("rewritten") if self.rewritten != self.original else ""
@@ -60,7 +70,7 @@ class Region:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.original, self.rewritten, self.rules, self.precision, self.statistics))
+        return hash(self._fields)
 
     def __hash__(self) -> int:
         return self._hash
@@ -89,6 +99,8 @@ class Region:
             raise ProgramError(f"rules {self.rules} must be names")
         if self.precision not in (None, "tf32", "ieee"):
             raise ProgramError(f"precision {self.precision!r} is none of None, 'tf32', 'ieee'")
+        if type(self.kernels) is not bool or type(self.tune) is not bool:
+            raise ProgramError(f"kernels {self.kernels!r} and tune {self.tune!r} must be True or False")
         if not any(vocabulary.lookup(i.op).kind is vocabulary.Kind.ANCHOR for i in self.original.body):
             raise ProgramError("the region has no anchor")
 
@@ -121,7 +133,7 @@ def _parse(text: str) -> Region:
         raise ProgramError(f"the region's text is not of schema {SCHEMA}: made by another version of fxfuse")
     if "original" not in definitions:
         raise ProgramError("the region has no `original` program")
-    if unknown := facts.keys() - {"rules", "precision", "statistics"}:
+    if unknown := facts.keys() - {"rules", "precision", "statistics", "kernels", "tune"}:
         raise ProgramError(f"unexpected in a region: {', '.join(sorted(unknown))}")
     programs = {name: parse_function(definition)[1] for name, definition in definitions.items()}
     region = Region(programs["original"], programs.get("rewritten", programs["original"]), **facts)

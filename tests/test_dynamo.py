@@ -177,9 +177,11 @@ def test_torch_logs_prints_the_report(tmp_path: pathlib.Path) -> None:
     ("arguments", "message"),
     [
         ({"mode": "fastest"}, "'reduce-overhead', .*'max-autotune'"),
-        ({"options": {"reminder": "eager"}}, "'reminder'.*'remainder', 'precision', 'allow'"),
+        ({"options": {"reminder": "eager"}}, "'reminder'.*'remainder', 'precision', 'allow', 'kernels', 'tune'"),
         ({"options": {"remainder": "nvfuser"}}, "'nvfuser'.*'inductor', 'eager'"),
         ({"options": {"precision": "fp8"}}, "'fp8'.*'tf32', 'ieee'"),
+        ({"options": {"kernels": 0}}, "kernels=0 is not True or False"),
+        ({"options": {"kernels": False, "tune": True}}, "tune=True measures kernels against torch"),
         ({"options": {"allow": ["sloppy"]}}, "'sloppy'.*bitwise, finite-only, reassociating"),
     ],
 )

@@ -443,6 +443,7 @@ def test_threads(how: str) -> None:
         ((Block(), 3), {}, TypeError, r"example_inputs must be a tensor, a tuple or a dict, not int"),
         ((Block(),), {"precision": "fp8"}, ValueError, r"precision='fp8' is not one of 'tf32', 'ieee' or None"),
         ((Block(),), {"allow": "bitwise"}, ValueError, r"not the string 'bitwise'"),
+        ((Block(),), {"kernels": None}, ValueError, r"kernels=None is not True or False"),
         ((Block(),), {"allow": {"fast"}}, ValueError, r"allow='fast' is not a legality class; known: bitwise"),
         ((Block(),), {"submodules": "up"}, ValueError, r"such as \['up'\]"),
         ((Block(),), {"submodules": []}, ValueError, r"names no part"),

@@ -89,6 +89,7 @@ def test_copies(again: Any) -> None:
 def test_every_field_counts_in_comparisons() -> None:
     changes: list[dict[str, Any]] = [
         {"original": REWRITTEN}, {"rewritten": ORIGINAL}, {"rules": ()}, {"precision": None}, {"statistics": ()},
+        {"kernels": False}, {"tune": True},
     ]  # fmt: skip
     regions = [REGION, *(dataclasses.replace(REGION, **change) for change in changes)]
     assert len(set(regions)) == len(regions)
@@ -110,6 +111,8 @@ def test_every_field_counts_in_comparisons() -> None:
         ({"statistics": 0}, "statistics 0 names an output that does not exist"),
         ({"rules": (1,)}, "rules (1,) must be names"),
         ({"rules": "Rule"}, "rules Rule must be names"),
+        ({"kernels": 1}, "kernels 1 and tune False must be True or False"),
+        ({"tune": "yes"}, "kernels True and tune 'yes' must be True or False"),
         ({"precision": "fp16"}, "precision 'fp16' is none of None, 'tf32', 'ieee'"),
         ({"original": program(INPUTS, "r = relu(x)\nr, r"), "rewritten": program(INPUTS, "r = relu(x)\nr, r")},
          "the region has no anchor"),

@@ -30,14 +30,13 @@ LARGE_KERNEL = 64
 def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
     """Why torch's own convolution is expected to be at least as fast, or None. ``sizes`` of x, three of them."""
     layer = made.layer
-    stored = [s or 0 for s in kernel.kind.shape[2:]]
-    extents = (1, 1, 1, *stored)[-3:]
+    extents = kernel.sizes
     row = extents[2] if kernel.layout == "contiguous" else 0
     last = kernel.layout == "channels_last"
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
     itemsize = kernel.kind.dtype.itemsize
-    estimate = seconds(made, batch, sizes, (extents[0], extents[1], extents[2]), row, itemsize)
+    estimate = seconds(made, batch, sizes, extents, row, itemsize)
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
     if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
         return None

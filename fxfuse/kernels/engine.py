@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 import struct
-import threading
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsuppo
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Launch, Module, rows_map
+from fxfuse.kernels.launch import Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import Extents, Store, store_of, tile
+from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
 #: threads of `merge`, and the channels that a block of it takes
@@ -104,7 +103,7 @@ class Convolution:
     bias: torch.dtype
     epilogue: Epilogue
     layout: str
-    _calls: dict[object, _Call] = dataclasses.field(default_factory=dict, repr=False)
+    _calls: dict[object, Calls] = dataclasses.field(default_factory=dict, repr=False)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -136,6 +135,14 @@ class Convolution:
         )
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
+    def tiling(self, stored: Extents) -> tuple[Tiling, Store]:
+        """The tiles of an output of these sizes, and how they are stored. Raises Unsupported where there are none."""
+        stride = (1, 1, 1) if self.made.pooled else self.made.layer.stride
+        d, h, w = (-(-o // s) for o, s in zip(stored, stride, strict=True))
+        row = 0 if self.layout == "channels_last" else stored[2]
+        found = tile(self.made, (d, h, w), row, self.output.itemsize)
+        return found, store_of(self.made, found, (d, h, w), row, self.output.itemsize)[0]
+
     def source(self, store: Store | None = None) -> str:
         """The kernels' text. ``store``: one of :attr:`stores`; by default the one for outputs of some size."""
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
@@ -165,33 +172,39 @@ class Convolution:
         after: bytes = b"",
         factor: float = 1.0,
         moments: Tensor | None = None,
+        calls: Calls | None = None,
     ) -> None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``: the operands
         of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
-        statistics; where it does not keep the values, ``out`` is a meta tensor. Everything is queued on the
-        current stream. Raises Unsupported before anything is queued where sizes exceed what the kernels count.
+        statistics; where it does not keep the values, ``out`` is a meta tensor. ``calls``: what the caller
+        keeps for one set of shapes, strides of ``out``, ``factor`` and lengths of operands, empty at first. Everything
+        is queued on the current stream of the current device, x's. Raises Unsupported before anything is queued where
+        sizes exceed what the kernels count.
         """
         if out.numel() == 0:
             return
         if self.dtype is torch.float32 and not _dense(x):
             x = x.contiguous()
-        weight = weight.contiguous()
-        key = (
-            x.shape, x.stride(), extents, out.shape, out.stride(), x.device.index, bias is None, len(before),
-            len(after), factor, x.data_ptr() % 16 == 0, threading.get_ident(),
-        )  # fmt: skip
-        call = self._calls.get(key)
-        if call is None:
+        if calls is None:
+            key = (
+                x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after), factor
+            )  # fmt: skip
             if len(self._calls) > 256:
                 self._calls.clear()
-            call = self._calls[key] = _Call(self, x, extents, out, bias is not None, len(before), len(after), factor)
-        call.run(x, weight, bias, out, before, after, moments)
+            calls = self._calls.setdefault(key, {})
+        free = calls.setdefault((x.stride(), x.data_ptr() % 16 == 0), [])
+        try:
+            call = free.pop()  # no other thread has it now
+        except IndexError:
+            call = _Call(self, x, extents, out, bias is not None, len(before), len(after), factor)
+        call.run(x, weight.contiguous(), bias, out, before, after, moments)
+        free.append(call)
 
 
 class _Call:
-    """The launches of one layer for given shapes and strides, for one thread."""
+    """The launches of one layer for given shapes and strides, for one thread at a time."""
 
     def __init__(
         self,
@@ -211,14 +224,12 @@ class _Call:
         self.scaled = layer.dtype is torch.float32
         self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
         self.in_place = not self.scaled and _rows_in_place(x, made)
-        self.device = x.device
+        self.device = x.device.index
+        self.base = self.source = -1
+        self.packed_operands = (b"", b"")
         self.bias = bias
         pooled = bool(layer.epilogue.combine)
-        row = 0 if layer.layout == "channels_last" else out.shape[4]
-        stride = (1, 1, 1) if pooled else shape.stride
-        d, h, w = (-(-o // s) for o, s in zip(out.shape[2:], stride, strict=True))
-        tiling = tile(made, (d, h, w), row, out.element_size())
-        store, _ = store_of(made, tiling, (d, h, w), row, out.element_size())
+        tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
         epilogue = layer.epilogue
         self.keeps, self.gathers = epilogue.keeps, epilogue.gathers
         names = (*KERNELS, "merge") if self.gathers else KERNELS
@@ -311,29 +322,27 @@ class _Call:
         after: bytes,
         moments: Tensor | None,
     ) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
-        base = workspace.data_ptr()
-        rows, packed, *state = [base + offset for offset in self.offsets]
-        self.x.value, self.w.value = x.data_ptr(), weight.data_ptr()
-        self.b.value = 0 if bias is None else bias.data_ptr()
-        self.rows.value, self.packed.value = rows, packed
-        samples, channels, to = self.samples, self.channels, self.destination
-        samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
-        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
-        self.scale.value = channels.scale
-        to.out = out.data_ptr() if self.keeps else 0
-        to.parts, to.counts = state[8:]
-        to.bias = channels.bias if self.bias else 0
-        if self.scaled:
-            to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
-            self.direct_geometry.marks, self.direct_geometry.wrong = samples.marks, channels.wrong
-        arguments = ctypes.addressof(self.arguments)
-        ctypes.memmove(arguments + self.before, before, len(before))
-        ctypes.memmove(arguments + self.after, after, len(after))
-        source, strides = (x.data_ptr(), self.x_strides) if self.in_place else (rows, self.rows_strides)
-        box = rows_map(source, self.rows_shape, strides, self.rows_type is torch.bfloat16, self.box, self.chunk)
-        ctypes.memmove(self.map, box, 128)
+        stream = stream_of(self.device)
+        workspace = empty((self.workspace,), (1,), torch.uint8)
+        base, at = workspace.data_ptr(), x.data_ptr()
+        if base != self.base:
+            self._place(base)
+        self.x.value, self.w.value = at, weight.data_ptr()
+        if bias is not None:
+            self.b.value = bias.data_ptr()
+        if self.keeps:
+            self.destination.out = out.data_ptr()
+        if (before, after) != self.packed_operands:
+            arguments = ctypes.addressof(self.arguments)
+            ctypes.memmove(arguments + self.before, before, len(before))
+            ctypes.memmove(arguments + self.after, after, len(after))
+            self.packed_operands = before, after
+        source = at if self.in_place else base
+        if source != self.source:
+            strides = self.x_strides if self.in_place else self.rows_strides
+            box = rows_map(source, self.rows_shape, strides, self.rows_type is torch.bfloat16, self.box, self.chunk)
+            ctypes.memmove(self.map, box, 128)
+            self.source = source
         if self.scaled or self.bias:
             self.measure(stream)
         self.prepare(stream)
@@ -344,6 +353,25 @@ class _Call:
             assert moments is not None
             self.moments.value = moments.data_ptr()
             self.merge(stream)
+
+    def _place(self, base: int) -> None:
+        """Let the arguments point into a workspace at ``base``."""
+        rows, packed, *state = [base + offset for offset in self.offsets]
+        self.rows.value, self.packed.value = rows, packed
+        samples, channels, to = self.samples, self.channels, self.destination
+        samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
+        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
+        self.scale.value = channels.scale
+        to.parts, to.counts = state[8:]
+        to.bias = channels.bias if self.bias else 0
+        if self.scaled:
+            to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
+            self.direct_geometry.marks, self.direct_geometry.wrong = samples.marks, channels.wrong
+        self.base = base
+
+
+#: the launches of a layer that no thread is filling in, by strides and alignment of x
+Calls = dict[object, list[_Call]]
 
 
 @functools.lru_cache(maxsize=1024)

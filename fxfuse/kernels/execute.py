@@ -5,26 +5,31 @@ Whatever cannot be prepared runs through torch's operators; a failure to prepare
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxfuse import timing
+from fxfuse.kernels import dump, kept, measure
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.expression import HEADER
+from fxfuse.kernels.kept import Choice
+from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
-from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare, source_of
-from fxfuse.kernels.tiling import tile
+from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -34,66 +39,45 @@ log = logging.getLogger(__name__)
 MOST_PREPARED = 1024
 
 
+ENGINE, CUDNN, TORCH = "engine", "cudnn", "torch"
+
+Strides = Sequence[Sequence[int]] | None
+
+
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A schedule with its compiled kernels, for inputs of certain shapes and strides on one device."""
+class Candidate:
+    """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by kernels behind
+    torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
 
-    names: tuple[str, ...]
-    outputs: tuple[str, ...]
-    schedule: Schedule
-    convolution: Convolution | None
-    steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
-    device: torch.device
+    ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the measurement
+    that chose it.
+    """
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
-        if torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                return self._run(inputs)
-        return self._run(inputs)
+    name: str
+    schedule: Schedule | None = None
+    convolution: Convolution | None = None
+    refusal: str | None = None
+    choice: Choice | None = None
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = dict(zip(self.names, inputs, strict=True))
-        if self.convolution is not None:
-            self._convolve(self.convolution, values)
-        for step, dead in self.steps:
-            step(values)
-            for name in dead:
-                values.pop(name, None)
-        return [values[name] for name in self.outputs]
+    def __str__(self) -> str:
+        plan = "torch's operators" if self.schedule is None else str(self.schedule)
+        if self.choice is not None:
+            return f"{plan} (measured: {self.choice})"
+        if self.refusal is None or self.name == ENGINE:
+            return plan
+        return f"{plan}: {self.refusal}" if self.schedule is None else f"{plan} ({self.refusal})"
 
-    def _convolve(self, convolution: Convolution, values: dict[str, Tensor]) -> None:
-        first, kernel = self.schedule.first, self.schedule.kernel
+    def sources(self) -> list[tuple[str, str]]:
+        """A name and the CUDA C++ for each of its sources, in the order in which they run."""
+        if self.schedule is None:
+            return []
+        steps = [(kind_of(step), text) for step in self.schedule.steps if (text := source_of(step))]
+        if self.convolution is None:
+            return steps
+        kernel = self.schedule.kernel
         assert kernel is not None
-        if first.body:
-            results = first.run([values[name] for name, _ in first.inputs], reuse=True)
-            values.update(zip(first.outputs, results, strict=True))
-        sizes = [s or 0 for s in kernel.kind.shape]
-        device = self.device if kernel.keeps else torch.device("meta")
-        out = torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=device)
-        moments = moments_of(kernel.kind, self.device) if kernel.gathers else None
-        convolution.run(
-            _three_dims(values[kernel.x]),
-            _three_dims(values[kernel.weight]),
-            None if kernel.bias is None else values[kernel.bias].contiguous(),
-            kernel.extents,
-            _three_dims(out),
-            before=pack(kernel.before, values),
-            after=pack(kernel.after, values),
-            factor=kernel.factor,
-            moments=moments,
-        )
-        if kernel.keeps:
-            values[kernel.stored] = out
-        if moments is not None:
-            values[moments_name(kernel.stored)] = moments
-
-
-def _three_dims(x: Tensor) -> Tensor:
-    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x
+        text = self.convolution.source(self.convolution.tiling(kernel.sizes)[1])
+        return [("convolution", text), *steps]
 
 
 def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
@@ -108,60 +92,78 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         combine=kernel.combine, code=code if given else "", gathers=kernel.gathers, keeps=kernel.keeps, **given
     )
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
-    d, h, w = (1, 1, 1, *(s or 0 for s in kernel.kind.shape[2:]))[-3:]
     exact = exact and kernel.dtype is torch.float32
-    made = Convolution.of(kernel.layer, *dtypes, epilogue, kernel.layout, exact, (d, h, w))
-    stride = (1, 1, 1) if kernel.combine else kernel.layer.stride
-    tile(made.made, (-(-d // stride[0]), -(-h // stride[1]), -(-w // stride[2])))
+    made = Convolution.of(kernel.layer, *dtypes, epilogue, kernel.layout, exact, kernel.sizes)
+    made.tiling(kernel.sizes)
     return made
 
 
-def describe(region: Region) -> str:
-    """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
-    try:
-        made, _, refusal = _decide_for_examples(region)
-    except Unscheduled as refused:
-        return f"torch's operators: {refused}"
-    return str(made) if refusal is None else f"{made} ({refusal})"
+def describe(region: Region, strides: Strides = None, device: torch.device | None = None) -> str:
+    """What kernels take of a region, or why there is none: a line for a report.
 
-
-def source(region: Region) -> str:
-    """The CUDA C++ of the kernels that :func:`describe` names."""
-    try:
-        made, convolution, _ = _decide_for_examples(region)
-    except Unscheduled:
-        return ""
-    kernels = [] if convolution is None else [convolution.source()]
-    return "\n\n".join([*kernels, *(s for step in made.steps if (s := source_of(step)))])
-
-
-def _decide_for_examples(region: Region) -> tuple[Schedule, Convolution | None, str | None]:
-    return decide(region.rewritten, examples(region.rewritten), exact=region.precision == "ieee", hopper=True)
-
-
-def decide(
-    program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool
-) -> tuple[Schedule, Convolution | None, str | None]:
-    """A schedule, the kernel of its convolution, and why there is none. Unscheduled where torch shall run it all.
-
-    ``hopper``: the device has the matrix instructions that the convolution needs.
+    ``strides`` of its inputs; None stands for contiguous ones. ``device``: a GPU that kernels are compiled for;
+    any other stands for a Hopper GPU, of which nothing was measured.
     """
-    refusal = "the convolution's kernel needs a Hopper GPU"
+    return str(_planned(region, strides, device))
+
+
+def source(region: Region, strides: Strides = None, device: torch.device | None = None) -> str:
+    """The CUDA C++ of the kernels that :func:`describe` names."""
+    return "\n\n".join(text for _, text in _planned(region, strides, device).sources())
+
+
+def dump_planned(region: Region) -> None:
+    """Write what :func:`describe` tells to the folder of FXFUSE_DUMP."""
+    strides = [torch.empty([s or 1 for s in k.shape], device="meta").stride() for _, k in region.rewritten.inputs]
+    dump.write(region, strides, "a Hopper GPU, where the inputs are contiguous (not run)", lambda: _planned(region))
+
+
+def _planned(region: Region, strides: Strides = None, device: torch.device | None = None) -> Candidate:
+    """What a first call would run."""
+    if not region.kernels:
+        return Candidate(TORCH, refusal="kernels are left out, as asked for")
+    try:
+        inputs = examples(region.rewritten)
+    except Unscheduled as refused:
+        return Candidate(TORCH, refusal=str(refused))
+    if strides is not None:
+        with FakeTensorMode():
+            inputs = [torch.empty_strided(t.shape, s, dtype=t.dtype) for t, s in zip(inputs, strides, strict=True)]
+    if device is None or not _usable(device):
+        return next(candidates(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True))
+    exact = not _tf32(region)
+    found = candidates(region.rewritten, inputs, exact=exact, hopper=_hopper(device))
+    choice = kept.load(kept.identity(region, inputs, exact=exact, device=_device_name(device)))
+    return next(found) if choice is None else _chosen_first(found, choice)[0]
+
+
+def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hopper: bool) -> Iterator[Candidate]:
+    """The ways to run a program that there are, the one that the estimate chooses first.
+
+    ``hopper``: the device has the matrix instructions that the convolution's kernel needs.
+    """
+    refusal: str | None = "the convolution's kernel needs a Hopper GPU"
+    engine = None
     if hopper:
         try:
             made = schedule(program, inputs)
             assert made.kernel is not None
             convolution = convolution_of(made.kernel, exact=exact)
             reason = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
-            if reason is None:
-                return made, convolution, None
-            refusal = reason
+            engine, refusal = Candidate(ENGINE, made, convolution, reason), reason
         except (Unscheduled, Unsupported) as refused:
             refusal = str(refused)
-    made = schedule(program, inputs, anchored=False)
-    if all(isinstance(s, Torch) for s in made.steps):
-        raise Unscheduled(refusal)
-    return made, None, refusal
+    if engine is not None and refusal is None:
+        yield engine
+    try:
+        made = schedule(program, inputs, anchored=False)
+        if not all(isinstance(s, Torch) for s in made.steps):
+            yield Candidate(CUDNN, made, refusal=refusal)
+    except Unscheduled as refused:
+        refusal = str(refused)
+    yield Candidate(TORCH, refusal=refusal)
+    if engine is not None and engine.refusal is not None:
+        yield engine
 
 
 def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
@@ -177,16 +179,32 @@ def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> 
 
 
 # --- deciding -------------------------------------------------------------------------------------
-def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+def key_of(text: str, inputs: Sequence[Tensor]) -> Any:
+    """What a region is prepared anew for: its text, torch's setting of precision, and the forms of its inputs."""
+    return text, _tf32_allowed(), *[(t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+
+
+def find(key: Any, inputs: Sequence[Tensor]) -> Prepared | None:
+    """What was prepared for inputs of these forms, which it may run. None: ask :func:`run`."""
+    found = _prepared.get(key)
+    if found is None or os.environ.get("FXFUSE_KERNELS") == "0":
+        return None
+    for t in inputs:
+        if t.is_neg():  # a kernel reads memory as it is
+            return None
+    return found
+
+
+def run(region: Region, inputs: Sequence[Tensor], key: Any = None) -> list[Tensor] | None:
     """The outputs of ``region`` by way of a kernel; None where torch's operators shall run it instead."""
     device = inputs[0].device
-    if device.type != "cuda" or not _usable(device.index) or os.environ.get("FXFUSE_KERNELS") == "0":
+    if not (region.kernels and _usable(device)) or os.environ.get("FXFUSE_KERNELS") == "0":
         return None
-    if any(t.is_neg() for t in inputs):  # a kernel reads memory as it is
+    if any(t.is_neg() for t in inputs):
         return None
-    key = (region, _tf32(region), *((t.shape, t.stride(), t.device) for t in inputs))
-    found = _prepared.get(key, ...)
-    if found is not ...:
+    key = key or key_of(region.text, inputs)
+    if key in _prepared:
+        found = _prepared[key]
         return None if found is None else found.run(inputs)
     if torch.cuda.is_current_stream_capturing():
         return None  # loading a kernel would break the capture
@@ -196,16 +214,25 @@ def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     return outputs
 
 
-_prepared: dict[Any, Any] = {}  # Prepared, or None for torch's operators
+_prepared: dict[Any, Prepared | None] = {}  # None for torch's operators
 
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
     """Prepare a region, which compiles and loads when it first runs; (None, None) where that does not succeed."""
+    if any(t.device != inputs[0].device for t in inputs):
+        log.debug("torch's operators run `%s`: the inputs are on several devices", region.anchor)
+        return None, None
     try:
-        made = _prepare(region, inputs)
-        return made, made.run(inputs)
-    except (Unscheduled, Unsupported) as refusal:
-        log.debug("torch's operators run `%s`: %s", region.anchor, refusal)
+        for candidate in _in_order(region, inputs):  # the first that can be prepared
+            try:
+                made, outputs = _try(candidate, region, inputs)
+            except Unsupported as refusal:
+                log.debug("%s: %s", candidate, refusal)
+                continue
+            log.debug("`%s`: %s", region.anchor, candidate)
+            if dump.wanted():
+                _dump(candidate, region, inputs)
+            return made, outputs
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - the chain still has torch's operators
@@ -213,23 +240,78 @@ def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | Non
     return None, None
 
 
-def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
-    """Raises Unscheduled or Unsupported with the reason why torch's operators shall run."""
+def _candidates(region: Region, inputs: Sequence[Tensor]) -> Iterator[Candidate]:
     device = inputs[0].device
-    if any(t.device != device for t in inputs):
-        raise Unscheduled("the inputs are on several devices")
-    program = region.rewritten
-    made, convolution, _ = decide(program, inputs, exact=not _tf32(region), hopper=_hopper(device.index))
-    log.debug("%s", made)
-    last: dict[str, int] = {}
-    for i, step in enumerate(made.steps):
-        last.update(dict.fromkeys((*step.reads, *step.makes), i))
-    with torch.cuda.device(device):
-        steps = tuple(
-            (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
-            for i, step in enumerate(made.steps)
-        )
-    return Prepared(tuple(n for n, _ in program.inputs), program.outputs, made, convolution, steps, device)
+    return candidates(region.rewritten, inputs, exact=not _tf32(region), hopper=_hopper(device))
+
+
+def _in_order(region: Region, inputs: Sequence[Tensor]) -> Iterable[Candidate]:
+    """The candidates, the one to run first: what was measured and kept, or else what the estimate chooses."""
+    device = inputs[0].device
+    of = kept.identity(region, inputs, exact=not _tf32(region), device=_device_name(device))
+    session = measure.session.get()
+    choice = None if session is not None else kept.load(of)
+    if choice is None and (session is not None or region.tune):
+        measured = _measure(region, inputs, timing.queued if session is None else session.timer)
+        if measured is not None:
+            choice = measured.choice
+            kept.save(of, choice)
+            if session is not None:
+                session.measured.append(measured)
+    found = _candidates(region, inputs)
+    return found if choice is None else _chosen_first(found, choice)
+
+
+def _chosen_first(found: Iterable[Candidate], choice: Choice) -> list[Candidate]:
+    marked = [dataclasses.replace(c, choice=choice) if c.name == choice.chosen else c for c in found]
+    return sorted(marked, key=lambda c: c.choice is None)
+
+
+def _measure(region: Region, inputs: Sequence[Tensor], timer: measure.Timer) -> measure.Measured | None:
+    """Measure every candidate with these inputs; None where that fails."""
+    device = inputs[0].device
+    found = {c.name: c for c in _candidates(region, inputs)}
+
+    def start(name: str) -> Callable[[], object]:
+        made, _ = _try(found[name], region, inputs)
+        if made is None:
+            return lambda: region.rewritten.run(inputs, reuse=True)
+        return lambda: made.run(inputs)
+
+    try:
+        with torch.cuda.device(device):
+            ways, chosen = measure.fastest({n: str(c) for n, c in found.items()}, start, timer)
+    except Exception as error:  # noqa: BLE001 - the estimate still chooses
+        log.warning("`%s` cannot be measured, and the estimate chooses: %s", region.anchor, error)
+        return None
+    first, (_, kind) = inputs[0], region.rewritten.inputs[0]
+    told = str(kind) if first.is_contiguous() else f"{kind} with strides {tuple(first.stride())}"
+    return measure.Measured(region, told, _device_name(device), ways, chosen, next(iter(found)))
+
+
+def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
+    """Prepare a candidate and run it once, which compiles; (None, None) for torch's operators. Raises Unsupported."""
+    if candidate.schedule is None:
+        return None, None
+    made = Prepared.of(region.rewritten, candidate.schedule, candidate.convolution, inputs[0].device)
+    return made, made.run(inputs)
+
+
+@contextlib.contextmanager
+def measuring(timer: measure.Timer = timing.queued) -> Iterator[measure.Session]:
+    """What runs inside the block, in this thread and without gradients, is measured; calls afterwards run the fastest.
+
+    ``timer``: median seconds of a call of every way that it is given.
+    """
+    _prepared.clear()  # what is prepared anew is measured
+    with measure.collecting(timer) as session:
+        yield session
+
+
+def _dump(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> None:
+    device = inputs[0].device
+    where = f"{_device_name(device)}, {'tf32' if _tf32(region) else 'ieee'} convolutions of float32"
+    dump.write(region, [t.stride() for t in inputs], where, lambda: candidate, architecture(device))
 
 
 @cache
@@ -238,9 +320,9 @@ def _warn(message: str) -> None:
 
 
 @cache
-def _usable(device: int) -> bool:
+def _usable(device: torch.device) -> bool:
     """Whether kernels are compiled for a device (Ampere and later), and what compiles and launches is installed."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         return all(importlib.util.find_spec(f"cuda.bindings.{name}") is not None for name in ("driver", "nvrtc"))
@@ -249,14 +331,23 @@ def _usable(device: int) -> bool:
 
 
 @cache
-def _hopper(device: int) -> bool:
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _tf32(region: Region) -> bool:
     """Whether float32 convolutions may round their factors to TF32."""
-    if region.precision is not None:
-        return region.precision == "tf32"
-    cudnn = torch.backends.cudnn
-    # allow_tf32 raises once this newer setting was used; this one follows both
-    return bool(cudnn.enabled) and cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return _tf32_allowed() if region.precision is None else region.precision == "tf32"
+
+
+def _tf32_allowed() -> bool:
+    """torch's setting at this moment; past torch.backends.cudnn, since every call asks.
+
+    ``allow_tf32`` raises once the newer ``conv.fp32_precision`` was used, which follows both.
+    """
+    return torch._C._get_cudnn_enabled() and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"

@@ -1,14 +1,40 @@
-"""Compiled kernels on a GPU: modules, launches on torch's current stream, tensor maps. Needs ``fxfuse[cuda]``."""
+"""Compiled kernels on a GPU: modules, launches on torch's current stream, memory, tensor maps.
+
+Needs ``fxfuse[cuda]``. What is here is on the way of every call: nothing is made anew that can be kept.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def _allocator() -> Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]:
+    """What Inductor's code allocates with: torch.empty_strided on the current GPU, past the dispatcher."""
+    guards = getattr(torch._C._dynamo, "guards", None)
+    found = getattr(guards, "_empty_strided_cuda", None)
+    return found or functools.partial(_empty_strided)
+
+
+def _empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+#: a tensor (shape, strides, dtype) on the current GPU, for its current stream; shape and strides are plain tuples
+empty = _allocator()
+
+
+def stream_of(device: int) -> int:
+    """torch's current stream on a device."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 @functools.cache
@@ -81,6 +107,36 @@ class Launch:
         (status,) = self._launch(self._function, *self._grid, self._block, 1, 1, self._shared, stream, self._address, 0)
         if status:
             _checked("cuLaunchKernel", (status,))
+
+
+class Packed:
+    """A kernel with its grid and the forms of its parameters: call it with a stream and values. For any thread.
+
+    ``parameters``: one format of :mod:`struct` for each, without a mark of byte order.
+    """
+
+    def __init__(self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str) -> None:
+        self._made = kernel, grid, block
+        formats = [f"={p}" for p in parameters]
+        sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
+        self._offsets = [0, *itertools.accumulate(sizes)]
+        padded = (f"{p}{size - struct.calcsize(f)}x" for p, f, size in zip(parameters, formats, sizes, strict=True))
+        self._struct = struct.Struct("=" + "".join(padded))
+        self._free: list[tuple[Any, Launch]] = []  # buffers that no call is filling
+
+    def __call__(self, stream: int, *values: float | bytes) -> None:
+        try:
+            made = self._free.pop()
+        except IndexError:
+            made = self._make()
+        self._struct.pack_into(made[0], 0, *values)
+        made[1](stream)  # which reads the values
+        self._free.append(made)
+
+    def _make(self) -> tuple[Any, Launch]:
+        buffer = ctypes.create_string_buffer(self._offsets[-1])
+        places = [ctypes.c_char.from_buffer(buffer, offset) for offset in self._offsets[:-1]]
+        return buffer, Launch(*self._made, places)
 
 
 @functools.lru_cache(maxsize=4096)

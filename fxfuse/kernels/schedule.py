@@ -75,6 +75,12 @@ class Launch:
         return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Spatial sizes of the stored value, three of them."""
+        d, h, w = (1, 1, 1, *(s or 0 for s in self.kind.shape[2:]))[-3:]
+        return d, h, w
+
+    @property
     def layout(self) -> str:
         """The memory format of the stored value: "contiguous" or "channels_last"."""
         return layout_of(self.kind.shape, self.strides) or ""

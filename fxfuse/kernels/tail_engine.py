@@ -6,11 +6,10 @@ strides, and holds nothing that a call changes: several threads may run it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statis
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Kernel, Launch, Module
+from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.tail import Gather, Map, Step, Torch
 
 Values = dict[str, Tensor]
@@ -29,7 +28,6 @@ Run = Callable[[Values], None]
 BLOCK, FINISH_BLOCK = 256, 128
 #: positions per thread of a map over channels, elements per thread that measures
 ROWS, MEASURED = 8, 32
-_I, _L, _D = ctypes.c_int, ctypes.c_int64, ctypes.c_double
 
 
 def prepare(step: Step, device: torch.device) -> Run:
@@ -55,6 +53,15 @@ def source_of(step: Step) -> str:
     return emit_map(dtype, output, step.layouts[0], step.before)
 
 
+def kind_of(step: Step) -> str:
+    """What a step's kernels are about, in a word."""
+    if isinstance(step, Gather):
+        return "statistics"
+    if isinstance(step, Torch):
+        return "torch"
+    return "pool" if step.window is not None else "fold" if step.fold is not None else "map"
+
+
 def _torch(step: Torch) -> Run:
     program = step.program
     names = [n for n, _ in program.inputs]
@@ -71,10 +78,14 @@ def _module(source: str, names: tuple[str, ...], device: int, arch: str) -> Modu
     return Module(compile_cubin(source, arch).code, names)
 
 
-def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+def architecture(device: torch.device) -> str:
+    """What kernels are compiled for on ``device``: "sm_90a" on Hopper."""
     major, minor = torch.cuda.get_device_capability(device)
-    arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    return _module(source, names, device.index, arch).kernels
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+    return _module(source, names, device.index, architecture(device)).kernels
 
 
 def _sizes(kind: TensorType) -> tuple[int, int, int, int, int]:
@@ -89,30 +100,39 @@ def pack(expression: Expression | None, values: Mapping[str, Tensor]) -> bytes:
     """The fields of an expression's struct, 8 bytes each."""
     if expression is None or not expression.fields:
         return b""
-    fields = []
+    fields: list[int] = []
     for field in expression.fields:
         tensor = values[field.value]
         if field.axis is None:
             fields.append(tensor.data_ptr())
         else:
             fields.append(0 if tensor.shape[field.axis] == 1 else tensor.stride(field.axis))
-    return struct.pack(f"<{len(fields)}q", *fields)
+    return _struct(len(fields)).pack(*fields)
+
+
+@functools.cache
+def _struct(fields: int) -> struct.Struct:
+    return struct.Struct(f"<{fields}q")
+
+
+def _packed_size(expression: Expression | None) -> int:
+    """Bytes of an expression's struct: C++ has none of size 0."""
+    return 8 * max(1, len(expression.fields) if expression is not None else 0)
 
 
 def _prepare_map(step: Map, device: torch.device) -> Run:
+    index = device.index
     source = source_of(step)
     size, made = _sizes(step.given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
         kernel = _load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
-        head = struct.Struct("<qq10i")
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
         kernel = _load(source, ("fold",), device)["fold"]
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
-        head = struct.Struct("<qq6i")
         sizes = (*size, 0)
     else:
         kernels = _load(source, ("whole", "any"), device)
@@ -125,40 +145,32 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
             units = c // count if whole else c
             across = min(units, BLOCK)
             grid = (-(-d * h * w // (BLOCK // across * ROWS)), n, -(-units // across))
-        head = struct.Struct("<qq6i")
         sizes = (*size, 0)
-    shape = [s or 0 for s in step.kind.shape]
+    shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
+    expressions = [step.before, *([step.after] if step.window is not None or step.fold is not None else [])]
+    launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{_packed_size(e)}s' for e in expressions)}")
 
     def run(values: Values) -> None:
         value = values[step.value]
         if value.data_ptr() % 16:
             value = value.clone()
-        out = torch.empty_strided(shape, step.strides, dtype=step.kind.dtype, device=device)
-        parts = [head.pack(value.data_ptr(), out.data_ptr(), *sizes), pack(step.before, values).ljust(8, b"\0")]
-        if step.window is not None or step.fold is not None:
-            parts.append(pack(step.after, values).ljust(8, b"\0"))
-        _launch(kernel, grid, BLOCK, [ctypes.create_string_buffer(b"".join(parts))], device)
+        out = empty(shape, strides, dtype)
+        operands = [pack(e, values) for e in expressions]
+        launch(stream_of(index), value.data_ptr(), out.data_ptr(), *sizes, *operands)
         values[step.stored] = out
 
     return run
 
 
-def _launch(
-    kernel: Kernel, grid: tuple[int, int, int], block: int, arguments: Sequence[object], device: torch.device
-) -> None:
-    Launch(kernel, grid, block, arguments)(torch._C._cuda_getCurrentRawStream(device.index))
-
-
 # --- statistics -----------------------------------------------------------------------------------
-class Partials(ctypes.Structure):
-    """``Partials`` of ``cuh/statistics.cuh``."""
-
-    _fields_ = [("parts", _L), ("counts", _L), ("slots", _I), ("channels", _I)]
+#: ``Partials`` of ``cuh/statistics.cuh``: parts, counts, slots, channels
+PARTIALS = "qqii"
 
 
-def moments_of(kind: TensorType, device: torch.device) -> Tensor:
-    """Room for the moments of every sample and channel of a value."""
-    return torch.empty(kind.shape[0] or 0, kind.shape[1] or 0, 2, dtype=torch.float64, device=device)
+def moments_of(kind: TensorType) -> Tensor:
+    """Room on the current device for the moments of every sample and channel of a value."""
+    n, c = kind.shape[0] or 0, kind.shape[1] or 0
+    return empty((n, c, 2), (2 * c, 2, 1), torch.float64)
 
 
 def moments_name(value: str) -> str:
@@ -170,32 +182,33 @@ def _prepare_gather(step: Gather, device: torch.device) -> Run:
     kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
     measure = _prepare_measure(step, kernels, device) if step.layout else None
     name = moments_name(step.value)
-    n, c, d, h, w = _sizes(step.kind)
+    finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device) for instr in step.instrs]
 
     def run(values: Values) -> None:
         moments = measure(values[step.value]) if measure is not None else values.pop(name)
-        for instr in step.instrs:
-            finish(instr, values, moments)
+        for finish in finishes:
+            finish(values, moments)
 
-    def finish(instr: Instr, values: Values, moments: Tensor) -> None:
-        attributes = dict(instr.attributes)
-        batch, members = attributes["batch"], c // attributes["groups"]
-        rows = 1 if batch else n
-        shape = (3, rows, c, *(1 for _ in step.kind.shape[2:]))
-        results = torch.empty(shape, dtype=torch.float32, device=device)
-        at, size = results.data_ptr(), rows * c * 4
-        arguments: list[object] = [
-            _L(moments.data_ptr()),
-            _L(at),
-            _L(at + size),
-            _L(at + 2 * size),
-            _I(n),
-            _I(c),
-            _I(members),
-        ]
-        arguments += [_I(batch), _D(d * h * w), _D(attributes["eps"])]
-        _launch(kernels["finish"], (rows * attributes["groups"], 1, 1), FINISH_BLOCK, arguments, device)
-        values.update(zip(instr.outs, results, strict=True))
+    return run
+
+
+def _prepare_finish(
+    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device
+) -> Callable[[Values, Tensor], None]:
+    n, c, d, h, w = _sizes(kind)
+    attributes = dict(instr.attributes)
+    batch, groups = attributes["batch"], attributes["groups"]
+    rows = 1 if batch else n
+    shape, strides = (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
+    index, size = device.index, rows * c * 4
+    told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
+    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd")
+
+    def run(values: Values, moments: Tensor) -> None:
+        results = empty(shape, strides, torch.float32)
+        at = results.data_ptr()
+        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told)
+        values.update(zip(instr.outs, results.unbind(), strict=True))
 
     return run
 
@@ -206,15 +219,16 @@ def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
+    index = device.index
+    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i")
+    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q")
 
     def run(value: Tensor) -> Tensor:
-        parts = torch.empty(n * slots * (2 * c + 1), dtype=torch.float32, device=device)
-        counts = parts.data_ptr() + n * slots * c * 8
-        partials = Partials(parts.data_ptr(), counts, slots, c)
-        _launch(kernels["measure"], (blocks, 1, 1), BLOCK, [_L(value.data_ptr()), partials, _I(positions)], device)
-        moments = moments_of(step.kind, device)
-        grid = (n * -(-c // MERGED), 1, 1)
-        _launch(kernels["merge"], grid, MERGE_BLOCK, [partials, _L(moments.data_ptr())], device)
+        parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
+        moments, at, stream = moments_of(step.kind), parts.data_ptr(), stream_of(index)
+        partials = (at, at + n * slots * c * 8, slots, c)
+        first(stream, value.data_ptr(), *partials, positions)
+        second(stream, *partials, moments.data_ptr())
         return moments
 
     return run

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from fxfuse import vocabulary
 from fxfuse.kernels import execute
-from fxfuse.partition import label
+from fxfuse.partition import Draft, label
 from fxfuse.patterns import Application, Rejection
 from fxfuse.propagate import facts
 from fxfuse.region import Region
@@ -35,6 +36,8 @@ class RegionReport:
     region: Region
     rules: tuple[Application, ...]
     ended: tuple[tuple[str, str], ...]
+    strides: tuple[tuple[int, ...], ...] | None = None  #: of its inputs; None where they are not known
+    device: torch.device | None = None  #: of its inputs
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -42,13 +45,16 @@ class RegionReport:
 
     @property
     def plan(self) -> str:
-        """What runs on a Hopper GPU in a call without gradients, step by step, for the sizes that the region names."""
-        return execute.describe(self.region)
+        """What runs in a call without gradients, step by step, for the sizes that the region names.
+
+        On the GPU of the inputs, and as it was measured where it was; for inputs on the CPU on a Hopper GPU.
+        """
+        return execute.describe(self.region, self.strides, self.device)
 
     @property
     def source(self) -> str:
         """The CUDA C++ of the kernels of that plan; empty where it has none."""
-        return execute.source(self.region)
+        return execute.source(self.region, self.strides, self.device)
 
     def __str__(self) -> str:
         before, after = " > ".join(i.op for i in self.region.original.body), " > ".join(self.visible_stages)
@@ -142,6 +148,8 @@ def summarize(graph: fx.Graph, regions: Sequence[Rewritten], before: fx.Graph) -
                 region=rewritten.region,
                 rules=tuple(rewritten.applied),
                 ended=tuple((label(n) if n.op != "output" else "the output", reason) for n, reason in draft.ended),
+                strides=_strides(draft),
+                device=_device(draft),
             )
         )
         report.rules += rewritten.applied
@@ -152,6 +160,21 @@ def summarize(graph: fx.Graph, regions: Sequence[Rewritten], before: fx.Graph) -
             reason = facts(node).refusal or "its value is not known before the call"
             report.rejected.append(Rejection("the region", label(node), reason))
     return report
+
+
+def _inputs(draft: Draft) -> list[Tensor]:
+    """Fake tensors for a region's inputs."""
+    return [n.meta["val"] for n in draft.build.graph.nodes if n.op == "placeholder"]
+
+
+def _strides(draft: Draft) -> tuple[tuple[int, ...], ...] | None:
+    found = tuple(tuple(t.stride()) for t in _inputs(draft))
+    return found if all(isinstance(s, int) for strides in found for s in strides) else None
+
+
+def _device(draft: Draft) -> torch.device | None:
+    found = {t.device for t in _inputs(draft)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _names_an_anchor(node: fx.Node) -> bool:

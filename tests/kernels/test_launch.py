@@ -1,0 +1,239 @@
+"""What a launch hands to the driver, on a machine without one: arguments in place, kept ones included, and threads."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import engine, execute, launch, prepared, tail_engine
+from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.launch import Kernel, Launch, Packed
+from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.program import Program
+
+Call = tuple[str, tuple[int, ...], list[bytes]]
+
+
+class Driver:
+    """Keeps what is launched: the function, the grid, and the bytes of every argument as they lie at that moment."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.delay = 0.0
+        self.sizes: dict[int, list[int]] = {}
+
+    def cuLaunchKernel(self, function: Any, *given: int) -> tuple[int]:  # noqa: N802 - the driver's name
+        *grid, _, _, _, _, stream, at, _ = given
+        assert stream == 77
+        time.sleep(self.delay)  # a thread that fills the same buffer shows
+        pointers = (ctypes.c_void_p * len(self.sizes[at])).from_address(at)
+        told = [ctypes.string_at(p, s) for p, s in zip(pointers, self.sizes[at], strict=True)]
+        self.calls.append((function, tuple(grid), told))
+        return (0,)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    made = Driver()
+    started = Launch.__init__
+
+    def start(self: Launch, kernel: Kernel, grid: Any, block: int, arguments: Any, shared: int = 0) -> None:
+        started(self, kernel, grid, block, arguments, shared)
+        made.sizes[self._address] = getattr(kernel, "sizes", None) or [ctypes.sizeof(a) for a in arguments]
+
+    monkeypatch.setattr(Launch, "__init__", start)
+    monkeypatch.setattr(launch, "_driver", lambda: made)
+    monkeypatch.setattr(Kernel, "allow_shared", lambda self, size: None)
+    for where in (engine, tail_engine):
+        monkeypatch.setattr(where, "stream_of", lambda device: 77)
+    return made
+
+
+# --- parameters side by side ----------------------------------------------------------------------
+def kernel(*sizes: int) -> Kernel:
+    made = Kernel("kernel")
+    made.sizes = list(sizes)  # type: ignore[attr-defined]
+    return made
+
+
+def test_every_parameter_has_a_place(driver: Driver) -> None:
+    call = Packed(kernel(8, 24, 4, 8, 12), 5, 128, "q", "qqii", "i", "d", "i8s")
+    for first in (1, 2):
+        call(77, first, 2, 3, 4, 5, 6, 0.5, 7, b"abc")
+    for first, (function, grid, told) in zip((1, 2), driver.calls, strict=True):
+        assert (function, grid) == ("kernel", (5, 1, 1))
+        expected = ("<q", first), ("<qqii", 2, 3, 4, 5), ("<i", 6), ("<d", 0.5), ("<i8s", 7, b"abc")
+        assert told == [struct.pack(*e) for e in expected]
+    assert len(driver.sizes) == 1  # one buffer served both
+
+
+def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
+    call, driver.delay = Packed(kernel(8), 1, 32, "q"), 2e-3
+    threads = [threading.Thread(target=lambda n=n: [call(77, n) for _ in range(20)]) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = [struct.unpack("<q", told[0])[0] for _, _, told in driver.calls]
+    assert sorted(seen) == sorted(n for n in range(6) for _ in range(20))
+
+
+# --- the convolution ------------------------------------------------------------------------------
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Stands in for the GPU's memory; what is put here is handed out next, else something new."""
+    given: list[Tensor] = []
+
+    def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        assert type(shape) is tuple and type(strides) is tuple  # the allocator takes nothing else
+        if given and dtype is torch.uint8:
+            return given.pop(0)
+        return torch.empty_strided(shape, strides, dtype=dtype)
+
+    def module(*_: Any) -> SimpleNamespace:
+        return SimpleNamespace(kernels={n: Kernel(n) for n in (*engine.KERNELS, "merge", *TAIL)})
+
+    for where in (engine, tail_engine, prepared):
+        monkeypatch.setattr(where, "empty", empty)
+    for where in (engine, tail_engine):
+        monkeypatch.setattr(where, "_module", module)
+    monkeypatch.setattr(tail_engine, "architecture", lambda device: "sm_90a")
+    monkeypatch.setattr(engine, "_processors", lambda device: 132)
+    monkeypatch.setattr(engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
+    monkeypatch.setattr(prepared, "_current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    return given
+
+
+TAIL = ("pool", "fold", "whole", "any", "measure", "finish")
+LAYER = Layer(8, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+
+
+def convolution(dtype: torch.dtype) -> Convolution:
+    return Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue())
+
+
+def operands(dtype: torch.dtype, last: bool) -> list[Tensor]:
+    x, w, b, out = torch.randn(1, 8, 4, 4, 4), torch.randn(8, 16, 3, 3, 3), torch.randn(16), torch.empty(1, 16, 7, 7, 7)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+    return [t.to(dtype) for t in (x, w, b, out)]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kept_arguments_are_those_of_a_first_call(
+    driver: Driver, memory: list[Tensor], dtype: torch.dtype, last: bool
+) -> None:
+    """Every pointer follows, whichever of the tensors and the workspace moved."""
+    kept, calls = convolution(dtype), {}
+    first = operands(dtype, last)
+    spaces = [torch.empty(1 << 22, dtype=torch.uint8) for _ in range(2)]
+    moved = operands(dtype, last)
+    cases = [(first, 0), (first, 0), (first, 1)]
+    cases += [([*first[:i], moved[i], *first[i + 1 :]], 1) for i in range(4)]
+    for (x, w, b, out), space in cases:
+        told = []
+        for made, more in ((kept, {"calls": calls}), (convolution(dtype), {})):
+            memory.append(spaces[space])
+            driver.calls.clear()
+            made.run(x, w, b, (7, 7, 7), out, **more)
+            told.append(list(driver.calls))
+        names = ["measure", "prepare", "convolution", *(["direct"] if dtype is torch.float32 else [])]
+        assert [c[0] for c in told[0]] == names
+        assert told[0] == told[1]
+    assert [len(free) for free in calls.values()] == [1]
+
+
+def test_other_strides_are_another_call(driver: Driver, memory: list[Tensor]) -> None:
+    made, calls = convolution(torch.float16), {}
+    for last in (False, True, False, True):
+        x, w, b, out = operands(torch.float16, last)
+        made.run(x, w, b, (7, 7, 7), out, calls=calls)
+    x, w, b, out = operands(torch.float16, True)
+    odd = torch.empty(x.numel() + 1, dtype=torch.float16)[1:].as_strided(x.shape, x.stride())
+    made.run(odd, w, b, (7, 7, 7), out, calls=calls)
+    assert [len(free) for free in calls.values()] == [1, 1, 1]
+
+
+def test_threads_have_calls_of_their_own(driver: Driver, memory: list[Tensor]) -> None:
+    made, calls = convolution(torch.float32), {}
+    driver.delay = 1e-3
+    tensors = [operands(torch.float32, False) for _ in range(4)]
+
+    def work(number: int) -> None:
+        x, w, b, out = tensors[number]
+        for _ in range(5):
+            made.run(x, w, b, (7, 7, 7), out, calls=calls)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # `direct` reads x and the weights, and its last argument begins with the output's address
+    seen = [
+        tuple(struct.unpack("<q", t[:8])[0] for t in (c[2][0], c[2][1], c[2][4]))
+        for c in driver.calls
+        if c[0] == "direct"
+    ]
+    expected = [(x.data_ptr(), w.data_ptr(), out.data_ptr()) for x, w, _, out in tensors for _ in range(5)]
+    assert sorted(seen) == sorted(expected)
+
+
+# --- a region -------------------------------------------------------------------------------------
+CHAIN = """
+def chain(x: f32[2, 8, 6, 6, 6], w: f32[8, 16, 3, 3, 3], b: f32[16], g: f32[16, 1, 1, 1]):
+    y = conv_transpose(x, w, b, stride={two}, padding={no}, output_padding={no}, dilation={one}, groups=1)
+    z = relu(y)
+    s = mul(z, g)
+    o = {}
+    return {}
+"""
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of any size are worth a kernel."""
+    for name in ("fxfuse.kernels.tail", "fxfuse.kernels.schedule"):
+        monkeypatch.setattr(f"{name}.LEAST_ELEMENTS", 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "outputs", "kernels", "asks_torch", "apart"),
+    [
+        ("softmax(s, dim=1)", "o", ["fold"], False, True),
+        ("softmax(s, dim=1)", "o, o", ["fold"], False, False),
+        ("reshape(s, shape=(2, -1))", "o", [], True, False),
+        ("reshape(s, shape=(2, -1))", "o, s", [], True, False),
+        ("softmax(s, dim=1)", "o, x", ["fold"], False, False),
+    ],
+)
+def test_a_region_says_what_its_outputs_are(
+    driver: Driver, memory: list[Tensor], small: None, operator: str, outputs: str, kernels: list[str],
+    asks_torch: bool, apart: bool,
+) -> None:  # fmt: skip
+    program = Program.parse(CHAIN.format(operator, outputs, no=(0,) * 3, one=(1,) * 3, two=(2,) * 3))[1]
+    inputs = [torch.randn([s or 0 for s in kind.shape]) for _, kind in program.inputs]
+    made = schedule(program, examples(program))
+    assert made.kernel is not None
+    ready = Prepared.of(program, made, execute.convolution_of(made.kernel), torch.device("cpu"))
+    assert (ready.asks_torch, ready.apart) == (asks_torch, apart)
+    for _ in range(2):
+        driver.calls.clear()
+        results = ready.run(inputs)
+        assert [c[0] for c in driver.calls] == ["measure", "prepare", "convolution", "direct", *kernels]
+        assert len(results) == len(program.outputs)
+        memories = [t.untyped_storage().data_ptr() for t in (*results, *inputs)]
+        assert (len({*memories}) == len(memories)) or not ready.apart
