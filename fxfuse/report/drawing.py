@@ -145,10 +145,10 @@ def _depths(boxes: Sequence[Box], reads: Mapping[str, Sequence[str]]) -> dict[st
     """The most regions on a way to every box; a region's own boxes have one depth, as they are one operator."""
     known = {b.name: b for b in boxes}
     depth: dict[str, int] = dict.fromkeys(known, 0)
+    together: dict[int, int] = {}
     changed = True
-    while changed:  # boxes of a region may lie apart: what is between them is settled in a later round
+    while changed:  # what a region's last box needs counts for its first one, and for what follows that
         changed = False
-        together: dict[int, int] = {}
         for box in boxes:
             steps = [
                 depth[a] + (known[a].region is not None and known[a].region != box.region) for a in reads[box.name]

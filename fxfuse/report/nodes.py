@@ -75,7 +75,11 @@ def fused_nodes(graph: fx.Graph, nodes: Sequence[NodeReport], regions: Sequence[
 def region_of(node: fx.Node, regions: Sequence[Region]) -> int | None:
     """The position of the region that a node of a lowered graph calls; None for another node."""
     called = node.meta.get("fxfuse_region")
-    return next((i for i, region in enumerate(regions) if region is called), None) if called is not None else None
+    if called is None:
+        return None
+    same = (i for i, region in enumerate(regions) if region is called)
+    alike = (i for i, region in enumerate(regions) if region == called)  # a copy of a report has other objects
+    return next(same, next(alike, None))
 
 
 def _report(node: fx.Node, known: fx.Node | None, region: int | None, ended: str) -> NodeReport:

@@ -51,7 +51,8 @@ class RegionReport:
     @property
     def source(self) -> str:
         """The CUDA C++ of the kernels of that plan; empty where it has none."""
-        return execute.source(self.region)
+        known = self.account
+        return "\n\n".join(p.source for p in known.parts if p.source) if known is not None else ""
 
     @property
     def account(self) -> Account | None:
