@@ -96,7 +96,7 @@ def _region(node: NodeReport, number: int, region: RegionReport) -> Box:
         seconds = f"{words.duration(account.seconds)} est." if account.kernels else "by torch"
         saved = [f"{words.size(account.unwritten)} never written"] if account.unwritten else []
         lines += [seconds, *saved]
-    mark = f"{number + 1} "
+    mark = f"[{number + 1}] "
     title = mark + shortened(region.anchor, MOST_CHARACTERS - len(mark))
     return Box(node.name, "region", title, tuple(map(shortened, lines)), (node.name,), number)
 

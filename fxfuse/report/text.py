@@ -111,7 +111,7 @@ def _regions(report: Report) -> Any:
     from rich.text import Text
 
     table = Table(show_lines=True, title_justify="left", header_style="bold")
-    for heading, style in (("", "bold magenta"), ("region", ""), ("what runs on a Hopper GPU", "")):
+    for heading, style in (("", "bold magenta"), ("region", ""), ("what becomes of it", "")):
         table.add_column(heading, style=style, overflow="fold")
     table.add_column("never written", justify="right", style="green")
     for number, region in enumerate(report.regions, 1):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from reports import explained
 from test_drawing import Decoder
 from test_page import HOSTILE, hostile
@@ -90,7 +89,7 @@ def scale(page: Any, pane: str) -> float:
 def test_both_graphs_are_drawn(open_page: Open) -> None:
     page = open_page(first())
     assert titles(page, "before") == ["input_0", "ConvTranspose3d", "MaxPool3d", "MaxPool3d", "sum", "output"]
-    assert titles(page, "after") == ["input_0", "1 up", "output"]
+    assert titles(page, "after") == ["input_0", "[1] up", "output"]
     assert page.locator("#model").text_content() == "MaxMaxSum"
     overview = page.locator("#panel").inner_text()
     for words in ("2 kernels", "0.48 ms", "1.94 GB", "82 %", "conv_transpose > max_pool > max_pool > sum"):
@@ -305,11 +304,15 @@ def test_a_narrow_window(open_page: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
 
 
-def test_real_network(open_page: Open) -> None:
+def unet() -> Report:
     nets = pytest.importorskip("monai.networks.nets", reason="needs the extra `networks`")
-    torch.manual_seed(0)
-    network = nets.UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8, 16), strides=(2, 2))
-    page = open_page(explained(network.eval(), (1, 1, 16, 16, 16)))
+    sizes = {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2), "num_res_units": 2}
+    return explained(nets.UNet(spatial_dims=3, in_channels=1, out_channels=2, **sizes).eval(), (2, 1, 128, 128, 128))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_real_network(open_page: Open) -> None:
+    page = open_page(unet())
     for pane in ("before", "after"):
         page.locator(f"#{pane} .collapse").uncheck()
     overlaps = page.evaluate("""() => ['before', 'after'].flatMap(pane => {
@@ -320,3 +323,20 @@ def test_real_network(open_page: Open) -> None:
     assert overlaps == []
     page.locator(".card").first.click()
     assert page.locator("#after .box.chosen").count() == 1
+
+
+# --- the pictures of the documentation ------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["report_region_light", "report_unet_dark", "report_unet_light"])
+def test_pictures(open_page: Open, tmp_path: pathlib.Path, name: str) -> None:
+    """Made anew by ``FXFUSE_PICTURES=docs/images pytest tests/report/test_browser.py -k pictures``."""
+    folder = pathlib.Path(os.environ.get("FXFUSE_PICTURES", tmp_path))
+    page = open_page(unet() if "unet" in name else first(), registers="FXFUSE_PICTURES" in os.environ)
+    scheme = name.rpartition("_")[2]
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
+    if scheme == "light":
+        page.locator(".card").nth(2 if "unet" in name else 0).click()
+    page.mouse.move(720, 4)  # away from what it would light
+    page.screenshot(path=folder / f"{name}.png")
+    assert 30_000 < (folder / f"{name}.png").stat().st_size < 300_000

@@ -45,7 +45,9 @@ function overview(report, page) {
       el(
         "div",
         { class: "figures" },
-        figure(plural(kernels, "kernel"), `for ${plural(operators, "operator")}`),
+        kernels
+          ? figure(plural(kernels, "kernel"), `for ${plural(operators, "operator")}`)
+          : figure("torch", `runs ${plural(operators, "operator")}`),
         figure(duration(sum(known.map((region) => region.account.seconds))), "estimated, in the regions"),
         figure(change(saved, bytes), `memory traffic, ${change((100 * saved) / before, (part) => `${part.toFixed(0)} %`)}`, saved > 0),
       ),
@@ -54,7 +56,10 @@ function overview(report, page) {
       assumptions(report.machine),
     );
   }
-  if (report.regions.length) parts.push(heading("Regions"));
+  if (report.regions.length) {
+    const marks = "In the drawing: \u25a0 a kernel of ours, \u25aa a small helper, \u25a1 torch's operators.";
+    parts.push(heading("Regions"), el("p", { class: "muted small" }, marks));
+  }
   parts.push(...report.regions.map((region) => card(region, page)));
   if (!report.regions.length) parts.push(el("p", { class: "notice" }, report.headline));
   const staying = Object.entries(report.staying);

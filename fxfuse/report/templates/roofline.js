@@ -9,7 +9,7 @@ function roofline(account, region, machine) {
   const left = 40, right = 440, top = 12, bottom = 190;
   const low = Math.min(0, ...points.map((p) => Math.floor(Math.log10(p.intensity))));
   const high = Math.max(4, ...points.map((p) => Math.ceil(Math.log10(p.intensity))));
-  const least = Math.min(11, ...points.map((p) => Math.floor(Math.log10(p.rate))));
+  const least = Math.max(0, Math.min(11, ...points.map((p) => Math.floor(Math.log10(p.rate)))));
   const x = (value) => left + ((Math.log10(value) - low) / (high - low)) * (right - left);
   const y = (value) => bottom - ((Math.log10(value) - least) / (15.2 - least)) * (bottom - top);
 
@@ -21,7 +21,8 @@ function roofline(account, region, machine) {
     drawn.append(svg("text", { x: x(10 ** power), y: bottom + 15, "text-anchor": "middle" }, String(10 ** power)));
   }
   for (let power = least; power <= 15; power++) {
-    const name = { 9: "1G", 10: "10G", 11: "100G", 12: "1T", 13: "10T", 14: "100T", 15: "1P" }[power] || `1e${power}`;
+    const unit = ["", "k", "M", "G", "T", "P"][Math.floor(power / 3)];
+    const name = `${10 ** (power % 3)}${unit}`;
     drawn.append(svg("line", { class: "grid", x1: left, x2: right, y1: y(10 ** power), y2: y(10 ** power) }));
     drawn.append(svg("text", { x: left - 5, y: y(10 ** power) + 4, "text-anchor": "end" }, name));
   }
