@@ -11,7 +11,7 @@ from reports import explained
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.report.drawing import MOST_CHARACTERS, _boxes, _collapsed, _depths, drawings, shortened
+from fxfuse.report.drawing import MOST_CHARACTERS, _boxes, _collapsed, _depths, _hulls, drawings, shortened
 from fxfuse.report.nodes import NodeReport
 
 
@@ -49,42 +49,36 @@ def test_the_drawing_of_a_decoder() -> None:
     assert all(line["from"] in names and line["to"] in names for line in found["after"]["collapsed"]["lines"])
 
 
+class Named(nn.Module):
+    """An export calls its input as it calls parameters; the branch is too much for symbolic_trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(2, 2, 2)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("offset", torch.ones(1))
+
+    def forward(self, p_up_input: Tensor) -> Tensor:
+        y: Tensor = self.up(p_up_input) * self.scale
+        return y + self.offset if p_up_input.shape[0] < 9 else y
+
+
 def test_weights_are_not_drawn() -> None:
-    """Neither those of modules nor those that a region reads; an input is, even where it has a parameter's name."""
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose3d(2, 2, 2)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, p_up_weight: Tensor) -> Tensor:
-            return self.up(p_up_weight) * self.scale
-
-    report = fxfuse.explain(Named(), torch.randn(1, 2, 4, 4, 4))
-    assert [n.kind for n in report.nodes if n.name.startswith("p_")] == ["weight"] * 3
+    report = fxfuse.explain(Named(), p_up_input=torch.randn(1, 2, 4, 4, 4))
+    assert "captured with torch.export" in report.notes[-1]
+    kinds = {n.name: n.kind for n in report.nodes if n.kind in ("weight", "input")}
+    assert list(kinds.values()).count("weight") == 4 and kinds["p_up_input"] == "input"
     for drawing in drawings(report).values():
         assert [b["kind"] for b in drawing["whole"]["boxes"]].count("input") == 1
 
 
 def test_a_region_that_does_not_lie_together_has_no_hull() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose3d(1, 1, 2)
+    def box(x: float, y: float, region: int | None) -> dict[str, object]:
+        return {"x": x, "y": y, "width": 10.0, "height": 10.0, "region": region}
 
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            z = self.up(x)
-            return z.relu() + torch.fft.fftn(y).real.relu() + z
-
-    before = drawings(explained(Twice(), (1, 1, 4, 4, 4), (1, 1, 5, 5, 5)))["before"]["whole"]
-    inside = [b for b in before["boxes"] if b["region"] is not None]
-    assert len(inside) > 2
-    for hull in before["hulls"]:
-        for box in before["boxes"]:
-            if box["region"] is None:
-                apart_x = box["x"] > hull["x"] + hull["width"] or box["x"] + box["width"] < hull["x"]
-                assert apart_x or box["y"] > hull["y"] + hull["height"] or box["y"] + box["height"] < hull["y"]
+    apart = [box(0, 0, 0), box(0, 50, 0), box(40, 20, None), box(80, 0, 1)]
+    assert _hulls(apart) == [{"region": 0, "x": 0, "y": 0, "width": 10.0, "height": 60.0}]
+    assert _hulls([*apart, box(5, 25, None)]) == []
 
 
 def test_long_names_keep_their_ends() -> None:

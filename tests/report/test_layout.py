@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxfuse.report.align import positions
 from fxfuse.report.layout import GAP, LAYER_GAP, Layout, layered
 
 SIZE = (100.0, 40.0)
@@ -131,4 +132,12 @@ def test_too_many_points_are_left_out() -> None:
     names = [f"n{i}" for i in range(400)]
     skips = [(a, names[-1]) for a in names[:-2]]  # 80 thousand layers in between
     layout = layered(dict.fromkeys(names, SIZE), [*itertools.pairwise(names), *skips])
-    assert min(map(len, layout.edges)) == 2 and max(map(len, layout.edges)) > 100
+    drawn = [len(points) for points in layout.edges[-len(skips) :]]
+    assert min(drawn) == 2 and max(drawn) > 100
+
+
+def test_a_long_line_is_straight_where_another_one_crosses_it() -> None:
+    """Boxes 0 and 1, points 2 and 3: the lines from 0 to 1 and from 2 to 3 cross."""
+    up, down = [[], [0], [], [2]], [[1], [], [3], []]
+    x = positions([[0, 2], [3, 1]], up, down, lambda a, b: 10.0, boxes=2)
+    assert x[2] == x[3] and x[0] + 10 <= x[2] and x[3] + 10 <= x[1]
