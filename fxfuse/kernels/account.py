@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from fxfuse.instr import TensorType
+from fxfuse.kernels import execute
 from fxfuse.kernels.chains import elements
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, seconds, tile
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.engine import THREADS, Convolution
-from fxfuse.kernels.execute import decide_for_examples
-from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled
+from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples
 from fxfuse.kernels.tail import Gather, Map, Step, Torch
 from fxfuse.kernels.tail_engine import source_of
 from fxfuse.program import Program
@@ -123,16 +123,24 @@ class Account:
 
 @functools.lru_cache(maxsize=256)
 def account(region: Region) -> Account | None:
-    """The account of ``region`` for the sizes that it names; None where one is not known."""
-    program, exact = region.rewritten, region.precision == "ieee"
-    if operators(program) is None:
+    """The account of ``region`` on a Hopper GPU, for the sizes that it names; None where one is not known."""
+    if operators(region.rewritten) is None:
         return None
+    exact = region.precision == "ieee"
     try:
-        schedule, convolution, refusal = decide_for_examples(region)
-        parts = _parts(program, schedule, convolution, exact)
+        decided = execute.decide(region.rewritten, examples(region.rewritten), exact=exact, hopper=True)
     except Unscheduled as refused:
-        parts, refusal = (_torch(program, exact),), str(refused)
+        return account_of(region, None, None, str(refused))
+    return account_of(region, *decided)
+
+
+def account_of(
+    region: Region, schedule: Schedule | None, convolution: Convolution | None, refusal: str | None
+) -> Account:
+    """The account of a region, whose sizes are known, by a plan. ``schedule`` None: torch's operators run it all."""
+    program, exact = region.rewritten, region.precision == "ieee"
     before, after = _torch(region.original, exact), _torch(program, exact)
+    parts = (after,) if schedule is None else _parts(program, schedule, convolution, exact)
     types = _types(program)
     given, made = (_bytes(types, dict.fromkeys(names)) for names in (dict(program.inputs), program.outputs))
     rate = HALF_RATE / 3 if exact else HALF_RATE

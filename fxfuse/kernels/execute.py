@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
 def describe(region: Region) -> str:
     """What kernels take of a region on a Hopper GPU, or why there is none: a line for a report."""
     try:
-        made, _, refusal = decide_for_examples(region)
+        made, _, refusal = _decide_for_examples(region)
     except Unscheduled as refused:
         return f"torch's operators: {refused}"
     return str(made) if refusal is None else f"{made} ({refusal})"
@@ -130,16 +130,14 @@ def describe(region: Region) -> str:
 def source(region: Region) -> str:
     """The CUDA C++ of the kernels that :func:`describe` names."""
     try:
-        made, convolution, _ = decide_for_examples(region)
+        made, convolution, _ = _decide_for_examples(region)
     except Unscheduled:
         return ""
     kernels = [] if convolution is None else [convolution.source(staged=False)]
     return "\n\n".join([*kernels, *(s for step in made.steps if (s := source_of(step)))])
 
 
-@lru_cache(maxsize=256)
-def decide_for_examples(region: Region) -> tuple[Schedule, Convolution | None, str | None]:
-    """:func:`decide` for a Hopper GPU and contiguous inputs of the sizes that the region names."""
+def _decide_for_examples(region: Region) -> tuple[Schedule, Convolution | None, str | None]:
     return decide(region.rewritten, examples(region.rewritten), exact=region.precision == "ieee", hopper=True)
 
 
