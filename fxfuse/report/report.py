@@ -51,8 +51,7 @@ class RegionReport:
     @property
     def source(self) -> str:
         """The CUDA C++ of the kernels of that plan; empty where it has none."""
-        known = self.account
-        return "\n\n".join(p.source for p in known.parts if p.source) if known is not None else ""
+        return execute.source(self.region)
 
     @property
     def account(self) -> Account | None:
