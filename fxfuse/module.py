@@ -215,6 +215,9 @@ def merged_report(module: nn.Module) -> Report:
         report.rejected += own.rejected
     if len(parts) == 1:
         report.graph_before, report.graph_after = parts[0][1].graph_before, parts[0][1].graph_after
+        report.nodes = parts[0][1].nodes
+    else:
+        report.parts = dict(parts)
     return report
 
 

@@ -260,6 +260,8 @@ class Runtime:
         for old, new in env.items():
             if "fxfuse_params" in old.meta:
                 new.meta["fxfuse_params"] = {name: env[node] for name, node in old.meta["fxfuse_params"].items()}
+        for node in graph.find_nodes(op="placeholder")[len(tensors) :]:
+            node.meta["fxfuse_lifted"] = True  # no input of the call: a parameter, a buffer, a constant
         report = fuse(graph, capture.modules, inputs, self.options)
         report.model, report.notes = type(self.model).__name__, list(notes)
         if not report.regions:

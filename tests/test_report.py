@@ -49,12 +49,16 @@ UNet: 2 regions of 5 operators, 2 rewrites
   note: captured with torch.fx.symbolic_trace; its result was compared with the model's
 
 [1] up2.0: conv_transpose > instance_norm > clone > prelu
+    on an H100: torch's operators (4 launches), 8 us at best, 504 B of intermediates never written
+    left to torch: the layer is small: 15 us by estimate, less than launches are worth
     rewritten: conv_transpose > instance_norm > prelu
     DropCopies
     CancelBiasBeforeStatistics
     ends at cat: torch.cat is not in the vocabulary
 
 [2] up1: conv_transpose
+    on an H100: torch's operators (1 launch), 2 us at best
+    left to torch: the layer is small: 16 us by estimate, less than launches are worth
     ends at the output: its value is an output of the model
 
 rewrites
@@ -65,10 +69,14 @@ UNet: 2 regions of 3 operators, 1 rewrite
   note: captured with torch.fx.symbolic_trace; its result was compared with the model's
 
 [1] up2.0: conv_transpose > instance_norm
+    on an H100: torch's operators (3 launches), 6 us at best
+    left to torch: the layer is small: 15 us by estimate, less than launches are worth
     CancelBiasBeforeStatistics
     ends at up2.1.1: dropout is random in training mode
 
 [2] up1: conv_transpose
+    on an H100: torch's operators (1 launch), 2 us at best
+    left to torch: the layer is small: 16 us by estimate, less than launches are worth
     ends at the output: its value is an output of the model
 
 rewrites

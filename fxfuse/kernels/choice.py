@@ -20,7 +20,7 @@ LEAST_SECONDS = 6e-5
 #: the same where other operators are behind the convolution, which the kernel takes as well
 LEAST_SECONDS_CHAIN = 2.5e-5
 #: part of a tile's rows that are positions of the output
-LEAST_FIT = 0.45
+LEAST_FIT = 0.55
 #: the same for grouped convolutions, of which cuDNN makes little
 LEAST_SECONDS_GROUPED = 3e-5
 #: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's

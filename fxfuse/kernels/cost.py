@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
-from fxfuse.instr import Instr, Ref
+from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.program import Program
 
 
@@ -40,12 +40,31 @@ class Cost:
         return self.macs / machine.macs + self.bytes / machine.bandwidth
 
 
-@functools.lru_cache(maxsize=1024)
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One instruction run by itself: multiply-adds, bytes of its operands and of its results (0 of a view's)."""
+
+    instr: Instr
+    results: tuple[TensorType, ...]
+    macs: int
+    read: int
+    written: int
+
+
 def estimate(program: Program) -> Cost | None:
     """The cost of running ``program`` operator by operator; None where a size is not known."""
+    found = operators(program)
+    if found is None:
+        return None
+    return Cost(sum(o.macs for o in found), sum(o.read + o.written for o in found))
+
+
+@functools.lru_cache(maxsize=1024)
+def operators(program: Program) -> tuple[Operator, ...] | None:
+    """What every instruction of ``program`` costs by itself, in order; None where a size is not known."""
     if any(size is None for _, kind in program.inputs for size in kind.shape):
         return None
-    macs = traffic = 0
+    found = []
     with FakeTensorMode(), torch.no_grad(), no_autocast():
         values: dict[str, Tensor] = {
             name: torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for name, kind in program.inputs
@@ -55,11 +74,15 @@ def estimate(program: Program) -> Cost | None:
             result = vocabulary.lookup(instr.op)(*operands, **dict(instr.attributes))
             results: Sequence[Tensor] = result if isinstance(result, tuple) else (result,)
             values.update(zip(instr.outs, results, strict=True))
-            macs += _macs(instr, [o for o in operands if isinstance(o, Tensor)], results[0])
-            if not vocabulary.lookup(instr.op).view:
-                tensors = [*(o for o in operands if isinstance(o, Tensor)), *results]
-                traffic += sum(t.numel() * t.element_size() for t in tensors)
-    return Cost(macs, traffic)
+            tensors = [o for o in operands if isinstance(o, Tensor)]
+            moved = (0, 0) if vocabulary.lookup(instr.op).view else (_bytes(tensors), _bytes(results))
+            types = tuple(TensorType(t.dtype, tuple(t.shape)) for t in results)
+            found.append(Operator(instr, types, _macs(instr, tensors, results[0]), *moved))
+    return tuple(found)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _macs(instr: Instr, operands: Sequence[Tensor], result: Tensor) -> int:

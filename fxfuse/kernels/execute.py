@@ -104,22 +104,22 @@ def describe(region: Region, strides: Strides = None, device: torch.device | Non
     ``strides`` of its inputs; None stands for contiguous ones. ``device``: a GPU that kernels are compiled for;
     any other stands for a Hopper GPU, of which nothing was measured.
     """
-    return str(_planned(region, strides, device))
+    return str(planned(region, strides, device))
 
 
 def source(region: Region, strides: Strides = None, device: torch.device | None = None) -> str:
     """The CUDA C++ of the kernels that :func:`describe` names."""
-    return "\n\n".join(text for _, text in _planned(region, strides, device).sources())
+    return "\n\n".join(text for _, text in planned(region, strides, device).sources())
 
 
 def dump_planned(region: Region) -> None:
     """Write what :func:`describe` tells to the folder of FXFUSE_DUMP."""
     strides = [torch.empty([s or 1 for s in k.shape], device="meta").stride() for _, k in region.rewritten.inputs]
-    dump.write(region, strides, "a Hopper GPU, where the inputs are contiguous (not run)", lambda: _planned(region))
+    dump.write(region, strides, "a Hopper GPU, where the inputs are contiguous (not run)", lambda: planned(region))
 
 
-def _planned(region: Region, strides: Strides = None, device: torch.device | None = None) -> Candidate:
-    """What a first call would run."""
+def planned(region: Region, strides: Strides = None, device: torch.device | None = None) -> Candidate:
+    """What a first call would run. Arguments as of :func:`describe`."""
     if not region.kernels:
         return Candidate(TORCH, refusal="kernels are left out, as asked for")
     try:

@@ -102,9 +102,7 @@ def compile_cubin(source: str, arch: str = "sm_90a", *, options: tuple[str, ...]
     for option in options:
         if _UNSEEN.match(option):
             raise ValueError(f"option {option}: headers come from {HEADERS} and the architecture from arch=")
-    headers = _headers(source)
-    flags = (f"--gpu-architecture={arch}", *_ALWAYS, *options)
-    key = _key(source, headers, flags, _version())
+    headers, flags, key = _keyed(source, arch, options)
     found = _memory.get(key)
     if found is not None:
         return found
@@ -114,6 +112,25 @@ def compile_cubin(source: str, arch: str = "sm_90a", *, options: tuple[str, ...]
             stored, _ = cache.current().get(key, lambda: _make(source, headers, flags, arch))
             found = _memory[key] = Cubin(stored.code, source, arch, stored.log, key)
     return found
+
+
+def compiled(source: str, arch: str = "sm_90a") -> Cubin | None:
+    """The cubin of a source where a cache has it; None where it would have to be compiled, or without NVRTC."""
+    try:
+        _, _, key = _keyed(source, arch, ())
+    except MissingPackage:
+        return None
+    found = _memory.get(key)
+    if found is None and (stored := cache.current().load(key)) is not None:
+        found = _memory[key] = Cubin(stored.code, source, arch, stored.log, key)
+    return found
+
+
+def _keyed(source: str, arch: str, options: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...], str]:
+    """The headers, the flags and the key of a source."""
+    headers = _headers(source)
+    flags = (f"--gpu-architecture={arch}", *_ALWAYS, *options)
+    return headers, flags, _key(source, headers, flags, _version())
 
 
 def forget() -> None:

@@ -173,13 +173,17 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     """How results are stored, and how many of them follow each other in memory. Arguments as of :func:`tile`."""
     if row == 0:
         return Store.CHANNELS, made.columns
-    if made.pooled:  # little is stored, and registers are scarce
-        return Store.DIRECT, 8
-    stride = made.layer.stride
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
     classes, plane = made.stored_classes, stride[1] * stride[2]
     depth, height, width = tiling.box
     align = 32 // itemsize
     whole = tiling.counts[2] == 1 and tiling.half[2] == 0
+    pair = stride[2] == 1 or (stride[2] == 2 and classes % 2 == 0)
+    along = width * stride[2] * (height if whole and plane == 1 else 1)
+    direct = Store.DIRECT, along if pair else 1
+    sectors = row * itemsize % 32 == 0 and direct[1] * itemsize % 32 == 0
+    if made.pooled or sectors:  # little is stored, and registers are scarce; or it comes as it should go
+        return direct
     if classes % plane == 0 and whole:
         longest = made.m_tiles * 64 if tiling.linear else height * stride[1] * row
         kind, runs = Store.PLANES, depth * (classes // plane)
@@ -187,11 +191,10 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
         longest = width * stride[2]
         kind, runs = Store.ROWS, depth * height * (classes // stride[2])
     else:
-        pair = stride[2] == 1 or (stride[2] == 2 and classes % 2 == 0)
-        return Store.DIRECT, 8 * stride[2] if pair else 1
+        return direct
     pitch = -(-(longest + align - 1) // align) * align
     if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > made.pitch:
-        return Store.DIRECT, 8 * stride[2]
+        return direct
     return kind, longest
 
 

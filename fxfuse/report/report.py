@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
+import json
+import os
+import pathlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor, fx
 
 from fxfuse import vocabulary
 from fxfuse.kernels import execute
+from fxfuse.kernels.account import Account, account
 from fxfuse.partition import Draft, label
 from fxfuse.patterns import Application, Rejection
 from fxfuse.propagate import facts
 from fxfuse.region import Region
+from fxfuse.report import code, document, dot, page, text, words
+from fxfuse.report.nodes import NodeReport, node_reports
 
 if TYPE_CHECKING:
     from fxfuse.lower import Rewritten
-
-_WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,23 @@ class RegionReport:
         """The CUDA C++ of the kernels of that plan; empty where it has none."""
         return execute.source(self.region, self.strides, self.device)
 
+    @property
+    def account(self) -> Account | None:
+        """Launches, bytes, multiply-adds and seconds before and after; None where a size is not known."""
+        return account(self.region, self.strides, self.device)
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The operators of the chain as the model wrote it, in the vocabulary's terms."""
+        return tuple(i.op for i in self.region.original.body)
+
+    @property
+    def sentence(self) -> str:
+        """The chain and what became of it, in a line."""
+        return f"{' > '.join(self.chain)}: {words.sentence(self.account)}"
+
     def __str__(self) -> str:
-        before, after = " > ".join(i.op for i in self.region.original.body), " > ".join(self.visible_stages)
-        lines = [f"{self.anchor}: {before}"]
-        if after != before:
-            lines.append(f"rewritten: {after}")
-        lines += [
-            f"{count}x {rule}" if count > 1 else rule for rule, count in Counter(r.rule for r in self.rules).items()
-        ]
-        lines += [f"ends at {node}: {reason}" for node, reason in self.ended]
-        return "\n".join(lines)
+        return "\n".join(text.region_lines(self))
 
     @property
     def visible_stages(self) -> tuple[str, ...]:
@@ -93,7 +103,8 @@ class Report:
 
     ``notes`` say how the model was captured and what was left alone; ``rules`` name what fired where;
     ``rejected`` the near misses. ``graph_before`` and ``graph_after`` are fx graphs, None while there
-    is no capture.
+    is no capture; ``nodes`` tell of the former's. ``parts`` are the reports of parts of a model, by their
+    path, where several were optimised.
     """
 
     model: str = "model"
@@ -103,42 +114,67 @@ class Report:
     rejected: list[Rejection] = dataclasses.field(default_factory=list)
     graph_before: fx.Graph | None = None
     graph_after: fx.Graph | None = None
+    nodes: tuple[NodeReport, ...] = dataclasses.field(default=(), repr=False)
+    parts: dict[str, Report] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def headline(self) -> str:
         if not self.regions:
             return f"{self.model}: {'nothing to fuse' if self.graph_before is not None else 'runs as it is'}"
-        regions = _count(len(self.regions), "region")
-        operators = _count(sum(len(r.operators) for r in self.regions), "operator")
-        return f"{self.model}: {regions} of {operators}, {_count(len(self.rules), 'rewrite')}"
+        regions = words.count(len(self.regions), "region")
+        operators = words.count(sum(len(r.operators) for r in self.regions), "operator")
+        return f"{self.model}: {regions} of {operators}, {words.count(len(self.rules), 'rewrite')}"
+
+    @property
+    def staying(self) -> dict[str, int]:
+        """What stays in torch: operators on tensors that are in no region, with how often they occur."""
+        return dict(Counter(n.spelling for n in self.nodes if n.kind == "operator" and n.region is None and n.value))
 
     def __str__(self) -> str:
-        lines = [self.headline, *(line for n in self.notes for line in _wrap(f"  note: {n}", 8))]
-        for number, region in enumerate(self.regions, 1):
-            first, *rest = str(region).splitlines()
-            lines += ["", *_wrap(f"[{number}] {first}", 4), *(line for r in rest for line in _wrap(f"    {r}", 6))]
-        if self.rules:
-            lines += ["", "rewrites"]
-            identities = dict.fromkeys((r.rule, r.identity) for r in self.rules)
-            lines += [line for rule, identity in identities for line in _wrap(f"  {rule}: {identity}", 6)]
-        if self.rejected:
-            lines += ["", "near misses"]
-            misses = dict.fromkeys(f"  {r.rule} at {r.node}: {r.reason}" for r in self.rejected)
-            lines += [line for miss in misses for line in _wrap(miss, 6)]
-        return "\n".join(lines)
+        return text.plain(self)
 
+    def __rich__(self) -> Any:
+        return text.rich(self)
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    def _repr_html_(self) -> str:
+        return page.notebook(self)
 
+    def show(self, file: TextIO | None = None) -> None:
+        """Print the report, to standard output or ``file``: in colour on a terminal where rich is installed."""
+        text.show(self, file)
 
-def _wrap(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False) or [text]
+    def to_html(self, path: str | os.PathLike[str], *, registers: bool = False) -> pathlib.Path:
+        """Write a page that shows the graph before and after, every region's plan and source; the path of it.
+
+        The page is one file, which works offline. ``registers``: compile the kernels that are not in the cache, for
+        the registers that they take; this needs no GPU, but NVRTC (``fxfuse[cuda]``) and some seconds per kernel.
+        """
+        return page.write(self, pathlib.Path(path), registers)
+
+    def to_json(self) -> str:
+        """What the page shows, as JSON: see :func:`fxfuse.report.document.document`."""
+        return json.dumps(document.document(self), indent=1)
+
+    def to_dot(self) -> str:
+        """The graph before and after in Graphviz' language, regions coloured."""
+        return dot.text(self)
+
+    @property
+    def code_before(self) -> str:
+        """The captured graph as Python, for reading; empty without a capture."""
+        return code.of_graph(self, self.graph_before)
+
+    @property
+    def code_after(self) -> str:
+        """The graph with its regions as Python, for reading; empty without a capture."""
+        return code.of_graph(self, self.graph_after)
 
 
 def summarize(graph: fx.Graph, regions: Sequence[Rewritten], before: fx.Graph) -> Report:
     """The report of a partitioned graph, before it is lowered."""
-    report = Report(graph_before=before)
+    members = [frozenset(n.name for n in r.draft.members) for r in regions]
+    ended = {n.name: reason for r in regions for n, reason in r.draft.ended}
+    report = Report(graph_before=before, nodes=node_reports(graph, before, members, ended))
     for rewritten in regions:
         draft = rewritten.draft
         report.regions.append(

@@ -158,7 +158,7 @@ def test_a_defect_does_not_reach_the_model(
     def broken(*_: object) -> Candidate:
         raise AssertionError("broken")
 
-    monkeypatch.setattr(execute, "_planned", broken)
+    monkeypatch.setattr(execute, "planned", broken)
     assert len(fxfuse.explain(model(), torch.randn(1, 4, 5, 5, 5)).regions) == 1
     assert not folder.exists()
     assert "AssertionError: broken" in caplog.text
