@@ -26,6 +26,7 @@ from fxfuse.kernels.tail import Torch
 from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare, source_of
 from fxfuse.program import Program
 from fxfuse.region import Region
+from fxfuse.tolerance import tf32_allowed
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def run(region: Region, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         return None
     if any(t.is_neg() for t in inputs):  # a kernel reads memory as it is
         return None
-    key = (region, _tf32(region), *((t.shape, t.stride(), t.device) for t in inputs))
+    key = (region, tf32_allowed(region.precision), *((t.shape, t.stride(), t.device) for t in inputs))
     found = _prepared.get(key, ...)
     if found is not ...:
         return None if found is None else found.run(inputs)
@@ -221,7 +222,9 @@ def _prepare(region: Region, inputs: Sequence[Tensor]) -> Prepared:
     if any(t.device != device for t in inputs):
         raise Unscheduled("the inputs are on several devices")
     program = region.rewritten
-    made, convolution, _ = decide(program, inputs, exact=not _tf32(region), hopper=_hopper(device.index))
+    made, convolution, _ = decide(
+        program, inputs, exact=not tf32_allowed(region.precision), hopper=_hopper(device.index)
+    )
     log.debug("%s", made)
     last: dict[str, int] = {}
     for i, step in enumerate(made.steps):
@@ -253,12 +256,3 @@ def _usable(device: int) -> bool:
 @cache
 def _hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _tf32(region: Region) -> bool:
-    """Whether float32 convolutions may round their factors to TF32."""
-    if region.precision is not None:
-        return region.precision == "tf32"
-    cudnn = torch.backends.cudnn
-    # allow_tf32 raises once this newer setting was used; this one follows both
-    return bool(cudnn.enabled) and cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
