@@ -16,7 +16,7 @@ from fxfuse.replica import unwrapped
 from fxfuse.report import Report
 from fxfuse.state import State
 from fxfuse.verification import VerifyReport
-from fxfuse.verification.outcome import Way
+from fxfuse.verification.outcome import Way, behind
 from fxfuse.verification.parts import check_parts, is_optimised
 from fxfuse.verification.verifier import Verifier
 
@@ -92,8 +92,8 @@ def verify(original: nn.Module | None, optimised: nn.Module, *inputs: Any, **kwa
     does not run in float64, eager mode is the truth, and the report says so.
 
     Args:
-        original: the model as it was written; None where ``optimised`` is what :func:`optimize` returned,
-            which shares the modules of the original.
+        original: the model as it was written; None where ``optimised`` is what :func:`optimize` or
+            ``torch.compile`` returned, which shares the modules of the original.
         optimised: any module that should do the same: of :func:`optimize`, of ``torch.compile``, written by hand.
         inputs, kwargs: the arguments of one call of both.
 
@@ -107,15 +107,17 @@ def verify(original: nn.Module | None, optimised: nn.Module, *inputs: Any, **kwa
     for name, module in (("original", original), ("optimised", optimised)):
         if not isinstance(module, nn.Module) and (module is not None or name == "optimised"):
             raise TypeError(f"verify() takes modules; {name} is a {type(module).__name__}")
-    behind = unwrapped(optimised)
-    if original is None and behind is optimised:
-        raise TypeError("verify(None, ...) needs a result of optimize(); pass the original model as the first argument")
-    original = behind if original is None else unwrapped(original)
+    shared = behind(optimised)
+    if original is None and shared is optimised:
+        raise TypeError(
+            "verify(None, ...) needs a result of optimize() or torch.compile(); pass the original model first"
+        )
+    original = shared if original is None else unwrapped(original)
     if original is optimised:
         raise ValueError("original and optimised are the same module: there is nothing to compare")
     form, tensors = CallForm.of(inputs, kwargs)
     verifier = Verifier(Way(lambda a, k: original(*a, **k), original), form, tensors)
-    way = Way(lambda a, k: optimised(*a, **k), behind)
+    way = Way(lambda a, k: optimised(*a, **k), shared)
     if any(is_optimised(m) for m in optimised.modules()):
         options = optimised._fxfuse_made[0] if isinstance(optimised, View) else None
         return verifier.check(way, regions=lambda: check_parts(optimised, form, tensors), options=options)

@@ -15,9 +15,10 @@ from fxfuse.capture import CallForm
 from fxfuse.kernels.plan import Path
 from fxfuse.ops import Run, watch
 from fxfuse.report import Report
+from fxfuse.state import State
 from fxfuse.timing import in_turns, once, queued
 from fxfuse.verification.comparison import Kind
-from fxfuse.verification.outcome import Way
+from fxfuse.verification.outcome import Way, behind
 from fxfuse.verification.verifier import Verifier
 
 #: bytes of inputs to rotate through on a GPU: more than any L2
@@ -151,15 +152,12 @@ def _prepare(
     """Make a peer, call it for the first time and verify it; None, and a line in ``row``, where it is not right."""
     own = [[peer.lay_out(x, layout) for x in turn] for turn in turns]
     made: list[Any] = []
-
-    def first() -> None:
-        made.append(peer.make(model, layout))
-        made[0](*own[0])
-
     try:
-        taken = once(first)
+        taken = once(lambda: made.append(peer.make(model, layout)))
         module = made[0]
-        way = Way(lambda args, _: module(*[peer.lay_out(x, layout) for x in args]), module)
+        way = Way(lambda args, _: module(*[peer.lay_out(x, layout) for x in args]), behind(module))
+        with State(way.module, own[0]).kept():
+            taken += once(lambda: module(*own[0]))
         with watch() as runs:
             found = verifier.check(way)
     except torch.OutOfMemoryError as error:

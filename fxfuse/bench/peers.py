@@ -37,7 +37,7 @@ class Peer:
 
     def lay_out(self, x: Tensor, layout: torch.memory_format) -> Tensor:
         """An input as this way takes it."""
-        return x.contiguous(memory_format=layout) if self.channels_last and _CHANNELS_LAST.get(x.dim()) else x
+        return x.contiguous(memory_format=layout) if self.channels_last and _CHANNELS_LAST.get(x.dim()) is layout else x
 
 
 def _eager(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -26,7 +27,12 @@ EXAMPLES = """examples:
   python -m fxfuse bench --cases chains --dtype float16 --peers eager,channels_last,compile --json chains.json
   python -m fxfuse bench decoder.py:Decoder --shape 2x16x8x16x16 --plot decoder.svg
 
-exit code 0: all was measured; 1: something of fxfuse's was not right, and was not timed; 2: wrong arguments"""
+exit code 0: what fxfuse does is right, and was timed; 1: it is not, and was not; 2: wrong arguments.
+A peer that does not run, or is not right, is listed with the reason."""
+
+
+#: name, model, shapes of its inputs
+_Job = tuple[str, nn.Module, list[tuple[int, ...]]]
 
 
 def peers(text: str) -> list[str]:
@@ -85,12 +91,14 @@ def run(given: argparse.Namespace) -> int:
         raise UserError("--train goes with module:factory; the cases have modes of their own")
     device = given.device or default_device()
     check_environment()
+    rest = _jobs(given, device)
+    jobs = itertools.chain([next(rest)], rest)  # a model that does not load is said before anything is measured
     machine = bench.Machine.of(device)
     print(f"{environment.described(device)['device']}: {_rates(machine)}\n")
     rows = []
     progress = _Progress()
     with _settings(given.ieee):
-        for number, (name, model, shapes) in enumerate(_jobs(given, device), 1):
+        for number, (name, model, shapes) in enumerate(jobs, 1):
             torch.manual_seed(0)
             torch._dynamo.reset()  # or it gives up compiling after a few models of the same class
             title = f"[{number}] {name}, {'train' if model.training else 'eval'}"
@@ -109,10 +117,10 @@ def run(given: argparse.Namespace) -> int:
             print("\n".join(described(row, machine)), "\n", flush=True)
             rows.append(row)
     _write(given, device, rows)
-    return Exit.FAILED if any(label.startswith("fxfuse") for row in rows for label in row.wrong) else Exit.OK
+    return Exit.FAILED if any(label.startswith("fxfuse") for row in rows for label in row.failed) else Exit.OK
 
 
-def _jobs(given: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, nn.Module, list[tuple[int, ...]]]]:
+def _jobs(given: argparse.Namespace, device: torch.device) -> Iterator[_Job]:
     """Name, model and shapes of what is to be measured, made when its turn comes."""
     if given.model:
         given.device = device

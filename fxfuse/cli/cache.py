@@ -9,17 +9,21 @@ from typing import Any
 from fxfuse.cli.errors import Exit, UserError
 from fxfuse.kernels import cache
 
+#: entries that are listed unless all are asked for
+LISTED = 20
+
 
 def add(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser("cache", help="list the compiled kernels on disk, or remove them")
     parser.add_argument("--clear", action="store_true", help="remove them all")
+    parser.add_argument("--all", action="store_true", help=f"list all (default: the {LISTED} used last)")
     parser.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     try:
-        print(cleared() if given.clear else listed())
+        print(cleared() if given.clear else listed(everything=given.all))
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return Exit.OK
@@ -30,15 +34,17 @@ def cleared() -> str:
     return _NOWHERE if kernels.root is None else f"removed {kernels.clear()} from {kernels.root}"
 
 
-def listed() -> str:
-    """A line per entry, and the total."""
+def listed(*, everything: bool = False) -> str:
+    """A line per entry, those that were used last first, and the total."""
     kernels = cache.current()
     if kernels.root is None:
         return _NOWHERE
-    lines = []
-    for entry in kernels.entries():
+    entries, lines = kernels.entries(), []
+    for entry in entries if everything else entries[:LISTED]:
         about = " ".join(entry.about.get(name, "") for name in ("arch", "kernels"))
         lines.append(f"{entry.key[:12]}  {_bytes(entry.size):>10}  {_age(time.time() - entry.used):>8}  {about}"[:120])
+    if len(lines) < len(entries):
+        lines.append(f"... and {len(entries) - len(lines)} more; --all lists them")
     return "\n".join([*lines, summary(kernels)])
 
 

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     levels = {0: logging.WARNING, 1: logging.INFO}
     logging.basicConfig(level=levels.get(given.verbose, logging.DEBUG), format="%(name)s: %(message)s")
     try:
-        return int(given.run(given))
+        code = int(given.run(given))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"fxfuse {given.command}: {error}", file=sys.stderr)
         return Exit.USAGE

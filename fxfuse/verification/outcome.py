@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse.capture import CallForm
 from fxfuse.compare import fresh
+from fxfuse.replica import unwrapped
 from fxfuse.state import State, tensors_of
 
 
@@ -21,10 +22,6 @@ class Way:
 
     call: Callable[[tuple[Any, ...], dict[str, Any]], Any]
     module: nn.Module
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Parameters, buffers and other tensors of the module, by name."""
-        return named_tensors(self.module)
 
 
 @dataclasses.dataclass
@@ -42,6 +39,11 @@ class Outcome:
     def tensors(self) -> dict[str, Any]:
         """All of it by name."""
         return {**self.leaves, **self.gradients, **self.written}
+
+
+def behind(module: nn.Module) -> nn.Module:
+    """The module that a view, or a result of torch.compile, runs; or ``module`` itself."""
+    return unwrapped(module.__dict__.get("_modules", {}).get("_orig_mod", module))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -68,7 +70,7 @@ def run(way: Way, form: CallForm, tensors: Sequence[Tensor], dtypes: dict[str, t
         gradients = {} if dtypes is None else _gradients(way, leaves, given, dtypes)
         written = {f"input {i}": t for i, (t, old) in enumerate(zip(given, tensors, strict=True)) if _changed(t, old)}
         changed = {id(t) for t in state.written()}
-        written.update((name, t) for name, t in way.named_tensors().items() if id(t) in changed)
+        written.update((name, t) for name, t in named_tensors(way.module).items() if id(t) in changed)
         kept = {t.untyped_storage()._cdata for t in (*given, *tensors_of(way.module)) if t.layout is torch.strided}
         return Outcome(
             {name: _detached(leaf, kept) for name, leaf in leaves.items()},
@@ -110,7 +112,9 @@ def _gradients(
 ) -> dict[str, Tensor | None]:
     outputs = {n: t for n, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point()}
     wanted = {f"gradient of input {i}": t for i, t in enumerate(given) if t.requires_grad}
-    wanted.update((f"gradient of {n}", t) for n, t in way.named_tensors().items() if t.requires_grad and t.is_leaf)
+    wanted.update(
+        (f"gradient of {n}", t) for n, t in named_tensors(way.module).items() if t.requires_grad and t.is_leaf
+    )
     if not outputs or not wanted:
         return {}
     weights = [_weight(i, t).to(dtypes.get(n, t.dtype)).to(t.dtype) for i, (n, t) in enumerate(outputs.items())]

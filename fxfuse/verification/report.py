@@ -48,9 +48,11 @@ class VerifyReport:
     @property
     def failures(self) -> list[str]:
         """What is off, as sentences; the regions at fault first."""
-        regions = [r.reason for r in self.regions]
-        found = [c.reason for c in self.comparisons]
-        return [r for r in (*regions, *self.problems, *found) if r is not None]
+        regions = [r.reason for r in self.regions if r.reason is not None]
+        found = [*self.problems, *(c.reason for c in self.comparisons if c.reason is not None)]
+        if found and self.regions and not regions:
+            found.append("the forward of every region is right by itself, so the fault lies around them")
+        return [*regions, *found]
 
     def raise_for_failure(self) -> None:
         """Raise :class:`VerificationError` unless all is ok."""

@@ -52,7 +52,7 @@ class Verifier:
         self.truth = "float64"
         self.dtypes: dict[str, torch.dtype] = {}
         self.baselines = [self._baseline(gradients=False)]
-        needed = any(t.requires_grad for t in (*tensors, *original.named_tensors().values()))
+        needed = any(t.requires_grad for t in (*tensors, *named_tensors(original.module).values()))
         if torch.is_grad_enabled() and needed:
             self.baselines.append(self._baseline(gradients=True))
 
@@ -152,7 +152,7 @@ class Verifier:
             wanted,
             truth if isinstance(truth, Tensor) and isinstance(wanted, Tensor) else None,
             tf32=isinstance(wanted, Tensor) and wanted.is_cuda and tf32_allowed(options.precision),
-            specials=specials_of([*self.tensors, *self.original.named_tensors().values()], options.allow),
+            specials=specials_of([*self.tensors, *named_tensors(self.original.module).values()], options.allow),
             noise=lambda: self._noise(name, wanted if truth is None else truth, baseline),
         )
 
