@@ -74,7 +74,7 @@ class VerifyReport:
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for region in self.regions:
             path = "" if region.path is None else f" ({region.path.value})"
-            yield (f"region {region.anchor}: {region.stages}{path}", *_cells(region.ran, region.ok))
+            yield (f"region {region.anchor}: {region.stages}{path}", *_cells(region.ran, region.ran.ok))
             if region.algebra is not None:
                 yield ("    its rewrites, in float64", *_cells(region.algebra, region.algebra.ok))
         groups = itertools.groupby(self.comparisons, key=lambda c: (c.kind, c.what.endswith("with gradients")))

@@ -191,6 +191,16 @@ def test_wrong_buffers() -> None:
     assert report.failures == [f"block.offset afterwards{s}: {reason}" for s in ("", ", with gradients")]
 
 
+def test_results_that_are_buffers() -> None:
+    """They are compared as they were returned, not as they are when the model is put back."""
+
+    def returns(add: float) -> Callable[..., Tensor]:
+        return lambda block, x: block.offset.add_(add)
+
+    assert against(returns(1.0), returns(1.0), data()).ok
+    assert not named(against(returns(1.0), returns(1.1), data()))["output"].ok
+
+
 def test_a_failing_model() -> None:
     def fails(block: Any, x: Tensor) -> Tensor:
         y = block.up(x).sigmoid()
