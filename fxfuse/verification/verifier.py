@@ -24,7 +24,7 @@ from fxfuse.pipeline import Options
 from fxfuse.report import Report
 from fxfuse.state import State
 from fxfuse.tolerance import tf32_allowed
-from fxfuse.verification.comparison import Comparison, Kind, compare
+from fxfuse.verification.comparison import Comparison, Kind, Specials, compare
 from fxfuse.verification.outcome import Outcome, Way, named_tensors, run
 from fxfuse.verification.regions import SAMPLES, RegionCheck, check_regions, perturbed, specials_of, widened
 from fxfuse.verification.report import VerifyReport
@@ -40,6 +40,14 @@ class _Baseline:
     eager: Outcome
     truth: Outcome | None
     samples: list[Outcome] | None = None  #: eager mode with perturbed inputs and parameters, once they are asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """What is asked of every tensor: of its Inf and NaN, and of float32 on a GPU."""
+
+    specials: Specials
+    tf32: bool
 
 
 class Verifier:
@@ -93,6 +101,8 @@ class Verifier:
         """Compare ``optimised``; ``regions`` gives the checks of its regions after it ran."""
         report = VerifyReport(self.name, self.truth)
         options = options or Options()
+        held = [*self.tensors, *named_tensors(self.original.module).values()]
+        terms = _Terms(specials_of(held, options.allow), tf32_allowed(options.precision))
         ran = 0
         for baseline in self.baselines:
             try:
@@ -104,7 +114,7 @@ class Verifier:
                 report.problems.append(f"{what} of the optimised model fails with {type(error).__name__}: {error}")
                 continue
             ran = max(ran, runs)
-            self._compare(report, baseline, got, options)
+            self._compare(report, baseline, got, terms)
         if regions is not None:
             report.regions = regions()
         if not ran:
@@ -120,7 +130,7 @@ class Verifier:
         with watch() as runs:
             return run(optimised, self.form, self.tensors, dtypes), len(runs)
 
-    def _compare(self, report: VerifyReport, baseline: _Baseline, got: Outcome, options: Options) -> None:
+    def _compare(self, report: VerifyReport, baseline: _Baseline, got: Outcome, terms: _Terms) -> None:
         eager, suffix = baseline.eager, ", with gradients" if baseline.gradients else ""
         report.problems += [f"{p}{suffix}" for p in _problems(got, eager)]
         kinds = (
@@ -135,12 +145,10 @@ class Verifier:
                     problem = _UNEXPECTED[kind] if name in found else _MISSING[kind]
                     report.comparisons.append(Comparison(title, kind, "", problem=problem))
                 elif found[name] is not None or wanted[name] is not None:
-                    report.comparisons.append(
-                        self._one(title, name, kind, found[name], wanted[name], baseline, options)
-                    )
+                    report.comparisons.append(self._one(title, name, kind, found[name], wanted[name], baseline, terms))
 
     def _one(
-        self, title: str, name: str, kind: Kind, got: Any, wanted: Any, baseline: _Baseline, options: Options
+        self, title: str, name: str, kind: Kind, got: Any, wanted: Any, baseline: _Baseline, terms: _Terms
     ) -> Comparison:
         if (got is None) != (wanted is None):
             return Comparison(title, kind, "", problem=(_UNEXPECTED if wanted is None else _MISSING)[kind])
@@ -151,8 +159,8 @@ class Verifier:
             got,
             wanted,
             truth if isinstance(truth, Tensor) and isinstance(wanted, Tensor) else None,
-            tf32=isinstance(wanted, Tensor) and wanted.is_cuda and tf32_allowed(options.precision),
-            specials=specials_of([*self.tensors, *named_tensors(self.original.module).values()], options.allow),
+            tf32=terms.tf32 and isinstance(wanted, Tensor) and wanted.is_cuda,
+            specials=terms.specials,
             noise=lambda: self._noise(name, wanted if truth is None else truth, baseline),
         )
 

@@ -137,6 +137,10 @@ def test_fuel_and_disabled_rules_are_followed(monkeypatch: pytest.MonkeyPatch) -
     x = torch.randn(2, 2, 6, 6, 6)
     monkeypatch.setenv("FXFUSE_DISABLE", "ForgetRelu")
     assert fxfuse.verify(None, OptimizedModule(model, Options(rules=(*DEFAULT_RULES, ForgetRelu()))), x).ok
+    monkeypatch.setenv("FXFUSE_DISABLE", "ComposeMaxPools")
+    nn.init.constant_(model[0].bias, -1.0)
+    report = fxfuse.verify(None, OptimizedModule(model, Options(rules=(*DEFAULT_RULES, ForgetRelu()))), x)
+    assert [r.broken.application.rule for r in report.regions if r.broken] == ["ForgetRelu"]
     monkeypatch.delenv("FXFUSE_DISABLE")
     monkeypatch.setenv("FXFUSE_FUEL", "1")
     assert fxfuse.verify(None, OptimizedModule(model, Options(rules=(*DEFAULT_RULES, ForgetRelu()))), x).ok

@@ -167,6 +167,20 @@ def test_a_missing_gradient() -> None:
     assert "gradient of block.up.weight: a gradient arrives where the original has none" in report.failures
 
 
+def test_inf_for_nan() -> None:
+    """It counts, unless an input or a parameter holds some already."""
+
+    def filled(value: float) -> Callable[..., Tensor]:
+        return lambda block, x: torch.where(x > 0, x, value)
+
+    x = data()
+    assert against(filled(float("inf")), filled(float("inf")), x).ok
+    assert not against(filled(float("inf")), filled(float("nan")), x).ok
+    x[0, 0, 0, 0, 0] = float("nan")
+    assert against(filled(float("inf")), filled(float("nan")), x).ok
+    assert not against(filled(float("inf")), filled(7.0), x).ok
+
+
 def test_wrong_buffers() -> None:
     def wrong(block: Any, x: Tensor) -> Tensor:
         y: Tensor = block(x)
