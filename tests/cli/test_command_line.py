@@ -333,8 +333,9 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 def test_a_process_of_its_own_whose_reader_goes_away(folder: Path) -> None:
     """`python -m fxfuse env | true`"""
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written when the process ends
     made = subprocess.Popen(
-        [sys.executable, "-m", "fxfuse", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fxfuse", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
     )
     assert made.stdout is not None and made.stderr is not None
     made.stdout.close()
