@@ -15,7 +15,7 @@ import platform
 import torch
 
 import fxfuse
-from fxfuse import demo
+from fxfuse import demo, environment
 from fxfuse.models import CASES
 
 
@@ -48,7 +48,7 @@ def main() -> None:
             )
     if given.json:
         machine = {
-            "processor": processor(),
+            "processor": environment.processor(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -56,16 +56,6 @@ def main() -> None:
             "protocol": f"no_grad, float32, in turns, median of {given.rounds}",
         }
         given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

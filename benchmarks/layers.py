@@ -33,6 +33,7 @@ from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Launch, dense
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import seconds
+from fxfuse.timing import queued
 
 CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}
 wrong: list[str] = []
@@ -87,19 +88,7 @@ def draw(rng: random.Random) -> Case:
 
 def median(call: Callable[[int], object], calls: int = 10, rounds: int = 5) -> float:
     """Milliseconds of one of ``calls`` queued calls; ``call`` is given a running number."""
-    for i in range(3):
-        call(i)
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)
-        start.record()
-        for i in range(calls):
-            call(i)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
+    return 1e3 * queued(call, range(calls), calls=calls, repeats=rounds, hold=True)
 
 
 def measure(case: Case, name: str) -> dict[str, Any]:

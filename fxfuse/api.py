@@ -1,4 +1,4 @@
-"""The public functions: optimize and explain."""
+"""The public functions: optimize, explain and verify."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from fxfuse.pipeline import Options
 from fxfuse.replica import unwrapped
 from fxfuse.report import Report
 from fxfuse.state import State
+from fxfuse.verification import VerifyReport
+from fxfuse.verification.outcome import Way, behind
+from fxfuse.verification.parts import check_parts, is_optimised
+from fxfuse.verification.verifier import Verifier
 
 
 def optimize(
@@ -50,8 +54,8 @@ def optimize(
             (here and now for ``example_inputs``), where no choice is kept on disk: see :func:`fxfuse.tune`.
         submodules: names or shell patterns ("decoder.*"): only these parts are optimised, for models
             that cannot be captured whole.
-        verify: compare the result for each new set of shapes with float64; raise VerificationError
-            where it is further off than rounding explains.
+        verify: for each new set of shapes do what :func:`verify` does, and raise VerificationError,
+            which names the rule at fault, where the result is further off than rounding explains.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -85,6 +89,48 @@ def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
     optimized = OptimizedModule(unwrapped(model), options)
     optimized._fxfuse_runtime.prepare(example_inputs, kwargs)
     return optimized.fxfuse_report
+
+
+def verify(original: nn.Module | None, optimised: nn.Module, *inputs: Any, **kwargs: Any) -> VerifyReport:
+    """Compare ``optimised`` with ``original`` on one set of arguments; both are left as they are.
+
+    Compared are results, what the call writes to (running statistics, inputs) and, where gradients are
+    switched on, the gradients of inputs and parameters that require them: with the same in float64, beside
+    eager mode's own error. Whole numbers and booleans must be equal. Of a result of :func:`optimize`, each
+    region is checked by itself as well, and a wrong rewrite is named. Where the model draws random numbers or
+    does not run in float64, eager mode is the truth, and the report says so.
+
+    Args:
+        original: the model as it was written; None where ``optimised`` is what :func:`optimize` or
+            ``torch.compile`` returned, which shares the modules of the original.
+        optimised: any module that should do the same: of :func:`optimize`, of ``torch.compile``, written by hand.
+        inputs, kwargs: the arguments of one call of both.
+
+    Returns:
+        A report: ``report.ok``, ``str(report)`` is a table, ``report.raise_for_failure()``.
+
+    Raises:
+        TypeError: an argument is not a module, or ``original`` is None and ``optimised`` does not share one.
+        ValueError: both are the same module.
+    """
+    for name, module in (("original", original), ("optimised", optimised)):
+        if not isinstance(module, nn.Module) and (module is not None or name == "optimised"):
+            raise TypeError(f"verify() takes modules; {name} is a {type(module).__name__}")
+    shared = behind(optimised)
+    if original is None and shared is optimised:
+        raise TypeError(
+            "verify(None, ...) needs a result of optimize() or torch.compile(); pass the original model first"
+        )
+    original = shared if original is None else unwrapped(original)
+    if original is optimised:
+        raise ValueError("original and optimised are the same module: there is nothing to compare")
+    form, tensors = CallForm.of(inputs, kwargs)
+    verifier = Verifier(Way(lambda a, k: original(*a, **k), original), form, tensors)
+    way = Way(lambda a, k: optimised(*a, **k), shared)
+    if any(is_optimised(m) for m in optimised.modules()):
+        options = optimised._fxfuse_made[0] if isinstance(optimised, View) else None
+        return verifier.check(way, regions=lambda: check_parts(optimised, form, tensors), options=options)
+    return verifier.check(way)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -31,7 +31,7 @@ from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import facts, isolated
 from fxfuse.report import Report
 from fxfuse.state import State
-from fxfuse.verify import check
+from fxfuse.verification.verifier import check
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,15 @@ class Runtime:
         with self._lock, State(self.model, tensors).kept():
             _, entry = self._first_call(form, fresh(tensors))
             self._remember(_form_key(form, tensors), entry)
+
+    def serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Specialisation, list[Tensor]] | None:
+        """What served a call like this one, and the tensors of the model that it takes; None where the model runs."""
+        form, tensors = CallForm.of(args, kwargs)
+        found = None if _unsupported(form, tensors) else self._find(_form_key(form, tensors), tensors)
+        special = found[0].specialisations.get(_sizes(tensors)) if found else None
+        if found is None or special is None or special.run is None:
+            return None
+        return special, [found[1][i] for i in special.kept]
 
     def _find(self, key: Any, tensors: Sequence[Tensor]) -> tuple[Entry, list[Tensor]] | None:
         """The entry that speaks for this call, and its lifted tensors."""
@@ -233,7 +242,15 @@ class Runtime:
                 entry.specialisations[key] = special
             self.report = special.report
         if self.verify and not special.verified and special.run is not None and not _tracing(tensors):
-            check(self.model, capture, special.run, [lifted[i] for i in special.kept], tensors)
+            check(
+                self.model,
+                capture,
+                special.run,
+                [lifted[i] for i in special.kept],
+                tensors,
+                special.report,
+                self.options,
+            )
             special.verified = True
         return special
 

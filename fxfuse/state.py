@@ -107,11 +107,12 @@ class State:
         self.attributes = Attributes(model)
         self._values = [(t, t.detach().clone()) for t in tensors_of(model)]
         self._devices = sorted({t.get_device() for t in (*inputs, *(t for t, _ in self._values)) if t.is_cuda})
-        self._torch = self._generators()
+        self._torch = self.generators()
         self._python = random.getstate()
         self._numpy: Any = numpy.random.get_state(legacy=False)
 
-    def _generators(self) -> list[Tensor]:
+    def generators(self) -> list[Tensor]:
+        """The states of torch's random generators now, those of the devices in use included."""
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
 
     def restore(self) -> None:
@@ -150,9 +151,13 @@ class State:
             return "it draws other random numbers than the model"
         return None
 
+    def written(self) -> list[Tensor]:
+        """The tensors of the model that hold other values now."""
+        return [t for t, value in self._values if _differ(t, value)]
+
     def draws(self) -> bool:
         """Whether torch's random generators have moved on."""
-        return any(not torch.equal(a, b) for a, b in zip(self._generators(), self._torch, strict=True))
+        return any(not torch.equal(a, b) for a, b in zip(self.generators(), self._torch, strict=True))
 
     def draws_elsewhere(self) -> bool:
         """Whether the random generators of Python or NumPy have moved on."""

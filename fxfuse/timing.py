@@ -1,10 +1,15 @@
-"""Timing several ways of doing the same thing, fairly: in turns, so that a drifting machine hits all alike."""
+"""Timing several ways of doing the same thing, fairly.
+
+On a CPU in turns, so that a drifting machine hits all alike; on a GPU as queued calls between two events, on inputs
+in rotation, so that neither launches nor what the last call left in a cache are measured.
+"""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +28,20 @@ def in_turns(
     """
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
-        _timed(way)
+        once(way)
     started = time.perf_counter()
     for number in range(rounds):
         order = list(ways) if number % 2 == 0 else list(ways)[::-1]
         for name in order:
-            taken[name].append(_timed(ways[name]))
+            taken[name].append(once(ways[name]))
         if seconds is not None and number >= 2 and time.perf_counter() - started > seconds:
             break
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def queued(ways: Mapping[str, Callable[[], Any]], *, rounds: int = 7, seconds: float = 0.01) -> dict[str, float]:
+def queued_in_turns(
+    ways: Mapping[str, Callable[[], Any]], *, rounds: int = 7, seconds: float = 0.01
+) -> dict[str, float]:
     """Median seconds of a call of each way, over ``rounds`` rounds in turns, while calls queue up behind each other.
 
     A round makes as many calls of a way, without waiting for the GPU, as take ``seconds`` together: what is
@@ -69,7 +76,34 @@ def _batch(way: Callable[[], Any], count: int) -> float:
     return float(start.elapsed_time(end)) * 1e-3 / count
 
 
-def _timed(way: Callable[[], Any]) -> float:
+def queued(
+    call: Callable[[Any], object], turns: Sequence[Any], *, calls: int = 20, repeats: int = 7, hold: bool = False
+) -> float:
+    """Median GPU seconds of ``call(turn)``: events around ``calls`` queued calls, ``repeats`` times, after three more.
+
+    ``turns`` are taken in rotation; of tensors they should be larger than the cache together. ``hold`` keeps the GPU
+    busy while the calls are queued, so that launches cost nothing however short the kernels are.
+    """
+    turn = itertools.cycle(turns)
+    for _ in range(3):
+        call(next(turn))
+    torch.cuda.synchronize()
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if hold:
+            torch.cuda._sleep(2_000_000)  # clock cycles
+        start.record()
+        for _ in range(calls):
+            call(next(turn))
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def once(way: Callable[[], Any]) -> float:
+    """Seconds of one call. GPU work is waited for."""
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from fxfuse.ops import watch
 from fxfuse.pipeline import Options
 from fxfuse.replica import unwrapped
 from fxfuse.state import State
-from fxfuse.timing import queued
+from fxfuse.timing import queued_in_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def tune(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Tuning:
     return measured(model, example_inputs, kwargs)
 
 
-def measured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], timer: Timer = queued) -> Tuning:
+def measured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], timer: Timer = queued_in_turns) -> Tuning:
     """:func:`tune` with a ``timer``: median seconds of a call of every way that it is given, by name."""
     compiled = hasattr(model, "_orig_mod")  # by torch.compile
     runs_regions = compiled or any(isinstance(m, View) for m in model.modules())

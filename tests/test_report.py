@@ -1,4 +1,4 @@
-"""What a person reads: reports, refusals, and verification."""
+"""What a person reads: reports, refusals, and what becomes of defects."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from agreement import F64, Block, assert_same, data, optimized_block
 from torch import Tensor, fx, nn
 
 import fxfuse
-from fxfuse.chain import Builder, attributes, op_of, operands
+from fxfuse.chain import Builder
 from fxfuse.models import MaxMaxSum, ScaleNormPool
 from fxfuse.module import OptimizedModule
-from fxfuse.ops import watch
-from fxfuse.patterns import DEFAULT_RULES, Legality, Match, P, X
+from fxfuse.patterns import Legality, Match, P, X
 from fxfuse.pipeline import Options
 
 
@@ -245,96 +244,7 @@ def test_merged_report() -> None:
     assert [n.split(":")[0] for n in report.notes] == ["parts.a", "parts.b"]
 
 
-# --- verification ---------------------------------------------------------------------------------
-class ForgetRelu(fxfuse.Rule):
-    """relu(x) = x, which is wrong"""
-
-    legality = Legality.BITWISE
-    pattern = P("relu", X)
-
-    def rewrite(self, match: Match, build: Builder) -> fx.Node:
-        node: fx.Node = operands(match.root)[0]
-        return node
-
-
-class WrongVariance(fxfuse.Rule):
-    """The statistics of a training-mode BatchNorm come out twice as large"""
-
-    legality = Legality.BITWISE
-    pattern = P("batch_norm_train", name="norm")
-
-    def check(self, match: Match) -> None:
-        return None
-
-    def rewrite(self, match: Match, build: Builder) -> tuple[fx.Node, ...]:
-        norm = match["norm"]
-        new = build.call(op_of(norm).name, *operands(norm), **{**attributes(norm), "eps": 2e-5})
-        y, mean, var = (build.output(new, i) for i in range(3))
-        return y, mean, build.call("mul", var, 2.0)
-
-
-class Once(WrongVariance):
-    def check(self, match: Match) -> Any:
-        from fxfuse.patterns import Reject
-
-        return Reject("it is done") if attributes(match["norm"])["eps"] == 2e-5 else None
-
-
-def verified(model: nn.Module, *rules: fxfuse.Rule) -> nn.Module:
-    return OptimizedModule(model, Options(rules=(*rules, *DEFAULT_RULES)), verify=True)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_verify_catches_a_wrong_rule(training: bool) -> None:
-    optimized = verified(Block().train(training), ForgetRelu())
-    with pytest.raises(fxfuse.VerificationError, match=r"output 0 of Block is \d\.\d\de-?\d+ from the float64 truth"):
-        optimized(data())
-    with pytest.raises(fxfuse.VerificationError, match="FXFUSE_FUEL"):
-        optimized._fxfuse_runtime.prepare((data(),), {})
-
-
-def test_verify_looks_at_buffers() -> None:
-    optimized = verified(Block(), Once())
-    with pytest.raises(fxfuse.VerificationError, match=r"after a call of Block, a tensor of the model"):
-        optimized(data())
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_verify_passes_what_is_right(dtype: torch.dtype, training: bool) -> None:
-    """For each new set of shapes, and leaving everything as one call leaves it."""
-    model, twin = (Block().to(dtype).train(training) for _ in range(2))
-    optimized = fxfuse.optimize(model, verify=True)
-    for size in (3, 4, 4, 5):
-        x = data(2, 2, size, 3, 3, dtype=dtype)
-        with torch.no_grad():
-            assert_same(optimized(x), twin(x))
-    assert_same(dict(model.state_dict()), dict(twin.state_dict()))
-    specials = [s for e in next(iter(optimized._fxfuse_runtime._entries.values())) for s in e.specialisations.values()]
-    assert len(specials) == 3 and all(s.verified for s in specials)
-
-
-@pytest.mark.parametrize("then", [lambda y: y.float(), F.dropout], ids=["casts", "draws"])
-def test_verify_against_eager(then: Any) -> None:
-    """Where float64 does not run, or would draw other random numbers."""
-
-    class Casts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.ConvTranspose3d(2, 3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(then(x)).relu()
-
-    with torch.no_grad():
-        optimized = fxfuse.optimize(Casts(), data(), verify=True)
-        with watch() as runs:
-            optimized(data())
-        assert runs
-        with pytest.raises(fxfuse.VerificationError, match="from eager mode"):
-            verified(Casts(), ForgetRelu())(data())
-
-
+# --- defects --------------------------------------------------------------------------------------
 @pytest.mark.defective
 def test_a_defect_of_the_compiler_is_survived(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(fxfuse.Rule):

@@ -32,6 +32,7 @@ from fxfuse.kernels.tail import Torch
 from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
 from fxfuse.program import Program
 from fxfuse.region import Region
+from fxfuse.tolerance import tf32_allowed
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def planned(region: Region, strides: Strides = None, device: torch.device | None
             inputs = [torch.empty_strided(t.shape, s, dtype=t.dtype) for t, s in zip(inputs, strides, strict=True)]
     if device is None or not _usable(device):
         return next(candidates(region.rewritten, inputs, exact=region.precision == "ieee", hopper=True))
-    exact = not _tf32(region)
+    exact = not tf32_allowed(region.precision)
     found = candidates(region.rewritten, inputs, exact=exact, hopper=_hopper(device))
     choice = kept.load(kept.identity(region, inputs, exact=exact, device=_device_name(device)))
     return next(found) if choice is None else _chosen_first(found, choice)[0]
@@ -181,7 +182,7 @@ def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> 
 # --- deciding -------------------------------------------------------------------------------------
 def key_of(text: str, inputs: Sequence[Tensor]) -> Any:
     """What a region is prepared anew for: its text, torch's setting of precision, and the forms of its inputs."""
-    return text, _tf32_allowed(), *[(t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+    return text, tf32_allowed(), *[(t.shape, t.stride(), t.dtype, t.device) for t in inputs]
 
 
 def find(key: Any, inputs: Sequence[Tensor]) -> Prepared | None:
@@ -242,17 +243,17 @@ def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | Non
 
 def _candidates(region: Region, inputs: Sequence[Tensor]) -> Iterator[Candidate]:
     device = inputs[0].device
-    return candidates(region.rewritten, inputs, exact=not _tf32(region), hopper=_hopper(device))
+    return candidates(region.rewritten, inputs, exact=not tf32_allowed(region.precision), hopper=_hopper(device))
 
 
 def _in_order(region: Region, inputs: Sequence[Tensor]) -> Iterable[Candidate]:
     """The candidates, the one to run first: what was measured and kept, or else what the estimate chooses."""
     device = inputs[0].device
-    of = kept.identity(region, inputs, exact=not _tf32(region), device=_device_name(device))
+    of = kept.identity(region, inputs, exact=not tf32_allowed(region.precision), device=_device_name(device))
     session = measure.session.get()
     choice = None if session is not None else kept.load(of)
     if choice is None and (session is not None or region.tune):
-        measured = _measure(region, inputs, timing.queued if session is None else session.timer)
+        measured = _measure(region, inputs, timing.queued_in_turns if session is None else session.timer)
         if measured is not None:
             choice = measured.choice
             kept.save(of, choice)
@@ -298,7 +299,7 @@ def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tupl
 
 
 @contextlib.contextmanager
-def measuring(timer: measure.Timer = timing.queued) -> Iterator[measure.Session]:
+def measuring(timer: measure.Timer = timing.queued_in_turns) -> Iterator[measure.Session]:
     """What runs inside the block, in this thread and without gradients, is measured; calls afterwards run the fastest.
 
     ``timer``: median seconds of a call of every way that it is given.
@@ -310,7 +311,7 @@ def measuring(timer: measure.Timer = timing.queued) -> Iterator[measure.Session]
 
 def _dump(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> None:
     device = inputs[0].device
-    where = f"{_device_name(device)}, {'tf32' if _tf32(region) else 'ieee'} convolutions of float32"
+    where = f"{_device_name(device)}, {'tf32' if tf32_allowed(region.precision) else 'ieee'} convolutions of float32"
     dump.write(region, [t.stride() for t in inputs], where, lambda: candidate, architecture(device))
 
 
@@ -338,16 +339,3 @@ def _device_name(device: torch.device) -> str:
 @cache
 def _hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def _tf32(region: Region) -> bool:
-    """Whether float32 convolutions may round their factors to TF32."""
-    return _tf32_allowed() if region.precision is None else region.precision == "tf32"
-
-
-def _tf32_allowed() -> bool:
-    """torch's setting at this moment; past torch.backends.cudnn, since every call asks.
-
-    ``allow_tf32`` raises once the newer ``conv.fp32_precision`` was used, which follows both.
-    """
-    return torch._C._get_cudnn_enabled() and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"

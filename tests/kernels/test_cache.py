@@ -13,6 +13,7 @@ import filelock
 import pytest
 
 from fxfuse.__main__ import main
+from fxfuse.cli.cache import LISTED
 from fxfuse.kernels import cache
 from fxfuse.kernels.cache import Cache, Stored
 
@@ -227,7 +228,7 @@ def test_no_sizes(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setenv("FXFUSE_CACHE_SIZE", text)
     with pytest.raises(ValueError, match=rf'FXFUSE_CACHE_SIZE is "{text}": give bytes'):
         cache.current()
-    assert main(["cache"]) == 1
+    assert main(["cache"]) == 2
     assert text in capsys.readouterr().err
 
 
@@ -257,3 +258,16 @@ def test_the_command_without_a_folder(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert main(["cache"]) == 0
     assert "FXFUSE_CACHE_DIR" in capsys.readouterr().out
     assert Cache(None).get("a", stored)[1] is False
+
+
+def test_the_command_lists_some_unless_all_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
+    for number in range(LISTED + 2):
+        Cache(tmp_path).get(f"{number:016x}", stored)
+    assert main(["cache"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == LISTED + 2 and lines[LISTED] == "... and 2 more; --all lists them"
+    assert main(["cache", "--all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == LISTED + 2 + 1

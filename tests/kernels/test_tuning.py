@@ -105,7 +105,7 @@ def test_an_ordinary_call_never_measures(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: Any) -> Any:
         raise AssertionError("an ordinary call measures")
 
-    monkeypatch.setattr(timing, "queued", fail)
+    monkeypatch.setattr(timing, "queued_in_turns", fail)
     monkeypatch.setattr(execute, "_measure", fail)
     assert ways(fxfuse.optimize(model(), X)) == ["cudnn"]
 
@@ -139,7 +139,7 @@ def test_a_way_that_fails_as_it_runs_is_not_timed() -> None:
 
 def test_the_timer() -> None:
     calls = []
-    seconds = timing.queued({"slow": lambda: time.sleep(2e-3), "fast": lambda: calls.append(1)}, rounds=3)
+    seconds = timing.queued_in_turns({"slow": lambda: time.sleep(2e-3), "fast": lambda: calls.append(1)}, rounds=3)
     assert 2e-3 <= seconds["slow"] < 0.1 and 0 < seconds["fast"] < 1e-4
     assert len(calls) == 5 + 3 * timing.MOST_QUEUED
 
@@ -175,7 +175,7 @@ def test_the_model_is_left_as_it_is() -> None:
 
 def test_options_tune_measures_once_here_and_now(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(engine=0.5)
-    monkeypatch.setattr(timing, "queued", clock)
+    monkeypatch.setattr(timing, "queued_in_turns", clock)
     fast = fxfuse.optimize(model(), X, tune=True)
     assert len(clock.asked) == 1
     assert ways(fast) == ["engine"]
@@ -214,7 +214,7 @@ def test_a_compiled_model() -> None:
 
 def test_compiled_with_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(engine=0.5)
-    monkeypatch.setattr(timing, "queued", clock)
+    monkeypatch.setattr(timing, "queued_in_turns", clock)
     torch._dynamo.reset()
     compiled = torch.compile(model(), backend=fxfuse.dynamo.backend, options={"remainder": "eager", "tune": True})
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Chains for benchmarks/gpu.py: decoder blocks with names, and random ones."""
+"""Chains to measure: decoder blocks with names, and random ones."""
 
 from __future__ import annotations
 
@@ -100,29 +100,35 @@ CHAINS = (
 
 # --- random ones ----------------------------------------------------------------------------------
 def stage(pick: random.Random, channels: int) -> tuple[str, Stage]:
+    """A stage that keeps ``channels``, or drops dims: its name, and a module or function."""
+    found: list[tuple[str, Stage]]
     kind = pick.choice(["point", "point", "norm", "norm", "pool", "reduce"])
     if kind == "point":
-        return pick.choice([
+        found = [
             ("relu", nn.ReLU()), ("silu", nn.SiLU()), ("gelu", nn.GELU()), ("leaky_relu", nn.LeakyReLU(0.1)),
             ("scale", Scale(channels)), ("swish", lambda y: y * y.sigmoid()), ("clamp", lambda y: y.clamp(-1, 1)),
             ("tanh", nn.Tanh()), ("add", lambda y: y + 0.5),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        return pick.choice(found)
     if kind == "norm":
         groups = pick.choice([g for g in (1, 2, 4, 8) if channels % g == 0])
-        return pick.choice([
+        found = [
             ("batch_norm", nn.BatchNorm3d(channels)), (f"group_norm{groups}", nn.GroupNorm(groups, channels)),
             ("instance_norm", nn.InstanceNorm3d(channels, affine=True)),
-        ])  # fmt: skip
+        ]  # fmt: skip
+        return pick.choice(found)
     if kind == "pool":
-        return pick.choice([
+        found = [
             ("max_pool2", nn.MaxPool3d(2)), ("avg_pool2", nn.AvgPool3d(2)), ("max_pool3s2", nn.MaxPool3d(3, 2, 1)),
             ("avg_pool3", nn.AvgPool3d(3)),
-        ])  # fmt: skip
-    return pick.choice([
+        ]  # fmt: skip
+        return pick.choice(found)
+    found = [
         ("softmax", nn.Softmax(1)), ("sum", lambda y: y.sum(1, keepdim=True)), ("mean", lambda y: y.mean((2, 3, 4))),
         ("amax", lambda y: y.amax((2, 3, 4), keepdim=True)), ("centre", lambda y: y - y.mean((2, 3, 4), keepdim=True)),
         ("logsumexp", lambda y: y.logsumexp(1, keepdim=True)),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return pick.choice(found)
 
 
 def _has_a_result(model: nn.Module, shape: tuple[int, ...]) -> bool:

@@ -1,0 +1,24 @@
+"""What the command line says where a user has to change something, and its exit codes."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of every command."""
+
+    OK = 0
+    FAILED = 1  #: it ran, and the answer is no: a result is wrong
+    USAGE = 2  #: wrong arguments, a model that does not load or run, a folder that cannot be written
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A sentence for stderr: what was given, why it does not do, and what would."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its class and the first line of its message."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
