@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxfuse.capture import CallForm
 from fxfuse.compare import fresh
 from fxfuse.module import OptimizedModule, View, optimize_parts
-from fxfuse.patterns import Legality
+from fxfuse.patterns import Legality, Rule
 from fxfuse.pipeline import Options
 from fxfuse.replica import unwrapped
 from fxfuse.report import Report
@@ -23,6 +23,7 @@ def optimize(
     *,
     precision: str | None = None,
     allow: Collection[str | Legality] | None = None,
+    rules: Sequence[Rule] | None = None,
     submodules: Sequence[str] | None = None,
     verify: bool = False,
 ) -> nn.Module:
@@ -42,19 +43,21 @@ def optimize(
             torch's settings at call time.
         allow: legality classes of rewrites, out of "bitwise", "reassociating", "finite-only". The
             default is the first two.
+        rules: rewrite rules of your own, instances of subclasses of :class:`fxfuse.Rule`. They come before
+            the built-in ones: they see a chain as the model wrote it, and again after every rewrite.
         submodules: names or shell patterns ("decoder.*"): only these parts are optimised, for models
             that cannot be captured whole.
         verify: compare the result for each new set of shapes with float64; raise VerificationError
             where it is further off than rounding explains.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``rules`` holds something else than rules.
         ValueError: an argument has a value that is not accepted; the message lists those that are.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     model = unwrapped(model)
-    options = Options.make(precision, allow)
+    options = Options.make(precision, allow, rules)
     if submodules is not None:
         result: nn.Module = optimize_parts(model, submodules, options, verify)
     else:
@@ -69,7 +72,10 @@ def optimize(
 
 
 def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
-    """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed."""
+    """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed.
+
+    For other than the default choices, explain an optimised model: ``explain(optimize(model, rules=...), x)``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     options, _ = model._fxfuse_made if isinstance(model, View) else (Options.make(None, None), False)

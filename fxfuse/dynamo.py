@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 #: who may run what is not fused
 REMAINDERS = ("inductor", "eager")
-OPTIONS = ("remainder", "precision", "allow")
+OPTIONS = ("remainder", "precision", "allow", "rules")
 #: how many reports are kept
 KEPT = 64
 
@@ -61,11 +61,11 @@ def backend(
         example_inputs: the tensors (and sizes) of the call that is being compiled.
         mode: Inductor's, as in ``torch.compile(mode=...)``: "default", "reduce-overhead", ...
         options: "remainder": who runs what is not fused, "inductor" (the default) or "eager";
-            "precision" and "allow": as in :func:`fxfuse.optimize`.
+            "precision", "allow" and "rules": as in :func:`fxfuse.optimize`.
 
     Raises:
-        ValueError: an unknown mode or option, or a value that is not accepted; the message lists
-            those that are. (torch.compile wraps it in its ``BackendCompilerFailed``.)
+        ValueError, TypeError: an unknown mode or option, or a value that is not accepted; the message
+            lists those that are. (torch.compile wraps it in its ``BackendCompilerFailed``.)
     """
     choices = Choices.make(mode, options)
     _fuse(gm, example_inputs, choices)
@@ -109,7 +109,7 @@ class Choices:
             patches = {}
         else:
             patches = _inductor(mode)
-        return Choices(Options.make(given.get("precision"), given.get("allow")), remainder, patches)
+        return Choices(Options.make(given.get("precision"), given.get("allow"), given.get("rules")), remainder, patches)
 
 
 def _listed(names: Iterable[str]) -> str:

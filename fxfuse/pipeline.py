@@ -14,7 +14,7 @@ from fxfuse.lower import lower, rewrite
 from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
 from fxfuse.partition import Order, forward_inplace_results, partition
-from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings
+from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings, given_rules
 from fxfuse.propagate import isolated, propagate
 from fxfuse.report import Report, summarize
 
@@ -25,20 +25,22 @@ PRECISIONS = ("tf32", "ieee")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a caller may choose about the compilation."""
+    """What a caller may choose about the compilation. ``rules`` are applied in this order: the caller's own first."""
 
     precision: str | None = None
     allow: frozenset[Legality] = dataclasses.field(default_factory=lambda: Legality.parse(None))
     rules: tuple[Rule, ...] = DEFAULT_RULES
 
     @staticmethod
-    def make(precision: str | None, allow: Collection[str | Legality] | None) -> Options:
-        """Check what a caller gave; ValueError names the value and what is accepted."""
+    def make(
+        precision: str | None, allow: Collection[str | Legality] | None, rules: Sequence[Rule] | None = None
+    ) -> Options:
+        """Check what a caller gave; ValueError or TypeError names the value and what is accepted."""
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(
                 f"precision={precision!r} is not one of {', '.join(map(repr, PRECISIONS))} or None (torch's settings)"
             )
-        return Options(precision, Legality.parse(allow))
+        return Options(precision, Legality.parse(allow), (*given_rules(rules, DEFAULT_RULES), *DEFAULT_RULES))
 
 
 def fuse(
