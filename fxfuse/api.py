@@ -57,7 +57,7 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     model = unwrapped(model)
-    options = Options.make(precision, allow, rules)
+    options = Options.make(precision, allow, rules=rules)
     if submodules is not None:
         result: nn.Module = optimize_parts(model, submodules, options, verify)
     else:

@@ -109,7 +109,9 @@ class Choices:
             patches = {}
         else:
             patches = _inductor(mode)
-        return Choices(Options.make(given.get("precision"), given.get("allow"), given.get("rules")), remainder, patches)
+        return Choices(
+            Options.make(given.get("precision"), given.get("allow"), rules=given.get("rules")), remainder, patches
+        )
 
 
 def _listed(names: Iterable[str]) -> str:

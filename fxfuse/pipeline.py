@@ -33,7 +33,7 @@ class Options:
 
     @staticmethod
     def make(
-        precision: str | None, allow: Collection[str | Legality] | None, rules: Sequence[Rule] | None = None
+        precision: str | None, allow: Collection[str | Legality] | None, *, rules: Sequence[Rule] | None = None
     ) -> Options:
         """Check what a caller gave; ValueError or TypeError names the value and what is accepted."""
         if precision is not None and precision not in PRECISIONS:

@@ -47,8 +47,8 @@ def pipeline() -> str:
             parts.append(arrow(x - gap + 1, 59, x - 2, 59))
     ways = [
         ("generated kernels", "NVIDIA GPU, no gradients"),
-        ("torch's operators, rewritten chain", "CPU, and what kernels do not take"),
-        ("torch's operators, original chain", "where gradients are recorded"),
+        ("rewritten chain, by torch", "CPU, and what kernels do not take"),
+        ("original chain, by torch", "where gradients are recorded"),
     ]
     last = 20 + 4 * (width + gap) + width / 2
     for i, (name, where) in enumerate(ways):

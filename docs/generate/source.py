@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import pathlib
+import re
 import sys
 
 import torch
@@ -23,17 +24,23 @@ def rules() -> str:
     parts = []
     for family in dict.fromkeys(type(r).__module__ for r in DEFAULT_RULES):
         title, _, intro = (sys.modules[family].__doc__ or "").strip().partition("\n\n")
-        parts += [f"## {title.rstrip('.')}", intro.strip()]
+        parts += [f"## {title.rstrip('.')}", _plain(intro.strip())]
         parts += [_rule(r) for r in DEFAULT_RULES if type(r).__module__ == family]
     return "\n\n".join(p for p in parts if p)
 
 
 def _rule(rule: Rule) -> str:
     rest = inspect.cleandoc(type(rule).__doc__ or "").partition("\n")[2].strip()
-    lines = [f"### {rule.name}", f"```text\n{rule.identity}\n```", f"*{rule.legality.value}*", rest]
+    lines = [f"### {rule.name}", f"```text\n{rule.identity}\n```", f"*{rule.legality.value}*", _plain(rest)]
     if rule.forward_only:
         lines.append("The two sides route gradients differently; a backward differentiates the original chain.")
     return "\n\n".join(line for line in lines if line)
+
+
+def _plain(text: str) -> str:
+    """Text whose products, a*b, are not taken for emphasis; what stands between backticks is as it is."""
+    pieces = re.split(r"(``.*?``|`.*?`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"(?<=[\w)\]])\*(?=[\w(\[])", r"\\*", p) for p in pieces)
 
 
 def legality() -> str:
@@ -62,7 +69,7 @@ def _meaning(name: str) -> str:
     text = inspect.cleandoc(op.__doc__ or "").partition("\n\n")[0].replace("\n", " ").strip()
     if not text or "->" in text or text.startswith((".. ", "Appl", "See")) or "(input" in text:
         return f"as torch's `{name}`"
-    return text
+    return _plain(text)
 
 
 def _comments(path: pathlib.Path, name: str) -> dict[str, str]:
