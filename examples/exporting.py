@@ -23,11 +23,13 @@ FRESH_PROCESS = """
 
     folder = pathlib.Path(sys.argv[1])
     x, expected = torch.load(folder / "example.pt")
+    close = dict(rtol=1e-3, atol=1e-3)  # on a GPU, TF32's rounding
     with torch.no_grad():
-        torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(x), expected)
+        torch.testing.assert_close(torch.export.load(folder / "model.pt2").module()(x), expected, **close)
         print("a fresh process runs the exported program")
         if (folder / "package.pt2").exists():
-            torch.testing.assert_close(torch._inductor.aoti_load_package(str(folder / "package.pt2"))(x), expected)
+            package = torch._inductor.aoti_load_package(str(folder / "package.pt2"))
+            torch.testing.assert_close(package(x), expected, **close)
             print("a fresh process runs the compiled package")
 """
 

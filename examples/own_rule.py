@@ -38,5 +38,5 @@ model, x = Block().to(device), torch.randn(2, 4, 6, 6, 6, device=device)
 
 fast = fxfuse.optimize(model, x, rules=[UseSilu()], verify=True)  # verify: compared with float64, once per shapes
 print(fast.fxfuse_report)
-torch.testing.assert_close(fast(x), model(x))
+torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-3)  # on a GPU, TF32's rounding
 assert fast.fxfuse_report.regions[0].visible_stages == ("conv_transpose", "silu", "group_norm")
