@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxfuse.capture import CallForm
 from fxfuse.compare import fresh
 from fxfuse.module import OptimizedModule, View, optimize_parts
-from fxfuse.patterns import Legality
+from fxfuse.patterns import Legality, Rule
 from fxfuse.pipeline import Options
 from fxfuse.replica import unwrapped
 from fxfuse.report import Report
@@ -28,6 +28,7 @@ def optimize(
     *,
     precision: str | None = None,
     allow: Collection[str | Legality] | None = None,
+    rules: Sequence[Rule] | None = None,
     kernels: bool = True,
     tune: bool = False,
     submodules: Sequence[str] | None = None,
@@ -49,6 +50,8 @@ def optimize(
             torch's settings at call time.
         allow: legality classes of rewrites, out of "bitwise", "reassociating", "finite-only". The
             default is the first two.
+        rules: rewrite rules of your own, instances of subclasses of :class:`fxfuse.Rule`. They come before
+            the built-in ones: they see a chain as the model wrote it, and again after every rewrite.
         kernels: False leaves generated kernels out, and torch's operators run the rewritten chains.
         tune: measure the ways to run a region on the GPU, in the first call without gradients for its shapes
             (here and now for ``example_inputs``), where no choice is kept on disk: see :func:`fxfuse.tune`.
@@ -58,13 +61,13 @@ def optimize(
             which names the rule at fault, where the result is further off than rounding explains.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``.
+        TypeError: ``model`` is not an ``nn.Module``, or ``rules`` holds something else than rules.
         ValueError: an argument has a value that is not accepted; the message lists those that are.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     model = unwrapped(model)
-    options = Options.make(precision, allow, kernels, tune)
+    options = Options.make(precision, allow, kernels, tune, rules=rules)
     if submodules is not None:
         result: nn.Module = optimize_parts(model, submodules, options, verify)
     else:
@@ -82,7 +85,10 @@ def optimize(
 
 
 def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
-    """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed."""
+    """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed.
+
+    For other than the default choices, explain an optimised model: ``explain(optimize(model, rules=...), x)``.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")
     options, _ = model._fxfuse_made if isinstance(model, View) else (Options.make(None, None), False)

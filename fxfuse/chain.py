@@ -107,6 +107,7 @@ def strides(val: Tensor) -> list[int] | None:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
+    """The dtype of a node's value."""
     return node.meta["val"].dtype  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 #: who may run what is not fused
 REMAINDERS = ("inductor", "eager")
-OPTIONS = ("remainder", "precision", "allow", "kernels", "tune")
+OPTIONS = ("remainder", "precision", "allow", "rules", "kernels", "tune")
 #: how many reports are kept
 KEPT = 64
 
@@ -58,11 +58,11 @@ def backend(
         example_inputs: the tensors (and sizes) of the call that is being compiled.
         mode: Inductor's, as in ``torch.compile(mode=...)``: "default", "reduce-overhead", ...
         options: "remainder": who runs what is not fused, "inductor" (the default) or "eager";
-            "precision", "allow", "kernels" and "tune": as in :func:`fxfuse.optimize`.
+            "precision", "allow", "rules", "kernels" and "tune": as in :func:`fxfuse.optimize`.
 
     Raises:
-        ValueError: an unknown mode or option, or a value that is not accepted; the message lists
-            those that are. (torch.compile wraps it in its ``BackendCompilerFailed``.)
+        ValueError, TypeError: an unknown mode or option, or a value that is not accepted; the message
+            lists those that are. (torch.compile wraps it in its ``BackendCompilerFailed``.)
     """
     choices = Choices.make(mode, options)
     _fuse(gm, example_inputs, choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor, fx
 
 from fxfuse.chain import Builder, eliminate_dead, strides, to_graph, to_program
 from fxfuse.ops import run_region, update_running_statistics
-from fxfuse.partition import Draft, Order
+from fxfuse.partition import Draft, Order, label
 from fxfuse.patterns import Application, Rejection, RewriteError, Rule, Settings, apply_rules
 from fxfuse.region import Region
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ def rewrite(
     kernels: bool = True,
     tune: bool = False,
 ) -> Rewritten:
-    """Apply the algebra to a draft. Rules that come to no end leave the chain as it was.
+    """Apply the algebra to a draft. Rules that come to no end, or edit the chain, leave it as it was.
 
     ``precision``, ``kernels``, ``tune``: how the region is to run, see :class:`~fxfuse.region.Region`.
     """
@@ -47,7 +50,10 @@ def rewrite(
         _keep_layouts(build, draft.build)
         rewritten = to_program(build.graph)
     except RewriteError as error:
-        applied, rejected = [], [Rejection("the rewriting", draft.anchor.name, str(error))]
+        log.warning(
+            "rules are defective, and the chain of %s goes on as it was written: %s", label(draft.anchor), error
+        )
+        applied, rejected = [], [Rejection("the rewriting", label(draft.anchor), str(error))]
         rewritten = original
     names = tuple(a.rule for a in applied)
     statistics = tuple(i for i in range(len(original.outputs)) if not any(original.differentiable_in([i])))

@@ -90,7 +90,9 @@ class OptimizedModule(View):
     def fxfuse_report(self) -> Report:
         return self._fxfuse_runtime.report  # type: ignore[no-any-return]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="fxfuse has captured it already; to export it: torch.export.export(..., strict=False)"
+    )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._fxfuse_runtime(args, kwargs)
 

@@ -251,7 +251,9 @@ def update_running_statistics(
     ``running = (1 - f)*running + f*batch`` with f the momentum, or 1/count where it is None (the
     cumulative average); ``count``, where present, grows by one first.
     """
-    with torch.no_grad():
+    # a block without gradients keeps an exported program from being saved; as a rule there are none to switch off
+    given = (running_mean, running_var, momentum)
+    with torch.no_grad() if any(isinstance(t, Tensor) and t.requires_grad for t in given) else _NOTHING:
         if count is not None:
             count.add_(1)
         factor = momentum

@@ -16,7 +16,7 @@ from fxfuse.lower import lower, rewrite
 from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
 from fxfuse.partition import Order, forward_inplace_results, partition
-from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings
+from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings, given_rules
 from fxfuse.propagate import isolated, propagate
 from fxfuse.report import Report, summarize
 
@@ -27,7 +27,7 @@ PRECISIONS = ("tf32", "ieee")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a caller may choose about the compilation."""
+    """What a caller may choose about the compilation. ``rules`` are applied in this order: the caller's own first."""
 
     precision: str | None = None
     allow: frozenset[Legality] = dataclasses.field(default_factory=lambda: Legality.parse(None))
@@ -37,9 +37,14 @@ class Options:
 
     @staticmethod
     def make(
-        precision: str | None, allow: Collection[str | Legality] | None, kernels: bool = True, tune: bool = False
+        precision: str | None,
+        allow: Collection[str | Legality] | None,
+        kernels: bool = True,
+        tune: bool = False,
+        *,
+        rules: Sequence[Rule] | None = None,
     ) -> Options:
-        """Check what a caller gave; ValueError names the value and what is accepted."""
+        """Check what a caller gave; ValueError or TypeError names the value and what is accepted."""
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(
                 f"precision={precision!r} is not one of {', '.join(map(repr, PRECISIONS))} or None (torch's settings)"
@@ -49,7 +54,8 @@ class Options:
                 raise ValueError(f"{name}={value!r} is not True or False")
         if tune and not kernels:
             raise ValueError("tune=True measures kernels against torch, and kernels=False leaves them out: choose one")
-        return Options(precision, Legality.parse(allow), kernels=kernels, tune=tune)
+        chosen = (*given_rules(rules, DEFAULT_RULES), *DEFAULT_RULES)
+        return Options(precision, Legality.parse(allow), chosen, kernels, tune)
 
 
 def fuse(

@@ -1,9 +1,16 @@
-"""The rewrite rules, one module per family, listed here in order and explicitly.
+"""The rewrite rules, and what a rule of one's own is made of.
 
-The order is a matter of taste: the result is the same fixed point for any order of the rules that are
-on by default. Those for finite values only come last.
+A rule needs from here: :class:`Rule`, :class:`Legality` and :class:`Reject`; :func:`P`, :data:`X` and :class:`Pat`
+for its pattern; what its methods are given, a :class:`Match` and a :class:`Builder`; and to read the nodes of a
+match :func:`op_name`, :func:`operands`, :func:`attributes`, :func:`sizes` and :func:`dtype`. Pass it as
+``fxfuse.optimize(model, x, rules=[MyRule()])``.
+
+The built-in rules, one module per family, are listed below in order and explicitly. The order is a matter of
+taste: the result is the same fixed point for any order of the rules that are on by default. Those for finite
+values only come last.
 """
 
+from fxfuse.chain import Builder, attributes, dtype, op_name, operands, sizes
 from fxfuse.patterns.affine import (
     CancelBiasBeforeStatistics,
     FoldBatchNormIntoConvTranspose,
@@ -11,6 +18,7 @@ from fxfuse.patterns.affine import (
     FoldShiftIntoConvTranspose,
 )
 from fxfuse.patterns.dead import DropCopies, DropDeadOutputs
+from fxfuse.patterns.given import given_rules
 from fxfuse.patterns.linear import DropShiftBeforeSoftmax, FoldAvgPoolIntoConvTranspose, FoldChannelSumIntoConvTranspose
 from fxfuse.patterns.means import (
     CollapseMeanOfConvTranspose,
@@ -62,6 +70,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 __all__ = [
     "DEFAULT_RULES",
     "Application",
+    "Builder",
     "Legality",
     "Match",
     "P",
@@ -73,4 +82,10 @@ __all__ = [
     "Settings",
     "X",
     "apply_rules",
+    "attributes",
+    "dtype",
+    "given_rules",
+    "op_name",
+    "operands",
+    "sizes",
 ]

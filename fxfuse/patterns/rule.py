@@ -2,7 +2,8 @@
 
 A rule is a class: its docstring states the identity, ``legality`` what it may change, ``pattern``
 what it looks for, ``check`` refuses with a sentence what the identity does not cover, ``rewrite``
-builds the replacement. A refused match is data: it ends up in the report.
+builds the replacement. A refused match is data: it ends up in the report. So does a rule's own
+defect, which never breaks a model: the chain goes on without that rewrite, or as it was written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.experimental import symbolic_shapes
 
-from fxfuse.chain import Builder, eliminate_dead, op_name, same_type, sort
+from fxfuse.chain import Builder, eliminate_dead, op_name, sort
+from fxfuse.patterns.replacement import Snapshot, differs_in_unknown_sizes, misfit
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,9 @@ class Pat:
     """A tree pattern: an operator out of ``ops`` whose leading operands match ``operands``.
 
     ``name`` binds the node (or, for a pattern without ops, any operand) in the match. Operands that
-    the pattern does not list are free. ``commutative`` tries both orders of two operands.
-    ``output`` asks for that output of an operator of several.
+    the pattern does not list are free. A name that occurs twice matches the same operand twice.
+    ``commutative`` tries both orders of two operands. ``output`` asks for that output of an operator
+    of several.
     """
 
     ops: tuple[str, ...] = ()
@@ -86,7 +89,11 @@ X = Pat()
 
 
 class Match:
-    """The nodes of one match: ``match["name"]`` for the bound ones, ``match.root`` for the last."""
+    """One match: ``match["name"]`` is what a name of the pattern is bound to, ``match.root`` the last node.
+
+    ``nodes`` are those that the replacement makes superfluous: the value of each but the root must not
+    be used outside the match. A rule with a ``match`` of its own fills ``nodes`` and ``bound`` itself.
+    """
 
     def __init__(self, root: fx.Node) -> None:
         self.root = root
@@ -94,7 +101,10 @@ class Match:
         self.bound: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        return self.bound[name]
+        try:
+            return self.bound[name]
+        except KeyError:
+            raise KeyError(f"the pattern binds no {name!r}; it binds {sorted(self.bound)}") from None
 
     def escaping(self) -> fx.Node | None:
         """An interior node whose value is used outside the match, or None."""
@@ -107,18 +117,24 @@ class Match:
 
 
 class Rule(abc.ABC):
-    """One algebraic identity, applied left to right.
+    """One algebraic identity, applied left to right: the base class of every rewrite rule.
 
+    The first line of the docstring is the identity, as reports print it. A subclass sets ``legality``
+    and ``pattern``, and defines :meth:`rewrite`; where the identity holds under conditions only,
+    :meth:`check`, too. A rule keeps nothing between matches, and edits no node: it builds new ones.
     ``forward_only`` marks an identity whose two sides route gradients differently (ties in a max
     pool): it must not be used to derive a backward.
     """
 
+    #: what the rewrite may change about the result; it is applied only where the caller allows that
     legality: ClassVar[Legality]
     forward_only: ClassVar[bool] = False
+    #: the chain of operators that it looks for, its last one outermost
     pattern: ClassVar[Pat]
 
     @property
     def name(self) -> str:
+        """How reports and FXFUSE_DISABLE call the rule: its class's name."""
         return type(self).__name__
 
     @property
@@ -137,21 +153,25 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def rewrite(self, match: Match, build: Builder) -> fx.Node | tuple[fx.Node, ...]:
-        """The replacement of ``match.root``: a node, or one per output."""
+        """The replacement of ``match.root``: a node, or one per output, of the same shape and dtype.
+
+        ``build.call("relu", x)`` adds an operator of the vocabulary. Any other effect on the graph
+        takes back the whole rewriting of the chain.
+        """
 
 
 def _match(pattern: Pat, value: Any, match: Match) -> bool:
-    if pattern.name:
-        match.bound[pattern.name] = value
-    if not pattern.ops:
-        return True
     if pattern.output is not None:
         if not (isinstance(value, fx.Node) and value.target is operator.getitem and value.args[1] == pattern.output):
             return False
         match.nodes.append(value)
         value = value.args[0]
-        if pattern.name:
-            match.bound[pattern.name] = value
+    if pattern.name:
+        if pattern.name in match.bound and not _same_operand(match.bound[pattern.name], value):
+            return False
+        match.bound[pattern.name] = value
+    if not pattern.ops:
+        return True
     if op_name(value) not in pattern.ops:
         return False
     match.nodes.append(value)
@@ -169,9 +189,14 @@ def _match(pattern: Pat, value: Any, match: Match) -> bool:
     return False
 
 
+def _same_operand(a: Any, b: Any) -> bool:
+    """The same node, or the same number (1 is not True, and NaN is no number's equal)."""
+    return a is b if isinstance(a, fx.Node) or isinstance(b, fx.Node) else type(a) is type(b) and bool(a == b)
+
+
 # --- the engine -----------------------------------------------------------------------------------
 class RewriteError(RuntimeError):
-    """The rules do not come to an end, or one of them built something of another type."""
+    """The rules do not come to an end, or one of them edited the chain itself: it goes on as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +243,10 @@ def apply_rules(build: Builder, rules: Sequence[Rule], settings: Settings) -> tu
     the end: rules that lead to the same operators in any order lead to the same program.
     """
     applied: list[Application] = []
+    warned: set[str] = set()
     limit = 16 * (len(build.graph.nodes) + len(rules))
     while True:
-        fired, rejected = _fire_one(build, rules, settings)
+        fired, rejected = _fire_one(build, rules, settings, warned)
         if fired is None:
             if applied:
                 sort(build.graph)
@@ -228,12 +254,16 @@ def apply_rules(build: Builder, rules: Sequence[Rule], settings: Settings) -> tu
         applied.append(fired)
         if len(applied) > limit:
             cycle = sorted({a.rule for a in applied[-limit // 2 :]})
-            raise RewriteError(f"no end after {limit} rewrites; these rules undo each other: {', '.join(cycle)}")
+            why = "these rules undo each other" if len(cycle) > 1 else "this rule matches again what it makes"
+            raise RewriteError(f"no end after {limit} rewrites; {why}: {', '.join(cycle)}")
 
 
-def _fire_one(build: Builder, rules: Sequence[Rule], settings: Settings) -> tuple[Application | None, list[Rejection]]:
+def _fire_one(
+    build: Builder, rules: Sequence[Rule], settings: Settings, warned: set[str]
+) -> tuple[Application | None, list[Rejection]]:
     """Apply the first rule that fires anywhere; None and all near misses where none does."""
     rejected: dict[tuple[str, str], Rejection] = {}
+    before = Snapshot(build.graph)
     for rule in rules:
         for node in [n for n in build.graph.nodes if op_name(n)]:
             label = label_of(node)
@@ -241,10 +271,13 @@ def _fire_one(build: Builder, rules: Sequence[Rule], settings: Settings) -> tupl
                 match = rule.match(node)
                 if match is None:
                     continue
-                refusal = _may_fire(rule, match, settings) or _replace(rule, match, build)
+                refusal = _may_fire(rule, match, settings) or _replace(rule, match, build, before)
+            except RewriteError:
+                raise
             except Exception as error:  # noqa: BLE001 - a rule's own defect must not break a user's model
-                refusal = _failure(rule, node, error)
+                refusal = _failure(error)
             if refusal is not None:
+                _warn(rule, label, refusal, warned)
                 where = label_of(refusal.node) if refusal.node is not None else label
                 rejected[rule.name, label] = Rejection(rule.name, where, refusal.reason)
                 continue
@@ -252,6 +285,7 @@ def _fire_one(build: Builder, rules: Sequence[Rule], settings: Settings) -> tupl
             if settings.fuel is not None:
                 settings.fuel -= 1
             return Application(rule.name, label, rule.identity), []
+        _refuse_edits(rule, before)
     return None, list(rejected.values())
 
 
@@ -263,15 +297,44 @@ _UNKNOWN_SIZE = tuple(
 )
 
 
-def _failure(rule: Rule, node: fx.Node, error: Exception) -> Reject:
+@dataclasses.dataclass(frozen=True)
+class _Defect(Reject):
+    """A refusal that is the rule's own fault."""
+
+    def __str__(self) -> str:
+        return self.reason.removeprefix(_DEFECTIVE)
+
+
+_DEFECTIVE = "the rule is defective: "
+
+
+def _failure(error: Exception) -> Reject:
     if isinstance(error, _UNKNOWN_SIZE):
         return Reject("it needs a size that is not known before the call")
-    return _defect(rule, node, f"{type(error).__name__}: {error}")
+    log.debug("a rule failed", exc_info=error)
+    return _defect(f"{type(error).__name__}: {error}")
 
 
-def _defect(rule: Rule, node: fx.Node, problem: str) -> Reject:
-    log.warning("the rule %s is defective at %s: %s", rule.name, label_of(node), problem)
-    return Reject(f"the rule is defective: {problem}")
+def _defect(problem: str) -> Reject:
+    return _Defect(_DEFECTIVE + problem)
+
+
+def _warn(rule: Rule, label: str, refusal: Reject, warned: set[str]) -> None:
+    """Warn of a defect, once per rule and place: what is refused is tried again after every rewrite."""
+    if isinstance(refusal, _Defect):
+        message = f"the rule {rule.name} is defective at {label}: {refusal}"
+        if message not in warned:
+            log.warning("%s", message)
+        warned.add(message)
+
+
+def _refuse_edits(rule: Rule, before: Snapshot) -> None:
+    edited = before.edited()
+    if edited is not None:
+        raise RewriteError(
+            f"the rule {rule.name} edited {label_of(edited)}, a node of the chain; "
+            "a rule builds new nodes, and returns the one that takes the root's place"
+        )
 
 
 def label_of(node: fx.Node) -> str:
@@ -295,16 +358,23 @@ def _may_fire(rule: Rule, match: Match, settings: Settings) -> Reject | None:
     return None
 
 
-def _replace(rule: Rule, match: Match, build: Builder) -> Reject | None:
+def _replace(rule: Rule, match: Match, build: Builder, snapshot: Snapshot) -> Reject | None:
     """Build the replacement and put it in; one that fails or is of another type is taken back."""
     root = match.root
-    before = set(build.graph.nodes)
+    before = snapshot.nodes
     try:
         with build.graph.inserting_before(root):
             new = rule.rewrite(match, build)
-        refusal = _fits(rule, root, new, [n for n in build.graph.nodes if n not in before])
+        _refuse_edits(rule, snapshot)
+        problem = misfit(root, new, [n for n in build.graph.nodes if n not in before])
+        refusal = None if problem is None else _defect(problem)
+        if refusal is None and differs_in_unknown_sizes(root, new):
+            refusal = Reject("with sizes that are not known, the replacement cannot be shown to have the same shape")
+    except RewriteError:
+        raise
     except Exception as error:  # noqa: BLE001 - a rule's own defect must not break a user's model
-        refusal = _failure(rule, root, error)
+        _refuse_edits(rule, snapshot)
+        refusal = _failure(error)
     if refusal is not None:
         for node in reversed(build.graph.nodes):
             if node not in before:
@@ -322,29 +392,3 @@ def _replace(rule: Rule, match: Match, build: Builder) -> Reject | None:
                 node.meta.setdefault("label", label_of(root))
     eliminate_dead(build.graph)
     return None
-
-
-def _fits(rule: Rule, root: fx.Node, new: fx.Node | tuple[fx.Node, ...], added: Sequence[fx.Node]) -> Reject | None:
-    """Why ``new``, which needed the nodes ``added``, cannot take the place of ``root``."""
-    replaced = {root} if isinstance(new, fx.Node) else {root, *root.users}
-    if any(n in replaced for a in added for n in a.all_input_nodes) or new is root:
-        return _defect(rule, root, "the replacement reads what it replaces")
-    wanted = root.meta["val"]
-    got = new.meta["val"] if isinstance(new, fx.Node) else tuple(n.meta["val"] for n in new)
-    if same_type(wanted, got):
-        return None
-    if _unknown_sizes(wanted, got):
-        return Reject("with sizes that are not known, the replacement cannot be shown to have the same shape")
-    return _defect(rule, root, f"it gives {got} where {wanted} is expected")
-
-
-def _unknown_sizes(wanted: Any, got: Any) -> bool:
-    """Whether two fake values may differ in sizes that are not known, and in nothing else."""
-    if isinstance(wanted, tuple) or isinstance(got, tuple):
-        if not isinstance(wanted, tuple) or not isinstance(got, tuple) or len(wanted) != len(got):
-            return False
-        return all(same_type(a, b) or _unknown_sizes(a, b) for a, b in zip(wanted, got, strict=True))
-    if (wanted.dtype, wanted.device, wanted.dim()) != (got.dtype, got.device, got.dim()):
-        return False
-    sizes = zip(wanted.shape, got.shape, strict=True)
-    return all(not isinstance(a, int) or not isinstance(b, int) or a == b for a, b in sizes)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from fxfuse import vocabulary
 from fxfuse.chain import Builder, attributes, operands, to_graph, to_program
 from fxfuse.patterns import (
     DEFAULT_RULES,
@@ -92,6 +93,28 @@ def test_commutative_patterns_nest_and_forget_what_failed() -> None:
     (root,) = (n for n in to_graph(source, fakes(source)).graph.nodes if n.name == "add")
     match = Count().match(root)
     assert match is not None and sorted(n.name for n in match.nodes) == ["add", "mul", "relu", "relu"]
+
+
+def test_a_name_that_occurs_twice_binds_the_same_operand() -> None:
+    source = program(
+        "x: f64[4], t: f64[4]",
+        "a = sigmoid(x)\nb = mul(x, a)\nc = mul(a, t)\nd = mul(a, x)\ne = mul(a, a)\nb, c, d, e",
+    )
+    pattern = P("mul", Pat(name="v"), P("sigmoid", Pat(name="v")), commutative=True)
+    assert matches(pattern, source) == {"mul": {"v": "x"}, "mul_2": {"v": "x"}}
+    source = program("x: f64[4]", "a = add(x, 1)\nb = add(a, 1)\nc = add(b, 1.0)\nd = add(c, True)\nd")
+    twice = P("add", P("add", X, Pat(name="n")), Pat(name="n"))
+    assert matches(twice, source).keys() == {"add_1"}
+    pair = P("batch_norm_train", X, name="n", output=1)
+    source = program("x: f64[4, 3]", "a, m, v = batch_norm_train(x, None, None, eps=0.1)\nb = add(m, m)\nb, a, v")
+    assert matches(P("add", pair, pair), source) == {"add": {"n": "batch_norm_train"}}
+
+
+def test_a_name_that_the_pattern_does_not_bind() -> None:
+    match = Match(fx.Graph().placeholder("x"))
+    match.bound = {"inner": 1, "outer": 2}
+    with pytest.raises(KeyError, match=r"binds no 'iner'; it binds \['inner', 'outer'\]"):
+        match["iner"]
 
 
 def test_a_pattern_on_one_output_of_several() -> None:
@@ -241,6 +264,24 @@ def the_same(match: Match, build: Builder) -> fx.Node:
     return match.root
 
 
+def of_a_reader(match: Match, build: Builder) -> fx.Node:
+    (reader,) = match.root.users
+    (further,) = reader.users
+    return build.call("relu", further)
+
+
+def a_reader(match: Match, build: Builder) -> fx.Node:
+    (reader,) = match.root.users
+    return reader
+
+
+def of_an_erased_one(match: Match, build: Builder) -> fx.Node:
+    inner = operands(match["inner"])[0]
+    lost = build.call("relu", inner)
+    build.graph.erase_node(lost)
+    return build.call("relu", lost)
+
+
 def two_of_them(match: Match, build: Builder) -> tuple[fx.Node, ...]:
     return match["inner"], match["inner"]
 
@@ -261,8 +302,11 @@ def nothing(match: Match, build: Builder) -> Any:
         ("rewrite", of_dtype, "it gives FakeTensor(..., size=(2, 3)) where"),
         ("rewrite", of_itself, "the replacement reads what it replaces"),
         ("rewrite", the_same, "the replacement reads what it replaces"),
-        ("rewrite", two_of_them, ""),
-        ("rewrite", nothing, ""),
+        ("rewrite", of_a_reader, "the replacement reads what it replaces"),
+        ("rewrite", a_reader, "the replacement reads what it replaces"),
+        ("rewrite", of_an_erased_one, "the replacement reads a node that is not in the chain"),
+        ("rewrite", two_of_them, "it gives (FakeTensor("),
+        ("rewrite", nothing, "rewrite() returned None, not a node or a tuple of nodes"),
     ],
 )
 def test_a_defective_rule_is_taken_back(
@@ -272,7 +316,8 @@ def test_a_defective_rule_is_taken_back(
         pass
 
     setattr(Broken, method, staticmethod(function))
-    build = to_graph(TWO, fakes(TWO))
+    source = program("x: f64[2, 3], t: f64[2, 3]", "a = tanh(x)\nb = sigmoid(a)\nc = neg(b)\nd = cos(c)\nd")
+    build = to_graph(source, fakes(source))
     before = str(build.graph)
     result = rewrite_graph(build, [Broken(), ComposeMaxPools()], Settings())
     assert str(build.graph) == before
@@ -308,6 +353,74 @@ def test_rules_that_undo_each_other_are_named() -> None:
 
     with pytest.raises(RewriteError, match=r"no end after \d+ rewrites; these rules undo each other: Back, There"):
         rewrite(TWO, [ComposeMaxPools(), There(), Back()])
+
+
+def test_a_rule_that_matches_what_it_makes_is_named() -> None:
+    class Grow(Rule):
+        """sigmoid(x) = sigmoid(x) + 0"""
+
+        legality = Legality.BITWISE
+        pattern = P("sigmoid", X)
+
+        def rewrite(self, match: Match, build: Builder) -> fx.Node:
+            return build.call("add", build.call("sigmoid", operands(match.root)[0]), 0.0)
+
+    with pytest.raises(RewriteError, match=r"no end after \d+ rewrites; this rule matches again what it makes: Grow"):
+        rewrite(TWO, [ComposeMaxPools(), Grow()])
+
+
+def replaces_an_operand(match: Match, *_: Any) -> Any:
+    match.root.replace_input_with(match["inner"], operands(match["inner"])[0])
+
+
+def retargets(match: Match, *_: Any) -> Any:
+    match["inner"].target = vocabulary.lookup("relu")
+
+
+def erases(match: Match, *_: Any) -> Any:
+    (user,) = match.root.users
+    user.replace_input_with(match.root, match["inner"])
+    match.root.graph.erase_node(match.root)
+    return match["inner"]
+
+
+@pytest.mark.defective
+@pytest.mark.parametrize("fail", [False, True], ids=["returns", "raises"])
+@pytest.mark.parametrize("edit", [replaces_an_operand, retargets, erases])
+@pytest.mark.parametrize("method", ["check", "rewrite"])
+def test_a_rule_may_not_edit_the_chain(method: str, edit: Any, fail: bool) -> None:
+    def edits(*given: Any) -> Any:
+        edit(*given)
+        if fail:
+            raise KeyError("oops")
+        return Reject("not today") if method == "check" else given[0]["inner"]
+
+    class Editor(TanhOfSigmoid):
+        pass
+
+    setattr(Editor, method, staticmethod(edits))
+    node = "tanh" if edit is retargets else "sigmoid"
+    with pytest.raises(
+        RewriteError, match=f"the rule Editor edited ({node}|output), a node of the chain; a rule builds"
+    ):
+        rewrite(TWO, [ComposeMaxPools(), Editor(), TanhOfSigmoid()])
+
+
+@pytest.mark.defective
+def test_a_defect_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(TanhOfSigmoid):
+        rewrite = staticmethod(fails)
+
+    source = program("x: f64[1, 1, 64]", "\n".join(CASCADE) + "\na = tanh(m3)\nb = sigmoid(a)\nb")
+    result = rewrite(source, [Broken(), ComposeMaxPools()])
+    assert len(result.rules) == 3 and len(result.rejected) == 1
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "the rule Broken is defective at sigmoid: KeyError: 'oops'"
+    ]
+
+
+#: four stacked pools
+CASCADE = [f"m{i} = {max_pool('x' if i == 0 else f'm{i - 1}', 2, 2)}" for i in range(4)]
 
 
 def test_a_refusal_names_the_node_that_it_speaks_of() -> None:

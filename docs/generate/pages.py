@@ -1,0 +1,61 @@
+"""Writes the generated parts of the pages, of the README, and the drawings: ``python docs/generate/pages.py``.
+
+A part stands between ``<!-- generated: name -->`` and ``<!-- end -->``. tests/test_docs.py fails where one is stale.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable
+
+import pictures
+import results
+import source
+
+
+def code(example: str) -> str:
+    """An example as it stands."""
+    return f"```python\n{(results.ROOT / 'examples' / f'{example}.py').read_text()}```"
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "cpu": results.cpu,
+    "errors": results.errors,
+    "legality": source.legality,
+    "operators": source.operators,
+    "outside": source.outside,
+    "own_rule": lambda: code("own_rule"),
+    "random_chains": results.random_chains,
+    "readme_times": results.readme_times,
+    "reasons": source.reasons,
+    "rules": source.rules,
+    "spellings": source.spellings,
+    "times_chains": lambda: results.times("h100_chains"),
+    "times_float16": lambda: results.times("h100_float16"),
+    "times_float32": lambda: results.times("h100_float32"),
+    "times_ieee": lambda: results.times("h100_ieee"),
+}
+
+PAGES = [results.ROOT / "README.md", *sorted((results.ROOT / "docs").glob("*.md"))]
+PART = re.compile(r"<!-- generated: (\w+) -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
+
+
+def parts(page: pathlib.Path) -> list[str]:
+    """The names of the generated parts of a page."""
+    return PART.findall(page.read_text())
+
+
+def expanded(page: pathlib.Path) -> str:
+    """The page as it should be; KeyError names a part that has no generator."""
+    return PART.sub(lambda m: f"<!-- generated: {m[1]} -->\n\n{GENERATED[m[1]]()}\n\n<!-- end -->", page.read_text())
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(expanded(page))
+    pictures.main()
+
+
+if __name__ == "__main__":
+    main()
