@@ -213,6 +213,34 @@ def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> N
     assert steps("z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t") == ["softmax > relu"]
 
 
+def steps_of_samples(samples: int, layout: torch.memory_format, *lines: str) -> list[str]:
+    """Behind torch's convolution of so many samples."""
+    made = program(INPUTS.replace("2, 8, 4", f"{samples}, 8, 4"), "\n".join([CONV, *lines]))
+    x, *others = examples(made)
+    return [str(s) for s in schedule(made, [x.to(memory_format=layout), *others], anchored=False).steps]
+
+
+def test_samples_are_a_dim_of_the_grid_where_channels_are_neighbours() -> None:
+    last, most = torch.channels_last_3d, 65535
+    assert steps_of_samples(most, last, "z = relu(y)", "z") == [
+        "conv_transpose",
+        "one kernel: relu -> f32[65535, 16, 6, 7, 8]",
+    ]
+    assert steps_of_samples(most + 1, last, "z = relu(y)", "z") == ["conv_transpose > relu"]
+    assert "one kernel: relu" in steps_of_samples(most + 1, torch.contiguous_format, "z = relu(y)", "z")[1]
+    assert "one kernel: sum" in steps_of_samples(most + 1, last, "z = sum(y, dims=(1,), keepdim=True)", "z")[1]
+    found = steps_of_samples(most + 1, last, "z = relu(y)", "u = adaptive_avg_pool(z, size=(2, 2, 2))", "u")
+    assert found[1:] == ["one kernel: relu > adaptive_avg_pool -> f32[65536, 16, 2, 2, 2]"]
+
+
+def test_results_have_no_more_elements_than_a_kernel_counts() -> None:
+    made = steps_of_samples(2, torch.contiguous_format, "z = adaptive_avg_pool(y, size=(400, 400, 419))", "z")
+    assert "one kernel: adaptive_avg_pool" in made[1]
+    assert steps_of_samples(2, torch.contiguous_format, "z = adaptive_avg_pool(y, size=(400, 400, 420))", "z") == [
+        "conv_transpose > adaptive_avg_pool"
+    ]
+
+
 # --- every kernel compiles ------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
