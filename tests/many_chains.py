@@ -144,13 +144,24 @@ def _compare(drawn: Drawn, eager: nn.Module, truth: nn.Module, x: Tensor, got: T
         assert getattr(got, name) == getattr(expected, name), (name, getattr(got, name), getattr(expected, name))
     strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (got, expected)]
     assert strides[0] == strides[1], ("strides", got.stride(), expected.stride())
-    error, own = relative_error(got, exact), relative_error(expected, exact)
-    limit = SLACK * max(own, LIMIT[drawn.numerics])
-    if error <= limit:
+    found, own = errors(got, exact), errors(expected, exact)
+    limits = [SLACK * max(e, n * LIMIT[drawn.numerics]) for n, e in enumerate(own, 1)]
+    if all(e <= most for e, most in zip(found, limits, strict=True)):
         return False
-    limit = max(limit, 10 * max(relative_error(model(y), exact) for model, y in others))
-    assert error <= limit, f"x {tuple(x.shape)} {x.stride()}: an error of {error:.2e}, eager mode's is {own:.2e}"
-    return limit > NOISY
+    noise = [errors(model(y), exact) for model, y in others]
+    limits = [max(most, 10 * max(n[i] for n in noise)) for i, most in enumerate(limits)]
+    text = ", ".join(f"{e:.2e} (at most {most:.2e})" for e, most in zip(found, limits, strict=True))
+    right = all(e <= most for e, most in zip(found, limits, strict=True))
+    assert right, f"x {tuple(x.shape)} {x.stride()}: errors of {text}"
+    return max(limits) > NOISY
+
+
+def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The relative error in the L2 norm; and the largest one of an element, relative to the largest value."""
+    whole, finite = relative_error(value, truth), truth.isfinite()
+    off = (value.double() - truth)[finite].abs()
+    largest = float(truth[finite].abs().max()) if off.numel() else 0.0
+    return whole, float(off.max()) / largest if largest > 0 else whole
 
 
 def _off(model: nn.Module, x: Tensor, step: float, number: int) -> tuple[nn.Module, Tensor]:

@@ -19,7 +19,8 @@ FUSED, REFUSED, NOISY = 0.9, 0.03, 0.03
 #: kinds of kernels, and how many there must be of each among 320 chains
 KINDS = {
     "convolution, stored": 300, "convolution, maximum": 20, "convolution, sum": 10, "convolution that gathers": 60,
-    "keeps nothing": 20, "channels_last": 100, "map": 200, "pool": 100, "adaptive pool": 20, "statistics": 100, "fold": 150,
+    "keeps nothing": 20, "channels_last": 100, "map": 200, "pool": 100, "adaptive pool": 20, "statistics": 100,
+    "fold": 150,
 }  # fmt: skip
 
 
@@ -50,27 +51,27 @@ def check(outcomes: list[Outcome], count: int) -> None:
 def test_a_few_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the schedules that a GPU would have; eager mode on a CPU refuses some dtypes."""
     monkeypatch.setitem(globals(), "REFUSED", 0.5)
+    monkeypatch.setitem(globals(), "FUSED", 0.8)
     monkeypatch.setitem(globals(), "KINDS", {"convolution, stored": 160, "map": 60, "pool": 60})
     check(search(range(6), "cpu", 1), 6)
 
 
 @pytest.mark.parametrize("seed", [8, 10])
 def test_what_is_wrong_is_found(seed: int) -> None:
-    """A little more than the class's rounding, in one element of the result."""
-    right = many_chains._same_bits
+    """One element of the result, by a fifth of the largest."""
 
-    def off(got: torch.Tensor, again: torch.Tensor) -> bool:
-        got.view(-1)[0] += 0.1 * got.abs().max() + 0.1
-        return right(again, again)
+    def off(got: torch.Tensor, _again: torch.Tensor) -> bool:
+        got[(0,) * got.dim()] += 0.2 * got.abs().max()
+        return True
 
     with mock.patch.object(many_chains, "_same_bits", off):
         outcome = many_chains.run(seed, "cpu")
-    assert outcome.failure is not None and "an error of" in outcome.failure
+    assert outcome.failure is not None and "errors of" in outcome.failure
     assert f"--seed {seed}" in outcome.failure and "class Model(nn.Module)" in outcome.failure
 
 
 def test_other_bits_are_found() -> None:
-    with mock.patch.object(many_chains, "_same_bits", lambda *_: False):
+    with mock.patch.object(many_chains, "_same_bits", return_value=False):
         outcome = many_chains.run(10, "cpu")
     assert outcome.failure is not None and "other bits in a second run" in outcome.failure
 
