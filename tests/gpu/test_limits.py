@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import tempfile
 import threading
@@ -28,10 +29,12 @@ from fxfuse.compare import relative_error
 from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path
 
-pytest.importorskip("cuda.bindings")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    not torch.cuda.is_available()
+    or torch.cuda.get_device_capability() != (9, 0)
+    or importlib.util.find_spec("cuda.bindings") is None,
+    reason="needs a Hopper GPU",
 )
 #: relative L2 error against float64 that the class's rounding explains
 LIMIT = {"tf32": 1e-3, "ieee": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
@@ -96,9 +99,7 @@ WAYS = {
     "float16 last": ("float16", True),
 }
 ONCE = ("tf32 last", "ieee")  # not with every kind
-cases = pytest.mark.parametrize(
-    ("kind", "way"), [(k, w) for w in WAYS for k in KINDS if w not in ONCE or k in ("stored", "maximum", "norm")]
-)
+CASES = [(k, w) for w in WAYS for k in KINDS if w not in ONCE or k in ("stored", "maximum", "norm")]
 
 
 @dataclasses.dataclass
@@ -160,7 +161,7 @@ def fill_free_memory(byte: int) -> None:
         assert bool((torch.empty(size, dtype=torch.uint8, device=DEVICE) == byte).all())
 
 
-@cases
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_the_same_bits_whatever_lay_in_memory(kind: str, way: str) -> None:
     """0xff is NaN in every dtype, and -1; 0x00 is zero; 0x7b is large in every dtype. Twice the same without, too."""
     case = Case.of(kind, way)
@@ -361,6 +362,10 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS)
 def test_views(view: str, numerics: str, layout: str) -> None:
     """test_kernels.py has views of float32 with other channels; these are what rows of channels may be."""
+    check_view(view, numerics, layout)
+
+
+def check_view(view: str, numerics: str, layout: str) -> None:
     torch.manual_seed(0)
     dtype = CLASSES[numerics][0]
     channels = 48 if view == "as_it_is" else 32
@@ -370,7 +375,7 @@ def test_views(view: str, numerics: str, layout: str) -> None:
     fast = fxfuse.optimize(copy.deepcopy(eager), (x,))
     with ops.watch() as runs:
         got = fast(x)
-    assert [r.path for r in runs] == [Path.KERNEL]
+    assert DEVICE == "cpu" or [r.path for r in runs] == [Path.KERNEL]
     like, exact = eager(x), copy.deepcopy(eager).double()(x.double())
     assert got.stride() == like.stride()
     near(got, like, exact, numerics)
