@@ -19,7 +19,7 @@ FUSED, REFUSED, NOISY = 0.9, 0.03, 0.03
 #: kinds of kernels, and how many there must be of each among 320 chains
 KINDS = {
     "convolution, stored": 300, "convolution, maximum": 20, "convolution, sum": 10, "convolution that gathers": 60,
-    "keeps nothing": 20, "channels_last": 100, "map": 200, "pool": 100, "adaptive pool": 20, "statistics": 100,
+    "keeps nothing": 10, "channels_last": 100, "map": 200, "pool": 100, "adaptive pool": 20, "statistics": 100,
     "fold": 150,
 }  # fmt: skip
 
