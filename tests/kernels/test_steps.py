@@ -207,6 +207,37 @@ def test_what_torch_has_made_is_not_computed_again() -> None:
     torch.testing.assert_close(values["u"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_what_torch_has_made_before_is_not_computed_again_later() -> None:
+    """After a step its operands are gone, as far as nothing else reads them."""
+    small = ["t = add(s, 1.0)", "q = mul(t, 2.0)", "p = prod(q, dim=0, keepdim=True)"]
+    body = [CONV, *small, "z = relu(y)", "r = softmax(z, dim=2)", "u = mul(r, q)", "v = add(u, p)", "v"]
+    found = program(INPUTS, "\n".join(body))
+    made = schedule(found, examples(found), anchored=False)
+    torch.manual_seed(0)
+    inputs = [torch.randn(t.shape) for t in examples(found)]
+    values = dict(zip((n for n, _ in found.inputs), inputs, strict=True))
+    perform_steps(made, values)
+    torch.testing.assert_close(values["v"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
+    assert [str(s).split(" -> ")[0] for s in made.steps][-1] == "one kernel: mul > add"
+
+
+def test_operands_that_are_not_small_are_made_once() -> None:
+    more = INPUTS + ", h: f32[16, 6, 7, 8]"
+    made = program(more, "\n".join([CONV, "t = add(h, 1.0)", "z = mul(y, t)", "z"]))
+    found = [str(s) for s in schedule(made, examples(made), anchored=False).steps]
+    assert found[-1] == "one kernel: mul -> f32[2, 16, 6, 7, 8]" and any("add" in s for s in found[:-1])
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_pooled_value_that_is_an_output_is_stored(anchored: bool) -> None:
+    pool = "m = max_pool(z, kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+    conv = CONV.replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    found = program(INPUTS, "\n".join([conv, "z = relu(y)", pool, "z, m"]))
+    made = schedule(found, examples(found), anchored=anchored)
+    assert {"z", "m"} <= {n for s in made.steps for n in s.makes} | ({made.kernel.stored} if made.kernel else set())
+    assert made.kernel is None or made.kernel.stored == "z"
+
+
 def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
