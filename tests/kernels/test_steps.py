@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from harness import program
@@ -15,8 +17,10 @@ from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Fold, Gather, Torch, Window
+from fxfuse.kernels.tail import Fold, Gather, Map, Torch, Window
 from fxfuse.program import Program
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +64,11 @@ def check(chain: Program, inputs: list[Tensor]) -> None:
             assert set(whole.reads) <= values.keys()
             replay(chain, made, values)
         perform_steps(made, values)
+        strides = {s.stored: s.strides for s in made.steps if isinstance(s, Map)}
+        if made.kernel is not None:
+            strides[made.kernel.stored] = made.kernel.strides
         for name, value in zip(chain.outputs, expected, strict=True):
+            assert strides.get(name, value.stride()) == value.stride()
             torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-4, equal_nan=True)
             if made.kernel is not None or len(chain.outputs) == 1:
                 assert values[name].dtype is value.dtype
@@ -98,10 +106,10 @@ def test_random_chains(chain: Chain) -> None:
             found.run(inputs)
         except (Unscheduled, RuntimeError, ValueError):
             continue
-        try:
-            check(found, inputs)
-        except Unscheduled:
-            continue
+        last = [t.contiguous(memory_format=LAST.get(t.dim(), torch.contiguous_format)) for t in inputs]
+        for each in (inputs, last):
+            with contextlib.suppress(Unscheduled):
+                check(found, each)
 
 
 # --- what kernels take ----------------------------------------------------------------------------
@@ -168,7 +176,78 @@ def test_a_reduction_over_channels_joins() -> None:
 
 def test_other_reductions_are_torchs() -> None:
     assert steps("v = softmax(y, dim=2)", "v") == ["softmax"]
+    assert steps("v = sum(y, dims=(1, 2), keepdim=True)", "v") == ["sum"]
+    assert steps("v = amax(y, dims=(2,), keepdim=True)", "v") == ["amax"]
     assert steps("v = prod(y, dim=1, keepdim=True)", "v") == ["prod"]
+
+
+@pytest.mark.parametrize(("channels", "joins"), [(200, True), (256, True), (257, False)])
+def test_so_many_channels_as_threads_hold_are_reduced(channels: int, joins: bool) -> None:
+    more = f"x: f32[2, 8, 4, 5, 6], w: f32[8, {channels}, 3, 3, 3], b: f32[{channels}]"
+    made = program(more, "\n".join([CONV, "v = softmax(y, dim=1)", "v"]))
+    found = [str(s) for s in schedule(made, examples(made), anchored=False).steps]
+    assert ("one kernel: softmax" in found[-1]) == joins
+
+
+def test_reductions_of_one_spatial_dim_keep_it() -> None:
+    line = CONV.replace("(1, 1, 1)", "(1,)").replace("(0, 0, 0)", "(0,)")
+    for keep, expected in ((True, "one kernel: sum -> f32[2, 1, 6]"), (False, "conv_transpose > sum")):
+        made = program(
+            "x: f32[2, 8, 4], w: f32[8, 16, 3], b: f32[16]", f"{line}\nv = sum(y, dims=(1,), keepdim={keep})\nv"
+        )
+        assert [str(s) for s in schedule(made, examples(made), anchored=False).steps][-1] == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("c = reshape(y, shape=(2, 16, 6, 7, 4, 2))", "v = relu(c)"),
+        ("c = reshape(y, shape=(2, 5376))", "v = relu(c)"),
+        ("c = permute(y, dims=(0, 1, 4, 3, 2))", "v = relu(c)"),
+        ("c = cast(y, dtype=f64)", "v = softmax(c, dim=1)"),
+    ],
+    ids=["six dims", "two dims", "other strides", "float64"],
+)
+def test_values_that_kernels_do_not_read_are_torchs(lines: tuple[str, ...]) -> None:
+    made = program(INPUTS, "\n".join([CONV, *lines, "v"]))
+    assert all(isinstance(s, Torch) for s in schedule(made, examples(made), anchored=False).steps)
+
+
+def test_an_overlap_that_is_computed_twice_at_most() -> None:
+    """Windows of 3 with a step of 2 look at an element 3.4 times, those of 3 with a step of 3 once."""
+    pool = "m = max_pool(z, kernel=(3, 3, 3), stride={0}, padding=(1, 1, 1), dilation=(1, 1, 1), ceil_mode=False)"
+    for stride, count in (((2, 2, 2), 2), ((3, 3, 3), 1)):
+        found = steps("z = gelu(y, approximate='none')", pool.format(stride), "m", anchored=False)
+        assert len(found[1:]) == count, found
+
+
+def test_tensors_that_kernels_cannot_count_are_torchs() -> None:
+    found = steps_of_samples(400_000, torch.contiguous_format, "z = relu(y)", "z")
+    assert found == ["conv_transpose > relu"]
+
+
+def test_norms_that_torch_runs_are_not_taken_apart() -> None:
+    """Where no kernel takes the values, one operator of torch's is better than three."""
+    inputs = "x: f16[5, 8, 96, 96, 96], w: f16[8, 64, 3, 3, 3], b: f16[64]"
+    conv = CONV.replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    made = program(inputs, "\n".join([conv, "z = instance_norm(y, None, None, eps=1e-5)", "v = relu(z)", "v"]))
+    found = schedule(made, examples(made))
+    assert found.kernel is not None and not found.kernel.gathers
+    assert [str(s) for s in found.steps] == ["instance_norm > relu"]
+
+
+def test_scales_leave_the_weights_where_a_chain_follows_and_no_pool() -> None:
+    pool = "m = max_pool(y, kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+    conv = CONV.replace("x, w, b", "x, v, b").replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    lines = ["v = scale_weight(w, g, groups=1)", conv]
+    for behind, first, stages in (
+        (["z = relu(y)", "z"], ["reshape", "reshape"], ("conv_transpose", "mul", "add", "relu")),
+        ([pool, "m"], ["scale_weight"], ("conv_transpose", "max_pool 2x2x2")),
+    ):
+        made = program(INPUTS, "\n".join([*lines, *behind]))
+        found = schedule(made, examples(made))
+        assert found.kernel is not None and found.kernel.stages == stages
+        assert [i.op for i in found.first.body] == first
 
 
 def test_small_operands_are_computed_in_the_chain() -> None:
@@ -219,6 +298,12 @@ def test_what_torch_has_made_before_is_not_computed_again_later() -> None:
     perform_steps(made, values)
     torch.testing.assert_close(values["v"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
     assert [str(s).split(" -> ")[0] for s in made.steps][-1] == "one kernel: mul > add"
+
+
+def test_a_chain_ends_where_an_operand_is_not_there_yet() -> None:
+    found = program(INPUTS, "\n".join([CONV, "z = relu(y)", "q = softmax(y, dim=2)", "u = add(z, q)", "u"]))
+    torch.manual_seed(0)
+    check(found, [torch.randn(t.shape) for t in examples(found)])
 
 
 def test_operands_that_are_not_small_are_made_once() -> None:
