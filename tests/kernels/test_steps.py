@@ -323,6 +323,49 @@ def test_a_pooled_value_that_is_an_output_is_stored(anchored: bool) -> None:
     assert made.kernel is None or made.kernel.stored == "z"
 
 
+def test_statistics_of_a_value_are_one_step() -> None:
+    found = steps("u = group_norm(y, None, None, groups=4, eps=1e-5)", "v = instance_norm(y, None, None, eps=1e-5)",
+                  "t = add(u, v)", "t", anchored=False)  # fmt: skip
+    assert [s for s in found if "statistics" in s] == ["statistics of y, one pass over y"]
+
+
+def test_a_map_keeps_the_memory_format() -> None:
+    """The mask decides how the result is laid out; a map reads and writes in the same order."""
+    made = program(INPUTS + ", m: b1[2, 16, 6, 7, 8]", "\n".join([CONV, "z = where(m, y, 0.5)", "z"]))
+    *others, mask = examples(made)
+    found = schedule(made, [*others, mask.to(memory_format=torch.channels_last_3d)], anchored=False)
+    assert [str(s) for s in found.steps] == ["conv_transpose > where"]
+    assert "one kernel: where" in str(schedule(made, [*others, mask], anchored=False))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("t = add(s, 1.0)", CONV, "z = mul(y, t)", "z, t"),
+        ("h = exp(g)", "f = scale_weight(w, h, groups=1)", CONV.replace("x, w", "x, f"), "z = relu(y)", "z, h"),
+        (
+            "h = exp(g)", "f = scale_weight(w, h, groups=1)", CONV.replace("x, w", "x, f"), "z = softmax(y, dim=2)",
+            "r = reshape(h, shape=(-1, 1, 1, 1))", "v = mul(z, r)", "v",
+        ),
+    ],
+    ids=["a small operand", "what is made first is an output", "what is made first is read behind"],
+)  # fmt: skip
+def test_values_of_one_part_are_there_in_the_others(lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 2**40)  # scales stay where they are
+    found = program(INPUTS, "\n".join(lines))
+    made = schedule(found, examples(found))
+    assert made.kernel is not None
+    inputs = [torch.rand(t.shape) for t in examples(found)]
+    values = dict(zip((n for n, _ in found.inputs), inputs, strict=True))
+    values.update(zip(made.first.outputs, made.first.run([values[n] for n, _ in made.first.inputs]), strict=True))
+    assert set(made.kernel.reads) <= values.keys()
+    replay(found, made, values)
+    values = {n: t for n, t in values.items() if n in {*dict(found.inputs), *made.first.outputs, made.kernel.stored}}
+    perform_steps(made, values)
+    for name, expected in zip(found.outputs, found.run(inputs), strict=True):
+        torch.testing.assert_close(values[name], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
