@@ -44,7 +44,7 @@ COUNT = int(ALL or "16")
 REGISTERS = 65536
 THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 1), "finish": (FINISH_BLOCK, 1)}
 #: static shared memory that a block has; bytes that a convolution with statistics may spill
-STATIC_BYTES, MOST_SPILLED = 48 * 1024, 64
+STATIC_BYTES, MOST_SPILLED = 48 * 1024, 384
 
 
 @dataclasses.dataclass(frozen=True)
