@@ -14,6 +14,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
@@ -222,8 +223,9 @@ def test_an_overlap_that_is_computed_twice_at_most() -> None:
 
 
 def test_tensors_that_kernels_cannot_count_are_torchs() -> None:
-    found = steps_of_samples(400_000, torch.contiguous_format, "z = relu(y)", "z")
-    assert found == ["conv_transpose > relu"]
+    for line in ("z = relu(y)", "z = sum(y, dims=(1,), keepdim=True)", "z = adaptive_avg_pool(y, size=(1, 2, 2))"):
+        found = steps_of_samples(400_000, torch.contiguous_format, line, "z")
+        assert len(found) == 1 and found[0].startswith("conv_transpose > "), found
 
 
 def test_norms_that_torch_runs_are_not_taken_apart() -> None:
@@ -311,6 +313,7 @@ def test_operands_that_are_not_small_are_made_once() -> None:
     made = program(more, "\n".join([CONV, "t = add(h, 1.0)", "z = mul(y, t)", "z"]))
     found = [str(s) for s in schedule(made, examples(made), anchored=False).steps]
     assert found[-1] == "one kernel: mul -> f32[2, 16, 6, 7, 8]" and any("add" in s for s in found[:-1])
+    assert [i.op for i in schedule(made, examples(made)).first.body] == ["add"]
 
 
 @pytest.mark.parametrize("anchored", [True, False])
@@ -327,6 +330,22 @@ def test_statistics_of_a_value_are_one_step() -> None:
     found = steps("u = group_norm(y, None, None, groups=4, eps=1e-5)", "v = instance_norm(y, None, None, eps=1e-5)",
                   "t = add(u, v)", "t", anchored=False)  # fmt: skip
     assert [s for s in found if "statistics" in s] == ["statistics of y, one pass over y"]
+
+
+@pytest.mark.parametrize(
+    "norm", ["instance_norm(y, None, None, eps=1e-5)", "layer_norm(y, None, None, shape=(16, 6, 7, 8), eps=1e-5)"]
+)
+def test_results_are_laid_out_as_torch_has_them(norm: str) -> None:
+    """Of channels that are neighbours torch's own norm makes planes, which a map of them would not."""
+    made = program(INPUTS, "\n".join([CONV, f"z = {norm}", "z"]))
+    x, *others = examples(made)
+    inputs = [x.to(memory_format=torch.channels_last_3d), *others]
+    found = schedule(made, inputs, anchored=False)
+    assert [str(s) for s in found.steps] == ["conv_transpose > " + norm.split("(")[0]]
+    found = schedule(made, inputs)
+    assert found.kernel is not None and found.kernel.layout == "contiguous"
+    (stored,) = (s for s in found.steps if isinstance(s, Map))
+    assert stored.strides == dense(stored.kind.shape, "contiguous")
 
 
 def test_a_map_keeps_the_memory_format() -> None:
