@@ -37,9 +37,9 @@ import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
 from fxfuse.kernels import execute, schedule, tail
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.execute import Candidate
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.schedule import Schedule, Unscheduled
+from fxfuse.kernels.schedule import Schedule
 from fxfuse.region import Region
 from fxfuse.vocabulary import Kind
 
@@ -212,10 +212,10 @@ def kinds_of(made: Schedule) -> Iterator[str]:
             yield f"map, {step.layouts[0]}"
 
 
-def plan(region: Region, inputs: Sequence[Tensor], *, exact: bool) -> tuple[Schedule, Convolution | None]:
-    """What a Hopper GPU would run. Raises Unscheduled."""
+def plan(region: Region, inputs: Sequence[Tensor], *, exact: bool) -> Candidate:
+    """What a Hopper GPU would run."""
     with mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _as_cudnn):
-        return execute.decide(region.rewritten, inputs, exact=exact, hopper=True)[:2]
+        return next(execute.candidates(region.rewritten, inputs, exact=exact, hopper=True))
 
 
 def _as_cudnn(x: Tensor, weight: Tensor, _backend: object) -> torch.memory_format:
@@ -230,9 +230,9 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
     """The schedules of the regions that run inside the block on a CPU."""
     found: list[Schedule] = []
 
-    def spy(region: Region, inputs: Sequence[Tensor]) -> None:
-        with contextlib.suppress(Unscheduled):
-            found.append(plan(region, inputs, exact=not drawn.allow_tf32)[0])
+    def spy(region: Region, inputs: Sequence[Tensor], _key: object) -> None:
+        made = plan(region, inputs, exact=not drawn.allow_tf32).schedule
+        found.extend([] if made is None else [made])
 
     with mock.patch("fxfuse.kernels.execute.run", spy) if device == "cpu" else contextlib.nullcontext():
         yield found

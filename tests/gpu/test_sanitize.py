@@ -23,7 +23,7 @@ def test_every_kernel_is_named() -> None:
     layer, f32 = Layer(8, 8, 1, three, one, (0, 0, 0), one), torch.float32
     both = ("contiguous", "contiguous")
     texts = [
-        Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True)).source(staged=False),
+        Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True)).source(),
         emit_map("f32", "f32", "contiguous", None),
         emit_pool("f32", "f32", both, None, Window("Sum", three, three, (0, 0, 0), one), None),
         emit_fold("f32", "f32", both, None, Fold("Sum", 8), None),

@@ -7,7 +7,6 @@ of the benchmark's.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import os
@@ -29,8 +28,7 @@ from fxfuse.kernels.convolution import SHARED_BYTES
 from fxfuse.kernels.engine import BLOCK, MERGE_BLOCK, THREADS, Convolution
 from fxfuse.kernels.jit import Cubin, compile_cubin
 from fxfuse.kernels.sass import sass
-from fxfuse.kernels.schedule import Unscheduled
-from fxfuse.kernels.tail_engine import FINISH_BLOCK, source_of
+from fxfuse.kernels.tail_engine import FINISH_BLOCK
 from fxfuse.models import Case
 from fxfuse.region import Region
 
@@ -60,7 +58,7 @@ def sources_of(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> It
     """What a Hopper GPU would compile for these calls."""
     calls: list[tuple[Region, list[Tensor]]] = []
 
-    def spy(region: Region, given: Sequence[Tensor]) -> None:
+    def spy(region: Region, given: Sequence[Tensor], _key: object) -> None:
         calls.append((region, [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in given]))
 
     fast = fxfuse.optimize(model)
@@ -70,14 +68,10 @@ def sources_of(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> It
             fast(x)
     for region, given in calls:
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in given]
-        with contextlib.suppress(Unscheduled):
-            made, convolution = many_chains.plan(region, fakes, exact=exact)
-            kinds = tuple(kinds_of(made))
-            if convolution is not None:
-                pairs = convolution.made.layer.stride[2] == 2 and not convolution.epilogue.combine
-                for staged in {False, pairs and convolution.layout == "contiguous"}:
-                    yield Source(convolution.source(staged), kinds, convolution)
-            yield from (Source(text, kinds) for step in made.steps if (text := source_of(step)))
+        made = many_chains.plan(region, fakes, exact=exact)
+        kinds = () if made.schedule is None else tuple(kinds_of(made.schedule))
+        for name, text in made.sources():
+            yield Source(text, kinds, made.convolution if name == "convolution" else None)
 
 
 def check(source: Source, *, disassemble: bool) -> None:
