@@ -79,6 +79,10 @@ def _run_each(device: str) -> Iterator[str]:
             x[1, 3, 2, 5, 4], x[2, 0, 0, 0, 0] = 1e30, float("nan")
             case.fast(x)
             yield f"{kind}, {way}, values of every size"
+    for store in test_limits.STORES:
+        for numerics in ("tf32", "float16"):
+            test_limits.check_store(*store, numerics)
+            yield f"{store}, {numerics}"
     for name in ("a_crop", "channels_that_begin_anywhere", "one_column_for_all"):
         for numerics in ("tf32", "bfloat16"):
             for layout in ("contiguous", "last"):

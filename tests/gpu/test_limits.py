@@ -178,6 +178,46 @@ def test_the_same_bits_whatever_lay_in_memory(kind: str, way: str) -> None:
         assert torch.equal(bits(first), bits(case.fast(x))), hex(byte)
 
 
+#: how results get to memory: which store, the layer's stride and kernel, sizes of x
+STORES = [
+    ("DIRECT", (2, 2, 2), (2, 2, 2), (4, 8, 16)),
+    ("DIRECT", (1, 1, 3), (3, 3, 3), (4, 8, 16)),
+    ("PLANES", (1, 1, 1), (3, 3, 3), (7, 10, 9)),
+    ("PLANES", (1, 1, 3), (3, 3, 3), (7, 10, 9)),
+    ("PLANES", (2, 2, 2), (3, 3, 3), (7, 10, 9)),
+    ("ROWS", (1, 1, 1), (3, 3, 3), (2, 2, 250)),
+    ("ROWS", (2, 2, 2), (3, 3, 3), (2, 2, 250)),
+]
+
+
+@pytest.mark.parametrize("numerics", ["tf32", "float16"])
+@pytest.mark.parametrize(("store", "stride", "kernel", "sizes"), STORES)
+def test_every_way_to_store(
+    store: str, stride: tuple[int, ...], kernel: tuple[int, ...], sizes: tuple[int, ...], numerics: str
+) -> None:
+    fast, x, got = check_store(store, stride, kernel, sizes, numerics)
+    (prepared,) = (p for p in execute._prepared.values() if p is not None)
+    assert prepared.convolution.tiling(prepared.schedule.kernel.sizes)[1].name == store
+    fill_free_memory(0xFF)
+    assert torch.equal(bits(got), bits(fast(x)))
+
+
+def check_store(
+    store: str, stride: tuple[int, ...], kernel: tuple[int, ...], sizes: tuple[int, ...], numerics: str
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The optimised layer, its input and the result, which is right."""
+    torch.manual_seed(0)
+    dtype = CLASSES[numerics][0]
+    eager = Stages(F.silu, layer=nn.ConvTranspose3d(32, 48, kernel, stride)).to(DEVICE).to(dtype)
+    fast, x = fxfuse.optimize(copy.deepcopy(eager)), torch.randn(2, 32, *sizes, device=DEVICE).to(dtype)
+    fast(x)
+    with ops.watch() as runs:
+        got = fast(x)
+    assert DEVICE == "cpu" or [r.path for r in runs] == [Path.KERNEL]
+    near(got, eager(x), copy.deepcopy(eager).double()(x.double()), numerics)
+    return fast, x, got
+
+
 @pytest.mark.parametrize(
     ("way", "part"), [("tf32", 0.5), ("tf32 last", 0.5), ("ieee", 1.0), ("float16", 1.0), ("float16 last", 0.0)]
 )
