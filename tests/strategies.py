@@ -49,12 +49,17 @@ class Chain:
 
     def make(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
         """The model and an input: the same ones each time."""
+        model = self.model()
+        randomize(model)
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return model.to(dtype), x.to(dtype)
+
+    def model(self) -> nn.Module:
+        """The model with torch's own parameters."""
         space: dict[str, Any] = {"torch": torch, "F": F, "nn": nn}
         exec(self.source(), space)
         model: nn.Module = space["Model"]()
-        randomize(model)
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return model.to(dtype).train(self.train), x.to(dtype)
+        return model.train(self.train)
 
 
 def randomize(module: nn.Module) -> None:

@@ -24,14 +24,11 @@ from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements,
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.tail import LEAST_ELEMENTS, Gather, Step, Torch, plan
+from fxfuse.kernels.tail import LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, Gather, Step, Torch, plan
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
-
-#: elements of one sample: positions in it are 32-bit numbers; samples: a dimension of a grid
-MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 
 
 class Unscheduled(Exception):  # noqa: N818 - a refusal, not an error

@@ -20,8 +20,8 @@ from fxfuse.vocabulary import Kind
 
 #: elements of a tensor from which on a kernel of ours is worth its launch
 LEAST_ELEMENTS = 2**20
-#: elements of a tensor that a kernel counts
-MOST_ELEMENTS = 2**31 - 1
+#: elements of a tensor that a kernel counts; samples, where they are a dim of its grid
+MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 #: how often an element may be computed again because windows overlap
 MOST_OVERLAP = 2.0
 
@@ -332,8 +332,12 @@ class _Planner:
         if fold is not None and len(self.values.types[after.result].shape) < 3:
             return None
         layouts = self._layouts(value, after.result)
-        if window is None and fold is None and layouts[0] != layouts[1]:
-            return None
+        if elements(self.values.types[after.result]) > MOST_ELEMENTS:
+            return None  # an adaptive pool makes any number of them
+        if window is None and fold is None:
+            samples = self.values.types[value].shape[0] or 0
+            if layouts[0] != layouts[1] or (layouts[0] == "channels_last" and samples > MOST_SAMPLES):
+                return None
         if fold is not None:
             lanes = fold.lanes(*(layout != "contiguous" for layout in layouts))
             if -(-fold.channels // lanes) > MOST_CHANNELS_EACH:

@@ -1,10 +1,9 @@
-"""The convolution kernels on a Hopper GPU: random chains against float64, layouts, odd inputs, switches."""
+"""The convolution kernels on a Hopper GPU, against float64: layouts, odd inputs, switches."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,71 +77,6 @@ def made(dims: int, *args: Any, dtype: torch.dtype = torch.float32, **more: Any)
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, device="cuda").to(dtype)
-
-
-# --- random chains --------------------------------------------------------------------------------
-POINTWISE: list[Callable[[Tensor], Tensor]] = [
-    F.relu, F.gelu, F.silu, F.hardswish, torch.sigmoid, torch.tanh, torch.square,
-    lambda y: y * 0.7, lambda y: y / 3, lambda y: y - 0.25, lambda y: y.clamp(-0.5, 0.8),
-    lambda y: y * torch.sigmoid(y),
-    lambda y: F.leaky_relu(y, 0.2), lambda y: F.softplus(y), lambda y: y.abs() + y,
-]  # fmt: skip
-POOLS = {
-    "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d},
-    "avg": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
-}
-
-
-def random_chain(seed: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    pick = random.Random(seed)
-    dims = pick.choice([1, 2, 3, 3, 3])
-    groups = pick.choice([1, 1, 1, 2, 3])
-    stride = tuple(pick.choice([1, 2, 2, 3]) for _ in range(dims))
-    stride = pick.choice([stride, (2,) * dims])
-    kernel = tuple(pick.randint(1, 5) for _ in range(dims))
-    dilation = tuple(pick.choice([1, 1, 2]) for _ in range(dims))
-    padding = tuple(pick.randint(0, min(d * (k - 1), 3)) for k, d in zip(kernel, dilation, strict=True))
-    extra = tuple(pick.randint(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
-    convolution = made(
-        dims, groups * pick.choice([1, 3, 16, 20, 48]), groups * pick.choice([1, 5, 8, 24, 70]), kernel, stride=stride,
-        padding=padding, output_padding=extra, dilation=dilation, groups=groups, bias=pick.random() < 0.7, dtype=dtype,
-    )  # fmt: skip
-    stages: list[Callable[..., Tensor]] = pick.sample(POINTWISE, pick.randint(0, 2))
-    if pick.random() < 0.7 or dtype is not torch.float32:
-        times = pick.choice([1, 1, 2])
-        window = tuple(s * times for s in stride)
-        kind = pick.choice(["max", "avg"])
-        pool, more = POOLS[kind][dims], {"ceil_mode": True} if kind == "max" and pick.random() < 0.3 else {}
-        stages.append(lambda y: pool(y, window, **more))
-        stages += pick.sample(POINTWISE, pick.randint(0, 2))
-    x = sample(
-        pick.choice([1, 2, 3]), convolution.in_channels, *(pick.randint(5, 19) for _ in range(dims)), dtype=dtype
-    )
-    if pick.random() < 0.3:
-        x = x.contiguous(memory_format=LAST[x.dim()])
-    return Chain(convolution, *stages), x
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_random_chains(seed: int) -> None:
-    torch.manual_seed(seed)
-    check(*random_chain(seed, torch.float32))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("seed", range(8))
-def test_random_chains_of_16_bits(seed: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(seed)
-    check(*random_chain(100 + seed, dtype))
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_random_chains_without_tf32(seed: int) -> None:
-    torch.manual_seed(seed)
-    model, x = random_chain(200 + seed, torch.float32)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        got, expected, truth = run(model, x)
-    assert relative_error(got, truth) <= max(2 * relative_error(expected, truth), 5e-7)
 
 
 # --- what the schedule's parts are for ------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -238,59 +236,3 @@ def test_residuals_of_what_is_normalised() -> None:
             return F.gelu(self.norm(y)) + y * y.mean((2, 3, 4), keepdim=True)
 
     check(spread(Residual()), sample(2, 8, 6, 7, 8), "statistics")
-
-
-class Drawn:
-    """A random chain of two to six stages."""
-
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        pick = random.Random(seed)
-        dims = pick.choice([2, 3, 3])
-        groups = pick.choice([1, 1, 1, 2])
-        stride = pick.choice([(1,) * dims, (2,) * dims, tuple(pick.choice([1, 2, 3]) for _ in range(dims))])
-        kernel = tuple(pick.randint(1, 4) for _ in range(dims))
-        channels = groups * pick.choice([2, 4, 8, 12, 32])
-        convolution = made(
-            dims, groups * pick.choice([1, 3, 16, 24]), channels, kernel, stride=stride, groups=groups, dtype=dtype,
-            padding=tuple(pick.randint(0, (k - 1) // 2) for k in kernel),
-        )  # fmt: skip
-        stages: list[Any] = [self.stage(pick, channels, dims, dtype) for _ in range(pick.randint(2, 6))]
-        self.model = spread(Stages(convolution, *stages)).train(pick.random() < 0.6)
-        sizes = (pick.randint(9, 19) for _ in range(dims))
-        self.x: Tensor = sample(pick.choice([1, 2, 3]), convolution.in_channels, *sizes, dtype=dtype)
-        if pick.random() < 0.3:
-            self.x = self.x.contiguous(memory_format=LAST[self.x.dim()])
-
-    def stage(self, pick: random.Random, channels: int, dims: int, dtype: torch.dtype) -> Any:
-        kind = pick.random()
-        if kind < 0.35:
-            return pick.choice([F.relu, F.silu, F.hardswish, torch.tanh, lambda y: y * 0.7, lambda y: y.clamp(-1, 1)])
-        if kind < 0.65:
-            return NORMS[pick.choice(list(NORMS))](channels, dims).cuda().to(dtype)
-        if kind < 0.85:
-            max_pool, avg_pool = ((F.max_pool2d, F.avg_pool2d), (F.max_pool3d, F.avg_pool3d))[dims - 2]
-            pool, window = pick.choice([max_pool, avg_pool]), pick.choice([(2, 2, 0), (2, 1, 0), (3, 2, 1)])
-            return lambda y: pool(y, *window)
-        if kind < 0.95:
-            return pick.choice([
-                lambda y: y - y.mean(tuple(range(2, y.dim())), keepdim=True),
-                lambda y: y * torch.softmax(y, 1), lambda y: y + y.sigmoid() * y, lambda y: y.log_softmax(1),
-            ])  # fmt: skip
-        return lambda y: y / (1 + y.abs().sum(1, keepdim=True))
-
-
-@pytest.mark.parametrize("seed", range(60))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_random_chains(seed: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(seed)
-    drawn = Drawn(seed, dtype)
-    if any(s == 0 for s in drawn.model(drawn.x).shape):
-        pytest.skip("nothing is left")
-    model, x = drawn.model, drawn.x
-    exact = copy.deepcopy(model).double()(x.double())
-    eager = copy.deepcopy(model)
-    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-    with torch.no_grad():
-        got, like = fast(x), eager(x)
-        assert got.shape == like.shape and got.stride() == like.stride() and got.dtype is like.dtype
-        assert relative_error(got, exact) <= max(3 * relative_error(like, exact), 3 * LIMIT[dtype])

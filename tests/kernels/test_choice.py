@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 
+from fxfuse.kernels import choice
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.schedule import examples, schedule
 from fxfuse.kernels.specialise import specialise
@@ -28,15 +32,21 @@ def reason(
     dtype: str = "f32",
     pool: bool = False,
     groups: int = 1,
+    behind: tuple[str, ...] = (),
+    last: bool = False,
+    exact: bool = False,
 ) -> str | None:
     weight = ", ".join(map(str, (channels[0], channels[1] // groups, *kernel)))
-    lines = [CONV.format(s=stride, g=groups), *([POOL.format(s=stride)] if pool else [])]
-    body = "".join(f"    {line}\n" for line in (*lines, f"return {'m' if pool else 'y'}"))
+    lines = [CONV.format(s=stride, g=groups), *([POOL.format(s=stride)] if pool else []), *behind]
+    body = "".join(f"    {line}\n" for line in (*lines, f"return {lines[-1].split(' = ')[0]}"))
     inputs = f"x: {dtype}[{batch}, {channels[0]}, {size}, {size}, {size}], w: {dtype}[{weight}]"
     program = Program.parse(f"def chain({inputs}):\n{body}")[1]
     made = schedule(program, examples(program))
-    layer = specialise(made.kernel.layer, pooled=pool)
-    return slower(made.kernel, layer, batch, (size, size, size))
+    launch = made.kernel
+    if last:
+        launch = dataclasses.replace(launch, strides=dense(launch.kind.shape, "channels_last"))
+    layer = specialise(launch.layer, pooled=pool, exact=exact)
+    return slower(launch, layer, batch, (size, size, size))
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -63,3 +73,56 @@ def test_layers_that_win(dtype: str) -> None:
 def test_layers_that_do_not(more: dict[str, object], why: str) -> None:
     found = reason(**more)  # type: ignore[arg-type]
     assert found is not None and re.search(why, found)
+
+
+TWO, LONG, MEAN = (2, 2, 2), (1, 1, 4), "u = mean(y, dims=(2, 3, 4), keepdim=True)"
+
+
+@pytest.mark.parametrize(
+    ("more", "other", "why"),
+    [
+        ({"kernel": (2, 2, 2), "stride": (3, 3, 3)}, {"pool": True}, "leave outputs that no tap reaches"),
+        ({"kernel": (4, 4, 4), "stride": LONG}, {"last": True}, "a stride of 4 along w scatters"),
+        ({"kernel": (4, 4, 4), "stride": LONG}, {"pool": True}, "a stride of 4 along w scatters"),
+        ({"kernel": (4, 4, 4), "stride": LONG, "dtype": "f16", "last": True}, {"dtype": "f32"}, "a stride of 4 along"),
+        ({"channels": (64, 3)}, {"channels": (16, 3), "kernel": (5, 5, 5)}, "leave the matrix units idle"),
+        ({"channels": (64, 3)}, {"channels": (64, 5)}, "leave the matrix units idle"),
+        ({"kernel": (1, 2, 2), "stride": (1, 2, 2)}, {"pool": True}, "bound by memory"),
+        ({"kernel": (1, 2, 2)}, {"kernel": (1, 3, 3)}, "bound by memory"),
+        ({"dtype": "f16"}, {"behind": (MEAN,)}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"dtype": "f16"}, {"kernel": (4, 4, 4)}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"dtype": "f16"}, {"stride": TWO}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"size": 3, "batch": 2048}, {"exact": True}, "leaves most rows of the tiles unused"),
+    ],
+)  # fmt: skip
+def test_what_else_lets_them_win(more: dict[str, Any], other: dict[str, Any], why: str) -> None:
+    """Each rule has its exceptions: one difference, and the layer is taken."""
+    found = reason(**more)
+    assert found is not None and why in found
+    assert reason(**{**more, **other}) is None
+
+
+def test_an_empty_batch_is_nothing_to_compute() -> None:
+    text = f"def chain(x: f32[2, 8, 9, 9, 9], w: f32[8, 8, 3, 3, 3]):\n    {CONV.format(s=TWO, g=1)}\n    return y\n"
+    program = Program.parse(text)[1]
+    kernel = schedule(program, examples(program)).kernel
+    assert slower(kernel, specialise(kernel.layer, pooled=False), 0, (9, 9, 9)) == "there is nothing to compute"
+
+
+@pytest.mark.parametrize(
+    ("more", "taken"),
+    [
+        ({}, False), ({"behind": ("z = relu(y)",)}, False), ({"behind": ("z = relu(y)", "v = exp(z)")}, True),
+        ({"pool": True}, True), ({"behind": (MEAN,)}, True), ({"groups": 4}, True),
+        ({"groups": 4, "kernel": TWO, "stride": TWO}, False), ({"groups": 4, "kernel": (1, 2, 2)}, False),
+    ],
+)  # fmt: skip
+def test_what_is_small_depends_on_what_else_there_is(
+    more: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same time, by estimate: more than a chain needs and a group, less than a convolution alone does."""
+    time = (max(choice.LEAST_SECONDS_CHAIN, choice.LEAST_SECONDS_GROUPED) + choice.LEAST_SECONDS) / 2
+    monkeypatch.setattr(choice, "seconds", lambda *_: time)
+    found = reason(**{"stride": TWO, **more})
+    assert (found is None) == taken
+    assert taken or "the layer is small: " in str(found)

@@ -155,3 +155,58 @@ def test_one_value_per_channel_is_left_to_torch() -> None:
     )
     types = {n: TensorType(torch.float32, (1, 6, 1, 1, 1)) for n in "xy"}
     assert split_norms(original, types, lambda _: True) == original
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 6), "f32"), ((2, 6, 3, 2, 2, 2), "f32"), ((2, 6, 0, 3), "f32"), ((2, 6, 4, 5), "f64")],
+    ids=str,
+)
+def test_tensors_that_kernels_do_not_measure_are_left_alone(shape: tuple[int, ...], dtype: str) -> None:
+    """Those of other ranks, without elements, of other dtypes; the same norm of others is taken apart."""
+    line = "y = group_norm(x, None, None, groups=2, eps=1e-3)\ny"
+    for sizes, kind, left in ((shape, dtype, True), ((2, 6, 4, 5), "f32", False)):
+        original = program(f"x: {kind}[{', '.join(map(str, sizes))}]", line)
+        types = {n: TensorType(original.inputs[0][1].dtype, sizes) for n in "xy"}
+        assert (split_norms(original, types, lambda _: True) == original) == left
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "group_norm(x, None, None, groups=3, eps=0.5)", "group_norm(x, None, None, groups=2, eps=1e-3)",
+        "batch_norm_batch(x, None, None, eps=1e-3)",
+    ],
+)  # fmt: skip
+def test_statistics_of_other_groups_or_with_another_eps_are_others(other: str) -> None:
+    original = made(f"y = group_norm(x, None, None, groups=3, eps=1e-3)\nz = {other}\ny, z")
+    after, tensors = split(original), inputs(original)
+    assert [i.op for i in after.body].count("statistics") == 2
+    for a, b in zip(after.run(tensors), original.run(tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", ["pow(y, 2)", "maximum(y, w2)", "mul(y, y)", "sub(1.5, y)", "clamp(y, 0.0, None)"])
+def test_steps_that_a_mean_does_not_pass_are_none(step: str) -> None:
+    """(mean of squares) is not (square of mean)."""
+    lines = ["w2 = reshape(w, shape=(-1, 1, 1, 1))", "y = instance_norm(x, w, b, eps=1e-3)", f"z = {step}"]
+    original = made("\n".join([*lines, "q = mean(z, dims=(2, 3, 4), keepdim=True)", "q"]))
+    after, tensors = split(original), inputs(original, offset=1.0)
+    torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["instance_norm(x, w, b, eps=1e-3)", "group_norm(x, w, b, groups=2, eps=1e-3)"])
+def test_a_mean_over_samples_of_what_differs_by_sample(norm: str) -> None:
+    original = made(f"y = {norm}\nq = mean(y, dims=(0, 2, 3, 4), keepdim=True)\nq")
+    after, tensors = split(original), inputs(original)
+    tensors[0] *= torch.tensor([1.0, 5.0, 25.0]).view(3, 1, 1, 1, 1)
+    tensors[0] += torch.tensor([1.0, 5.0, 25.0]).view(3, 1, 1, 1, 1)
+    torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("f16", (3, 6, 4, 5, 2)), ("f32", (1, 6, 1, 1, 1))])
+def test_centring_that_is_left_alone(dtype: str, size: tuple[int, ...]) -> None:
+    """Half precision, whose statistics would be rounded; one value per channel, which has no variance."""
+    original = program(f"x: {dtype}[{', '.join(map(str, size))}]", "c, a, s, u = centre(x)\nc, a, s, u")
+    types = types_of(original) if size[0] > 1 else {n: TensorType(torch.float32, size) for n in "xcasu"}
+    assert split_norms(original, types, lambda _: True) == original

@@ -170,6 +170,13 @@ def test_the_first_model() -> None:
     assert str(made) == ("one kernel: conv_transpose > max_pool 2x2x2 -> f32[2, 16, 3, 3, 6]; then max_pool > sum")
 
 
+def test_what_is_pooled_in_part_is_laid_out_as_the_value() -> None:
+    made = program(conv(), "m = " + max_pool("y", 6))
+    x, *others = examples(made)
+    found = schedule(made, [x.to(memory_format=torch.channels_last_3d), *others])
+    assert found.kernel is not None and found.kernel.stored == "m_combined" and found.kernel.layout == "channels_last"
+
+
 def test_a_pool_after_the_first_one_is_torchs() -> None:
     made = cut(conv(), "m = " + max_pool("y"), "n = " + max_pool("m", 3), "s = sum(n, dims=(1,), keepdim=True)")
     assert stages(made) == ([], ["conv_transpose", "max_pool 2x2x2"], ["max_pool", "sum"])
@@ -293,6 +300,8 @@ def test_the_parts_are_complete() -> None:
         ((conv(), "z = " + conv()[4:], "u = add(y, z)"), INPUTS, "2 convolutions in one chain"),
         ((conv(),), INPUTS.replace("2, 8, 4", "70000, 8, 4"), "is too large for 32-bit positions"),
         ((conv(),), INPUTS.replace("2, 8, 4, 5, 6", "1, 8, 1000, 1000, 1000"), "is too large for 32-bit positions"),
+        ((conv(),), INPUTS.replace("2, 8, 4, 5, 6", "1, 8, 300, 300, 300"), "is too large for 32-bit positions"),
+        ((conv(),), INPUTS.replace("b: f32", "b: f64"), "no kernel adds a bias of torch.float64"),
     ],
 )  # fmt: skip
 def test_refusals(lines: tuple[str, ...], inputs: str, reason: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from harness import program
@@ -12,11 +14,14 @@ from torch import Tensor
 import fxfuse
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Fold, Gather, Torch, Window
+from fxfuse.kernels.tail import Fold, Gather, Map, Torch, Window
 from fxfuse.program import Program
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,11 @@ def check(chain: Program, inputs: list[Tensor]) -> None:
             assert set(whole.reads) <= values.keys()
             replay(chain, made, values)
         perform_steps(made, values)
+        strides = {s.stored: s.strides for s in made.steps if isinstance(s, Map)}
+        if made.kernel is not None:
+            strides[made.kernel.stored] = made.kernel.strides
         for name, value in zip(chain.outputs, expected, strict=True):
+            assert strides.get(name, value.stride()) == value.stride()
             torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-4, equal_nan=True)
             if made.kernel is not None or len(chain.outputs) == 1:
                 assert values[name].dtype is value.dtype
@@ -98,10 +107,10 @@ def test_random_chains(chain: Chain) -> None:
             found.run(inputs)
         except (Unscheduled, RuntimeError, ValueError):
             continue
-        try:
-            check(found, inputs)
-        except Unscheduled:
-            continue
+        last = [t.contiguous(memory_format=LAST.get(t.dim(), torch.contiguous_format)) for t in inputs]
+        for each in (inputs, last):
+            with contextlib.suppress(Unscheduled):
+                check(found, each)
 
 
 # --- what kernels take ----------------------------------------------------------------------------
@@ -168,7 +177,79 @@ def test_a_reduction_over_channels_joins() -> None:
 
 def test_other_reductions_are_torchs() -> None:
     assert steps("v = softmax(y, dim=2)", "v") == ["softmax"]
+    assert steps("v = sum(y, dims=(1, 2), keepdim=True)", "v") == ["sum"]
+    assert steps("v = amax(y, dims=(2,), keepdim=True)", "v") == ["amax"]
     assert steps("v = prod(y, dim=1, keepdim=True)", "v") == ["prod"]
+
+
+@pytest.mark.parametrize(("channels", "joins"), [(200, True), (256, True), (257, False)])
+def test_so_many_channels_as_threads_hold_are_reduced(channels: int, joins: bool) -> None:
+    more = f"x: f32[2, 8, 4, 5, 6], w: f32[8, {channels}, 3, 3, 3], b: f32[{channels}]"
+    made = program(more, "\n".join([CONV, "v = softmax(y, dim=1)", "v"]))
+    found = [str(s) for s in schedule(made, examples(made), anchored=False).steps]
+    assert ("one kernel: softmax" in found[-1]) == joins
+
+
+def test_reductions_of_one_spatial_dim_keep_it() -> None:
+    line = CONV.replace("(1, 1, 1)", "(1,)").replace("(0, 0, 0)", "(0,)")
+    for keep, expected in ((True, "one kernel: sum -> f32[2, 1, 6]"), (False, "conv_transpose > sum")):
+        made = program(
+            "x: f32[2, 8, 4], w: f32[8, 16, 3], b: f32[16]", f"{line}\nv = sum(y, dims=(1,), keepdim={keep})\nv"
+        )
+        assert [str(s) for s in schedule(made, examples(made), anchored=False).steps][-1] == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("c = reshape(y, shape=(2, 16, 6, 7, 4, 2))", "v = relu(c)"),
+        ("c = reshape(y, shape=(2, 5376))", "v = relu(c)"),
+        ("c = permute(y, dims=(0, 1, 4, 3, 2))", "v = relu(c)"),
+        ("c = cast(y, dtype=f64)", "v = softmax(c, dim=1)"),
+    ],
+    ids=["six dims", "two dims", "other strides", "float64"],
+)
+def test_values_that_kernels_do_not_read_are_torchs(lines: tuple[str, ...]) -> None:
+    made = program(INPUTS, "\n".join([CONV, *lines, "v"]))
+    assert all(isinstance(s, Torch) for s in schedule(made, examples(made), anchored=False).steps)
+
+
+def test_an_overlap_that_is_computed_twice_at_most() -> None:
+    """Windows of 3 with a step of 2 look at an element 3.4 times, those of 3 with a step of 3 once."""
+    pool = "m = max_pool(z, kernel=(3, 3, 3), stride={0}, padding=(1, 1, 1), dilation=(1, 1, 1), ceil_mode=False)"
+    for stride, count in (((2, 2, 2), 2), ((3, 3, 3), 1)):
+        found = steps("z = gelu(y, approximate='none')", pool.format(stride), "m", anchored=False)
+        assert len(found[1:]) == count, found
+
+
+def test_tensors_that_kernels_cannot_count_are_torchs() -> None:
+    for line in ("z = relu(y)", "z = sum(y, dims=(1,), keepdim=True)", "z = adaptive_avg_pool(y, size=(1, 2, 2))"):
+        found = steps_of_samples(400_000, torch.contiguous_format, line, "z")
+        assert len(found) == 1 and found[0].startswith("conv_transpose > "), found
+
+
+def test_norms_that_torch_runs_are_not_taken_apart() -> None:
+    """Where no kernel takes the values, one operator of torch's is better than three."""
+    inputs = "x: f16[5, 8, 96, 96, 96], w: f16[8, 64, 3, 3, 3], b: f16[64]"
+    conv = CONV.replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    made = program(inputs, "\n".join([conv, "z = instance_norm(y, None, None, eps=1e-5)", "v = relu(z)", "v"]))
+    found = schedule(made, examples(made))
+    assert found.kernel is not None and not found.kernel.gathers
+    assert [str(s) for s in found.steps] == ["instance_norm > relu"]
+
+
+def test_scales_leave_the_weights_where_a_chain_follows_and_no_pool() -> None:
+    pool = "m = max_pool(y, kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+    conv = CONV.replace("x, w, b", "x, v, b").replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    lines = ["v = scale_weight(w, g, groups=1)", conv]
+    for behind, first, stages in (
+        (["z = relu(y)", "z"], ["reshape", "reshape"], ("conv_transpose", "mul", "add", "relu")),
+        ([pool, "m"], ["scale_weight"], ("conv_transpose", "max_pool 2x2x2")),
+    ):
+        made = program(INPUTS, "\n".join([*lines, *behind]))
+        found = schedule(made, examples(made))
+        assert found.kernel is not None and found.kernel.stages == stages
+        assert [i.op for i in found.first.body] == first
 
 
 def test_small_operands_are_computed_in_the_chain() -> None:
@@ -207,10 +288,135 @@ def test_what_torch_has_made_is_not_computed_again() -> None:
     torch.testing.assert_close(values["u"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_what_torch_has_made_before_is_not_computed_again_later() -> None:
+    """After a step its operands are gone, as far as nothing else reads them."""
+    small = ["t = add(s, 1.0)", "q = mul(t, 2.0)", "p = prod(q, dim=0, keepdim=True)"]
+    body = [CONV, *small, "z = relu(y)", "r = softmax(z, dim=2)", "u = mul(r, q)", "v = add(u, p)", "v"]
+    found = program(INPUTS, "\n".join(body))
+    made = schedule(found, examples(found), anchored=False)
+    torch.manual_seed(0)
+    inputs = [torch.randn(t.shape) for t in examples(found)]
+    values = dict(zip((n for n, _ in found.inputs), inputs, strict=True))
+    perform_steps(made, values)
+    torch.testing.assert_close(values["v"], found.run(inputs)[0], rtol=1e-5, atol=1e-5)
+    assert [str(s).split(" -> ")[0] for s in made.steps][-1] == "one kernel: mul > add"
+
+
+def test_a_chain_ends_where_an_operand_is_not_there_yet() -> None:
+    found = program(INPUTS, "\n".join([CONV, "z = relu(y)", "q = softmax(y, dim=2)", "u = add(z, q)", "u"]))
+    torch.manual_seed(0)
+    check(found, [torch.randn(t.shape) for t in examples(found)])
+
+
+def test_operands_that_are_not_small_are_made_once() -> None:
+    more = INPUTS + ", h: f32[16, 6, 7, 8]"
+    made = program(more, "\n".join([CONV, "t = add(h, 1.0)", "z = mul(y, t)", "z"]))
+    found = [str(s) for s in schedule(made, examples(made), anchored=False).steps]
+    assert found[-1] == "one kernel: mul -> f32[2, 16, 6, 7, 8]" and any("add" in s for s in found[:-1])
+    assert [i.op for i in schedule(made, examples(made)).first.body] == ["add"]
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_pooled_value_that_is_an_output_is_stored(anchored: bool) -> None:
+    pool = "m = max_pool(z, kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+    conv = CONV.replace("stride=(1, 1, 1)", "stride=(2, 2, 2)")
+    found = program(INPUTS, "\n".join([conv, "z = relu(y)", pool, "z, m"]))
+    made = schedule(found, examples(found), anchored=anchored)
+    assert {"z", "m"} <= {n for s in made.steps for n in s.makes} | ({made.kernel.stored} if made.kernel else set())
+    assert made.kernel is None or made.kernel.stored == "z"
+
+
+def test_statistics_of_a_value_are_one_step() -> None:
+    found = steps("u = group_norm(y, None, None, groups=4, eps=1e-5)", "v = instance_norm(y, None, None, eps=1e-5)",
+                  "t = add(u, v)", "t", anchored=False)  # fmt: skip
+    assert [s for s in found if "statistics" in s] == ["statistics of y, one pass over y"]
+
+
+@pytest.mark.parametrize(
+    "norm", ["instance_norm(y, None, None, eps=1e-5)", "layer_norm(y, None, None, shape=(16, 6, 7, 8), eps=1e-5)"]
+)
+def test_results_are_laid_out_as_torch_has_them(norm: str) -> None:
+    """Of channels that are neighbours torch's own norm makes planes, which a map of them would not."""
+    made = program(INPUTS, "\n".join([CONV, f"z = {norm}", "z"]))
+    x, *others = examples(made)
+    inputs = [x.to(memory_format=torch.channels_last_3d), *others]
+    found = schedule(made, inputs, anchored=False)
+    assert [str(s) for s in found.steps] == ["conv_transpose > " + norm.split("(")[0]]
+    found = schedule(made, inputs)
+    assert found.kernel is not None and found.kernel.layout == "contiguous"
+    (stored,) = (s for s in found.steps if isinstance(s, Map))
+    assert stored.strides == dense(stored.kind.shape, "contiguous")
+
+
+def test_a_map_keeps_the_memory_format() -> None:
+    """The mask decides how the result is laid out; a map reads and writes in the same order."""
+    made = program(INPUTS + ", m: b1[2, 16, 6, 7, 8]", "\n".join([CONV, "z = where(m, y, 0.5)", "z"]))
+    *others, mask = examples(made)
+    found = schedule(made, [*others, mask.to(memory_format=torch.channels_last_3d)], anchored=False)
+    assert [str(s) for s in found.steps] == ["conv_transpose > where"]
+    assert "one kernel: where" in str(schedule(made, [*others, mask], anchored=False))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("t = add(s, 1.0)", CONV, "z = mul(y, t)", "z, t"),
+        ("h = exp(g)", "f = scale_weight(w, h, groups=1)", CONV.replace("x, w", "x, f"), "z = relu(y)", "z, h"),
+        (
+            "h = exp(g)", "f = scale_weight(w, h, groups=1)", CONV.replace("x, w", "x, f"), "z = softmax(y, dim=2)",
+            "r = reshape(h, shape=(-1, 1, 1, 1))", "v = mul(z, r)", "v",
+        ),
+    ],
+    ids=["a small operand", "what is made first is an output", "what is made first is read behind"],
+)  # fmt: skip
+def test_values_of_one_part_are_there_in_the_others(lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 2**40)  # scales stay where they are
+    found = program(INPUTS, "\n".join(lines))
+    made = schedule(found, examples(found))
+    assert made.kernel is not None
+    inputs = [torch.rand(t.shape) for t in examples(found)]
+    values = dict(zip((n for n, _ in found.inputs), inputs, strict=True))
+    values.update(zip(made.first.outputs, made.first.run([values[n] for n, _ in made.first.inputs]), strict=True))
+    assert set(made.kernel.reads) <= values.keys()
+    replay(found, made, values)
+    values = {n: t for n, t in values.items() if n in {*dict(found.inputs), *made.first.outputs, made.kernel.stored}}
+    perform_steps(made, values)
+    for name, expected in zip(found.outputs, found.run(inputs), strict=True):
+        torch.testing.assert_close(values[name], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
     assert steps("z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t") == ["softmax > relu"]
+
+
+def steps_of_samples(samples: int, layout: torch.memory_format, *lines: str) -> list[str]:
+    """Behind torch's convolution of so many samples."""
+    made = program(INPUTS.replace("2, 8, 4", f"{samples}, 8, 4"), "\n".join([CONV, *lines]))
+    x, *others = examples(made)
+    return [str(s) for s in schedule(made, [x.to(memory_format=layout), *others], anchored=False).steps]
+
+
+def test_samples_are_a_dim_of_the_grid_where_channels_are_neighbours() -> None:
+    last, most = torch.channels_last_3d, 65535
+    assert steps_of_samples(most, last, "z = relu(y)", "z") == [
+        "conv_transpose",
+        "one kernel: relu -> f32[65535, 16, 6, 7, 8]",
+    ]
+    assert steps_of_samples(most + 1, last, "z = relu(y)", "z") == ["conv_transpose > relu"]
+    assert "one kernel: relu" in steps_of_samples(most + 1, torch.contiguous_format, "z = relu(y)", "z")[1]
+    assert "one kernel: sum" in steps_of_samples(most + 1, last, "z = sum(y, dims=(1,), keepdim=True)", "z")[1]
+    found = steps_of_samples(most + 1, last, "z = relu(y)", "u = adaptive_avg_pool(z, size=(2, 2, 2))", "u")
+    assert found[1:] == ["one kernel: relu > adaptive_avg_pool -> f32[65536, 16, 2, 2, 2]"]
+
+
+def test_results_have_no_more_elements_than_a_kernel_counts() -> None:
+    made = steps_of_samples(2, torch.contiguous_format, "z = adaptive_avg_pool(y, size=(400, 400, 419))", "z")
+    assert "one kernel: adaptive_avg_pool" in made[1]
+    assert steps_of_samples(2, torch.contiguous_format, "z = adaptive_avg_pool(y, size=(400, 400, 420))", "z") == [
+        "conv_transpose > adaptive_avg_pool"
+    ]
 
 
 # --- every kernel compiles ------------------------------------------------------------------------

@@ -21,7 +21,13 @@ MOVED = {
 }
 LEFT = {
     "no_scale": f"y = {conv('x, w, b', groups=2)}\ny",
-    "weights_that_others_read": f"v = scale_weight(w, s, groups=2)\ny = {conv('x, v, None', groups=2)}\ny, v",
+    "weights_that_an_operator_reads": (
+        f"v = scale_weight(w, s, groups=2)\nu = relu(v)\ny = {conv('x, v, None', groups=2)}\ny, u"
+    ),
+    "weights_of_two_convolutions": (
+        f"v = scale_weight(w, s, groups=2)\ny = {conv('x, v, None', groups=2)}\nz = {conv('x, v, b', groups=2)}\ny, z"
+    ),
+    "weights_that_are_an_output": f"v = scale_weight(w, s, groups=2)\ny = {conv('x, v, None', groups=2)}\ny, v",
 }
 
 
@@ -45,3 +51,17 @@ def test_values_stay(name: str) -> None:
 def test_what_is_left_alone(name: str) -> None:
     original = program(INPUTS, LEFT[name])
     assert unfold(original) == original
+
+
+def test_names_that_are_taken() -> None:
+    """Whatever the chain calls its values, new ones are called otherwise."""
+    lines = ["v = scale_weight(w, s, groups=2)", f"y = {conv('x, v, b', groups=2)}"]
+    names = [f"{op}_{n}" for op in ("conv_transpose", "mul", "add", "reshape") for n in range(44, 54)]
+    lines += [f"{name} = relu(y)" for name in names]
+    original = program(INPUTS, "\n".join([*lines, ", ".join(["y", *names])]))
+    after = unfold(original)
+    after.verify()
+    outs = [o for i in after.body for o in i.outs]
+    assert len(set(outs)) == len(outs) and "scale_weight" not in {i.op for i in after.body}
+    for a, b in zip(after.run(values(original)), original.run(values(original)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,70 @@
+"""The script that runs compute-sanitizer: which kernels it names, and where it looks for the tool."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import sanitize
+import torch
+
+from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
+from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.tail import Fold, Window
+
+
+def test_every_kernel_is_named() -> None:
+    """Tools instrument the kernels that are named, and no others."""
+    three, one = (3, 3, 3), (1, 1, 1)
+    layer, f32 = Layer(8, 8, 1, three, one, (0, 0, 0), one), torch.float32
+    both = ("contiguous", "contiguous")
+    texts = [
+        Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True)).source(),
+        emit_map("f32", "f32", "contiguous", None),
+        emit_pool("f32", "f32", both, None, Window("Sum", three, three, (0, 0, 0), one), None),
+        emit_fold("f32", "f32", both, None, Fold("Sum", 8), None),
+        emit_statistics("f32", "contiguous"),
+    ]
+    names = {name for text in texts for name in re.findall(r"__global__ void __launch_bounds__.*\n(\w+)\(", text)}
+    assert names == set(sanitize.KERNELS)
+
+
+def test_the_tool_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sanitize, "PACKAGES", ())
+    assert sanitize.sanitizer() is None
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(stat.S_IRWXU)
+    assert sanitize.sanitizer() == str(tool)
+
+
+def test_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
+    monkeypatch.setattr("sys.argv", ["sanitize.py"])
+    with pytest.raises(SystemExit, match="pip install nvidia-cuda-sanitizer-api"):
+        sanitize.main()
+
+
+@pytest.mark.parametrize("tool", sanitize.TOOLS)
+def test_commands(tool: str) -> None:
+    words = sanitize.command(tool, "compute-sanitizer")
+    assert words[:3] == ["compute-sanitizer", "--tool", tool]
+    assert words.count("--kernel-name") == len(sanitize.KERNELS)
+    assert words[words.index("--error-exitcode") + 1] == "99" and words[-1] == "--run"
+
+
+@pytest.mark.parametrize(("statuses", "left"), [([1], "the chains themselves"), ([0, 99], "memcheck"), ([0, 0], None)])
+def test_what_fails_is_named(statuses: list[int], left: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a tool first; what fails so is not run under one."""
+    given = iter(statuses)
+    monkeypatch.setattr("sys.argv", ["sanitize.py", "--tools", "memcheck", "--sanitizer", "compute-sanitizer"])
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Done", (), {"returncode": next(given)}))
+    with pytest.raises(SystemExit) as ended:
+        sanitize.main()
+    assert ended.value.code == (f"failed: {left}" if left else 0)
+    assert next(given, None) is None

@@ -1,0 +1,144 @@
+"""Every kernel of the chains that run on a GPU, compiled for Hopper: registers, shared memory, matrix instructions.
+
+The chains are those of tests/drawn.py and benchmarks/chains.py. A few of them by default;
+``FXFUSE_CHAINS=320 pytest tests/kernels/test_every_kernel.py`` compiles what ``tests/many_chains.py`` runs, and all
+of the benchmark's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import many_chains
+import pytest
+import torch
+from drawn import CLASSES, draw
+from many_chains import kernels_always, kinds_of
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.kernels.convolution import SHARED_BYTES
+from fxfuse.kernels.engine import BLOCK, MERGE_BLOCK, THREADS, Convolution
+from fxfuse.kernels.jit import Cubin, compile_cubin
+from fxfuse.kernels.sass import sass
+from fxfuse.kernels.tail_engine import FINISH_BLOCK
+from fxfuse.models import Case
+from fxfuse.region import Region
+
+pytest.importorskip("cuda.bindings.nvrtc")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+chains = importlib.import_module("chains")
+
+ALL = os.environ.get("FXFUSE_CHAINS")
+COUNT = int(ALL or "16")
+#: registers of a multiprocessor, and how many of a kernel's blocks it shall hold
+REGISTERS = 65536
+THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 1), "finish": (FINISH_BLOCK, 1)}
+#: static shared memory that a block has; bytes that a convolution with statistics may spill
+STATIC_BYTES, MOST_SPILLED = 48 * 1024, 384
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The text of some kernels; of a convolution, what it was made of."""
+
+    text: str
+    kinds: tuple[str, ...]
+    convolution: Convolution | None = None
+
+
+def sources_of(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> Iterator[Source]:
+    """What a Hopper GPU would compile for these calls."""
+    calls: list[tuple[Region, list[Tensor]]] = []
+
+    def spy(region: Region, given: Sequence[Tensor], _key: object) -> None:
+        calls.append((region, [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in given]))
+
+    fast = fxfuse.optimize(model)
+    with torch.no_grad(), mock.patch("fxfuse.kernels.execute.run", spy):
+        fast(inputs[0])
+        for x in inputs:
+            fast(x)
+    for region, given in calls:
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in given]
+        made = many_chains.plan(region, fakes, exact=exact)
+        kinds = () if made.schedule is None else tuple(kinds_of(made.schedule))
+        for name, text in made.sources():
+            yield Source(text, kinds, made.convolution if name == "convolution" else None)
+
+
+def check(source: Source, *, disassemble: bool) -> None:
+    """Compile it for Hopper, and hold it to its plan."""
+    cubin = compile_cubin(source.text)
+    assert cubin.kernels
+    for name, used in cubin.kernels.items():
+        threads, blocks = THREADS_OF.get(name, (BLOCK, 1))
+        assert used.registers <= REGISTERS // (threads * blocks) // 8 * 8, (name, used, source.kinds)
+        assert used.shared <= STATIC_BYTES, (name, used, source.kinds)
+        if used.spills:
+            assert name == "convolution", (name, used, source.kinds)
+    # C7510, C7511: ptxas waits behind every matrix instruction
+    assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w], source.kinds
+    if source.convolution is not None:
+        assert cubin.kernels["convolution"].shared + source.convolution.made.dynamic_bytes <= SHARED_BYTES
+        assert ("merge" in cubin.kernels) == source.convolution.epilogue.gathers
+        if disassemble or cubin.kernels["convolution"].spills:
+            check_products(cubin, source)
+
+
+def check_products(cubin: Cubin, source: Source) -> None:
+    """The matrix units multiply, undisturbed. Statistics may spill a little behind the products, and nothing else."""
+    assert source.convolution is not None
+    spills, epilogue = cubin.kernels["convolution"].spills, source.convolution.epilogue
+    assert spills <= (MOST_SPILLED if epilogue.gathers else 0), (spills, source.kinds)
+    lines = sass(cubin, "convolution").splitlines()
+    products = [i for i, line in enumerate(lines) if "HGMMA.64x" in line]
+    assert bool(products) == any(one.steps for one in source.convolution.made.passes)
+    if products:
+        assert not [line for line in lines[products[0] : products[-1]] if "STL" in line or "LDL" in line], source.kinds
+
+
+def check_all(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, disassemble: bool) -> None:
+    try:
+        found = list(sources_of(model, inputs, exact=exact))
+    except NotImplementedError:
+        pytest.skip("eager mode on a CPU has not all operators in 16 bits")
+    for source in {s.text: s for s in found}.values():
+        check(source, disassemble=disassemble)
+
+
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_random_chains(seed: int) -> None:
+    drawn = draw(seed)
+    inputs = list(drawn.inputs("cpu"))[:: 2 if ALL else 3]  # of both memory formats, or of one
+    with kernels_always(drawn.anchored):
+        check_all(drawn.model("cpu"), inputs, exact=not drawn.allow_tf32, disassemble=bool(ALL) or seed % 4 == 0)
+
+
+@pytest.mark.parametrize("case", chains.CHAINS, ids=lambda case: case.name)
+def test_chains_of_the_benchmark(case: Case) -> None:
+    """In one numerics class each, or in all."""
+    names = ("tf32", "float16", "ieee")
+    for numerics in names if ALL else [names[chains.CHAINS.index(case) % 3]]:
+        dtype, allow_tf32 = CLASSES[numerics]
+        torch.manual_seed(0)
+        model = case.make().to(dtype).train(case.name in chains.TRAINED)
+        with kernels_always():
+            x = torch.randn(case.small).to(dtype)
+            check_all(model, [x], exact=not allow_tf32, disassemble=True)
+
+
+@pytest.mark.skipif(not ALL, reason="FXFUSE_CHAINS asks for them")
+@pytest.mark.parametrize("number", range(40))
+def test_random_chains_of_the_benchmark(number: int) -> None:
+    pick = random.Random(0)
+    case = [chains.draw(pick) for _ in range(number + 1)][-1]
+    with kernels_always():
+        check_all(case.make().eval(), [torch.randn(case.small)], exact=False, disassemble=True)
