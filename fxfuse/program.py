@@ -209,7 +209,8 @@ def _shared_memory(program: Program) -> set[str]:
 
 def _fits_inplace(operands: Sequence[Any]) -> bool:
     first = operands[0]
-    if not first.is_floating_point():
+    # the result of a tensor with holes is dense, and its layout is planned with
+    if not first.is_floating_point() or not torch.ops.aten.is_non_overlapping_and_dense(first):
         return False
     for other in operands[1:]:
         if isinstance(other, Tensor):

@@ -458,3 +458,18 @@ def test_an_operator_of_several_outputs_whose_outputs_nobody_reads() -> None:
         values = {"y": y, "z": y.relu(), "m": T(2, 3, 4).mean((0, 2)), "v": T(2, 3, 4).var((0, 2))}
         for name, value in zip(outputs, got, strict=True):
             torch.testing.assert_close(value, values[name])
+
+
+def test_reuse_leaves_no_holes() -> None:
+    """What is left out of a convolution's output is no hole in the memory of what is behind it."""
+    text = (
+        "def chain(x: f32[2, 4, 3, 3, 3], w: f32[4, 4, 2, 2, 2]):\n"
+        "    y = conv_transpose(x, w, None, stride=(1, 1, 1), padding=(0, 0, 0), output_padding=(0, 0, 0), "
+        "dilation=(1, 1, 1), groups=1, extent=(3, 4, 4))\n"
+        "    z = silu(y)\n    return z\n"
+    )
+    program = Program.parse(text)[1]
+    tensors = [torch.randn(2, 4, 3, 3, 3), torch.randn(4, 4, 2, 2, 2)]
+    (expected,), (got,) = program.run(tensors), program.run(tensors, reuse=True)
+    torch.testing.assert_close(got, expected)
+    assert got.stride() == expected.stride() and got.is_contiguous()

@@ -154,7 +154,8 @@ def fill_free_memory(byte: int) -> None:
     """What the allocator hands out next, small and large, is full of ``byte``."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    sizes = [*[2**19] * 64, *[5 * MIB] * 16, *[64 * MIB] * 4]
+    # what is left of segments that something lives in, too
+    sizes = [*[64 * MIB] * 4, *[5 * MIB] * 16, *[2**19] * 64, *[2**15] * 512, *[2**12] * 4096]
     blocks = [torch.full((size,), byte, dtype=torch.uint8, device=DEVICE) for size in sizes]
     del blocks
     for size in (2**12, 3 * MIB, 40 * MIB):
