@@ -1,6 +1,6 @@
 """Every kernel of the chains that run on a GPU, compiled for Hopper: registers, shared memory, matrix instructions.
 
-The chains are those of tests/drawn.py and benchmarks/chains.py. A few of them by default;
+The chains are those of tests/drawn.py and fxfuse/bench/chains.py. A few of them by default;
 ``FXFUSE_CHAINS=320 pytest tests/kernels/test_every_kernel.py`` compiles what ``tests/many_chains.py`` runs, and all
 of the benchmark's.
 """
@@ -8,12 +8,9 @@ of the benchmark's.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import random
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from unittest import mock
 
 import many_chains
@@ -24,6 +21,7 @@ from many_chains import kernels_always, kinds_of
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.bench import chains
 from fxfuse.kernels.convolution import SHARED_BYTES
 from fxfuse.kernels.engine import BLOCK, MERGE_BLOCK, THREADS, Convolution
 from fxfuse.kernels.jit import Cubin, compile_cubin
@@ -33,8 +31,6 @@ from fxfuse.models import Case
 from fxfuse.region import Region
 
 pytest.importorskip("cuda.bindings.nvrtc")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-chains = importlib.import_module("chains")
 
 ALL = os.environ.get("FXFUSE_CHAINS")
 COUNT = int(ALL or "16")
