@@ -240,7 +240,7 @@ def check(
         Outcome(model, optimized, x, gradients=True)
     for path in (None, Path.RECOMPUTE):
         model.load_state_dict(kept)
-        with ops.watch() as runs, mock.patch("fxfuse.ops.choose", lambda *a, p=path: p or choose(*a)):
+        with ops.watch() as runs, mock.patch("fxfuse.ops.choose", lambda *a, p=path, **k: p or choose(*a, **k)):
             got = Outcome(model, optimized, x, gradients=True)
         assert runs, report
         assert got.kinds == eager.outcome.kinds, f"{path}: {got.kinds}, eager has {eager.outcome.kinds}\n{report}"

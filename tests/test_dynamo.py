@@ -177,7 +177,10 @@ def test_torch_logs_prints_the_report(tmp_path: pathlib.Path) -> None:
     ("arguments", "message"),
     [
         ({"mode": "fastest"}, "'reduce-overhead', .*'max-autotune'"),
-        ({"options": {"reminder": "eager"}}, "'reminder'.*'remainder', 'precision', 'allow', 'kernels', 'tune'"),
+        (
+            {"options": {"reminder": "eager"}},
+            "'reminder'.*'remainder', 'precision', 'allow', 'rules', 'kernels', 'tune'",
+        ),
         ({"options": {"remainder": "nvfuser"}}, "'nvfuser'.*'inductor', 'eager'"),
         ({"options": {"precision": "fp8"}}, "'fp8'.*'tf32', 'ieee'"),
         ({"options": {"kernels": 0}}, "kernels=0 is not True or False"),

@@ -256,7 +256,7 @@ class ForgetRelu(fxfuse.Rule):
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Options(rules=(ForgetRelu(), *DEFAULT_RULES))
-    monkeypatch.setattr(Options, "make", lambda *_: made)
+    monkeypatch.setattr(Options, "make", lambda *_, **__: made)
 
 
 def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_the_document() -> None:
     assert [p["by"] for p in account["parts"]] == ["kernel", "kernel", "torch"]
     assert account["saved"] == account["before"]["read"] + account["before"]["written"] - account["bytes"]
     assert "extern" in account["parts"][0]["source"] and account["parts"][2]["source"] == ""
-    assert {"name": "stores", "value": "f32[16, 64, 30, 30, 30], contiguous"} in account["parts"][0]["facts"]
+    assert {"name": "results", "value": "f32[16, 64, 30, 30, 30], contiguous"} in account["parts"][0]["facts"]
     before, after = data["nodes"]["before"], data["nodes"]["after"]
     assert [n["kind"] for n in before] == ["input", "weight", "weight", *["operator"] * 4, "output"]
     assert [n["region"] for n in before] == [None, None, None, 0, 0, 0, 0, None]

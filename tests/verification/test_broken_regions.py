@@ -71,7 +71,7 @@ def verified(model: nn.Module, *rules: fxfuse.Rule) -> nn.Module:
 def test_optimize_names_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule planted in the list that `optimize` uses."""
     made = Options(rules=(ForgetRelu(), *DEFAULT_RULES))
-    monkeypatch.setattr(Options, "make", lambda *_: made)
+    monkeypatch.setattr(Options, "make", lambda *_, **__: made)
     with pytest.raises(
         fxfuse.VerificationError, match=r"region up: the rule ForgetRelu at relu is wrong here"
     ) as caught:
@@ -148,7 +148,7 @@ def test_fuel_and_disabled_rules_are_followed(monkeypatch: pytest.MonkeyPatch) -
 
 # --- what is not a rule's fault ---------------------------------------------------------------------
 def test_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(region: fxfuse.Region, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def wrong(region: fxfuse.Region, inputs: Sequence[Tensor], key: object = None) -> list[Tensor]:
         return [1.01 * t for t in region.rewritten.run(inputs)]
 
     model = Block().eval()
