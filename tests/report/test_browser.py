@@ -327,12 +327,13 @@ def test_real_network(open_page: Open) -> None:
 
 # --- the pictures of the documentation ------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["report_region_light", "report_unet_dark", "report_unet_light"])
+@pytest.mark.parametrize("name", [*(f"report_{c.name}_light" for c in CASES), "report_unet_dark", "report_unet_light"])
 def test_pictures(open_page: Open, tmp_path: pathlib.Path, name: str) -> None:
     """Made anew by ``FXFUSE_PICTURES=docs/images pytest tests/report/test_browser.py -k pictures``."""
     folder = pathlib.Path(os.environ.get("FXFUSE_PICTURES", tmp_path))
-    page = open_page(unet() if "unet" in name else first(), registers="FXFUSE_PICTURES" in os.environ)
-    scheme = name.rpartition("_")[2]
+    shown, _, scheme = name.removeprefix("report_").rpartition("_")
+    report = unet() if shown == "unet" else next(explained(c.make(), c.shape) for c in CASES if c.name == shown)
+    page = open_page(report, registers="FXFUSE_PICTURES" in os.environ)
     page.emulate_media(color_scheme=scheme)
     page.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
     if scheme == "light":
