@@ -157,7 +157,7 @@ def _problem(
 {values}
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
-  static constexpr bool bulk = {str(store in (Store.ROWS, Store.PLANES)).lower()};
+  static constexpr bool outbox = {str(store in (Store.ROWS, Store.PLANES)).lower()};
   static constexpr bool exact = {str(made.exact).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   using Place = fxfuse::Place<Problem>;
@@ -196,7 +196,7 @@ def _pair(made: Specialisation) -> int:
 
 
 def _run_type(made: Specialisation, store: Store) -> str:
-    """What of a pass's classes follows each other in memory: see ``conv_bulk.cuh``."""
+    """What of a pass's classes follows each other in memory: see ``conv_outbox.cuh``."""
     if made.pooled or store not in (Store.ROWS, Store.PLANES):
         return "  using Runs = fxfuse::OneRun;"
     merged = store is Store.PLANES

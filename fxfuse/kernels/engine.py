@@ -157,8 +157,8 @@ class Convolution:
             return (Store.DIRECT,)
         _, h, w = self.made.layer.stride
         classes = self.made.stored_classes
-        bulk = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
-        return (*bulk, Store.DIRECT)
+        runs = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
+        return (*runs, Store.DIRECT)
 
     def run(
         self,

@@ -21,7 +21,7 @@ CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 #: bytes of float32 input per second that are measured and made rows, and seconds that launches take: read off runs
 #: on an H100
 ROWS_RATE, LAUNCHES = 1.2e12, 1.5e-5
-#: bytes of a run that a bulk copy is worth
+#: bytes of a run that are worth the way through shared memory
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
 MOST_COPIED = 256
@@ -34,8 +34,8 @@ class Store(enum.Enum):
 
     CHANNELS = "channels are neighbours: from registers"
     DIRECT = "w varies fastest: from registers"
-    ROWS = "w varies fastest: rows, copied in bulk"
-    PLANES = "w varies fastest: runs of whole rows, copied in bulk"
+    ROWS = "w varies fastest: rows, through shared memory"
+    PLANES = "w varies fastest: runs of whole rows, through shared memory"
 
 
 @dataclasses.dataclass(frozen=True)

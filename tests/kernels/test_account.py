@@ -88,7 +88,7 @@ def test_sources_are_those_that_run(width: int) -> None:
     region = explained(model, (8, 32, 32, 32, width)).regions[0].region
     (kernel,) = known(region).parts
     row = 2 * (width - 1) + 3 + 1
-    assert f"bulk = {'false' if row % 8 == 0 else 'true'}" in kernel.source
+    assert f"outbox = {'false' if row % 8 == 0 else 'true'}" in kernel.source
 
 
 def test_half_precision_needs_no_scales() -> None:

@@ -159,7 +159,9 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
 
 
 @given(layers(most=4), st.tuples(*[st.integers(1, 70)] * 3), st.sampled_from([2, 4]))
-def test_what_is_copied_in_bulk_is_neighbours(layer: Layer, extents: tuple[int, int, int], itemsize: int) -> None:
+def test_what_goes_through_shared_memory_is_neighbours(
+    layer: Layer, extents: tuple[int, int, int], itemsize: int
+) -> None:
     """The runs of a warpgroup: without holes, as long as promised, and in their part of shared memory."""
     try:
         made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=extents, itemsize=itemsize)

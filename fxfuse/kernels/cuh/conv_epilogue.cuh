@@ -1,6 +1,6 @@
 // What becomes of a convolution's accumulators: scaled, biased, sent through an expression, combined, stored.
 #pragma once
-#include "conv_bulk.cuh"
+#include "conv_outbox.cuh"
 #include "conv_gather.cuh"
 
 namespace fxfuse {
@@ -33,13 +33,13 @@ FXFUSE_INLINE void each_inside(const Geometry& g, const Place<Problem>& place, c
       }
 }
 
-// The store that the emitted layout asks for. `Runs`: of the classes, for bulk copies.
+// The store that the emitted layout asks for. `Runs`: of the classes, where they go through an outbox.
 template <class Problem, class Runs, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
                          const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, Value value, const Expression& expression) {
   if constexpr (Problem::channels_last)
     store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
-  else if constexpr (Problem::bulk)
+  else if constexpr (Problem::outbox)
     stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, value, expression);
   else
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);

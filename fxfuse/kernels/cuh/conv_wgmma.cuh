@@ -6,7 +6,8 @@
 // tap multiplies the same rows through a shifted descriptor. Only weights stream.
 //
 // Rows of a matrix instruction are 8 groups of 8 consecutive w; columns are `columns` output channels of up to
-// `residues` residue classes at a time: a pass. What becomes of the accumulators is the epilogue's affair.
+// `residues` residue classes at a time: a pass. What becomes of the accumulators is the epilogue's affair. One warp
+// copies, two warpgroups multiply; where results go through shared memory (`outbox`), two more warps take them out.
 //
 // `Problem` (emitted) has: Epilogue; constants chunk (channels), columns, residues, m_tiles, stages, stage_bytes,
 // passes, x_buffers, resident (x stays for all passes: it has one chunk), runs; static functions pass_begin(i), step(i),
@@ -271,7 +272,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   }
 }
 
-// `Table`: what the epilogue keeps in shared memory; `Outbox`: see conv_bulk.cuh.
+// `Table`: what the epilogue keeps in shared memory; `Outbox`: see conv_outbox.cuh.
 template <class Problem, class Table, class Outbox>
 FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, const Geometry& g,
                               const typename Problem::Epilogue::Arguments& arguments) {
@@ -296,11 +297,11 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    registers_down<Problem::bulk ? 72 : 24>();
-    if (Problem::bulk && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
+    registers_down<Problem::outbox ? 72 : 24>();
+    if (Problem::outbox && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
     if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, barriers);
   } else {
-    registers_up<Problem::bulk ? 216 : 240>();
+    registers_up<Problem::outbox ? 216 : 240>();
     conv_consume<Problem>(g, arguments, table, steps, rest + kConsumers * Outbox::size, outbox(threadIdx.x / 128 - 1), x, stages, barriers);
   }
 }
