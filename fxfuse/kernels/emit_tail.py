@@ -22,7 +22,7 @@ def emit_map(dtype: str, output: str, layout: str, before: Expression | None) ->
         bodies = {"whole": f"map_contiguous<{count}, true>(a)", "any": f"map_contiguous<{count}, false>(a)"}
     else:
         bodies = {"whole": f"map_channels<{count}>(a)", "any": "map_channels<1>(a)"}
-    name = "fxfuse::Same" if before is None else before.name
+    name = "fxfuse::Identity" if before is None else before.name
     arguments = f"fxfuse::MapArguments<{given}, {out}, {name}>"
     return "\n".join([*_head(before), *(_entry(entry, arguments, f"fxfuse::{body}") for entry, body in bodies.items())])
 
@@ -37,7 +37,7 @@ def emit_pool(
 ) -> str:
     """The entry ``pool``. ``layouts``: of the value, of the result."""
     last = ", ".join(str(layout != "contiguous").lower() for layout in layouts)
-    names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
+    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
     arguments = f"fxfuse::PoolArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     constants = {
         f"{name}_{dim}": value
@@ -49,7 +49,7 @@ def emit_pool(
     return "\n".join([
         *_head(before, after),
         "struct Pool {",
-        f"  using Combine = fxfuse::Map{window.combine};",
+        f"  using Combine = fxfuse::{window.combine};",
         f"  static constexpr bool sums = {sums}, adaptive = {adaptive};",
         *lines,
         "};",
@@ -66,7 +66,7 @@ def emit_fold(
     after: Expression | None,
 ) -> str:
     """The entry ``fold``. ``layouts``: of the value, of the result."""
-    names = ["fxfuse::Same" if e is None else e.name for e in (before, after)]
+    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
     arguments = f"fxfuse::FoldArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     last, last_made = (layout != "contiguous" for layout in layouts)
     return "\n".join([

@@ -5,11 +5,6 @@
 
 namespace fxfuse {
 
-// y itself.
-struct Identity {
-  FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
-};
-
 // Calls f(i, r, j, e, q, d, h, w) for the accumulators that hold elements of the output, with their places.
 template <class Problem, int classes, class F>
 FXFUSE_INLINE void each_inside(const Geometry& g, const Place<Problem>& place, const Extent& o,

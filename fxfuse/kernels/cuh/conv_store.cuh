@@ -1,5 +1,6 @@
 // Where a convolution's results lie, and how they are stored straight from registers.
 #pragma once
+#include "combine.cuh"
 #include "conv_wgmma.cuh"
 #include "statistics.cuh"
 
@@ -73,15 +74,6 @@ struct ChannelTable {
     }
     named_barrier(1 + group, 128);
   }
-};
-
-struct Maximum {
-  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
-  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
-};
-struct Sum {
-  static FXFUSE_INLINE float zero() { return 0.f; }
-  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
 };
 
 // The output's positions as stores see them: `size` of them; a step of q is `step` of them.

@@ -1,6 +1,7 @@
 // Kernels behind a convolution, bound by memory: a pointwise chain over a tensor, with a pool in it or none; and the
 // first stage of statistics.
 #pragma once
+#include "combine.cuh"
 #include "pointwise.cuh"
 #include "statistics.cuh"
 
@@ -8,11 +9,6 @@ namespace fxfuse {
 
 struct Sizes {
   int n, c, d, h, w;
-};
-
-// y itself.
-struct Same {
-  FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
 };
 
 // sizeof(T) * count consecutive bytes at once.
@@ -98,15 +94,6 @@ FXFUSE_INLINE void map_channels(const MapArguments<In, Out, Before>& a) {
 }
 
 // --- pools --------------------------------------------------------------------------------------------
-struct MapMaximum {
-  static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
-  static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
-};
-struct MapSum {
-  static FXFUSE_INLINE float zero() { return 0.f; }
-  static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
-};
-
 template <class In, class Out, class Before, class After>
 struct PoolArguments {
   const In* in;
