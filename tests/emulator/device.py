@@ -1,0 +1,209 @@
+"""A GPU for tests, emulated on the CPU: what the engine launches runs, thread by thread, from the emitted CUDA C++.
+
+A source becomes a library of the host's compiler, with CUDA's names from ``emulated.h``, those of ``ptx.cuh`` from the
+file beside this one, and the machine itself in ``runtime.cpp``. :func:`emulated` puts it in the place of the driver:
+tensors lie in the CPU's memory and pass for those of a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfuse.kernels import engine, execute, jit, launch, prepared, tail_engine
+from fxfuse.kernels.launch import Kernel
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler for the host")
+FLAGS = (
+    "-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w",
+    "-Wno-psabi", "-U_FORTIFY_SOURCE",
+)  # fmt: skip
+
+#: few enough that blocks take several tiles each
+PROCESSORS = 3
+#: bytes in front of and behind what is allocated, which nothing may touch
+GUARD = 4096
+
+
+class EmulationError(RuntimeError):
+    """A kernel did what it must not, or waits for what never comes."""
+
+
+# --- sources ----------------------------------------------------------------------------------------
+_MATRIX = re.compile(
+    r"(void wgmma_n(\d+)\(float \(&a\)\[size\], uint64_t x, uint64_t y\) \{)"
+    r'\s*asm volatile\("[^"]*\.f32\.(f16|bf16)\..*?\n\}',
+    re.DOTALL,
+)
+_ENTRY = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^\n]*\)\s+)?(\w+)\(')
+_DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
+_STATIC = re.compile(r"__shared__ ([^;]+?) (\w+)((?:\[[^;]*\])?);")
+
+
+def translated(text: str) -> str:
+    """CUDA C++ as the host's compiler takes it: shared memory and matrix instructions by calls of the runtime."""
+    text = _MATRIX.sub(lambda m: f"{m[1]}\n  emulated_wgmma(a + o, x, y, {m[2]}, {int(m[3] == 'bf16')});\n}}", text)
+    text = _DYNAMIC.sub(r"\1* const \2 = emulated_dynamic();", text)
+    return _STATIC.sub(
+        r"struct Shared_\2 { \1 \2\3; }; static char of_\2; "
+        r"auto& \2 = ((Shared_\2*)emulated_static(&of_\2, sizeof(Shared_\2)))->\2;",
+        text,
+    )
+
+
+@functools.cache
+def _folder() -> Path:
+    """The headers, translated, and the runtime, loaded; gone with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="fxfuse-emulator-")
+    _folders.append(folder)
+    path = Path(folder.name)
+    for header in jit.HEADERS.glob("*.cuh"):
+        (path / header.name).write_text(translated(header.read_text("utf-8")), "utf-8")
+    for own in ("ptx.cuh", "emulated.h", "runtime.cpp"):
+        shutil.copy(HERE / own, path / own)
+    _compile(path / "runtime.cpp", path / "runtime.so", "-O2")
+    return path
+
+
+_folders: list[Any] = []
+
+
+def _compile(source: Path, to: Path, *flags: str) -> None:
+    assert COMPILER is not None
+    done = subprocess.run([COMPILER, *FLAGS, *flags, str(source), "-o", str(to)], text=True, capture_output=True)
+    if done.returncode:
+        raise EmulationError(f"{source.name} does not compile for the host:\n{done.stderr[:4000]}")
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_folder() / "runtime.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.lru_cache(maxsize=4096)
+def library(source: str) -> ctypes.CDLL:
+    """The kernels of a source: ``emulated_<name>(parameters, grid, block, shared)``."""
+    runtime()
+    folder, text = _folder(), translated(source)
+    entries = "\n".join(
+        f'extern "C" const char* emulated_{name}(void** given, const int* grid, int block, int shared) {{\n'
+        f"  return emulated_run([](void** p) {{ emulated::call({name}, p); }}, given, grid, block, shared);\n}}"
+        for name in _ENTRY.findall(source)
+    )
+    name = hashlib.sha256(text.encode()).hexdigest()[:20]
+    path = folder / f"{name}.cpp"
+    path.write_text(f"{text}\n{entries}\n", "utf-8")
+    _compile(path, path.with_suffix(".so"), "-include", str(folder / "emulated.h"), "-I", str(folder))
+    return ctypes.CDLL(str(path.with_suffix(".so")))
+
+
+# --- the device -------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Device:
+    """What runs and what is allocated. ``launches``: the names of the kernels that ran."""
+
+    launches: list[str] = dataclasses.field(default_factory=list)
+    memory: list[Tensor] = dataclasses.field(default_factory=list)
+
+    def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of NaN, between guards."""
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+        room = -(-size * dtype.itemsize // 512) * 512
+        memory = torch.full((room + 2 * GUARD + 512,), 0xFF, dtype=torch.uint8)
+        skip = GUARD + -(memory.data_ptr() + GUARD) % 512
+        kept = memory[skip - GUARD : skip + room + GUARD]
+        self.memory.append(kept)
+        return kept[GUARD : GUARD + size * dtype.itemsize].view(dtype).as_strided(shape, strides)
+
+    def check(self, kernel: str) -> None:
+        """Nothing was written in front of or behind what was allocated."""
+        for kept in self.memory:
+            for guard, where in ((kept[:GUARD], "in front of"), (kept[-GUARD:], "behind")):
+                if not bool((guard == 0xFF).all()):
+                    raise EmulationError(f"{kernel} wrote {where} {kept.numel() - 2 * GUARD} bytes that it was given")
+
+    # --- the driver's functions that a launch calls
+    def cuLaunchKernel(self, function: Any, *given: int) -> tuple[int]:  # noqa: N802 - the driver's name
+        gx, gy, gz, block, _, _, shared, _, at, _ = given
+        run, name = function
+        grid = (ctypes.c_int * 3)(gx, gy, gz)
+        why = run(ctypes.c_void_p(at), grid, block, shared)
+        if why:
+            raise EmulationError(f"{name}: {why.decode()}")
+        self.launches.append(name)
+        self.check(name)
+        return (0,)
+
+
+def _module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
+    made = {}
+    for name in names:
+        run = getattr(library(source), f"emulated_{name}")
+        run.restype = ctypes.c_char_p
+        made[name] = Kernel((run, name))
+    return SimpleNamespace(kernels=made)
+
+
+def rows_map(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    bfloat: bool,
+    box: tuple[int, int, int],
+    channels: int,
+) -> bytes:
+    """``Map`` of runtime.cpp in the place of a CUtensorMap."""
+    assert all(s * 2 % 16 == 0 for s in strides[:4]) and pointer % 16 == 0, (strides, pointer)
+    inner = [s * 2 for s in reversed(strides[:4])]
+    return struct.pack("<Q4Q5I5II", pointer, *inner, *reversed(shape), channels, *reversed(box), 1, 0).ljust(128, b"\0")
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 0) -> Iterator[Device]:
+    """Kernels of what runs inside, on CPU tensors, are emulated; they run wherever there are any, fast or not."""
+    device = Device()
+    runtime().emulated_seed(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for where in (engine, tail_engine, prepared):
+            patch.setattr(where, "empty", device.empty)
+        for where in (engine, tail_engine):
+            patch.setattr(where, "_module", functools.lru_cache(maxsize=None)(_module))
+            patch.setattr(where, "stream_of", lambda _: 0)
+        patch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
+        patch.setattr(engine, "_processors", lambda _: PROCESSORS)
+        patch.setattr(engine, "rows_map", rows_map)
+        patch.setattr(prepared, "_current_device", lambda: None)
+        patch.setattr(launch, "_driver", lambda: device)
+        patch.setattr(Kernel, "allow_shared", lambda *_: None)
+        patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(execute, "_usable", lambda _: True)
+        patch.setattr(execute, "_hopper", lambda _: True)
+        patch.setattr(execute, "_device_name", lambda _: "emulated")
+        patch.setattr(execute, "slower", lambda *_: None)
+        patch.setattr(execute, "_prepared", {})
+        for name in ("fxfuse.kernels.tail", "fxfuse.kernels.schedule"):
+            patch.setattr(f"{name}.LEAST_ELEMENTS", 1)
+        patch.setitem(os.environ, "FXFUSE_KERNELS", "1")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            yield device

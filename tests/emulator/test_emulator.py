@@ -1,0 +1,159 @@
+"""The emulated GPU itself: it computes, and what a kernel must not do is an error or shows as a wrong value."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from emulator import device
+from emulator.device import Device, EmulationError, emulated, needs_compiler
+from torch import Tensor
+
+from fxfuse.kernels import jit
+from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.launch import Launch
+
+pytestmark = needs_compiler
+
+REVERSED = """#include "ptx.cuh"
+extern "C" __global__ void __launch_bounds__(64)
+turn(float* out, const float* x, int count) {
+  __shared__ float kept[64];
+  if (threadIdx.x < count) kept[threadIdx.x] = x[blockIdx.x * count + threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x < count) out[blockIdx.x * count + threadIdx.x] = kept[count - 1 - threadIdx.x];
+}
+"""
+
+
+def launch(given: Device, source: str, name: str, grid: int, block: int, *arguments: object) -> None:
+    kernel = device._module(source, [name]).kernels[name]
+    Launch(kernel, grid, block, arguments)(0)
+
+
+def pointer(t: Tensor) -> ctypes.c_int64:
+    return ctypes.c_int64(t.data_ptr())
+
+
+def reverse(count: int, room: int = 0, source: str = REVERSED) -> Tensor:
+    with emulated() as given:
+        x, out = torch.arange(3.0 * count), given.empty((3 * count - room,), (1,), torch.float32)
+        launch(given, source, "turn", 3, 64, pointer(out), pointer(x), ctypes.c_int(count))
+        assert given.launches == ["turn"]
+        assert torch.equal(out.view(3, count), x.view(3, count).flip(1))
+        return out
+
+
+def test_threads_share_memory() -> None:
+    reverse(40)
+
+
+@pytest.mark.parametrize("missing", ["  __syncthreads();\n", " = x[blockIdx.x * count + threadIdx.x]"])
+def test_what_is_not_there_yet_is_nan(missing: str) -> None:
+    with pytest.raises(AssertionError):
+        reverse(40, source=REVERSED.replace(missing, ""))
+
+
+def test_a_write_behind_what_is_given_is_an_error() -> None:
+    with pytest.raises(EmulationError, match=r"turn wrote behind 512 bytes"):
+        reverse(50, room=22)
+
+
+def test_who_waits_for_ever_is_an_error() -> None:
+    early = REVERSED.replace("  __syncthreads", "  if (threadIdx.x == 7) named_barrier(1, 64);\n  __syncthreads")
+    with pytest.raises(EmulationError, match=r"nothing goes on: .*bar.sync"):
+        reverse(40, source=early.replace("named", "fxfuse::named"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_is_torchs(dtype: torch.dtype) -> None:
+    name = {torch.float16: "Half", torch.bfloat16: "BFloat"}[dtype]
+    source = f"""#include "ptx.cuh"
+extern "C" __global__ void __launch_bounds__(256)
+narrow(fxfuse::{name}* to, float* back, const float* x) {{
+  const int i = blockIdx.x * 256 + threadIdx.x;
+  to[i] = fxfuse::from_float<fxfuse::{name}>(x[i]), back[i] = fxfuse::to_float(to[i]);
+}}
+"""
+    bits = torch.randint(-(2**31), 2**31 - 1, (2**16,), dtype=torch.int32)
+    x = torch.cat([bits.view(torch.float32), torch.randn(2**16) * 10.0 ** torch.randint(-9, 6, (2**16,))])
+    with emulated() as given:
+        to, back = (given.empty(tuple(x.shape), (1,), d) for d in (dtype, torch.float32))
+        launch(given, source, "narrow", x.numel() // 256, 256, pointer(to), pointer(back), pointer(x))
+    torch.testing.assert_close(to, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+# --- the convolution, and what goes wrong when it does not wait ----------------------------------------
+LAYER = Layer(32, 48, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+
+
+def convolve(seed: int, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """A result and what it should be."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).to(dtype) for s in ((2, 32, 6, 7, 9), (32, 48, 3, 3, 3)))
+    made = Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue())
+    with emulated(seed) as given:
+        out = given.empty((2, 48, 6, 7, 9), (48 * 378, 378, 63, 9, 1), dtype)
+        made.run(x, w, None, (6, 7, 9), out)
+    expected = torch.nn.functional.conv_transpose3d(x.float(), w.float(), padding=1)
+    return out.float(), expected
+
+
+def difference(seed: int) -> float:
+    got, expected = convolve(seed)
+    return float((got - expected).norm() / expected.norm())
+
+
+def test_a_convolution() -> None:
+    for dtype, limit in ((torch.float32, 5e-4), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        got, expected = convolve(0, dtype)
+        assert (got - expected).norm() < limit * expected.norm()
+
+
+def test_the_same_coins_are_the_same_bits() -> None:
+    assert torch.equal(convolve(3)[0], convolve(3)[0]) and torch.equal(convolve(3)[0], convolve(4)[0])
+
+
+BROKEN: Sequence[tuple[str, str, str]] = (
+    ("conv_wgmma.cuh", "barrier_wait(&barriers.x_full[xs.slot], xs.phase);", "x is not waited for"),
+    ("conv_wgmma.cuh", "barrier_wait(&full[ring.slot], ring.phase);", "weights are not waited for"),
+    ("conv_wgmma.cuh", "barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);", "stages are overwritten"),
+    ("conv_wgmma.cuh", "wgmma_wait<0>();\n    if (before", "products are not waited for"),
+    ("conv_outbox.cuh", "barrier_wait(&outbox.shared.full[outbox.ring.slot], outbox.ring.phase);", "sent too early"),
+    (
+        "conv_outbox.cuh",
+        "barrier_wait(&outbox.shared.empty[outbox.ring.slot], outbox.ring.phase ^ 1);",
+        "put too early",
+    ),
+)
+
+
+def is_wrong(seed: int) -> bool:
+    try:
+        return not difference(seed) < 1e-2
+    except EmulationError:
+        return True
+
+
+@pytest.mark.parametrize(("header", "text", "why"), BROKEN, ids=[b[2] for b in BROKEN])
+def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait of the convolution left out: some order of events, of a few, gives a wrong value or an error."""
+    whole = (jit.HEADERS / header).read_text("utf-8")
+    assert whole.count(text) == 1, text
+    rest = "if (before" if "if (before" in text else ""
+    source = device._folder() / header
+    anew: Callable[[str], ctypes.CDLL] = device.library.__wrapped__
+    library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
+    monkeypatch.setattr(device, "library", library)
+    kept = source.read_text("utf-8")
+    source.write_text(device.translated(whole.replace(text, rest)), "utf-8")
+    try:
+        assert any(is_wrong(seed) for seed in range(12))
+    finally:
+        source.write_text(kept, "utf-8")
