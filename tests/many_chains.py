@@ -1,11 +1,11 @@
 """Hundreds of random chains (tests/drawn.py) on a GPU, on many processes, against float64 and eager mode.
 
-    python tests/many_chains.py [--count 320] [--processes 16] [--first 0] [--device cuda|cpu]
+    python tests/many_chains.py [--count 320] [--processes 16] [--first 0] [--device cuda|emulated|cpu]
     python tests/many_chains.py --seed 17      # one of them, in this process
 
 Every chain runs on three shapes, of which one has the other memory format, and twice on each: the bits must be the
-same. Kernels run whether they are the faster or not. On a CPU the chains run through torch, and the steps that are
-counted are those of the schedule that a Hopper GPU would have.
+same. Kernels run whether they are the faster or not. An emulated GPU runs them on the CPU, thread by thread. On a CPU
+the chains run through torch, and the steps that are counted are those of the schedule that a Hopper GPU would have.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from unittest import mock
 
 import torch
 from drawn import Drawn, draw
+from emulator.device import emulated
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
@@ -79,7 +80,8 @@ def run(seed: int, device: str) -> Outcome:
     outcome, began, drawn = Outcome(seed), time.monotonic(), draw(seed)
     heard = _Heard()
     try:
-        with heard, kernels_always(drawn.anchored), _precision(drawn):
+        gpu = emulated(seed) if device == "emulated" else contextlib.nullcontext()
+        with heard, gpu, kernels_always(drawn.anchored), _precision(drawn):
             _check(drawn, device, outcome)
         if heard.messages:
             raise AssertionError(heard.messages[0])
@@ -103,13 +105,14 @@ def _lost() -> bool:
 
 
 def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
-    eager = drawn.model(device)
+    place = "cpu" if device == "emulated" else device
+    eager = drawn.model(place)
     truth, model = copy.deepcopy(eager).double(), copy.deepcopy(eager)
     fast = fxfuse.optimize(model)
     kinds: collections.Counter[str] = collections.Counter()
     execute._prepared.clear()
     with torch.no_grad():
-        for i, x in enumerate(drawn.inputs(device)):
+        for i, x in enumerate(drawn.inputs(place)):
             if i == 0:  # the first call is the model's own: captured, and compared
                 try:
                     eager(x)
@@ -121,9 +124,9 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
                 got = fast(x)
                 outcome.kernels += sum(r.path is Path.KERNEL for r in runs)
                 outcome.by_torch += sum(r.path is not Path.KERNEL for r in runs)
-            made = [p.schedule for p in execute._prepared.values() if p is not None] if device == "cuda" else plans
+            made = [p.schedule for p in execute._prepared.values() if p is not None] if device != "cpu" else plans
             execute._prepared.clear()
-            outcome.kernels += 0 if device == "cuda" else len(plans)
+            outcome.kernels += len(plans)
             for each in made:
                 kinds.update(kinds_of(each))
             for buffer, before in zip(model.buffers(), kept, strict=True):
@@ -358,7 +361,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=320)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "emulated", "cpu"), default="cuda")
     parser.add_argument("--seed", type=int, help="check this one alone")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The convolution kernels on a Hopper GPU, against float64: layouts, odd inputs, switches."""
+"""The convolution kernels on a Hopper GPU, or an emulated one, against float64: layouts, odd inputs, switches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE, kernels_always, needs, needs_gpu, what_torch_has
 from torch import Tensor, nn
 
 import fxfuse
@@ -19,9 +20,7 @@ from fxfuse.compare import relative_error
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+pytestmark = needs((9, 0))
 
 #: relative L2 error against float64 that the dtype's rounding (TF32 for float32) explains
 LIMIT = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -30,10 +29,8 @@ LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_la
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """TF32 is allowed, and kernels run whether they are the faster or not."""
-    monkeypatch.setattr("fxfuse.kernels.execute.slower", lambda *_: None)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+def kernels() -> Iterator[None]:
+    with kernels_always(any_size=False):
         yield
 
 
@@ -55,9 +52,10 @@ class Chain(nn.Module):
 def run(model: nn.Module, x: Tensor, path: Path = Path.KERNEL) -> tuple[Tensor, Tensor, Tensor]:
     """The optimised model's result, eager mode's, and that of float64."""
     truth = copy.deepcopy(model).double()(x.double())
-    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-    with torch.no_grad(), ops.watch() as runs:
-        got, expected = fast(x), model(x)
+    with torch.no_grad(), what_torch_has():
+        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+        with ops.watch() as runs:
+            got, expected = fast(x), model(x)
     assert [r.path for r in runs] == [path], fast.fxfuse_report
     return got, expected, truth
 
@@ -71,12 +69,12 @@ def check(model: nn.Module, x: Tensor, path: Path = Path.KERNEL) -> Tensor:
 
 
 def made(dims: int, *args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    module: nn.Module = CONVOLUTIONS[dims](*args, **more).cuda().to(dtype)
+    module: nn.Module = CONVOLUTIONS[dims](*args, **more).to(DEVICE).to(dtype)
     return module
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device="cuda").to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 # --- what the schedule's parts are for ------------------------------------------------------------
@@ -126,7 +124,7 @@ def test_a_value_used_twice() -> None:
 
 
 def test_folded_weights() -> None:
-    convolution, norm = made(3, 8, 16, 3, stride=2), nn.BatchNorm3d(16).cuda()
+    convolution, norm = made(3, 8, 16, 3, stride=2), nn.BatchNorm3d(16).to(DEVICE)
     nn.init.uniform_(norm.weight, -1, 1), nn.init.uniform_(norm.running_var, 0.5, 2)
     check(nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool3d(2)).eval(), sample(2, 8, 6, 7, 8))
 
@@ -210,7 +208,7 @@ def test_values_that_are_not_finite(value: float, pool: Callable[..., Tensor] | 
 
 
 def test_large_and_small_values() -> None:
-    x = sample(3, 16, 6, 7, 8) * torch.tensor([1e-30, 1.0, 1e30], device="cuda").view(3, 1, 1, 1, 1)
+    x = sample(3, 16, 6, 7, 8) * torch.tensor([1e-30, 1.0, 1e30], device=DEVICE).view(3, 1, 1, 1, 1)
     got, _, truth = run(Chain(made(3, 16, 16, 3, stride=2), lambda y: y * 0.5 + 0), x)
     for one, other in zip(got, truth, strict=True):
         assert relative_error(one, other) < 1e-3
@@ -265,6 +263,7 @@ def test_float64_is_torchs() -> None:
     assert [r.path for r in runs] == [Path.REWRITTEN]
 
 
+@needs_gpu
 def test_graph_capture() -> None:
     model = Chain(made(3, 16, 32, 3, stride=2), F.silu, lambda y: F.max_pool3d(y, 2))
     x = sample(2, 16, 8, 8, 8)

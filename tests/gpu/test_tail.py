@@ -1,4 +1,4 @@
-"""What runs behind a convolution on a GPU: norms, statistics, pools and chains, against float64 and eager mode."""
+"""What runs behind a convolution on a GPU, or an emulated one, against float64 and eager mode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from place import DEVICE, kernels_always, needs, what_torch_has
 from test_kernels import LAST, LIMIT, made, sample
 from torch import Tensor, nn
 
@@ -18,18 +19,12 @@ from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU or later"
-)
+pytestmark = needs((8, 0))
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """TF32 is allowed, and kernels run whether they are the faster or not."""
-    for module in ("tail", "schedule"):
-        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
-    monkeypatch.setattr("fxfuse.kernels.execute.slower", lambda *_: None)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+def kernels() -> Iterator[None]:
+    with kernels_always():
         yield
 
 
@@ -43,9 +38,10 @@ def check(model: nn.Module, x: Tensor, *expected: str) -> None:
     execute._prepared.clear()
     eager, truth = copy.deepcopy(model), copy.deepcopy(model).double()
     exact = truth(x.double())
-    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-    with torch.no_grad(), ops.watch() as runs:
-        got, like = fast(x), eager(x)
+    with torch.no_grad(), what_torch_has():
+        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+        with ops.watch() as runs:
+            got, like = fast(x), eager(x)
     assert [r.path for r in runs] == [Path.KERNEL], fast.fxfuse_report
     for word in expected:
         assert word in steps_of(fast, x), steps_of(fast, x)
@@ -97,7 +93,7 @@ def test_norms(norm: str, dtype: torch.dtype, layout: str, by_torch: bool, monke
     torch.manual_seed(1)
     for channels, stride, size in ((24, 1, (9, 8, 11)), (70, 2, (5, 7, 6))):
         convolution = made(3, 16, channels, 3, stride=stride, dtype=dtype)
-        model = spread(Stages(convolution, F.relu, NORMS[norm](channels, 3).cuda().to(dtype), F.hardswish))
+        model = spread(Stages(convolution, F.relu, NORMS[norm](channels, 3).to(DEVICE).to(dtype), F.hardswish))
         x = sample(3, 16, *size, dtype=dtype)
         if layout == "last":
             x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
@@ -110,16 +106,18 @@ def test_norms(norm: str, dtype: torch.dtype, layout: str, by_torch: bool, monke
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_fewer_dims(dims: int) -> None:
     for norm in NORMS.values():
-        check(spread(Stages(made(dims, 8, 12, 3), norm(12, dims).cuda())).train(), sample(3, 8, *(9, 10, 11)[:dims]))
+        check(
+            spread(Stages(made(dims, 8, 12, 3), norm(12, dims).to(DEVICE))).train(), sample(3, 8, *(9, 10, 11)[:dims])
+        )
 
 
 def test_statistics_behind_a_pool() -> None:
-    model = Stages(made(3, 16, 24, 3, stride=2, padding=1), lambda y: F.avg_pool3d(y, 2), nn.BatchNorm3d(24).cuda())
+    model = Stages(made(3, 16, 24, 3, stride=2, padding=1), lambda y: F.avg_pool3d(y, 2), nn.BatchNorm3d(24).to(DEVICE))
     check(spread(model).train(), sample(4, 16, 9, 9, 9), "gathered on the way")
 
 
 def test_only_statistics_are_kept() -> None:
-    model = Stages(made(3, 16, 24, 5), lambda y: y * 2, nn.BatchNorm3d(24).cuda(), nn.AdaptiveAvgPool3d(1))
+    model = Stages(made(3, 16, 24, 5), lambda y: y * 2, nn.BatchNorm3d(24).to(DEVICE), nn.AdaptiveAvgPool3d(1))
     x = sample(4, 16, 6, 7, 8)
     check(spread(model).train(), x, "-> statistics;")
     model = Stages(made(3, 16, 24, 3, stride=2), F.silu, lambda y: y.mean((2, 3, 4)))
@@ -131,7 +129,7 @@ def test_a_mean_far_from_zero(mean: float) -> None:
     """In standard deviations, in the ieee class: no worse than twice eager mode's own error."""
     torch.manual_seed(0)
     convolution = made(3, 16, 24, 3, stride=2)
-    model = Stages(convolution, lambda y: y + mean, nn.InstanceNorm3d(24).cuda())
+    model = Stages(convolution, lambda y: y + mean, nn.InstanceNorm3d(24).to(DEVICE))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         x = sample(2, 16, 12, 12, 12)
         exact = copy.deepcopy(model).double()(x.double())
@@ -141,7 +139,9 @@ def test_a_mean_far_from_zero(mean: float) -> None:
 
 
 def test_the_same_bits_twice() -> None:
-    model = spread(Stages(made(3, 16, 24, 3), F.silu, nn.GroupNorm(4, 24).cuda(), lambda y: F.avg_pool3d(y, 3, 2, 1)))
+    model = spread(
+        Stages(made(3, 16, 24, 3), F.silu, nn.GroupNorm(4, 24).to(DEVICE), lambda y: F.avg_pool3d(y, 3, 2, 1))
+    )
     x = sample(3, 16, 17, 18, 19)
     fast = fxfuse.optimize(model, (x,))
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_samples_that_do_not_fit(value: float) -> None:
     """Those of a sample that the direct kernel computes are its own, and no other sample's."""
     x = sample(3, 16, 7, 8, 9)
     x[1, 3, 2, 5, 4] = value
-    model = spread(Stages(made(3, 16, 24, 3, stride=2), F.softsign, nn.InstanceNorm3d(24, affine=True).cuda()))
+    model = spread(Stages(made(3, 16, 24, 3, stride=2), F.softsign, nn.InstanceNorm3d(24, affine=True).to(DEVICE)))
     check(model, x)
     check(Stages(made(3, 16, 24, 3, stride=2), F.softsign, lambda y: y.mean((2, 3, 4))), x, "-> statistics;")
 
@@ -229,7 +229,7 @@ def test_residuals_of_what_is_normalised() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.convolution, self.norm = made(3, 8, 12, 3), nn.GroupNorm(3, 12).cuda()
+            self.convolution, self.norm = made(3, 8, 12, 3), nn.GroupNorm(3, 12).to(DEVICE)
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.relu(self.convolution(x))
