@@ -73,11 +73,8 @@ def _tables(made: Specialisation) -> str:
     runs = {run: i for i, run in enumerate(_runs(made))}
     low, _ = reach(made.layer.residues)
     begins: list[str] = []
-    steps, packed, taps, residues = [], [], [], []  # type: ignore[var-annotated]
-    pass_offset = 0
+    steps, residues = [], []  # type: ignore[var-annotated]
     for one in made.passes:
-        pass_bytes = sum(map(made.step_bytes, one.steps))
-        offset = 0
         order = [runs[s.first, s.count] for s in one.steps]
         begins.append(_list([len(steps) + sum(o < r for o in order) for r in range(len(runs) + 1)]))
         for batch in made.batches(one.steps):
@@ -87,21 +84,30 @@ def _tables(made: Specialisation) -> str:
                 steps.append(
                     f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}"
                 )
-                packed.append(f"{{{offset}, {pass_offset}, {pass_bytes}, {step.count}}}")
-                taps.append(_list([-1 if t is None else t for t in step.taps] + [-1] * (made.residues - step.count)))
                 inside += made.step_bytes(step)
-                offset += made.step_bytes(step)
-        pass_offset += pass_bytes
         filled = [f"{{{r.at[0]}, {r.at[1]}, {r.at[2]}, 1}}" for r in one.residues]
         residues.append(_list([*filled, *["{0, 0, 0, 0}"] * (made.residues - len(filled))]))
     begins.append(_list([len(steps)] * (len(runs) + 1)))
     return "\n".join([
         f"__constant__ int kRunBegin[][{len(runs) + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
-        f"__constant__ fxfuse::PackedStep kPackedSteps[] = {_list(packed or ['{}'])};",
-        f"__constant__ short kTaps[][{made.residues}] = {_list(taps or ['{}'])};",
+        f"__device__ const fxfuse::Packed kPacked[] = {_list([_list(p) for p in packed_taps(made)] or ['{}'])};",
         f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(residues)};",
     ])  # fmt: skip
+
+
+def packed_taps(made: Specialisation) -> list[tuple[int, int, int, int]]:
+    """``Packed`` of ``prepare.cuh``, in the order in which taps lie in memory; behind them those that are not there."""
+    found = []
+    pass_offset = 0
+    for one in made.passes:
+        pass_bytes, offset = sum(map(made.step_bytes, one.steps)), 0
+        for step in one.steps:
+            for tap in step.taps:
+                found.append((pass_offset, pass_bytes, offset, -1 if tap is None else tap))
+                offset += made.columns * made.chunk * 2
+        pass_offset += pass_bytes
+    return sorted(found, key=lambda p: (p[3] < 0, p[3]))
 
 
 def _list(values: Sequence[object]) -> str:
@@ -147,6 +153,7 @@ def _problem(
         "in_channels": layer.in_channels,
         "runs": len(runs),
         "steps": sum(len(p.steps) for p in made.passes),
+        "packed": len(packed_taps(made)) or 1,
         "pair": _pair(made),
         "buffers": made.buffers,
         "lines": made.lines,
@@ -166,8 +173,7 @@ def _problem(
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
-  static FXFUSE_INLINE fxfuse::PackedStep packed_step(int i) {{ return kPackedSteps[i]; }}
-  static FXFUSE_INLINE int tap(int step, int i) {{ return kTaps[step][i]; }}
+  static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
   static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
   template <int first, int count, int size>
   static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
@@ -242,11 +248,11 @@ measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse:
 extern "C" __global__ void __launch_bounds__(256)
 prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
-        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_step) {{
+        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_weights) {{
   if (blockIdx.x < g.blocks)
     fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
   else
-    fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_step, w, packed, scale, chunks,
+    fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_weights, w, packed, scale, chunks,
                                                          column_tiles, in_channels, out_channels, volume, weight_bytes);
 }}
 extern "C" __global__ void __launch_bounds__(256, 4)

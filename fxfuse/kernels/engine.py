@@ -261,9 +261,9 @@ class _Call:
         span = 4096 // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
         blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
-        steps = [s for p in made.passes for s in p.steps]
-        blocks_step = -(-max((s.count for s in steps), default=0) * made.columns * made.chunk // 8 // BLOCK) or 1
-        blocks = blocks_rows + blocks_step * len(steps) * tiles * made.chunks
+        taps = sum(s.count for p in made.passes for s in p.steps)
+        blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
+        blocks = blocks_rows + blocks_weights * tiles * made.chunks
         rows_geometry = _Rows(
             strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions, span
         )
@@ -275,7 +275,7 @@ class _Call:
         self.prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
             [self.x, self.rows, self.samples, rows_geometry, self.w, self.packed, self.scale, _I(made.chunks),
-             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_step)],
+             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_weights)],
         )  # fmt: skip
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk

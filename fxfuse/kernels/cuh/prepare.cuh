@@ -239,45 +239,41 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
   }
 }
 
-// Where a step's weights come from and go to.
-struct PackedStep {
-  int offset;               // bytes from the pass's begin, in one chunk
-  int pass_offset;          // bytes from the tile's begin to the pass, with one chunk
-  int pass_bytes;           // of one chunk
-  int count;                // residue classes
+// The weights of one tap and its place in a tile: of column 0 of the tile's, in chunk 0.
+struct Packed {
+  int pass_offset, pass_bytes;  // bytes from the tile's begin to the pass, and of the pass, with one chunk
+  int offset;                   // bytes from there
+  int tap;                      // less than 0: a residue class that has none at this step
 };
 
-// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Blocks: units of a step, then
-// steps, then groups * column tiles * chunks.
+// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Neighbouring threads read neighbouring
+// taps, and output channels behind those. `blocks` of them for each group, column tile and chunk.
 template <class Problem, class T, class Half16, bool scaled>
-FXFUSE_INLINE void pack_weights(int block, int blocks_step, const T* w, uint8_t* packed, const float* scale, int chunks,
+FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
                                 int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
-  constexpr int units = Problem::chunk / 8;
-  const int block_rest = block / blocks_step, number = block_rest % Problem::steps, block_z = block_rest / Problem::steps;
-  const PackedStep step = Problem::packed_step(number);
-  const int index = (block - block_rest * blocks_step) * blockDim.x + threadIdx.x;
-  const int row = index / units, unit = index - row * units;
-  if (row >= step.count * Problem::columns) return;
-  const int tile = block_z / chunks, chunk = block_z - tile * chunks;
-  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row % Problem::columns;
-  const int tap = Problem::tap(number, row / Problem::columns);
-  const float s = scaled && column < out_channels ? scale[group * out_channels + column] : 1.f;
+  constexpr int units = Problem::chunk / 8, each = Problem::columns * Problem::packed;
+  const int block_rest = block / blocks, index = (block - block_rest * blocks) * blockDim.x + threadIdx.x;
+  const int unit = index / each, rest = index - unit * each, row = rest / Problem::packed;
+  if (unit >= units) return;
+  const Packed place = Problem::place(rest - row * Problem::packed);
+  const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
+  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
+  const bool there = column < out_channels && place.tap >= 0;
+  const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
   // of three products of parts the second one has what is left of the weights
   const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
+  const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
+  const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume + place.tap;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int c = (chunk - part * chunks_part) * Problem::chunk + unit * 8 + i;
-    float v = 0.f;
-    if (c < in_channels && column < out_channels && tap >= 0)
-      v = to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + tap]);
-    v *= s;
+    const float v = there && first + i < in_channels ? to_float(from[(int64_t)i * out_channels * volume]) * s : 0.f;
     values[i] = from_float<Half16>(v);
     if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
   }
   const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
-  uint8_t* to = packed + (int64_t)tile * weight_bytes + step.pass_offset * chunks + chunk * step.pass_bytes +
-                step.offset + (row * units + swizzled) * 16;
+  uint8_t* const to = packed + (int64_t)tile * weight_bytes + place.pass_offset * chunks + chunk * place.pass_bytes +
+                      place.offset + (row * units + swizzled) * 16;
   *(uint4*)to = *(const uint4*)values;
 }
 
