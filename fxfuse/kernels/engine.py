@@ -123,12 +123,13 @@ class Convolution:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size.
         """
         before = epilogue.before != Epilogue.before
+        layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
         made = specialise(
             layer,
             pooled=bool(epilogue.combine),
             exact=exact,
             before=before,
-            contiguous=layout == "contiguous" and epilogue.keeps,
+            contiguous=layout == "contiguous",
             finite=dtype is torch.float32,
             stored=extents,
             itemsize=output.itemsize,
