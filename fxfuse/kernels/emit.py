@@ -253,7 +253,8 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
     fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
   else
     fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_weights, w, packed, scale,
-                                                         chunks, column_tiles, in_channels, out_channels, volume, weight_bytes);
+                                                         chunks, column_tiles, in_channels, out_channels, volume,
+                                                         weight_bytes);
 }}
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
