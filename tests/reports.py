@@ -1,6 +1,8 @@
-"""Reports of models at their real sizes, without the memory: captured and compiled on fake tensors."""
+"""Reports of models at their real sizes, without the memory: captured and compiled on fake tensors. And their text."""
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import nn
@@ -26,3 +28,8 @@ def explained(
     report = fuse(capture.graph, capture.modules, inputs, Options.make(precision, None))
     report.model = type(model).__name__
     return report
+
+
+def without_estimates(text: str) -> str:
+    """``text`` with "_" for every time that the cost model gives: these change whenever it is tuned."""
+    return re.sub(r"\d[\d.]* (?:s|ms|us)(?=\s+(?:est\.|at\s+best|by\s+estimate))", "_", text)

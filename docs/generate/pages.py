@@ -5,8 +5,11 @@ A part stands between ``<!-- generated: name -->`` and ``<!-- end -->``. tests/t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pathlib
 import re
+import runpy
 from collections.abc import Callable
 
 import pictures
@@ -19,9 +22,19 @@ def code(example: str) -> str:
     return f"```python\n{(results.ROOT / 'examples' / f'{example}.py').read_text()}```"
 
 
+def first_report() -> str:
+    """The report that the first example prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        runpy.run_path(str(results.ROOT / "examples" / "one_call.py"))
+    report = printed.getvalue().partition("\n\nlargest")[0]
+    return f"```text\n{report}\n```"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "cpu": results.cpu,
     "errors": results.errors,
+    "first_report": first_report,
     "legality": source.legality,
     "operators": source.operators,
     "outside": source.outside,

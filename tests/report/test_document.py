@@ -19,6 +19,7 @@ from fxfuse.kernels import jit
 from fxfuse.models import CASES
 from fxfuse.report import Report
 from fxfuse.report.document import SCHEMA
+from fxfuse.report.words import duration
 
 
 def first() -> Report:
@@ -52,11 +53,11 @@ def test_the_document() -> None:
     assert (data["schema"], data["fxfuse"], data["model"]) == (SCHEMA, fxfuse.__version__, "MaxMaxSum")
     (region,) = data["regions"]
     assert region["anchor"] == "up" and region["chain"] == ["conv_transpose", "max_pool", "max_pool", "sum"]
+    account = region["account"]
     assert region["sentence"] == (
-        "conv_transpose > max_pool > max_pool > sum: 2 kernels (6 launches), 0.47 ms est., "
+        f"conv_transpose > max_pool > max_pool > sum: 2 kernels (6 launches), {duration(account['seconds'])} est., "
         "1.00 GB of intermediates never written"
     )
-    account = region["account"]
     assert [p["by"] for p in account["parts"]] == ["kernel", "kernel", "torch"]
     assert account["saved"] == account["before"]["read"] + account["before"]["written"] - account["bytes"]
     assert "extern" in account["parts"][0]["source"] and account["parts"][2]["source"] == ""
