@@ -1,7 +1,6 @@
 """Random transposed convolutions on a Hopper GPU: the engine's kernel against cuDNN's best, for each numerics class.
 
-    python benchmarks/layers.py --count 60 --seed 0 --json benchmarks/results/h100_layers.json
-    python benchmarks/layers.py --read benchmarks/results/h100_layers.json   # no GPU: what `choice` makes of them
+benchmarks/README.md has the commands; the file is written after every row, and --resume goes on with it.
 
 Peers run in the same process on the same inputs: eager contiguous and eager channels_last_3d, with
 cudnn.benchmark on. Times are medians of queued calls, in milliseconds; inputs are rotated past the L2.
@@ -22,8 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import Budget, add_file, opened
 from torch import Tensor
 
+from fxfuse import environment
 from fxfuse.instr import TensorType
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Layer, Unsupported
@@ -36,8 +37,16 @@ from fxfuse.kernels.tiling import seconds
 from fxfuse.timing import queued
 
 CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}
-wrong: list[str] = []
+#: relative L2 errors against float64 that the classes allow
+LIMIT = {"tf32": 1e-3, "ieee": 6e-7, "float16": 1e-3}
+PROTOCOL = "CUDA events around 10 queued calls, rotated inputs, median of 5, cudnn.benchmark"
+#: rows whose kernels are compiled together, on all cores, before they are measured
+TOGETHER = 24
 CHANNELS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
+
+
+class Wrong(Exception):  # noqa: N818 - it is the result that is wrong
+    """A kernel errs by more than its class allows: the layer is not timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +129,8 @@ def measure(case: Case, name: str) -> dict[str, Any]:
         made.run(xs[0], weight, bias, case.extents, out)
         error = ((out.double() - expected).norm() / expected.norm()).item()
         result[f"error {layout}"] = error
-        if not error < {"tf32": 1e-3, "ieee": 6e-7, "float16": 1e-3}[name]:
-            print(f"WRONG: {case} {name} {layout}: a relative error of {error:.1e}", flush=True)
-            wrong.append(str(case))
+        if not error < LIMIT[name]:
+            raise Wrong(f"{case} {name} {layout}: a relative error of {error:.1e}")
 
         def ours(i: int, xs: list[Tensor] = xs, out: Tensor = out, made: Convolution = made) -> None:
             made.run(xs[i % copies], weight, bias, case.extents, out)
@@ -138,38 +146,47 @@ def measure(case: Case, name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--read", type=Path, help="summarise results of the same --count and --seed; measure nothing")
+    add_file(parser)
+    parser.add_argument("--count", type=int, default=60, metavar="N", help="so many layers (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the layers (default: 0)")
+    parser.add_argument(
+        "--read", type=Path, metavar="FILE", help="summarise FILE, of the same --count and --seed; measure nothing"
+    )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     cases = [draw(rng) for _ in range(arguments.count)]
     if arguments.read:
-        summarise(cases, json.loads(arguments.read.read_text())["results"])
+        summarise(cases, json.loads(arguments.read.read_text())["rows"])
         return
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        raise SystemExit("this needs a Hopper GPU; without one, --read FILE summarises what was measured")
     torch.backends.cudnn.benchmark = True
     jobs = [(case, name) for case in cases for name in CLASSES]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        list(pool.map(compile_ahead, jobs))
-    results = []
-    for case, name in jobs:
+    machine = {**environment.described(torch.device("cuda")), "protocol": PROTOCOL}
+    results = opened(arguments, machine, key=("case", "class"))
+    budget, wrong, ahead = Budget(arguments.minutes, len(jobs)), [], 0
+    for number, (case, name) in enumerate(jobs):
+        done = results.find({"case": str(case), "class": name}) is not None
+        if not budget.begins(f"{case} {name}", done=done):
+            continue
+        if number >= ahead:
+            ahead = number + TOGETHER
+            budget.say("compiling")
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                list(pool.map(compile_ahead, jobs[number:ahead]))
         try:
             found = measure(case, name)
         except Unsupported as reason:
             found = {"case": str(case), "class": name, "unsupported": str(reason)}
-        results.append(found)
+        except Wrong as error:
+            print(f"WRONG: {error}", flush=True)
+            wrong.append(str(error))
+            continue
+        results.add(found)
         print(json.dumps(found), flush=True)
-    summarise(cases, results)
+    budget.ends()  # what `choice` makes of the rows takes minutes of a processor: --read tells, anywhere
     if wrong:
-        raise SystemExit(f"wrong results: {wrong}")
-    if arguments.json:
-        facts = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-        arguments.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+        raise SystemExit(f"wrong results: {'; '.join(wrong)}")
 
 
 def chosen(case: Case, name: str, layout: str) -> bool:
@@ -187,6 +204,7 @@ def chosen(case: Case, name: str, layout: str) -> bool:
 def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
     """cuDNN's time over the kernel's, same layout: of all results, and of those that the compiler chooses."""
     by_name = {str(case): case for case in cases}
+    results = [r for r in results if r["case"] in by_name]
     for name in CLASSES:
         for only_chosen in (False, True):
             ratios = [
@@ -197,9 +215,8 @@ def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
                 if not only_chosen or chosen(by_name[r["case"]], name, layout)
             ]
             which = "chosen" if only_chosen else "all"
-            print(
-                f"{name} {which}: {len(ratios)}, mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
-            )
+            spread = f", mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}" if ratios else ""
+            print(f"{name} {which}: {len(ratios)}{spread}")
 
 
 def compile_ahead(job: tuple[Case, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -34,6 +36,16 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
+def build() -> str:
+    """Twelve hexadecimal digits of this package's source: versions stay the same while an engine is worked on."""
+    root, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cuh")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _installed(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -43,7 +55,8 @@ def _installed(distribution: str) -> str | None:
 
 def devices() -> list[str]:
     """The CPU and every GPU, each in a line."""
-    found = [f"cpu: {processor()}, {torch.get_num_threads()} threads"]
+    threads = torch.get_num_threads()
+    found = [f"cpu: {processor()}, {threads} thread{'' if threads == 1 else 's'}"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         found.append(

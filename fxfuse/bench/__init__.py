@@ -2,7 +2,8 @@
 
 from fxfuse.bench.cases import SETS, modes
 from fxfuse.bench.measure import PROTOCOL, Row, measure
-from fxfuse.bench.peers import PEERS
+from fxfuse.bench.peers import PEERS, Peer
 from fxfuse.bench.roofline import Machine
+from fxfuse.bench.rowfile import RowFile
 
-__all__ = ["PEERS", "PROTOCOL", "SETS", "Machine", "Row", "measure", "modes"]
+__all__ = ["PEERS", "PROTOCOL", "SETS", "Machine", "Peer", "Row", "RowFile", "measure", "modes"]
