@@ -72,6 +72,7 @@ def fuse(
     """
     before = copy.deepcopy(graph)
     settings = Settings.from_environment(options.allow)
+    settings.warn_of_unknown(options.rules)
     with isolated():
         values_only(graph)
         propagate(graph, modules, inputs)  # shapes, effects, and each node's meaning in the vocabulary

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import enum
+import functools
 import logging
 import operator
 import os
@@ -233,6 +235,17 @@ class Settings:
             raise ValueError(f"FXFUSE_FUEL={fuel!r} must be a whole number: how many rewrites may happen")
         disabled = frozenset(filter(None, os.environ.get("FXFUSE_DISABLE", "").replace(" ", "").split(",")))
         return Settings(allow, disabled, None if fuel is None else int(fuel))
+
+    def warn_of_unknown(self, rules: Sequence[Rule]) -> None:
+        """A name in FXFUSE_DISABLE that none of ``rules`` has switches nothing off: say so, once per name."""
+        names = [rule.name for rule in rules]
+        for name in sorted(self.disabled.difference(names)):
+            _warn_of_unknown(name, next(iter(difflib.get_close_matches(name, names, 1)), None))
+
+
+@functools.cache
+def _warn_of_unknown(name: str, close: str | None) -> None:
+    log.warning("FXFUSE_DISABLE: there is no rule %s%s", name, f"; did you mean {close}?" if close else "")
 
 
 def apply_rules(build: Builder, rules: Sequence[Rule], settings: Settings) -> tuple[list[Application], list[Rejection]]:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from harness import EVERYTHING, agree, avg_pool, body, conv, fakes, max_pool, program, rewrite, rewrite_graph
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+import fxfuse
 from fxfuse import vocabulary
 from fxfuse.chain import Builder, attributes, operands, to_graph, to_program
 from fxfuse.patterns import (
@@ -29,6 +30,7 @@ from fxfuse.patterns import (
     X,
     apply_rules,
 )
+from fxfuse.patterns.rule import _warn_of_unknown
 from fxfuse.program import Program
 
 TWO = program("x: f64[2, 3], t: f64[2, 3]", "a = tanh(x)\nb = sigmoid(a)\nb")
@@ -208,6 +210,17 @@ def test_rules_are_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.disabled == {"ComposeMaxPools", "TanhOfSigmoid"} and settings.fuel is None
     result = rewrite(TWO, [TanhOfSigmoid()], disabled=settings.disabled)
     assert result.reason("TanhOfSigmoid") == "switched off by FXFUSE_DISABLE"
+
+
+def test_names_of_no_rule_are_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_unknown.cache_clear()
+    monkeypatch.setenv("FXFUSE_DISABLE", "ComposeMaxPool,MergeClamps,Nothing")
+    for _ in range(2):
+        fxfuse.explain(nn.ConvTranspose3d(1, 1, 1), torch.ones(1, 1, 2, 2, 2))
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "FXFUSE_DISABLE: there is no rule ComposeMaxPool; did you mean ComposeMaxPools?",
+        "FXFUSE_DISABLE: there is no rule Nothing",
+    ]
 
 
 @pytest.mark.parametrize(("fuel", "rules"), [(0, 0), (1, 1), (2, 2), (9, 3)])
