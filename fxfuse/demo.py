@@ -12,6 +12,7 @@ from torch import nn
 from fxfuse.api import optimize, verify
 from fxfuse.models import CASES, Case
 from fxfuse.report import Report
+from fxfuse.report.words import count
 from fxfuse.timing import in_turns
 from fxfuse.verification import VerifyReport
 
@@ -76,7 +77,9 @@ def run(
 def main() -> int:
     """Print the reports and a table; 0 where every result is as close to float64 as eager mode's, else 1."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {count(torch.get_num_threads(), 'thread')}"
+    )
     print(f"fxfuse on {name}, torch {torch.__version__}\n")
     done = []
     for result in results(device):

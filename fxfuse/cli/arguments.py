@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import re
 from typing import Any
@@ -57,8 +56,13 @@ def output_path(text: str) -> pathlib.Path:
         raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {text}: there is no folder {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}: permission denied")
+    there = path.exists()
+    try:
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
     return path
 
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,7 +74,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--seconds", type=seconds, default=5.0, help="to spend on timing each model on a CPU (default: 5)"
     )
-    parser.add_argument("--json", type=output_path, help="write the results there")
+    parser.add_argument("--json", type=output_path, help="write the results there, after every model")
     parser.add_argument("--plot", type=output_path, help="write a picture (SVG) there")
     parser.set_defaults(run=run)
 
@@ -96,6 +95,7 @@ def run(given: argparse.Namespace) -> int:
     machine = bench.Machine.of(device)
     print(f"{environment.described(device)['device']}: {_rates(machine)}\n")
     rows = []
+    kept = bench.RowFile(given.json, _facts(given, device), ("model", "mode", "dtype"))
     progress = _Progress()
     with _settings(given.ieee):
         for number, (name, model, shapes) in enumerate(jobs, 1):
@@ -116,7 +116,12 @@ def run(given: argparse.Namespace) -> int:
             progress.clear()
             print("\n".join(described(row, machine)), "\n", flush=True)
             rows.append(row)
-    _write(given, device, rows)
+            with _writing(given.json):
+                kept.add(row.to_json())  # now: what follows may be interrupted
+    if given.json is not None:
+        print(f"wrote {given.json}", file=sys.stderr)
+    if given.plot is not None:
+        _plot(given.plot, environment.described(device), rows)
     return Exit.FAILED if any(label.startswith("fxfuse") for row in rows for label in row.failed) else Exit.OK
 
 
@@ -142,22 +147,24 @@ def _settings(ieee: bool) -> Iterator[None]:
         yield
 
 
-def _write(given: argparse.Namespace, device: torch.device, rows: Sequence[Row]) -> None:
-    facts = environment.described(device)
-    if given.json is not None:
-        precision = {"precision": "ieee" if given.ieee else "tf32 allowed"} if device.type == "cuda" else {}
-        machine = {**facts, **precision, "protocol": bench.PROTOCOL[device.type]}
-        _save(given.json, json.dumps({"machine": machine, "rows": [r.to_json() for r in rows]}, indent=1) + "\n")
-    if given.plot is not None:
-        _save(given.plot, to_svg(rows, f"fxfuse {facts['fxfuse']} on {facts['device']}, torch {facts['torch']}"))
+def _facts(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the results were measured with."""
+    precision = {"precision": "ieee" if given.ieee else "tf32 allowed"} if device.type == "cuda" else {}
+    return {**environment.described(device), **precision, "protocol": bench.PROTOCOL[device.type]}
 
 
-def _save(path: pathlib.Path, text: str) -> None:
+def _plot(path: pathlib.Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
+    with _writing(path):
+        path.write_text(to_svg(rows, f"fxfuse {facts['fxfuse']} on {facts['device']}, torch {facts['torch']}"))
+    print(f"wrote {path}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path | None) -> Iterator[None]:
     try:
-        path.write_text(text)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    print(f"wrote {path}", file=sys.stderr)
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -169,12 +176,14 @@ def described(row: Row, machine: bench.Machine) -> list[str]:
     """A row for a terminal: a line per way to run it, the slowest first."""
     shapes = ", ".join("x".join(map(str, s)) for s in row.shapes)
     lines = [f"{row.model}, {row.mode}, {row.dtype}, {shapes}"]
+    if row.ms:
+        peak = f"{'memory':>14}" if row.peak else ""
+        lines.append(f"  {'':<26}{'time':>13}{'/ fxfuse':>9}{peak}   {'error':<13}   first call")
     ours = row.ms[row.ours] if row.ours is not None else None
     for label, ms in sorted(row.ms.items(), key=lambda item: -item[1]):
-        ratio = "" if ours is None else f"{ms / ours:8.2f}x"
+        ratio = " " * 9 if ours is None else f"{ms / ours:8.2f}x"
         peak = f"{row.peak[label] / 2**20:10.0f} MiB" if label in row.peak else ""
-        first = f"first call {row.first[label]:.1f} s"
-        lines.append(f"  {label:<26}{ms:10.3f} ms{ratio}{peak}   error {row.error[label]:.1e}   {first}")
+        lines.append(f"  {label:<26}{ms:10.3f} ms{ratio}{peak}   {row.error[label]:<13.1e}   {row.first[label]:.1f} s")
     lines += [f"  {label:<26}not timed: {why}" for label, why in row.failed.items()]
     if ours is not None and row.work is not None:
         against = f"{row.ms[row.best] / ours:.2f} times as fast as {row.best}; " if row.best is not None else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pathlib
 import time
 from typing import Any
 
@@ -11,11 +13,19 @@ from fxfuse.kernels import cache, kept
 
 #: entries that are listed unless all are asked for
 LISTED = 20
+EXAMPLES = """examples:
+  python -m fxfuse cache
+  FXFUSE_CACHE_DIR=/tmp/kernels python -m fxfuse cache --clear"""
 
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("cache", help="list the compiled kernels on disk, or remove them")
+    parser = commands.add_parser(
+        "cache",
+        help="list the compiled kernels on disk, or remove them",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--clear", action="store_true", help="remove them all")
     parser.add_argument("--all", action="store_true", help=f"list all (default: the {LISTED} used last)")
     parser.set_defaults(run=run)
@@ -56,7 +66,15 @@ def summary(kernels: cache.Cache) -> str:
     entries = kernels.entries()
     size = _bytes(sum(e.size for e in entries))
     compiled = f"{len(entries)} compiled, {size} of at most {_bytes(kernels.limit)}"
-    return f"{kernels.root}: {compiled}{_choices(';', kept.count())}"
+    return f"{kernels.root}: {compiled}{_choices(';', kept.count())}{_unwritable(kernels.root)}"
+
+
+def _unwritable(root: pathlib.Path | None) -> str:
+    """What to do about a folder that cannot be written; the nearest one that is there decides."""
+    nearest = next((p for p in (root, *root.parents) if p.exists()), None) if root is not None else None
+    if nearest is None or (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        return ""
+    return "; it cannot be written, and kernels are compiled anew in every process: set FXFUSE_CACHE_DIR"
 
 
 def _choices(join: str, count: int) -> str:

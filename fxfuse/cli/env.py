@@ -12,10 +12,19 @@ from fxfuse.cli.cache import summary
 from fxfuse.cli.errors import Exit
 from fxfuse.kernels import cache
 
+EXAMPLES = """examples:
+  python -m fxfuse env
+  FXFUSE_KERNELS=0 python -m fxfuse env   # settings are shown, too"""
+
 
 def add(commands: Any) -> None:
     """Register the command."""
-    parser = commands.add_parser("env", help="versions, devices, cache, settings, and what is missing")
+    parser = commands.add_parser(
+        "env",
+        help="versions, devices, cache, settings, and what is missing",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
+import sys
+from typing import NoReturn
 
 
 class Exit(enum.IntEnum):
@@ -16,6 +19,14 @@ class Exit(enum.IntEnum):
 
 class UserError(Exception):
     """A sentence for stderr: what was given, why it does not do, and what would."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says one sentence where arguments are wrong, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog.removeprefix('python -m ')}: {message}; `{self.prog} --help` has examples", file=sys.stderr)
+        raise SystemExit(Exit.USAGE)
 
 
 def first_line(error: BaseException) -> str:

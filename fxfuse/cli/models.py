@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def add(commands: Any) -> None:
     )
     add_model(parser)
     parser.add_argument("--html", type=output_path, help="write a page with the graphs and kernels there as well")
+    parser.add_argument("--json", type=output_path, help="write what the page shows there, for other tools")
+    parser.add_argument("--dot", type=output_path, help="write both graphs there, for Graphviz")
     parser.set_defaults(run=run_explain)
     parser = commands.add_parser(
         "verify", help="compare an optimised model with float64", epilog=VERIFY, formatter_class=plain
@@ -47,15 +50,18 @@ def add(commands: Any) -> None:
 def run_explain(given: argparse.Namespace) -> int:
     model, inputs = prepared(given)
     report = explain(model, *inputs)
-    print(report)
-    if given.html is not None:
-        write_html(report, given.html)
+    report.show()
+    _write(given.html, report.to_html)
+    _write(given.json, lambda path: path.write_text(f"{report.to_json()}\n"))
+    _write(given.dot, lambda path: path.write_text(report.to_dot()))
     return Exit.OK
 
 
-def write_html(report: Any, path: pathlib.Path) -> None:
+def _write(path: pathlib.Path | None, write: Callable[[pathlib.Path], object]) -> None:
+    if path is None:
+        return
     try:
-        report.to_html(path)
+        write(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     print(f"wrote {path}", file=sys.stderr)

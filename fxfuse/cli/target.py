@@ -130,7 +130,7 @@ def prepared(given: argparse.Namespace) -> tuple[nn.Module, list[Tensor]]:
         model = model.to(device, given.dtype).train(given.train)
         inputs = random_inputs(given.shape, given.dtype, device)
         run_once(model, inputs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.debug("the trial call failed", exc_info=True)
         shapes = " and ".join("x".join(map(str, s)) for s in given.shape)
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -58,6 +59,10 @@ def wants(channels, *, depth, more=1):
 
 def number():
     return 3
+
+class Leaves(nn.Module):
+    def forward(self, x):
+        raise SystemExit(5)
 """
 SHAPE = "2x2x3x4x4"
 
@@ -80,13 +85,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
-    line = err.strip().splitlines()[-1]
-    start = (
-        "python -m fxfuse: error: ",
-        *(f"{p}{arguments[0]}: " for p in ("fxfuse ", "python -m fxfuse ") if arguments),
-    )
-    assert line.startswith(start), err
-    return line.removeprefix("python -m ")
+    (line,) = err.splitlines()
+    assert line.startswith(("fxfuse: ", *(f"fxfuse {a}: " for a in arguments[:1]))), err
+    return line
 
 
 # --- naming a model ---------------------------------------------------------------------------------
@@ -141,6 +142,13 @@ def test_models_that_load(folder: Path, name: str) -> None:
         (("explain", "users_decoder:Decoder", "--shape", SHAPE, "--html", "no/x.html"), "there is no folder no"),
         (("explain", "users_decoder:Decoder", "--shape", SHAPE, "--html", "."), ". is a folder; name a file"),
         (("verify", "users_decoder:Decoder", "--shape", SHAPE, "--precision", "x"), "invalid choice: 'x'"),
+        (
+            ("explain", "users_decoder:Leaves", "--shape", SHAPE),
+            "does not run on 2x2x3x4x4 of float32 on cpu: SystemExit",
+        ),
+        (("explain", "users_decoder:Decoder", "--shape", SHAPE, "--json", "no/x.json"), "there is no folder no"),
+        (("explain", "users_decoder:Decoder", "--shape", SHAPE, "--dot", "no/x.dot"), "there is no folder no"),
+        (("explain", "users_decoder:Decoder"), "; `python -m fxfuse explain --help` has examples"),
         (("bench", "users_decoder:Decoder"), "users_decoder:Decoder needs --shape, once per input"),
         (("bench", "users_decoder:Decoder", "--shape", "2x3"), "does not run on 2x3"),
         (("bench", "users_decoder:Decoder", "--cases", "all"), "give either module:factory or --cases"),
@@ -173,7 +181,20 @@ def test_no_gpu(folder: Path, capsys: pytest.CaptureFixture[str], command: str) 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "mine").mkdir(mode=0o500)
-    assert "permission denied" in refused(capsys, "bench", "--json", "mine/x.json")
+    assert "cannot write mine/x.json: Permission denied" in refused(capsys, "bench", "--json", "mine/x.json")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody may make files")
+def test_a_folder_that_takes_no_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked before anything is measured, not after."""
+    assert "cannot write /proc/x.json: " in refused(capsys, "bench", "--json", "/proc/x.json")
+
+
+def test_asking_leaves_no_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "old.json").write_text("kept")
+    refused(capsys, "bench", "--json", "new.json", "--plot", "no/x.svg")
+    refused(capsys, "bench", "--json", "old.json", "--plot", "no/x.svg")
+    assert not (folder / "new.json").exists() and (folder / "old.json").read_text() == "kept"
 
 
 def test_output_that_turns_out_not_to_be_writable(
@@ -218,8 +239,7 @@ def test_help(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> N
     assert main((*command, "--help")) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: {' '.join(('python -m fxfuse', *command))}")
-    if command in ((), ("explain",), ("verify",), ("bench",)):
-        assert "examples:\n  python -m fxfuse" in text
+    assert re.search(r"examples:\n  (FXFUSE_\w+=\S+ )?python -m fxfuse", text)
     if command == ():
         assert "exit codes: 0 all is well; 1 it ran, and a result is wrong; 2 wrong arguments" in text
 
@@ -236,6 +256,10 @@ def test_explain(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(Report, "to_html", lambda _, path: Path(path).write_text("a page"), raising=False)
     assert main(("explain", "users_decoder:Decoder", "--shape", SHAPE, "--html", "x.html")) == 0
     assert (folder / "x.html").read_text() == "a page" and capsys.readouterr().err == "wrote x.html\n"
+    assert main(("explain", "users_decoder:Decoder", "--shape", SHAPE, "--json", "x.json", "--dot", "x.dot")) == 0
+    assert json.loads((folder / "x.json").read_text())["model"] == "Decoder"
+    assert (folder / "x.dot").read_text().startswith("digraph")
+    assert capsys.readouterr().err == "wrote x.json\nwrote x.dot\n"
 
 
 def test_two_inputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +334,30 @@ def test_bench_of_a_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert main(("bench", "--seconds", "0.01", "--peers", "eager", "--dtype", "float64")) == 0
     if not torch.cuda.is_available():
         assert capsys.readouterr().out.count("small, eval, float64, 1x2x2x2x2") == 2
+
+
+def test_bench_keeps_what_was_measured_before_an_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.ConvTranspose3d(2, 2, 2), nn.ReLU())
+
+    def interrupted() -> nn.Module:
+        raise KeyboardInterrupt
+
+    cases = (Case("one", make, (1, 2, 2, 2, 2), (1, 2, 2, 2, 2)), Case("two", interrupted, (1,), (1,)))
+    monkeypatch.setitem(bench.SETS, "seeds", cases)
+    assert main(("bench", "--seconds", "0.01", "--peers", "eager", "--json", "x.json")) == 130
+    assert [r["model"] for r in json.loads((folder / "x.json").read_text())["rows"]] == ["one"]
+
+
+def test_a_cache_that_cannot_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remedy = "it cannot be written, and kernels are compiled anew in every process: set FXFUSE_CACHE_DIR"
+    for command in ("env", "cache"):
+        monkeypatch.setenv("FXFUSE_CACHE_DIR", str(folder / "new" / "folder"))
+        assert main((command,)) == 0 and remedy not in " ".join(capsys.readouterr().out.split())
+        monkeypatch.setenv("FXFUSE_CACHE_DIR", str(folder / "users_decoder.py"))
+        assert main((command,)) == 0 and remedy in " ".join(capsys.readouterr().out.split())
 
 
 def test_env(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
