@@ -55,6 +55,7 @@ def test_a_wrong_kernel_is_told_from_a_wrong_rule(monkeypatch: pytest.MonkeyPatc
     assert "the rewrites are right and its kernels are not" in report.failures[0]
 
 
+@pytest.mark.serial
 def test_measure() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     row = bench.measure(

@@ -10,12 +10,9 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path as File
 
-import filelock
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,14 +48,11 @@ def kernels() -> Iterator[None]:
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """Most of the GPU's memory: for one test at a time, in whatever process."""
+def most_memory() -> None:
+    """Most of the GPU's memory; such tests are serial."""
     if torch.cuda.mem_get_info()[1] < 70 * 2**30:
         pytest.skip("needs 70 GiB of GPU memory")
-    with filelock.FileLock(File(tempfile.gettempdir()) / "fxfuse-tests-alone.lock"):
-        torch.cuda.empty_cache()
-        yield
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 # --- chains ---------------------------------------------------------------------------------------
@@ -483,7 +477,8 @@ def check_samples(model: nn.Module, got: Tensor, x: Tensor, *slices: slice, limi
             assert worst(got[part], exact(x[part].float())) < limit, part
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.serial
+@pytest.mark.usefixtures("most_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("chain", ["alone", "norm"])
 def test_more_than_2_31_outputs(chain: str, layout: str) -> None:
@@ -503,7 +498,8 @@ def test_more_than_2_31_outputs(chain: str, layout: str) -> None:
     check_samples(model, got, x, slice(0, 1), slice(4, 5))
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.serial
+@pytest.mark.usefixtures("most_memory")
 @pytest.mark.parametrize("numerics", ["float16", "tf32", "ieee"])
 def test_more_than_2_31_inputs(numerics: str) -> None:
     """2.36e9 of them, made rows of channels; a pool leaves an eighth of the outputs."""

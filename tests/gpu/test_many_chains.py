@@ -24,6 +24,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.serial  # it starts processes of its own
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
