@@ -163,6 +163,26 @@ def test_hovering_tells_type_and_size(open_page: Open) -> None:
     assert not tooltip.is_visible() and page.locator(".lit").count() == 0
 
 
+def test_the_tooltip_does_not_cover_the_panel(open_page: Open) -> None:
+    page = open_page(first())
+    page.set_viewport_size({"width": 1024, "height": 700})
+    box, tooltip = page.locator("#after .box").nth(1), page.locator("#tooltip")
+    box.hover()
+    own, panel = tooltip.bounding_box(), page.locator("aside").bounding_box()
+    assert own["x"] + own["width"] <= panel["x"]
+    box.click()
+    assert not tooltip.is_visible() and page.locator("#panel").inner_text().startswith("1\nup")
+
+
+@pytest.mark.parametrize("width", [1024, 1440])
+def test_the_plan_fits_into_the_panel(open_page: Open, width: int) -> None:
+    page = open_page(first())
+    page.set_viewport_size({"width": width, "height": 700})
+    page.locator("#after .box").nth(1).click()
+    cut = page.evaluate("[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)")
+    assert cut and max(cut) <= 0
+
+
 def test_it_moves_and_zooms(open_page: Open) -> None:
     page = open_page(decoder())
     canvas = page.locator("#before .canvas").bounding_box()

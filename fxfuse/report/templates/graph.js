@@ -53,7 +53,8 @@ class Pane {
     const groups = boxes.filter((box) => box.kind === "group");
     const hidden = sum(groups.map((box) => box.members.length));
     const nodes = operators + hidden;
-    this.root.querySelector(".count").textContent = `${plural(nodes, "operator")}${hidden ? `, ${hidden} collapsed` : ""}`;
+    const count = this.root.querySelector(".count");
+    count.title = count.textContent = `${plural(nodes, "operator")}${hidden ? `, ${hidden} collapsed` : ""}`;
     this.roving = boxes.length ? this.boxes.get(boxes[0].name) : null;
     if (this.roving) this.roving.element.setAttribute("tabindex", 0);
     this.begin();
@@ -149,8 +150,8 @@ class Pane {
     this.scale = whole >= 0.75 * READABLE ? whole : READABLE;
     const first = boxes.find((box) => box.region !== null) || boxes[0];
     if (!first) return this.apply();
-    const middle = w * this.scale <= width - 2 * MARGIN ? w / 2 : boxes[0].x + boxes[0].width / 2;
-    this.centre(middle, h / 2);
+    const left = Math.min(first.x, boxes[0].x), right = Math.max(first.x + first.width, boxes[0].x + boxes[0].width);
+    this.centre(w * this.scale <= width - 2 * MARGIN ? w / 2 : (left + right) / 2, h / 2);
     if (h * this.scale > height - 2 * MARGIN) {
       const above = first.y * this.scale;
       this.y = above < height * 0.7 ? MARGIN : height * 0.35 - above;

@@ -98,6 +98,7 @@ class Page {
       pane.mark();
       if (pane !== from) pane.reveal([...pane.boxes.values()].filter((box) => this.isChosen(box)));
     }
+    this.tooltip.hidden = true; // what it says is in the panel now
     this.open("selection");
   }
 
@@ -148,7 +149,9 @@ class Page {
 
   put(x, y) {
     const { offsetWidth: width, offsetHeight: height } = this.tooltip;
-    this.tooltip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 8))}px`;
+    const panel = document.querySelector("aside").getBoundingClientRect().left;
+    const right = x < panel ? panel : innerWidth; // the panel is not covered
+    this.tooltip.style.left = `${Math.max(4, Math.min(x + 14, right - width - 8))}px`;
     this.tooltip.style.top = `${y + 16 + height > innerHeight ? Math.max(4, y - height - 14) : y + 16}px`;
   }
 
