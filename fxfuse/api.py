@@ -88,6 +88,14 @@ def explain(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Report:
     """What :func:`optimize` does to ``model`` for these inputs, as a :class:`Report`; the model is not changed.
 
     For other than the default choices, explain an optimised model: ``explain(optimize(model, rules=...), x)``.
+
+    Args:
+        model: any ``nn.Module``; one that cannot be captured has a report that says why.
+        example_inputs, kwargs: the arguments of one call, of any shapes, dtypes and device; they are not written to.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        Exception: what ``model`` itself raises for these inputs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain() takes an nn.Module, not {type(model).__name__}; wrap a function in a module")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fxfuse import environment
 from fxfuse.api import optimize, verify
 from fxfuse.models import CASES, Case
 from fxfuse.report import Report
@@ -81,6 +82,8 @@ def main() -> int:
         torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU, {count(torch.get_num_threads(), 'thread')}"
     )
     print(f"fxfuse on {name}, torch {torch.__version__}\n")
+    if device.type == "cuda":
+        print("".join(f"{line}\n" for line in environment.missing()))
     done = []
     for result in results(device):
         print(f"--- {result.name}, {result.mode} mode, x {'x'.join(map(str, result.shape))}")

@@ -33,6 +33,7 @@ class Tuning:
 
     @property
     def headline(self) -> str:
+        """The first line: how much was measured, or why nothing was."""
         if not self.runs:
             return f"{self.model}: nothing was measured: no region of it ran; its report says why"
         if not self.regions:
@@ -58,6 +59,10 @@ def tune(model: nn.Module, *example_inputs: Any, **kwargs: Any) -> Tuning:
             parts, or a plain module, which is optimised for the measurement as ``optimize(model)`` does.
         example_inputs, kwargs: the arguments of a call, on the GPU, in the memory format and with the autocast of
             the calls that are to be fast.
+
+    Returns:
+        The ways of every region, each with its seconds per call, and which was chosen; without regions where
+        nothing runs on a GPU. ``str()`` is a table.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.

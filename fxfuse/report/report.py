@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class RegionReport:
     """One region: where it starts, what it holds, why it ended.
 
-    ``operators`` are the model's nodes, ``stages`` the vocabulary's operators of the rewritten chain.
+    ``anchor`` is the path or node of the convolution, ``operators`` are the model's nodes, ``rules`` the rewrites in
+    the order in which they were applied, ``ended`` pairs of a node and the reason why the region ends there.
     """
 
     anchor: str
@@ -44,6 +45,7 @@ class RegionReport:
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The operators of the rewritten chain, those on weights included, in order."""
         return tuple(i.op for i in self.region.rewritten.body)
 
     @property
@@ -119,6 +121,7 @@ class Report:
 
     @property
     def headline(self) -> str:
+        """The first line: how many regions, operators and rewrites there are."""
         if not self.regions:
             return f"{self.model}: {'nothing to fuse' if self.graph_before is not None else 'runs as it is'}"
         regions = words.count(len(self.regions), "region")
