@@ -191,7 +191,7 @@ def _convolution(kernel: Launch, engine: Convolution, types: Types) -> Part:
         macs=macs,
         seconds=seconds(made, n, _three(sizes), kernel.sizes, row, itemsize),
         floor=max((read + written) / BANDWIDTH, macs * (3 if made.exact else 1) / HALF_RATE),
-        facts=(*_tiles(kernel, engine, n), ("arithmetic", _arithmetic(kernel, made)), _results(kernel)),
+        facts=(*_tiles(kernel, engine, n), ("arithmetic", _arithmetic(kernel, made)), *_results(kernel)),
         source=engine.source(engine.tiling(kernel.sizes)[1]),
     )
 
@@ -223,9 +223,11 @@ def _arithmetic(kernel: Launch, made: Specialisation) -> str:
     return "float32 of two 16-bit parts: three products" if made.exact else "TF32's accuracy of 16-bit products"
 
 
-def _results(kernel: Launch) -> tuple[str, str]:
+def _results(kernel: Launch) -> Iterator[tuple[str, str]]:
     made = [*([f"{kernel.kind}, {kernel.layout}"] if kernel.keeps else []), *(["statistics"] if kernel.gathers else [])]
-    return "results", " and ".join(made)
+    yield "results", " and ".join(made)
+    if kernel.apart is not None:
+        yield "reduced by a kernel of its own", kernel.apart
 
 
 # --- the steps behind it --------------------------------------------------------------------------

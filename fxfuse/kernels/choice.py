@@ -40,10 +40,12 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
     if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
         return None
-    chain = bool(kernel.combine) or kernel.gathers or len(kernel.stages) > 2
+    folds = kernel.fold is not None
+    little = bool(kernel.combine) or (kernel.fold is not None and not kernel.fold.keeps)  # of it is stored
+    chain = bool(kernel.combine) or kernel.gathers or folds or len(kernel.stages) > 2
     if estimate < (LEAST_SECONDS_CHAIN if chain else LEAST_SECONDS):
         return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
-    if math.prod(layer.kernel) < math.prod(layer.stride) and not kernel.combine:
+    if math.prod(layer.kernel) < math.prod(layer.stride) and not little:
         return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
     step = layer.stride if not kernel.combine else (1, 1, 1)
     d, h, w = (-(-e // s) for e, s in zip(extents, step, strict=True))
@@ -51,17 +53,17 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     if tiling.fit((d, h, w)) < LEAST_FIT and not made.exact:
         return f"an output of {extents} leaves most rows of the tiles unused"
     narrow = kernel.dtype is not torch.float32
-    if layer.stride[2] > 2 and (narrow or not last) and not kernel.combine:
+    if layer.stride[2] > 2 and (narrow or not last) and not little:
         return f"a stride of {layer.stride[2]} along w scatters what is stored"
     if layer.out_channels <= 4 and layer.in_channels >= 32:
         return f"{layer.out_channels} output channels leave the matrix units idle"
-    if math.prod(layer.kernel) <= 4 and not kernel.combine:
+    if math.prod(layer.kernel) <= 4 and not (kernel.combine or folds):
         return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
     if (
         narrow
         and math.prod(layer.stride) == 1
         and math.prod(layer.kernel) < LARGE_KERNEL
-        and not (kernel.combine or kernel.gathers)
+        and not (kernel.combine or kernel.gathers or folds)
     ):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None

@@ -66,7 +66,7 @@ class Specialisation:
 
     ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
     thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``: buffers in
-    shared memory, of weights and of x. ``pooled``, ``exact``: see :func:`specialise`.
+    shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`.
     """
 
     layer: Layer
@@ -78,6 +78,7 @@ class Specialisation:
     x_buffers: int
     pooled: bool
     exact: bool
+    one: bool = False
 
     @property
     def parts(self) -> int:
@@ -128,6 +129,11 @@ class Specialisation:
     def stored_classes(self) -> int:
         """Elements of the output per row of a pass: residue classes, or one where they are pooled."""
         return 1 if self.pooled else self.residues
+
+    @property
+    def stored_columns(self) -> int:
+        """Channels that are stored of a tile."""
+        return 1 if self.one else self.columns
 
     @property
     def lines(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fxfuse.kernels.convolution import STAGE_BYTES, Specialisation
 from fxfuse.kernels.geometry import reach
+from fxfuse.kernels.tail import Fold
 from fxfuse.kernels.tiling import Store
 
 #: C++ types of elements in memory
@@ -20,14 +21,17 @@ OPERANDS = {"f32": "f16", "f16": "f16", "bf16": "bf16"}
 class Epilogue:
     """What follows the accumulators.
 
-    ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes.
-    ``before`` and ``after``: names of expression structs in ``code`` ("fxfuse::Identity" for none).
-    ``gathers``: partial statistics of the stored values; ``keeps``: the values.
+    ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes. ``fold``: a
+    reduction over channels of that.
+    ``before``, ``after`` (the combination) and ``behind`` (the reduction): names of expression structs in ``code``
+    ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored values; ``keeps``: the values.
     """
 
     combine: str = ""
+    fold: Fold | None = None
     before: str = "fxfuse::Identity"
     after: str = "fxfuse::Identity"
+    behind: str = "fxfuse::Identity"
     code: str = ""
     gathers: bool = False
     keeps: bool = True
@@ -127,10 +131,11 @@ def _problem(
     out = TYPES[output]
     if epilogue.combine:
         bare = str(epilogue.before == "fxfuse::Identity").lower()
-        kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {epilogue.before}, {epilogue.after}>"
+        expressions = f"{epilogue.before}, {epilogue.after}, {epilogue.behind}"
+        kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {expressions}>"
         direct = f"fxfuse::DirectPool<Problem, {TYPES[dtype]}, fxfuse::{epilogue.combine}>"
     else:
-        bare, kind = "false", f"fxfuse::Store<Problem, {out}, {epilogue.before}>"
+        bare, kind = "false", f"fxfuse::Store<Problem, {out}, {epilogue.before}, {epilogue.behind}>"
         direct = f"fxfuse::DirectStore<Problem, {TYPES[dtype]}>"
     instructions = "\n".join(
         f"    {'else ' if i else ''}if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
@@ -167,7 +172,9 @@ def _problem(
   static constexpr bool outbox = {str(store in (Store.ROWS, Store.PLANES)).lower()};
   static constexpr bool exact = {str(made.exact).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
+  static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   using Place = fxfuse::Place<Problem>;
+{_fold_type(epilogue)}
 {_run_type(made, store)}
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
@@ -226,6 +233,13 @@ def _run_type(made: Specialisation, store: Store) -> str:
     )
 
 
+def _fold_type(epilogue: Epilogue) -> str:
+    fold = epilogue.fold
+    if fold is None:
+        return "  using Fold = fxfuse::NoFold;"
+    return f"  struct Fold : fxfuse::Fold{fold.combine} {{\n    static constexpr int channels = {fold.channels};\n  }};"
+
+
 def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, gathers: bool) -> str:
     t, half = TYPES[dtype], TYPES[operand]
     return f"""
@@ -259,7 +273,7 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::direct_elements<Direct>(x, w, d, g, arguments);
+  fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
 }}
 """ + (_MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "")
 

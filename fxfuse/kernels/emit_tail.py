@@ -1,4 +1,4 @@
-"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``map.cuh`` and ``fold.cuh``. Pure."""
+"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``map.cuh`` and ``map_fold.cuh``. Pure."""
 
 from __future__ import annotations
 
@@ -70,13 +70,12 @@ def emit_fold(
     arguments = f"fxfuse::FoldArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     last, last_made = (layout != "contiguous" for layout in layouts)
     return "\n".join([
-        '#include "fold.cuh"',
+        '#include "map_fold.cuh"',
         *_head(before, after),
         "struct Fold {",
         f"  using Op = fxfuse::Fold{fold.combine};",
         f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last, last_made)};",
         f"  static constexpr bool last = {str(last).lower()}, last_made = {str(last_made).lower()};",
-        f"  static constexpr bool keeps = {str(fold.keeps).lower()};",
         "};",
         _entry("fold", arguments, "fxfuse::fold_channels<Fold>(a)"),
     ])  # fmt: skip

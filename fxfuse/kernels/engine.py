@@ -131,6 +131,8 @@ class Convolution:
             before=before,
             contiguous=layout == "contiguous",
             finite=dtype is torch.float32,
+            folded=epilogue.fold is not None,
+            one=epilogue.fold is not None and not epilogue.fold.keeps,
             stored=extents,
             itemsize=output.itemsize,
         )
@@ -152,6 +154,8 @@ class Convolution:
     @property
     def stores(self) -> tuple[Store, ...]:
         """The ways to store that sizes may ask for."""
+        if self.made.one:
+            return (Store.ONE,)
         if self.layout == "channels_last":
             return (Store.CHANNELS,)
         if self.made.pooled:
@@ -171,13 +175,15 @@ class Convolution:
         *,
         before: bytes = b"",
         after: bytes = b"",
+        behind: bytes = b"",
         factor: float = 1.0,
         moments: Tensor | None = None,
         calls: Calls | None = None,
     ) -> None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
-        ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``: the operands
+        Where the epilogue makes one value of all channels, ``out`` has one of them.
+        ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
         of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
         statistics; where it does not keep the values, ``out`` is a meta tensor. ``calls``: what the caller
         keeps for one set of shapes, strides of ``out``, ``factor`` and lengths of operands, empty at first. Everything
@@ -190,7 +196,8 @@ class Convolution:
             x = x.contiguous()
         if calls is None:
             key = (
-                x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after), factor
+                x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
+                len(behind), factor,
             )  # fmt: skip
             if len(self._calls) > 256:
                 self._calls.clear()
@@ -199,8 +206,8 @@ class Convolution:
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
-            call = _Call(self, x, extents, out, bias is not None, len(before), len(after), factor)
-        call.run(x, weight.contiguous(), bias, out, before, after, moments)
+            call = _Call(self, x, extents, out, bias is not None, (len(before), len(after), len(behind)), factor)
+        call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments)
         free.append(call)
 
 
@@ -214,8 +221,7 @@ class _Call:
         extents: tuple[int, int, int],
         out: Tensor,
         bias: bool,
-        before: int,
-        after: int,
+        operands: tuple[int, int, int],
         factor: float,
     ) -> None:
         made, shape = layer.made, layer.made.layer
@@ -227,7 +233,7 @@ class _Call:
         self.in_place = not self.scaled and _rows_in_place(x, made)
         self.device = x.device.index
         self.base = self.source = -1
-        self.packed_operands = (b"", b"")
+        self.packed_operands = (b"", b"", b"")
         self.bias = bias
         pooled = bool(layer.epilogue.combine)
         tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
@@ -286,9 +292,12 @@ class _Call:
             math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
             (_I * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip
-        head = ctypes.sizeof(_Destination)
-        self.before, self.after = head, head + max(before, 8)
-        tail = self.after + (max(after, 8) if pooled else 0)
+        tail, places = ctypes.sizeof(_Destination), []
+        for number, size in enumerate(operands):
+            places.append(tail)
+            if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
+                tail += max(size, 8)
+        self.places = tuple(places)
         self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
         self.destination = _Destination.from_buffer(self.arguments)
         self.destination.stride = _Strides(*out.stride())
@@ -319,8 +328,7 @@ class _Call:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        before: bytes,
-        after: bytes,
+        operands: tuple[bytes, bytes, bytes],
         moments: Tensor | None,
     ) -> None:
         stream = stream_of(self.device)
@@ -333,11 +341,11 @@ class _Call:
             self.b.value = bias.data_ptr()
         if self.keeps:
             self.destination.out = out.data_ptr()
-        if (before, after) != self.packed_operands:
+        if operands != self.packed_operands:
             arguments = ctypes.addressof(self.arguments)
-            ctypes.memmove(arguments + self.before, before, len(before))
-            ctypes.memmove(arguments + self.after, after, len(after))
-            self.packed_operands = before, after
+            for place, packed in zip(self.places, operands, strict=True):
+                ctypes.memmove(arguments + place, packed, len(packed))
+            self.packed_operands = operands
         source = at if self.in_place else base
         if source != self.source:
             strides = self.x_strides if self.in_place else self.rows_strides

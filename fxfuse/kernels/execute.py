@@ -86,11 +86,18 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
 
     ``exact``: float32 convolutions have float32's accuracy, not TF32's.
     """
-    names = {"before": kernel.before, "after": kernel.after}
+    names = {"before": kernel.before, "after": kernel.after, "behind": kernel.behind}
     code = "\n".join([f'#include "{HEADER}"', *(e.code for e in names.values() if e is not None)])
     given = {k: e.name for k, e in names.items() if e is not None}
+    if kernel.squeezed and kernel.behind is not None:
+        given["behind"] = f"fxfuse::WithoutChannels<{kernel.behind.name}, {len(kernel.kind.shape) - 1}>"
     epilogue = Epilogue(
-        combine=kernel.combine, code=code if given else "", gathers=kernel.gathers, keeps=kernel.keeps, **given
+        combine=kernel.combine,
+        fold=kernel.fold,
+        code=code if given else "",
+        gathers=kernel.gathers,
+        keeps=kernel.keeps,
+        **given,
     )
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
     exact = exact and kernel.dtype is torch.float32
@@ -147,7 +154,7 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
     engine = None
     if hopper:
         try:
-            made = schedule(program, inputs)
+            made = schedule(program, inputs, exact=exact)
             assert made.kernel is not None
             convolution = convolution_of(made.kernel, exact=exact)
             reason = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))

@@ -2,8 +2,9 @@
 
 The kernel takes the transposed convolution, the pointwise chain behind it, and a pool where that is
 made of whole residue classes: a window and a step that are multiples of the convolution's stride. It
-then stores one value per position q instead of ``stride`` per dim. Where a normalisation follows, it
-gathers the statistics of what it stores. Pure: sizes and strides in, a printable :class:`Schedule` out,
+then stores one value per position q instead of ``stride`` per dim. It takes a reduction over channels
+and the chain behind that where a tile of its accumulators holds all channels. Where a normalisation
+follows, it gathers the statistics of what it stores. Pure: sizes and strides in, a printable :class:`Schedule` out,
 or :class:`Unscheduled` with the reason.
 """
 
@@ -21,10 +22,21 @@ from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
-from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.tail import LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, Gather, Step, Torch, plan
+from fxfuse.kernels.specialise import holding
+from fxfuse.kernels.tail import (
+    LEAST_ELEMENTS,
+    MOST_ELEMENTS,
+    MOST_SAMPLES,
+    Fold,
+    Gather,
+    Step,
+    Torch,
+    fold_of,
+    plan,
+)
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
@@ -42,8 +54,10 @@ class Launch:
     ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
     value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
     makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
-    expressions in front of that and behind it. ``stages`` are for a person to read. ``gathers``: it makes
-    partial statistics of the value; ``keeps``: and stores it.
+    expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
+    expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
+    over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
+    makes partial statistics of the value; ``keeps``: and stores it.
     """
 
     layer: Layer
@@ -61,26 +75,30 @@ class Launch:
     factor: float = 1.0
     before: Expression | None = None
     after: Expression | None = None
+    fold: Fold | None = None
+    behind: Expression | None = None
+    squeezed: bool = False
+    apart: str | None = None
     gathers: bool = False
     keeps: bool = True
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Every value that the kernel reads."""
-        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
+        operands = [f.value for e in (self.before, self.after, self.behind) if e is not None for f in e.fields]
         bias = [] if self.bias is None else [self.bias]
         return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Spatial sizes of the stored value, three of them."""
-        d, h, w = (1, 1, 1, *(s or 0 for s in self.kind.shape[2:]))[-3:]
+        d, h, w = (1, 1, 1, *(s or 0 for s in self.kind.shape[1 if self.squeezed else 2 :]))[-3:]
         return d, h, w
 
     @property
     def layout(self) -> str:
         """The memory format of the stored value: "contiguous" or "channels_last"."""
-        return layout_of(self.kind.shape, self.strides) or ""
+        return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""
 
     def __str__(self) -> str:
         made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
@@ -110,10 +128,11 @@ def examples(program: Program) -> list[Tensor]:
         return [torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for _, kind in program.inputs]
 
 
-def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = True) -> Schedule:
+def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = True, exact: bool = False) -> Schedule:
     """Cut ``program`` for inputs of these sizes, dtypes, strides and devices: no element of them is read.
 
     ``anchored``: a kernel makes the convolution; else torch does, and only the steps behind it are cut.
+    ``exact``: float32 convolutions have float32's accuracy, not TF32's, which takes more registers.
     """
     mode = FakeTensorMode()
     observed = _observe(program, inputs, mode)
@@ -123,7 +142,7 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
         return Schedule(Program((), (), ()), None, whole, plan(whole, values))
     found = []
     for version, values in versions:
-        for made in _layouts(_Cutter(version, values).schedule(), program.outputs):
+        for made in _layouts(_Cutter(version, values, exact=exact).schedule(), program.outputs):
             assert made.kernel is not None
             values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
             again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
@@ -162,7 +181,7 @@ def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:
     yield made
     kernel = made.kernel
     assert kernel is not None
-    if kernel.stored not in outputs:
+    if kernel.stored not in outputs and not kernel.squeezed:
         other = "contiguous" if kernel.layout == "channels_last" else "channels_last"
         strides = dense(kernel.kind.shape, other)
         yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
@@ -172,7 +191,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
     """The schedule with what runs behind its kernel."""
     kernel = made.kernel
     assert kernel is not None
-    gathers = any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
+    gathers = kernel.fold is None and any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
     steps = plan(made.rest, values, kernel.stored if gathers else None)
     gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
     keeps = kernel.stored in made.rest.outputs or any(
@@ -225,8 +244,8 @@ def _form(value: Tensor) -> tuple[object, ...]:
 
 
 class _Cutter:
-    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
-        self.program = program
+    def __init__(self, program: Program, values: Mapping[str, Tensor], *, exact: bool) -> None:
+        self.program, self.exact = program, exact
         self.values = Values(program, values)
         self.types, self.strides = self.values.types, self.values.strides
         anchors = [i for i in program.body if i.op == "conv_transpose"]
@@ -248,7 +267,7 @@ class _Cutter:
         stages = [i.op for i in taken]
         pool, found = self._pool(chain.result, layer)
         after = Chain(chain.result)
-        behind: dict[str, Instr] = {}  # what takes the place of the pool
+        instead: dict[str, Instr] = {}  # of the pool
         if pool is not None and found is not None:
             stages.append(f"{pool.op} {'x'.join(map(str, found.window))}")
             taken.append(pool)
@@ -258,7 +277,7 @@ class _Cutter:
                 stages += [i.op for i in after.body]
             else:
                 after = Chain(self._name(f"{pool.outs[0]}_combined"))
-                behind[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
+                instead[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
                 self._add(after.result, chain.result, found.sizes)
         kernel = Launch(
             layer=layer,
@@ -277,9 +296,12 @@ class _Cutter:
             before=chain.expression,
             after=after.expression,
         )
+        if not instead:
+            kernel, folded = self._folded(kernel)
+            taken += folded
         if not self.values.storable(kernel.stored):
             raise Unscheduled(f"{kernel.stored}: no kernel stores {kernel.kind} with the strides {kernel.strides}")
-        return self._split(kernel, taken, behind)
+        return self._split(kernel, taken, instead)
 
     # --- the convolution ----------------------------------------------------------------------------
     def _layer(self) -> tuple[Layer, tuple[int, int, int]]:
@@ -327,6 +349,41 @@ class _Cutter:
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))
         return pool, pooling(pool, layer.stride[3 - spatial :], sizes, made)  # type: ignore[arg-type]
 
+    def _folded(self, kernel: Launch) -> tuple[Launch, Sequence[Instr]]:
+        """The kernel with the reduction over channels that alone reads what it stores, and what it takes for that."""
+        reduction = self.values.only_reader(kernel.stored)
+        if reduction is None or vocabulary.lookup(reduction.op).kind is not Kind.REDUCTION:
+            return kernel, ()
+        fold, made = fold_of(reduction, kernel.kind), self.types[reduction.outs[0]]
+        if fold is None or made.dtype is not kernel.kind.dtype:
+            return kernel, ()
+        behind = self.values.longest(reduction.outs[0], "Behind", self.late)
+        shape, strides = self.types[behind.result].shape, self.strides[behind.result]
+        squeezed = len(made.shape) < len(kernel.kind.shape)
+        if not self.values.storable(behind.result) or (squeezed and strides != dense(shape, "contiguous")):
+            return kernel, ()
+        folding = dataclasses.replace(
+            kernel,
+            stored=behind.result,
+            kind=self.types[behind.result],
+            strides=strides,
+            stages=(*kernel.stages, reduction.op, *(i.op for i in behind.body)),
+            fold=fold,
+            behind=behind.expression,
+            squeezed=squeezed,
+        )
+        try:
+            holding(
+                kernel.layer,
+                pooled=bool(kernel.combine),
+                exact=self.exact and kernel.dtype is torch.float32,
+                before=kernel.before is not None,
+                rows=fold.keeps and folding.layout == "contiguous",
+            )
+        except Unsupported as reason:
+            return dataclasses.replace(kernel, apart=str(reason)), ()
+        return folding, (reduction, *behind.body)
+
     def _name(self, wanted: str) -> str:
         while wanted in self.types:
             wanted += "_"
@@ -340,16 +397,16 @@ class _Cutter:
         self.strides[name] = dense(shape, layout_of(kind.shape, self.strides[like]) or "contiguous")
 
     # --- the three programs -------------------------------------------------------------------------
-    def _split(self, kernel: Launch, taken: Sequence[Instr], behind: dict[str, Instr]) -> Schedule:
+    def _split(self, kernel: Launch, taken: Sequence[Instr], instead: dict[str, Instr]) -> Schedule:
         small = {i.outs[0] for i in taken if i.outs[0] not in self.late}  # others may need them, too
-        body = [i for i in self.program.body if i not in taken or i.outs[0] in behind or i.outs[0] in small]
+        body = [i for i in self.program.body if i not in taken or i.outs[0] in instead or i.outs[0] in small]
         needed, first = set(kernel.reads), []
         for instr in reversed(body):
             if not needed.isdisjoint(instr.outs) and self.late.isdisjoint(instr.outs):
                 needed.update(instr.reads())
                 first.append(instr)
         first.reverse()
-        rest = needed_by([behind.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
+        rest = needed_by([instead.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
         wanted = {*kernel.reads, *self.program.outputs, *(n for i in rest for n in i.reads())}
         given = tuple(out for i in first for out in i.outs if out in wanted)
         return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs), ())

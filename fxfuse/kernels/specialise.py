@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 
-from fxfuse.kernels.convolution import Layer, Pass, Specialisation, Unsupported, cycles
+from fxfuse.kernels.convolution import STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
 from fxfuse.kernels.geometry import Residue, Step, steps_of
 from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, STORE_RATE, Extents, best_fit, store_seconds, tile
 
@@ -27,6 +27,8 @@ def specialise(
     before: bool = False,
     contiguous: bool = False,
     finite: bool = False,
+    folded: bool = False,
+    one: bool = False,
     stored: Extents | None = None,
     itemsize: int = 4,
 ) -> Specialisation:
@@ -35,11 +37,18 @@ def specialise(
     ``exact``: float32's own accuracy, from two 16-bit parts and sums that are kept outside the matrix units.
     ``before``: an expression is computed in front of the pool, which needs registers, too.
     ``contiguous``: the output's w varies fastest in memory, not its channels. ``finite``: x has no Inf nor NaN,
-    so that it may be multiplied with zeros. ``stored``, ``itemsize``: of the stored tensor. A layer has few
-    kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
+    so that it may be multiplied with zeros. ``folded``: channels are reduced, so that one tile holds all of them;
+    ``one``: to one value, which is all that is stored. ``stored``, ``itemsize``: of the stored tensor. A layer has
+    few kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
+
+    Raises Unsupported where shared memory, or the accumulators of a reduction, do not suffice.
     """
-    anywhere = contiguous and not pooled and (stored is None or stored[2] * itemsize % 32 != 0)
-    columns, passes = _stacked(layer, pooled=pooled, anywhere=anywhere, finite=finite)
+    rows = contiguous and not one
+    anywhere = rows and not pooled and (stored is None or stored[2] * itemsize % 32 != 0)
+    if folded:
+        columns, passes = holding(layer, pooled=pooled, exact=exact, before=before, rows=rows, finite=finite)
+    else:
+        columns, passes = _stacked(layer, pooled=pooled, anywhere=anywhere, finite=finite)
     stack = max(len(p.residues) for p in passes)
     # a store has one bit for every row of a thread and residue class
     tiles = [
@@ -48,11 +57,13 @@ def specialise(
         if m * 2 * stack <= 32
         and m * stack * columns <= (128 if exact else 256)
         and not (pooled and m * columns > (64 if before else 128))
+        and not (folded and m == 4 and stack * columns > 32)  # their places would be spilt
     ]
     made = [
-        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact)
+        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one)
         for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
         if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
+        if stack * columns * chunk * 2 <= STAGE_BYTES
     ]
     usual = max(made, key=_usual_rate)
     if _usual_rate(usual) == 0:
@@ -92,6 +103,32 @@ def _stacked(layer: Layer, *, pooled: bool, anywhere: bool, finite: bool) -> tup
             choices.append((seconds, -stack, columns, passes))
     _, _, columns, passes = min(choices, key=lambda c: c[:3])
     return columns, passes
+
+
+def holding(
+    layer: Layer, *, pooled: bool, exact: bool, before: bool, rows: bool, finite: bool = False
+) -> tuple[int, tuple[Pass, ...]]:
+    """Output channels and passes of a tile that holds all channels, for a reduction of them.
+
+    ``rows``: w varies fastest in what is stored. The others, and what is raised: see :func:`specialise`.
+    """
+    columns = max(8, -(-layer.out_channels // 8) * 8)
+    most = (64 if before or exact else 128) if pooled else 128 if exact else 256
+    if layer.groups > 1:
+        raise Unsupported(f"{layer.groups} groups of channels lie in as many tiles")
+    if columns > most:
+        raise Unsupported(f"{layer.out_channels} channels have more accumulators than a tile holds ({most} channels)")
+    stacks = dict.fromkeys((1, layer.stride[2], layer.stride[2] * layer.stride[1], math.prod(layer.stride)))
+    pairs = rows and not pooled and layer.stride[2] == 2  # neighbours along w in one thread make a store of two
+    for wide in (128, 256)[: 1 if exact else 2]:  # half as wide an instruction leaves room for two tiles of rows
+        found = []
+        for stack in stacks:
+            if stack <= 16 and stack * columns <= wide and not (pairs and stack % 2):
+                passes = _passes(layer, stack, columns, finite and not pooled)
+                found.append((cycles(passes, columns), -stack, passes))
+        if found:
+            return columns, min(found, key=lambda f: f[:2])[2]
+    raise Unsupported(f"{layer.out_channels} channels of two neighbours have more accumulators than a tile holds")
 
 
 def _passes(layer: Layer, stack: int, columns: int, finite: bool) -> tuple[Pass, ...]:

@@ -36,6 +36,7 @@ class Store(enum.Enum):
     DIRECT = "w varies fastest: from registers"
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
+    ONE = "one value of all channels: from registers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,7 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     neighbours in memory.
     """
     best: tuple[tuple[float, int], Tiling] | None = None
-    for found in tilings(made, extents, linear=row == 0 or _dense(made)):
+    for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
         score = (estimate, math.prod(found.region))
@@ -171,6 +172,8 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
 
 def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> tuple[Store, int]:
     """How results are stored, and how many of them follow each other in memory. Arguments as of :func:`tile`."""
+    if made.one:
+        return Store.ONE, 1
     if row == 0:
         return Store.CHANNELS, made.columns
     stride = (1, 1, 1) if made.pooled else made.layer.stride
@@ -200,14 +203,14 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
 
 def store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
     """Of one multiprocessor, for one sample, group and tile of output channels."""
-    stored = math.prod(extents) * made.columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
+    stored = math.prod(extents) * made.stored_columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
     return stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize))
 
 
 def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
     """Part of the 32-byte sectors of a stored run that it fills only in part."""
     kind, run = store_of(made, tiling, extents, row, itemsize)
-    if kind is Store.CHANNELS or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
+    if kind in (Store.CHANNELS, Store.ONE) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
         return 0.0
     return min(1.0, 2 / (run * itemsize / 32 + 1))
 

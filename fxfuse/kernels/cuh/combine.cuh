@@ -18,4 +18,13 @@ struct Identity {
   FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
 };
 
+// `Expression` of a tensor (n, ...) without a dim of channels: to it, the first of `dims` spatial dims is one.
+template <class Expression, int dims>
+struct WithoutChannels {
+  Expression expression;
+  FXFUSE_INLINE float operator()(float y, int n, int, int d, int h, int w) const {
+    return dims == 3 ? expression(y, n, d, 0, h, w) : expression(y, n, h, 0, 0, w);
+  }
+};
+
 }  // namespace fxfuse

@@ -53,7 +53,7 @@ struct Size {
   int d, h, w;
 };
 
-// One element of what `Store` and `Pool` (conv_epilogue.cuh) store, before it is rounded.
+// One element of what `Store` and `Pool` (conv_epilogue.cuh) store or reduce over channels, before it is rounded.
 template <class Problem, class T>
 struct DirectStore {
   template <class Arguments>
@@ -89,11 +89,48 @@ struct DirectPool {
   }
 };
 
-// All elements of marked samples, w varying fastest.
-template <class Direct, class T, class Arguments>
+// The channels of a position, for the reductions of fold.cuh: value(c) is computed again whenever it is asked for.
+template <class Value>
+struct DirectChannels {
+  Value value;
+  int channels;
+  float shift;
+  bool raised;
+  FXFUSE_INLINE float at(int c) const {
+    const float v = value(c) - shift;
+    return raised ? exponential(v) : v;
+  }
+  template <class Combine, class Of>
+  FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
+    float r = zero;
+    for (int c = 0; c < channels; ++c) r = combine(r, of(at(c)));
+    return r;
+  }
+  FXFUSE_INLINE void subtract(float by) { shift = by; }
+  FXFUSE_INLINE void exponentials() { raised = true; }
+};
+
+// The reduction over channels at a position of `out`.
+template <class Problem, class Direct, class T, class Arguments, class Out>
+FXFUSE_INLINE void direct_fold(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a, int n,
+                               int at_d, int at_h, int at_w, Out* out) {
+  using Fold = typename Problem::Fold;
+  auto value = [&](int c) { return Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w); };
+  DirectChannels<decltype(value)> channels{value, Fold::channels, 0.f, false};
+  const float made = Fold::fold(channels, Fold::channels);
+  if constexpr (Fold::keeps) {
+    for (int c = 0; c < Fold::channels; ++c)
+      out[c * a.to.stride.c] = from_float<Out>(a.behind(Fold::result(channels.at(c), made), n, c, at_d, at_h, at_w));
+  } else {
+    *out = from_float<Out>(a.behind(made, n, 0, at_d, at_h, at_w));
+  }
+}
+
+// All elements of marked samples, w varying fastest; of a reduction over channels, all channels of a position by one thread.
+template <class Problem, class Direct, class T, class Arguments>
 FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
   const Size size = Direct::size(g, a);
-  const int64_t elements = (int64_t)size.d * size.h * size.w * g.out_channels * g.groups;
+  const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
   const bool wrong = some_weight_is_wrong(s);
   bool marked = wrong;
@@ -108,8 +145,11 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
       const int at_d = (int)(rest % size.d), c = (int)(rest / size.d);
       auto* out = a.to.out + n * a.to.stride.n + c * a.to.stride.c + at_d * a.to.stride.d + at_h * a.to.stride.h +
                   at_w * a.to.stride.w;
-      *out = from_float<typename RemovePointer<decltype(out)>::type>(
-          Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w));
+      if constexpr (Problem::folds)
+        direct_fold<Problem, Direct>(x, w, s, g, a, n, at_d, at_h, at_w, out);
+      else
+        *out = from_float<typename RemovePointer<decltype(out)>::type>(
+            Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w));
     }
   }
 }

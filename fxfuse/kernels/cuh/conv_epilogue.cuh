@@ -1,6 +1,7 @@
 // What becomes of a convolution's accumulators: scaled, biased, sent through an expression, combined, stored.
 #pragma once
 #include "conv_outbox.cuh"
+#include "conv_fold.cuh"
 #include "conv_gather.cuh"
 
 namespace fxfuse {
@@ -40,12 +41,26 @@ FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Pl
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
-// Every output of the convolution, through `Expression`, to `out`.
-template <class Problem, class Out, class Expression>
+// What is left of `value` once a reduction over channels has made it, in place of the accumulators `kept`, through
+// `Behind` to `out`.
+template <class Problem, class Runs, class Out, int width, bool reversed, int classes, class Kept, class Value, class Expression, class Behind>
+FXFUSE_INLINE void fold(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                        const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, Kept kept, Value value,
+                        const Expression& expression, const Behind& behind) {
+  fold_accumulators<Problem>(g, place, o, residue, kept, value, expression);
+  if constexpr (Problem::Fold::keeps)
+    store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, kept, behind);
+  else
+    store_one<Problem>(to, g, place, o, residue, kept, behind);
+}
+
+// Every output of the convolution, through `Expression`, to `out`; or a reduction of it over channels, through `Behind`.
+template <class Problem, class Out, class Expression, class Behind>
 struct Store {
   struct Arguments {
     Destination<Out> to;
     alignas(8) Expression expression;
+    alignas(8) Behind behind;
   };
   const Arguments& a;
   const Geometry& g;
@@ -72,25 +87,30 @@ struct Store {
       if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
       return y + table.bias[group][column];
     };
+    auto kept = [&](int i, int r, int j, int e, int q) -> float& {
+      return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
+    };
+    constexpr int width = Problem::pair != 0 ? 2 : 1;
+    constexpr bool reversed = Problem::pair < 0;
+    using Runs = typename Problem::Runs;
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    if constexpr (Problem::folds) {
+      fold<Problem, Runs, Out, width, reversed>(a.to, g, place, o, residue, outbox, group, kept, value, a.expression, a.behind);
+      return;
+    }
     if constexpr (Problem::gathers && Problem::keeps) {  // both want the same values: made once, in place
-      auto kept = [&](int i, int r, int j, int e, int q) -> float& {
-        return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
-      };
       each_inside<Problem>(g, place, o, residue, [&](int i, int r, int j, int e, int q, int d, int h, int w) {
         const int c = place.box.group * g.out_channels + place.box.column * Problem::columns + place.column(j, e);
         kept(i, r, j, e, q) = a.expression(value(i, r, j, e, q), place.box.n, c, d, h, w);
       });
       const Identity same;
       gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, kept, same);
-      store<Problem, typename Problem::Runs, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
-          a.to, g, place, o, residue, outbox, group, kept, same);
+      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, kept, same);
       return;
     }
     if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
     if constexpr (Problem::keeps)
-      store<Problem, typename Problem::Runs, Out, Problem::residues, Problem::pair != 0 ? 2 : 1, (Problem::pair < 0)>(
-          a.to, g, place, o, residue, outbox, group, value, a.expression);
+      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
 
@@ -108,13 +128,15 @@ struct Store {
 };
 
 // All residue classes of a position q become one value: a pool whose window and stride are the convolution's stride,
-// or the first half of one whose window and stride are multiples of it. In registers; then `After`, and the store.
-template <class Problem, class Out, class Combine, class Before, class After>
+// or the first half of one whose window and stride are multiples of it. In registers; then `After`, and the store; or a
+// reduction over channels of that, and `Behind`.
+template <class Problem, class Out, class Combine, class Before, class After, class Behind>
 struct Pool {
   struct Arguments {
     Destination<Out> to;
     alignas(8) Before before;
     alignas(8) After after;
+    alignas(8) Behind behind;
     alignas(8) int pooled_d;  // extents of the result
     int pooled_h, pooled_w;
     float factor;  // of a sum
@@ -192,6 +214,11 @@ struct Pool {
     };
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
+    if constexpr (Problem::folds) {
+      auto kept = [&](int i, int r, int j, int e, int) -> float& { return best[i][j * 4 + r * 2 + e]; };
+      fold<Problem, OneRun, Out, 1, false>(a.to, g, place, o, residue, outbox, group, kept, value, a.after, a.behind);
+      return;
+    }
     if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
     if constexpr (Problem::keeps) store<Problem, OneRun, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
   }

@@ -1,133 +1,78 @@
-// Reductions over channels, bound by memory: all channels of a position in the registers of one thread, or of a few
-// neighbouring ones where channels are neighbours in memory.
+// Reductions over channels by name, whoever holds the channels of a position: as torch computes them.
+//
+// A holder has all(zero, combine, of), which combines of(value) of all its channels; subtract(shift) and exponentials(),
+// which make value - shift and exp(value) of every value.
 #pragma once
-#include "map.cuh"
+#include "ptx.cuh"
 
 namespace fxfuse {
 
-template <class In, class Out, class Before, class After>
-struct FoldArguments {
-  const In* in;
-  Out* out;
-  Sizes size;
-  int unused;
-  alignas(8) Before before;
-  alignas(8) After after;
-};
+// exp(v), as a power of two: half of expf's instructions. Its error is that of a v which is off by half a unit.
+FXFUSE_INLINE float exponential(float v) { return exp2f(v * 1.4426950408889634f); }
 
-// `Fold` has constants: channels, lanes (a power of two, threads per position), last, last_made (channels are
-// neighbours in the input, in the result), keeps (every channel has a result, as softmax has), and `op`.
-template <class Fold>
-struct Folding {
-  static constexpr int each = (Fold::channels + Fold::lanes - 1) / Fold::lanes;
-  float v[each];
-  int lane;
+template <class F, class Of>
+FXFUSE_INLINE float sum_of(const F& f, Of of) {
+  return f.all(0.f, [](float a, float b) { return a + b; }, of);
+}
+template <class F>
+FXFUSE_INLINE float sum(const F& f) {
+  return sum_of(f, [](float v) { return v; });
+}
+template <class F>
+FXFUSE_INLINE float maximum(const F& f) {
+  return f.all(__uint_as_float(0xff800000u), max_or_nan, [](float v) { return v; });
+}
 
-  FXFUSE_INLINE bool there(int k) const { return Fold::channels % Fold::lanes == 0 || k * Fold::lanes + lane < Fold::channels; }
-  template <class Combine>
-  FXFUSE_INLINE float all(float zero, Combine combine) const {
-    float r = zero;
-#pragma unroll
-    for (int k = 0; k < each; ++k)
-      if (there(k)) r = combine(r, v[k]);
-#pragma unroll
-    for (int o = Fold::lanes / 2; o; o /= 2) r = combine(r, __shfl_xor_sync(~0u, r, o));
-    return r;
-  }
-  FXFUSE_INLINE float sum() const { return all(0.f, [](float a, float b) { return a + b; }); }
-  FXFUSE_INLINE float maximum() const { return all(__uint_as_float(0xff800000u), max_or_nan); }
-  FXFUSE_INLINE float minimum() const { return -negated().maximum(); }
-  FXFUSE_INLINE Folding negated() const {
-    Folding other = *this;
-#pragma unroll
-    for (int k = 0; k < each; ++k) other.v[k] = -v[k];
-    return other;
-  }
-  // Each value becomes exp(value - shift).
-  FXFUSE_INLINE void exponentials(float shift) {
-#pragma unroll
-    for (int k = 0; k < each; ++k) v[k] = expf(v[k] - shift);
-  }
-};
-
-// The reductions by name: one value of all channels.
+// One value of all channels.
 struct FoldSum {
+  static constexpr bool keeps = false;
   template <class F>
-  static FXFUSE_INLINE float fold(F& f, int) { return f.sum(); }
+  static FXFUSE_INLINE float fold(F& f, int) { return sum(f); }
 };
 struct FoldMean {
+  static constexpr bool keeps = false;
   template <class F>
-  static FXFUSE_INLINE float fold(F& f, int channels) { return f.sum() / (float)channels; }
+  static FXFUSE_INLINE float fold(F& f, int channels) { return sum(f) / (float)channels; }
 };
 struct FoldMaximum {
+  static constexpr bool keeps = false;
   template <class F>
-  static FXFUSE_INLINE float fold(F& f, int) { return f.maximum(); }
+  static FXFUSE_INLINE float fold(F& f, int) { return maximum(f); }
 };
 struct FoldMinimum {
-  template <class F>
-  static FXFUSE_INLINE float fold(F& f, int) { return f.minimum(); }
-};
-struct FoldLogSumExp {
+  static constexpr bool keeps = false;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int) {
-    float m = f.maximum();
-    if (fabsf(m) == __uint_as_float(0x7f800000u)) m = 0.f;  // Inf less Inf would be NaN
-    f.exponentials(m);
-    return logf(f.sum()) + m;
+    return -f.all(__uint_as_float(0xff800000u), max_or_nan, [](float v) { return -v; });
   }
 };
-// One value for every channel.
-struct FoldSoftmax {
+struct FoldLogSumExp {
+  static constexpr bool keeps = false;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int) {
-    f.exponentials(f.maximum());
-    return 1.f / f.sum();
+    float m = maximum(f);
+    if (fabsf(m) == __uint_as_float(0x7f800000u)) m = 0.f;  // Inf less Inf would be NaN
+    return logf(sum_of(f, [m](float v) { return exponential(v - m); })) + m;
+  }
+};
+// One value for every channel: result(value, r) of what `fold` leaves there and returns.
+struct FoldSoftmax {
+  static constexpr bool keeps = true;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int) {
+    f.subtract(maximum(f)), f.exponentials();
+    return 1.f / sum(f);
   }
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }
 };
 struct FoldLogSoftmax {
+  static constexpr bool keeps = true;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int) {
-    const float m = f.maximum();
-    F other = f;
-    other.exponentials(m);
-    return m + logf(other.sum());
+    f.subtract(maximum(f));  // by itself: beside a large maximum the logarithm would be lost
+    return logf(sum_of(f, exponential));
   }
   static FXFUSE_INLINE float result(float v, float r) { return v - r; }
 };
-
-template <class Fold, class In, class Out, class Before, class After>
-FXFUSE_INLINE void fold_channels(const FoldArguments<In, Out, Before, After>& a) {
-  const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, units = plane * a.size.n;
-  const unsigned thread = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
-  const unsigned found = thread / Fold::lanes, unit = found < units ? found : units - 1;  // all take part in shuffles
-  const unsigned n = unit / plane, p = unit - n * plane, row = p / a.size.w, slab = row / a.size.h;
-  const int w = p - row * a.size.w, h = row - slab * a.size.h, d = slab;
-  const int64_t step = Fold::last ? 1 : plane;
-  const int64_t base = (int64_t)n * Fold::channels * plane + (Fold::last ? (int64_t)p * Fold::channels : p);
-  Folding<Fold> f;
-  f.lane = thread % Fold::lanes;
-#pragma unroll
-  for (int k = 0; k < f.each; ++k) {
-    const int c = k * Fold::lanes + f.lane;
-    f.v[k] = f.there(k) ? to_float(a.in[base + c * step]) : 0.f;
-  }
-#pragma unroll
-  for (int k = 0; k < f.each; ++k)
-    if (f.there(k)) f.v[k] = a.before(f.v[k], n, k * Fold::lanes + f.lane, d, h, w);
-  const float r = Fold::Op::fold(f, Fold::channels);
-  if (found >= units) return;
-  if constexpr (Fold::keeps) {
-    const int64_t step_made = Fold::last_made ? 1 : plane;
-    const int64_t to = (int64_t)n * Fold::channels * plane + (Fold::last_made ? (int64_t)p * Fold::channels : p);
-#pragma unroll
-    for (int k = 0; k < f.each; ++k) {
-      const int c = k * Fold::lanes + f.lane;
-      if (f.there(k)) a.out[to + c * step_made] = from_float<Out>(a.after(Fold::Op::result(f.v[k], r), n, c, d, h, w));
-    }
-  } else {
-    if (f.lane == 0) a.out[unit] = from_float<Out>(a.after(r, n, 0, d, h, w));
-  }
-}
 
 }  // namespace fxfuse
