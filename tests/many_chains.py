@@ -199,6 +199,8 @@ def kinds_of(made: Schedule) -> Iterator[str]:
     kernel = made.kernel
     if kernel is not None:
         yield f"convolution, {kernel.combine.lower() or 'stored'}, {kernel.layout}"
+        if kernel.fold is not None:
+            yield f"convolution that folds {kernel.fold.combine}"
         if kernel.gathers:
             yield f"convolution that gathers{'' if kernel.keeps else ' and keeps nothing'}"
     for step in made.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -188,6 +189,44 @@ def test_reductions_of_values_that_are_not_finite() -> None:
     x[0, 3, 2, 5, 4], x[1, 1, 1, 1, 1], x[1, 2, 3, 4, 5] = float("nan"), float("-inf"), float("inf")
     for fold in FOLDS.values():
         check(Stages(made(3, 8, 12, 1), fold), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fold", FOLDS)
+def test_reductions_in_the_convolutions_kernel(fold: str, dtype: torch.dtype, layout: str) -> None:
+    """Of every width of its instructions, with stride 1 and 2."""
+    torch.manual_seed(5)
+    for channels, stride in ((1, 2), (3, 1), (20, 2), (64, 2), (70, 2), (128, 1), (250, 1)):
+        model = Stages(made(3, 16, channels, 3, stride=stride, dtype=dtype), F.silu, FOLDS[fold], torch.sigmoid)
+        x = sample(2, 16, 5, 7, 9, dtype=dtype)
+        if layout == "last":
+            x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
+        check(model, x, f"one kernel: conv_transpose > silu > {fold} > sigmoid -> ")
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_reductions_in_float32s_own_accuracy(fold: str) -> None:
+    torch.manual_seed(6)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for channels in (5, 64, 128):
+            model = Stages(made(3, 16, channels, 3), torch.tanh, FOLDS[fold])
+            x = sample(2, 16, 5, 7, 9)
+            exact = copy.deepcopy(model).double()(x.double())
+            with torch.no_grad():
+                got, like = fxfuse.optimize(copy.deepcopy(model), (x,))(x), model(x)
+            assert relative_error(got, exact) <= max(2 * relative_error(like, exact), 5e-7)
+
+
+def test_reductions_behind_a_pool_of_the_convolutions() -> None:
+    torch.manual_seed(7)
+    for fold in FOLDS:
+        pool = functools.partial(F.max_pool3d, kernel_size=2)
+        model = Stages(made(3, 16, 40, 3, stride=2), F.gelu, pool, torch.cos, FOLDS[fold], F.silu)
+        x = sample(3, 16, 5, 7, 9)
+        check(model, x, f"one kernel: conv_transpose > gelu > max_pool 2x2x2 > cos > {fold} > silu -> ")
+        x[1, 3, 2, 5, 4] = float("nan")
+        check(model, x)
 
 
 # --- pools and chains -----------------------------------------------------------------------------

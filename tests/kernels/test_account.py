@@ -6,11 +6,12 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from reports import explained
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.kernels.account import BANDWIDTH, FLOAT_RATE, HALF_RATE, LAUNCH, TF32_RATE, Account, account
 from fxfuse.models import CASES
@@ -116,6 +117,42 @@ def test_statistics_on_the_way_are_a_helper() -> None:
     last = plan.parts[2]
     statistics = 2 * 4 * 2 * 64  # of mean, var and 1/std two are read
     assert (last.read, last.written) == (stored + statistics, stored)
+
+
+class Reduced(nn.Module):
+    """A reduction over the channels of a layer."""
+
+    def __init__(self, layer: nn.Module, op: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.op = layer, op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(self.layer(x))
+
+
+def test_a_reduction_on_the_way_stores_one_value() -> None:
+    layer = nn.ConvTranspose3d(32, 64, 3, stride=2)
+    regions = [
+        explained(Reduced(layer, op).eval(), (16, 32, 32, 32, 32)).regions[0].region
+        for op in (lambda y: y.relu(), lambda y: y.logsumexp(1))
+    ]
+    whole, (one, *others) = (known(r).parts for r in regions)
+    assert not others and one.what == "conv_transpose > logsumexp" and one.launches == 4
+    saved = whole[0].written - one.written  # but for zeros among the packed weights
+    assert saved == pytest.approx(4 * 63 * 16 * 65**3, rel=1e-3)
+    assert one.seconds < whole[0].seconds
+    assert dict(one.facts)["stores"] == "one value of all channels: from registers"
+    assert dict(one.facts)["results"] == "f32[16, 65, 65, 65], contiguous"
+
+
+def test_a_reduction_that_no_tile_holds_says_why() -> None:
+    layer = nn.ConvTranspose3d(32, 320, 3, stride=2)
+    parts = known(
+        explained(Reduced(layer, lambda y: y.softmax(1)).eval(), (16, 32, 32, 32, 32)).regions[0].region
+    ).parts
+    assert parts[0].what == "conv_transpose"
+    why = dict(parts[0].facts)["reduced by a kernel of its own"]
+    assert why == "320 channels have more accumulators than a tile holds (256 channels)"
 
 
 def test_a_convolution_by_torch() -> None:

@@ -45,7 +45,8 @@ def reason(
     launch = made.kernel
     if last:
         launch = dataclasses.replace(launch, strides=dense(launch.kind.shape, "channels_last"))
-    layer = specialise(launch.layer, pooled=pool, exact=exact)
+    folded, one = launch.fold is not None, launch.fold is not None and not launch.fold.keeps
+    layer = specialise(launch.layer, pooled=pool, exact=exact, folded=folded, one=one)
     return slower(launch, layer, batch, (size, size, size))
 
 
@@ -76,6 +77,7 @@ def test_layers_that_do_not(more: dict[str, object], why: str) -> None:
 
 
 TWO, LONG, MEAN = (2, 2, 2), (1, 1, 4), "u = mean(y, dims=(2, 3, 4), keepdim=True)"
+SOFTMAX, LOGSUMEXP = "u = softmax(y, dim=1)", "u = logsumexp(y, dims=(1,), keepdim=False)"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,10 @@ TWO, LONG, MEAN = (2, 2, 2), (1, 1, 4), "u = mean(y, dims=(2, 3, 4), keepdim=Tru
         ({"dtype": "f16"}, {"behind": (MEAN,)}, "cuDNN convolves f16 with stride 1 as fast"),
         ({"dtype": "f16"}, {"kernel": (4, 4, 4)}, "cuDNN convolves f16 with stride 1 as fast"),
         ({"dtype": "f16"}, {"stride": TWO}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"kernel": (2, 2, 2), "stride": (3, 3, 3)}, {"behind": (LOGSUMEXP,)}, "leave outputs that no tap reaches"),
+        ({"kernel": (4, 4, 4), "stride": LONG}, {"behind": (LOGSUMEXP,)}, "a stride of 4 along w scatters"),
+        ({"kernel": (1, 2, 2), "stride": (1, 2, 2)}, {"behind": (SOFTMAX,)}, "bound by memory"),
+        ({"dtype": "f16"}, {"behind": (SOFTMAX,)}, "cuDNN convolves f16 with stride 1 as fast"),
         ({"size": 3, "batch": 2048}, {"exact": True}, "leaves most rows of the tiles unused"),
     ],
 )  # fmt: skip
@@ -113,7 +119,7 @@ def test_an_empty_batch_is_nothing_to_compute() -> None:
     ("more", "taken"),
     [
         ({}, False), ({"behind": ("z = relu(y)",)}, False), ({"behind": ("z = relu(y)", "v = exp(z)")}, True),
-        ({"pool": True}, True), ({"behind": (MEAN,)}, True), ({"groups": 4}, True),
+        ({"pool": True}, True), ({"behind": (MEAN,)}, True), ({"behind": (SOFTMAX,)}, True), ({"groups": 4}, True),
         ({"groups": 4, "kernel": TWO, "stride": TWO}, False), ({"groups": 4, "kernel": (1, 2, 2)}, False),
     ],
 )  # fmt: skip

@@ -115,6 +115,31 @@ def test_a_specialisation_holds_its_limits(
     assert made.lines * made.buffers and made.pitch % 8 == 0
 
 
+@given(layers(channels=280), *[st.booleans()] * 5)
+def test_one_tile_holds_all_channels_of_a_reduction(
+    layer: Layer, pooled: bool, exact: bool, before: bool, contiguous: bool, one: bool
+) -> None:
+    try:
+        made = specialise(
+            layer, pooled=pooled, exact=exact, before=before, contiguous=contiguous, finite=True, folded=True, one=one
+        )
+    except Unsupported:
+        return
+    assert made.column_tiles == layer.groups == 1 and made.one == one
+    accumulators = made.m_tiles * made.columns * made.residues // 2 * (2 if exact else 1)
+    assert accumulators <= 128 and made.columns * made.residues <= 256  # an instruction's columns
+    assert not pooled or accumulators + made.m_tiles * made.columns // 2 <= 192
+    assert all(made.step_bytes(s) <= STAGE_BYTES for p in made.passes for s in p.steps)
+    if contiguous and not (one or pooled) and layer.stride[2] == 2:
+        assert made.residues % 2 == 0  # neighbours along w are stored together
+    extents = (9, 10, 11)
+    tiling = tile(made, extents, extents[2])
+    kind, _ = store_of(made, tiling, extents, extents[2], 4)
+    assert (kind is Store.ONE) == one
+    assert made.stored_columns == (1 if one else made.columns)
+    assert seconds(made, 1, extents, extents, extents[2], 4) < 1
+
+
 def positions(made: Specialisation, found: Tiling, extents: tuple[int, int, int], group: int, number: int) -> list:
     """(row of shared memory, position in the output or None) of a warpgroup, in the `number`-th tile along h."""
     _, region_h, region_w = found.region

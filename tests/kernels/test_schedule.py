@@ -10,6 +10,7 @@ import fxfuse
 from fxfuse.kernels import execute
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
+from fxfuse.kernels.tail import Fold
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -243,6 +244,104 @@ def test_an_adaptive_pool_of_equal_windows() -> None:
 def test_a_pool_that_others_share_is_torchs() -> None:
     made = cut(conv(), "m = " + max_pool("y"), "n = " + max_pool("y", 4), returns="m, n")
     assert stages(made) == ([], ["conv_transpose"], ["max_pool", "max_pool"])
+
+
+# --- reductions over channels ---------------------------------------------------------------------
+def test_a_softmax_and_the_chain_behind_it() -> None:
+    made = cut(conv(), "z = relu(y)", "u = softmax(z, dim=1)", "v = sigmoid(u)", "t = mul(v, g)",
+               inputs=f"{INPUTS}, g: f32[16, 1, 1, 1]")  # fmt: skip
+    assert stages(made) == ([], ["conv_transpose", "relu", "softmax", "sigmoid", "mul"], [])
+    assert made.kernel.fold == Fold("Softmax", 16) and not made.kernel.squeezed and made.kernel.apart is None
+    assert fields(made.kernel.behind) == ["g"] and fields(made.kernel.before) == []
+    assert made.kernel.reads == ("x", "w", "b", "g") and made.kernel.kind.shape == (2, 16, 9, 11, 13)
+    assert str(made) == "one kernel: conv_transpose > relu > softmax > sigmoid > mul -> f32[2, 16, 9, 11, 13]"
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "amax", "amin", "logsumexp"])
+def test_one_value_of_all_channels(op: str) -> None:
+    made = cut(conv(), f"u = {op}(y, dims=(1,), keepdim=True)", "v = relu(u)")
+    assert stages(made) == ([], ["conv_transpose", op, "relu"], [])
+    assert made.kernel.kind.shape == (2, 1, 9, 11, 13) and made.kernel.sizes == made.kernel.extents == (9, 11, 13)
+    made = cut(conv(), f"u = {op}(y, dims=(1,), keepdim=False)", "v = mul(u, r)", inputs=f"{INPUTS}, r: f32[9, 1, 13]")
+    assert stages(made) == ([], ["conv_transpose", op, "mul"], [])
+    assert made.kernel.squeezed and made.kernel.layout == "contiguous"
+    assert made.kernel.kind.shape == (2, 9, 11, 13) and made.kernel.sizes == (9, 11, 13)
+
+
+def test_maxima_with_indices_nobody_wants() -> None:
+    for op, combine in (("max", "Maximum"), ("min", "Minimum")):
+        assert cut(conv(), f"u = {op}(y, dim=1, keepdim=True)").kernel.fold == Fold(combine, 16)
+
+
+def test_a_reduction_behind_a_pool() -> None:
+    made = cut(conv(), "m = " + max_pool("y"), "z = relu(m)", "s = sum(z, dims=(1,), keepdim=False)", "v = exp(s)")
+    assert stages(made) == ([], ["conv_transpose", "max_pool 2x2x2", "relu", "sum", "exp"], [])
+    assert made.kernel.kind.shape == (2, 4, 5, 6) == (2, *made.kernel.sizes)
+    # of half a pool there is nothing to reduce yet
+    made = cut(conv(), "m = " + max_pool("y", 4), "s = sum(m, dims=(1,), keepdim=True)")
+    assert made.kernel.fold is None and stages(made)[2] == ["max_pool", "sum"]
+
+
+def test_a_reduction_of_what_others_need() -> None:
+    made = cut(conv(), "z = relu(y)", "u = softmax(z, dim=1)", "v = mul(z, u)")
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["softmax", "mul"])
+    assert made.kernel.stored == "z" and made.kernel.apart is None
+    made = cut(conv(), "u = softmax(y, dim=1)", "v = exp(u)", returns="u, v")
+    assert stages(made) == ([], ["conv_transpose", "softmax"], ["exp"])
+
+
+def test_what_is_laid_out_without_channels_stays_so() -> None:
+    """In a tensor of (N, D, H, W), D is no dim of channels that could be the fastest."""
+    made = cut(conv(), "s = sum(y, dims=(1,), keepdim=False)", "u = amax(s, dims=(1,), keepdim=True)")
+    assert made.kernel.strides == (9 * 11 * 13, 11 * 13, 13, 1)
+
+
+def test_a_row_of_values_without_channels() -> None:
+    """A (N, W) tensor has no expression of its own."""
+    line = conv().replace("(2, 2, 2)", "(2,)").replace("(0, 0, 0)", "(0,)").replace("(1, 1, 1)", "(1,)")
+    made = cut(line, "s = sum(y, dims=(1,), keepdim=False)", "u = relu(s)",
+               inputs="x: f32[2, 8, 6], w: f32[8, 16, 3], b: f32[16]")  # fmt: skip
+    assert stages(made) == ([], ["conv_transpose", "sum"], ["relu"])
+    assert made.kernel.sizes == (1, 1, 13)
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "reason"),
+    [
+        ("x: f32[2, 8, 4, 5, 6], w: f32[8, 8, 3, 3, 3], b: f32[16]", False,
+         "2 groups of channels lie in as many tiles"),
+        ("x: f32[2, 8, 4, 5, 6], w: f32[8, 300, 3, 3, 3], b: f32[300]", False,
+         "300 channels have more accumulators than a tile holds (256 channels)"),
+        ("x: f32[2, 8, 4, 5, 6], w: f32[8, 200, 3, 3, 3], b: f32[200]", True,
+         "200 channels have more accumulators than a tile holds (128 channels)"),
+        ("x: f32[2, 8, 4, 5, 6], w: f32[8, 200, 3, 3, 3], b: f32[200]", False,
+         "200 channels of two neighbours have more accumulators than a tile holds"),
+        ("x: f16[2, 8, 4, 5, 6], w: f16[8, 200, 3, 3, 3], b: f16[200]", True,
+         "200 channels of two neighbours have more accumulators than a tile holds"),
+    ],
+    ids=["groups", "300", "exact", "neighbours", "f16"],
+)  # fmt: skip
+def test_channels_that_no_tile_holds(text: str, exact: bool, reason: str) -> None:
+    line = conv().replace("groups=1", "groups=2") if "groups of" in reason else conv()
+    made = program(line, "u = softmax(y, dim=1)", "v = relu(u)", inputs=text)
+    found = schedule(made, examples(made), exact=exact)
+    assert stages(found) == ([], ["conv_transpose"], ["softmax", "relu"])
+    assert found.kernel is not None and found.kernel.fold is None and found.kernel.apart == reason
+
+
+def test_one_value_of_two_neighbours_is_held() -> None:
+    """What is stored in one place per position asks for no pairs."""
+    made = cut(conv(), "u = logsumexp(y, dims=(1,), keepdim=True)",
+               inputs="x: f32[2, 8, 4, 5, 6], w: f32[8, 200, 3, 3, 3], b: f32[200]")  # fmt: skip
+    assert made.kernel.fold == Fold("LogSumExp", 200)
+
+
+def test_statistics_of_a_softmax_are_read_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
+    made = cut(conv(), "u = softmax(y, dim=1)", "v = instance_norm(u, None, None, eps=1e-05)")
+    assert made.kernel.fold is not None and made.kernel.keeps and not made.kernel.gathers
+    assert "statistics of u, one pass over u" in str(made)
 
 
 # --- fewer dims, layouts --------------------------------------------------------------------------
