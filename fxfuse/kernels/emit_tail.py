@@ -1,4 +1,4 @@
-"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``map.cuh``, ``map_fold.cuh``. Pure."""
+"""CUDA C++ of the kernels behind a convolution: entries around ``map.cuh`` and ``map_fold.cuh``. Pure."""
 
 from __future__ import annotations
 
