@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import many_chains
@@ -59,9 +59,9 @@ def run(
     *,
     last: bool = False,
     exact: bool = False,
-    turn: contextlib.AbstractContextManager[None] | None = None,
+    anchored: bool = True,
 ) -> tuple[Tensor, Tensor, str]:
-    """What the kernels make of x, the same in float64, and the schedule."""
+    """What the kernels make of x, the same in float64, and the schedule. ``anchored``: they convolve, too."""
     if last:
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
         x, model = x.contiguous(memory_format=memory), model.to(memory_format=memory)
@@ -69,7 +69,7 @@ def run(
     layout = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", many_chains._as_cudnn)
     with torch.no_grad():
         fast(x)
-        with emulated(), layout if last else contextlib.nullcontext(), turn or contextlib.nullcontext():
+        with emulated(), many_chains.kernels_always(anchored), layout if last else contextlib.nullcontext():
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
                 got = fast(x)
             (made,) = [str(p.schedule) for p in execute._prepared.values() if p is not None]
@@ -165,18 +165,11 @@ def test_rows_that_are_not_finite(fold: str, dtype: torch.dtype) -> None:
     assert_near(got, expected, LIMIT[dtype])
 
 
-@contextlib.contextmanager
-def torch_convolves() -> Iterator[None]:
-    """Only what is behind a convolution is a kernel."""
-    with mock.patch.object(execute, "slower", return_value="it is torch's turn"):
-        yield
-
-
 @pytest.mark.parametrize("fold", ["logsumexp", "softmax", "log_softmax"])
 def test_rows_of_a_reduction_by_itself(fold: str) -> None:
     torch.manual_seed(3)
     model = Then(layer(2, 21, 1), lambda y: FOLDS[fold](F.leaky_relu(y))).eval()
-    got, expected, made = run(model, rows(F32), turn=torch_convolves())
+    got, expected, made = run(model, rows(F32), anchored=False)
     assert made.startswith(f"then conv_transpose; then one kernel: leaky_relu > {fold} -> ")
     assert_near(got, expected, 1e-6)
 
@@ -190,8 +183,7 @@ def test_a_maximum_beside_which_a_logarithm_is_small(itself: bool) -> None:
         convolution.weight.copy_(torch.randint(-3, 4, convolution.weight.shape))
         convolution.bias.copy_(torch.randint(60000, 60004, (21,)))
     x = torch.randint(-2, 3, (2, 2, 2, 3, 5)).float()
-    turn = torch_convolves() if itself else None
-    got, expected, made = run(Then(convolution, lambda y: y.relu().log_softmax(1)).eval(), x, turn=turn)
+    got, expected, made = run(Then(convolution, lambda y: y.relu().log_softmax(1)).eval(), x, anchored=not itself)
     assert made.startswith(
         "then conv_transpose; then one kernel: relu" if itself else "one kernel: conv_transpose > relu"
     )

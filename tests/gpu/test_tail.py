@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from place import CUDA, DEVICE, kernels_always, needs, what_torch_has
+from place import CUDA, DEVICE, kernels_always, needs, needs_gpu, what_torch_has
 from test_kernels import LAST, LIMIT, made, sample
 from torch import Tensor, nn
 
@@ -191,6 +191,7 @@ def test_reductions_of_values_that_are_not_finite() -> None:
         check(Stages(made(3, 8, 12, 1), fold), x)
 
 
+@needs_gpu
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fold", FOLDS)
@@ -205,6 +206,7 @@ def test_reductions_in_the_convolutions_kernel(fold: str, dtype: torch.dtype, la
         check(model, x, f"one kernel: conv_transpose > silu > {fold} > sigmoid -> ")
 
 
+@needs_gpu
 @pytest.mark.parametrize("fold", FOLDS)
 def test_reductions_in_float32s_own_accuracy(fold: str) -> None:
     torch.manual_seed(6)
@@ -218,6 +220,7 @@ def test_reductions_in_float32s_own_accuracy(fold: str) -> None:
             assert relative_error(got, exact) <= max(2 * relative_error(like, exact), 5e-7)
 
 
+@needs_gpu
 def test_reductions_behind_a_pool_of_the_convolutions() -> None:
     torch.manual_seed(7)
     for fold in FOLDS:
