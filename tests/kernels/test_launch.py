@@ -203,6 +203,9 @@ def chain(x: f32[2, 8, 6, 6, 6], w: f32[8, 16, 3, 3, 3], b: f32[16], g: f32[16, 
 """
 
 
+POOL = "max_pool(s, kernel=(3, 3, 3), stride=(3, 3, 3), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of any size are worth a kernel."""
@@ -213,11 +216,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("operator", "outputs", "kernels", "asks_torch", "apart"),
     [
-        ("softmax(s, dim=1)", "o", ["fold"], False, True),
-        ("softmax(s, dim=1)", "o, o", ["fold"], False, False),
+        (POOL, "o", ["pool"], False, True),
+        (POOL, "o, o", ["pool"], False, False),
+        ("softmax(s, dim=1)", "o", [], False, True),
+        ("softmax(s, dim=1)", "o, s", ["fold"], False, True),
         ("reshape(s, shape=(2, -1))", "o", [], True, False),
         ("reshape(s, shape=(2, -1))", "o, s", [], True, False),
-        ("softmax(s, dim=1)", "o, x", ["fold"], False, False),
+        (POOL, "o, x", ["pool"], False, False),
     ],
 )
 def test_a_region_says_what_its_outputs_are(
