@@ -1,10 +1,10 @@
-"""CUDA C++ of the kernels behind a convolution: entries around ``map.cuh`` and ``map_fold.cuh``. Pure."""
+"""CUDA C++ of the kernels behind a convolution: entries around the algorithms of ``map*.cuh``. Pure."""
 
 from __future__ import annotations
 
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.tail import Fold, Window
+from fxfuse.kernels.tail import Fold, Rows, Window
 
 #: bytes that a thread reads at once
 VECTOR_BYTES = 16
@@ -78,6 +78,20 @@ def emit_fold(
         f"  static constexpr bool last = {str(last).lower()}, last_made = {str(last_made).lower()};",
         "};",
         _entry("fold", arguments, "fxfuse::fold_channels<Fold>(a)"),
+    ])  # fmt: skip
+
+
+def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, after: Expression | None) -> str:
+    """Entries ``whole``, ``any``: for rows of a multiple of the vector, or not."""
+    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
+    arguments = f"fxfuse::RowArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    lanes = "fxfuse::kMapThreads" if rows.long else "32"
+    call = f"fxfuse::map_rows<fxfuse::Row{rows.combine}, {lanes}"
+    entries = {"whole": f"{call}, {vector(dtype)}>(a)", "any": f"{call}, 1>(a)"}
+    return "\n".join([
+        '#include "map_rows.cuh"',
+        *_head(before, after),
+        *(_entry(name, arguments, body) for name, body in entries.items()),
     ])  # fmt: skip
 
 

@@ -77,11 +77,37 @@ class Fold:
         return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
 
 
+#: elements of a row from which on a block takes it, and not a warp; and rows that are enough for blocks
+LONG_ROW, ENOUGH_ROWS = 1024, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A reduction over the last dims of a contiguous value, of ``combine``, as ``cuh/map_rows.cuh`` names it.
+
+    ``length``: elements that are reduced, one behind the other: a row.
+    """
+
+    combine: str
+    length: int
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every element has a result."""
+        return self.combine.endswith("Softmax")
+
+    @property
+    def long(self) -> bool:
+        """Whether a block takes a row, and not a warp."""
+        return self.length >= LONG_ROW
+
+
 @dataclasses.dataclass(frozen=True)
 class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
     Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
+    There is at most one of ``window``, ``fold`` and ``rows``.
     ``body``: the instructions that it stands for.
     """
 
@@ -95,6 +121,7 @@ class Map:
     before: Expression | None = None
     window: Window | None = None
     fold: Fold | None = None
+    rows: Rows | None = None
     after: Expression | None = None
     body: tuple[Instr, ...] = ()
 
@@ -307,9 +334,9 @@ class _Planner:
         return self._made(value, before, window, after, (pool,), stage)
 
     def _folded(self, value: str, before: Chain, reduction: Instr) -> tuple[Step, Sequence[Instr]] | None:
-        """The chain, the reduction over channels behind it, and the chain behind that."""
+        """The chain, the reduction over channels or over the last dims behind it, and the chain behind that."""
         kind, out = (self.values.types[n] for n in (before.result, reduction.outs[0]))
-        fold = fold_of(reduction, kind)
+        fold = fold_of(reduction, kind) or rows_of(reduction, kind)
         if fold is None or out.dtype is not kind.dtype:
             return None
         after = Chain(reduction.outs[0])
@@ -323,7 +350,7 @@ class _Planner:
         self,
         value: str,
         before: Chain,
-        how: Window | Fold | None,
+        how: Window | Fold | Rows | None,
         after: Chain,
         pool: Sequence[Instr],
         stage: str = "",
@@ -331,10 +358,15 @@ class _Planner:
         window, fold = how if isinstance(how, Window) else None, how if isinstance(how, Fold) else None
         if fold is not None and len(self.values.types[after.result].shape) < 3:
             return None
-        layouts = self._layouts(value, after.result)
+        if isinstance(how, Rows):
+            layouts = "contiguous", "contiguous"
+            if any(self.values.strides[n] != dense(self.values.types[n].shape, layouts[0]) for n in (value, after.result)):
+                return None
+        else:
+            layouts = self._layouts(value, after.result)
         if elements(self.values.types[after.result]) > MOST_ELEMENTS:
             return None  # an adaptive pool makes any number of them
-        if window is None and fold is None:
+        if how is None:
             samples = self.values.types[value].shape[0] or 0
             if layouts[0] != layouts[1] or (layouts[0] == "channels_last" and samples > MOST_SAMPLES):
                 return None
@@ -356,6 +388,7 @@ class _Planner:
             before=before.expression,
             window=window,
             fold=fold,
+            rows=how if isinstance(how, Rows) else None,
             after=after.expression,
             body=tuple(body),
         )
@@ -386,6 +419,18 @@ def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     if combine is None or dims != (1,) or not channels:
         return None
     return Fold(combine, channels)
+
+
+def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
+    """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
+    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    dims = attributes.get("dims", (attributes.get("dim"),))
+    rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
+    if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
+        return None
+    rows = Rows(combine, math.prod(shape[rank - len(dims) :]))
+    count = math.prod(shape) // rows.length
+    return rows if count >= ENOUGH_ROWS or not rows.long else None
 
 
 def window_of(pool: Instr, rank: int) -> Window | None:

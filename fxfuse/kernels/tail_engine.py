@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics, vector
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
@@ -50,6 +50,8 @@ def source_of(step: Step) -> str:
         return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
     if step.fold is not None:
         return emit_fold(dtype, output, step.layouts, step.before, step.fold, step.after)
+    if step.rows is not None:
+        return emit_rows(dtype, output, step.before, step.rows, step.after)
     return emit_map(dtype, output, step.layouts[0], step.before)
 
 
@@ -59,7 +61,8 @@ def kind_of(step: Step) -> str:
         return "statistics"
     if isinstance(step, Torch):
         return "torch"
-    return "pool" if step.window is not None else "fold" if step.fold is not None else "map"
+    kinds = {"pool": step.window, "fold": step.fold, "rows": step.rows}
+    return next((kind for kind, how in kinds.items() if how is not None), "map")
 
 
 def _torch(step: Torch) -> Run:
@@ -134,6 +137,11 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         sizes = (*size, 0)
+    elif step.rows is not None:
+        length, count = step.rows.length, vector(DTYPE_NAMES[step.given.dtype])
+        kernel = _load(source, ("whole", "any"), device)["any" if length % count else "whole"]
+        grid = (-(-math.prod(size) // (length * (1 if step.rows.long else BLOCK // 32))), 1, 1)
+        sizes = (*size, length)
     else:
         kernels = _load(source, ("whole", "any"), device)
         count = vector(DTYPE_NAMES[step.given.dtype])
@@ -147,7 +155,8 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
             grid = (-(-d * h * w // (BLOCK // across * ROWS)), n, -(-units // across))
         sizes = (*size, 0)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
-    expressions = [step.before, *([step.after] if step.window is not None or step.fold is not None else [])]
+    pointwise = step.window is None and step.fold is None and step.rows is None
+    expressions = [step.before, *([] if pointwise else [step.after])]
     launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{_packed_size(e)}s' for e in expressions)}")
 
     def run(values: Values) -> None:

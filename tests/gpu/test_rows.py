@@ -1,0 +1,59 @@
+"""Reductions over the last dims behind a convolution, on a GPU or an emulated one, against float64 and eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from place import kernels_always, needs
+from test_kernels import made, sample
+from test_tail import Stages, check
+from torch import Tensor
+
+pytest.importorskip("cuda.bindings")
+pytestmark = needs((8, 0))
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    with kernels_always():
+        yield
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax over w": lambda y: y.softmax(-1),
+    "log_softmax over space": lambda y: y.flatten(2).log_softmax(-1).reshape(y.shape),
+    "softmax over all but samples": lambda y: y.flatten(1).softmax(1).view(y.shape) * 100,
+    "logsumexp over h and w": lambda y: y.logsumexp((3, 4)),
+    "amax over space": lambda y: y.amax((2, 3, 4), keepdim=True) * y,
+    "amin over w": lambda y: y.amin(4),
+    "min over w": lambda y: y.min(4, keepdim=True).values,
+    "sum over h and w": lambda y: y.sum((3, 4), keepdim=True).tanh(),
+    "mean over w": lambda y: y.mean(-1),
+    "amax over all but samples": lambda y: y.amax((1, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (9, 10, 12), (2, 3, 1030)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions(reduction: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    torch.manual_seed(5)
+    model = Stages(made(3, 8, 70, (3, 3, 1), dtype=dtype), torch.tanh, REDUCTIONS[reduction], torch.sigmoid)
+    x = sample(2, 8, *size, dtype=dtype)
+    few = "all but samples" in reduction and 70 * (size[0] + 2) * (size[1] + 2) * size[2] >= 1024
+    check(model, x, *([] if few else ["then one kernel: "]))
+
+
+def test_rows_of_values_that_are_not_finite() -> None:
+    """A row of -Inf alone, rows with Inf, NaN, both."""
+    x = sample(2, 8, 5, 6, 8)
+    x[0, 3, 2, 5, 4], x[1, 1, 1, 1, 1], x[1, 2, 3, 4, 5] = float("nan"), float("-inf"), float("inf")
+
+    def cut(y: Tensor) -> Tensor:
+        return torch.where(y > 0, y, y * float("inf"))
+
+    for reduction in REDUCTIONS.values():
+        check(Stages(made(3, 8, 70, 1), reduction), x)
+        check(Stages(made(3, 8, 70, 1), cut, reduction), x)
