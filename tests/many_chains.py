@@ -213,6 +213,8 @@ def kinds_of(made: Schedule) -> Iterator[str]:
             yield f"{'adaptive ' if step.window.adaptive else ''}pool, {' to '.join(step.layouts)}"
         elif step.fold is not None:
             yield f"fold {step.fold.combine}, {step.layouts[0]}"
+        elif step.rows is not None:
+            yield f"rows {step.rows.combine}"
         else:
             yield f"map, {step.layouts[0]}"
 

@@ -360,7 +360,9 @@ class _Planner:
             return None
         if isinstance(how, Rows):
             layouts = "contiguous", "contiguous"
-            if any(self.values.strides[n] != dense(self.values.types[n].shape, layouts[0]) for n in (value, after.result)):
+            if any(
+                self.values.strides[n] != dense(self.values.types[n].shape, layouts[0]) for n in (value, after.result)
+            ):
                 return None
         else:
             layouts = self._layouts(value, after.result)

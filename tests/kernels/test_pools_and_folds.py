@@ -1,4 +1,4 @@
-"""Pools as windows and reductions as folds: what a kernel makes of the numbers that it is given, step by step."""
+"""Pools as windows, reductions as folds and rows: what a kernel makes of the numbers that it is given, step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from harness import program
 from torch import Tensor
 
-from fxfuse.kernels.tail import Fold, Window, fold_of, window_of
+from fxfuse.kernels.tail import Fold, Rows, Window, fold_of, rows_of, window_of
 from fxfuse.program import Program
 
 SIZES = {1: (11,), 2: (7, 8), 3: (5, 6, 7)}
@@ -148,3 +148,23 @@ def test_other_reductions_are_none(text: str) -> None:
 def test_threads_of_a_position(fold: Fold, layouts: tuple[bool, bool], lanes: int) -> None:
     """Neighbouring threads take neighbouring channels, where both tensors have those together or one value is made."""
     assert fold.lanes(*layouts) == lanes
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("softmax(x, dim=4)", Rows("Softmax", 16)),
+        ("amax(x, dims=(3, 4), keepdim=False)", Rows("Maximum", 256)),
+        ("logsumexp(x, dims=(2, 3, 4), keepdim=True)", Rows("LogSumExp", 4096)),
+        ("mean(x, dims=(1, 2, 3, 4), keepdim=True)", None),  # two rows leave most of a GPU idle
+        ("sum(x, dims=(2, 4), keepdim=True)", None),
+        ("sum(x, dims=(2, 3), keepdim=True)", None),
+        ("softmax(x, dim=1)", None),
+        ("prod(x, dim=4, keepdim=True)", None),
+    ],
+)
+def test_reductions_over_the_last_dims_are_rows(text: str, rows: Rows | None) -> None:
+    made = program("x: f32[2, 64, 16, 16, 16]", f"y = {text}\ny")
+    found = rows_of(made.body[0], made.inputs[0][1])
+    assert found == rows
+    assert found is None or (found.keeps, found.long) == (text.startswith("softmax"), found.length > 1000)
