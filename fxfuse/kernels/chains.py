@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, TensorType
-from fxfuse.kernels.expression import Expression, NotEmittable, emit_expression
+from fxfuse.kernels.arithmetic import NotEmittable
+from fxfuse.kernels.expression import Expression, emit_expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 

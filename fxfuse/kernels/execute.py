@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import timing
 from fxfuse.kernels import dump, kept, measure
+from fxfuse.kernels.arithmetic import HEADER
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.expression import HEADER
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, TensorType
-from fxfuse.kernels import expression
+from fxfuse.kernels import arithmetic
 from fxfuse.kernels.expression import Expression, emit_expression
 from fxfuse.program import Program
 
-CUH = Path(expression.__file__).parent / "cuh"
+CUH = Path(arithmetic.__file__).parent / "cuh"
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler for the host")
 
@@ -49,7 +49,7 @@ extern "C" void run_{name}(const void* fields, const float* y, float* out, const
 
 
 def source(expressions: Sequence[Expression]) -> str:
-    parts = [f'#include "{CUH / expression.HEADER}"']
+    parts = [f'#include "{CUH / arithmetic.HEADER}"']
     for e in expressions:
         size = 8 * len(e.fields)
         parts += [e.code, _ENTRY.format(name=e.name, size=size or 1, bytes=size)]

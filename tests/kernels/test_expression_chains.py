@@ -17,7 +17,8 @@ from torch import Tensor
 import fxfuse
 from fxfuse.instr import TensorType
 from fxfuse.kernels import jit
-from fxfuse.kernels.expression import HEADER, Expression, NotEmittable, emit_expression
+from fxfuse.kernels.arithmetic import HEADER, NotEmittable
+from fxfuse.kernels.expression import Expression, emit_expression
 from fxfuse.program import Program
 from fxfuse.region import Region
 
