@@ -209,6 +209,8 @@ def kinds_of(made: Schedule) -> Iterator[str]:
         elif isinstance(step, tail.Torch):
             others = {i.op for i in step.program.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE}
             yield from (f"torch, {op}" for op in sorted(others))
+        elif isinstance(step, tail.Bundle):
+            yield "bundle"
         elif step.window is not None:
             yield f"{'adaptive ' if step.window.adaptive else ''}pool, {' to '.join(step.layouts)}"
         elif step.fold is not None:

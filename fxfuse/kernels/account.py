@@ -22,7 +22,7 @@ from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.engine import THREADS, Convolution
 from fxfuse.kernels.execute import Strides
 from fxfuse.kernels.schedule import Launch, Schedule
-from fxfuse.kernels.tail import Gather, Map, Step, Torch
+from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
 from fxfuse.kernels.tail_engine import source_of
 from fxfuse.kernels.tiling import seconds
 from fxfuse.program import Program
@@ -151,14 +151,14 @@ def account_of(
 
 def _parts(program: Program, schedule: Schedule, convolution: Convolution | None, exact: bool) -> tuple[Part, ...]:
     found, types = [], dict(program.inputs)
-    if schedule.first.body:
-        found.append(_torch(schedule.first, exact))
-        types.update(_types(schedule.first))
+    for step in schedule.ahead:
+        found.append(_part(step, types, exact))
+        types.update(_made(step))
     if schedule.kernel is not None and convolution is not None:
         found.append(_convolution(schedule.kernel, convolution, types))
         types[schedule.kernel.stored] = schedule.kernel.kind
     for step in schedule.steps:
-        found.append(_torch(step.program, exact) if isinstance(step, Torch) else _step(step, types))
+        found.append(_part(step, types, exact))
         types.update(_made(step))
     return tuple(found)
 
@@ -230,8 +230,13 @@ def _results(kernel: Launch) -> Iterator[tuple[str, str]]:
         yield "reduced by a kernel of its own", kernel.apart
 
 
-# --- the steps behind it --------------------------------------------------------------------------
-def _step(step: Map | Gather, types: Types) -> Part:
+# --- the other steps ------------------------------------------------------------------------------
+def _part(step: Step, types: Types, exact: bool) -> Part:
+    if isinstance(step, Torch):
+        return _torch(step.program, exact)
+    if isinstance(step, Bundle):
+        what, moved = " > ".join(i.op for i in step.body), (_bytes(types, step.made.reads), sum(map(_size, step.kinds)))
+        return _memory_bound(what, 1, *moved, (), source_of(step), "helper")
     if isinstance(step, Gather):
         return _gather(step)
     facts = (("stores", f"{step.kind}, {step.layouts[1]}"),)
@@ -294,6 +299,8 @@ def _types(program: Program) -> dict[str, TensorType]:
 
 def _made(step: Step) -> dict[str, TensorType]:
     """The types of what a step makes."""
+    if isinstance(step, Bundle):
+        return dict(zip(step.makes, step.kinds, strict=True))
     if isinstance(step, Torch):
         types = _types(step.program)
         return {name: types[name] for name in step.makes}

@@ -72,13 +72,16 @@ class Candidate:
         """A name and the CUDA C++ for each of its sources, in the order in which they run."""
         if self.schedule is None:
             return []
-        steps = [(kind_of(step), text) for step in self.schedule.steps if (text := source_of(step))]
+        ahead, steps = (
+            [(kind_of(step), text) for step in cut if (text := source_of(step))]
+            for cut in (self.schedule.ahead, self.schedule.steps)
+        )
         if self.convolution is None:
             return steps
         kernel = self.schedule.kernel
         assert kernel is not None
         text = self.convolution.source(self.convolution.tiling(kernel.sizes)[1])
-        return [("convolution", text), *steps]
+        return [*ahead, ("convolution", text), *steps]
 
 
 def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:

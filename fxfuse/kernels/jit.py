@@ -4,6 +4,8 @@ A source includes the package's own device code by name, ``#include "ptx.cuh"`` 
 nothing else: NVRTC comes without ``cuda_fp16.h``, ``cuda.h`` and ``<cstdint>``, and none is looked for. What it
 knows of itself: ``size_t``, ``float4`` and the like, ``dim3``, the math, atomic, shuffle and conversion
 intrinsics. Half types are ``unsigned short`` and inline PTX (``cvt.rn.f16.f32``, ``cvt.rn.bf16x2.f32``).
+
+A source whose first line is ``// NVRTC: <options>`` is compiled with these.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _ALWAYS = ("--std=c++17", "--ptxas-options=-v")
 #: what would let files in that the key does not see
 _UNSEEN = re.compile(r"-I|--?(include|pre-include|pch|use-pch|create-pch|arch|gpu-arch)")
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
+_OPTIONS = re.compile(r"// NVRTC: (.+)")
 _PLACE = re.compile(r"^(\S+?)\((\d+)\): (?:catastrophic )?error", re.MULTILINE)
 _PTX_PLACE = re.compile(r"^ptxas .*?, line (\d+); *(?:error|fatal)", re.MULTILINE)
 _AROUND = 4
@@ -99,9 +102,6 @@ def compile_cubin(source: str, arch: str = "sm_90a", *, options: tuple[str, ...]
     ``options`` are NVRTC's, behind C++17. Options that read other files raise ValueError: the key would not see
     what they bring in. Raises CompileError where the source does not compile, MissingPackage without NVRTC.
     """
-    for option in options:
-        if _UNSEEN.match(option):
-            raise ValueError(f"option {option}: headers come from {HEADERS} and the architecture from arch=")
     headers, flags, key = _keyed(source, arch, options)
     found = _memory.get(key)
     if found is not None:
@@ -128,7 +128,11 @@ def compiled(source: str, arch: str = "sm_90a") -> Cubin | None:
 
 def _keyed(source: str, arch: str, options: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...], str]:
     """The headers, the flags and the key of a source."""
-    headers = _headers(source)
+    headers, own = _headers(source), _OPTIONS.match(source)
+    options = (*options, *(own[1].split() if own is not None else ()))
+    for option in options:
+        if _UNSEEN.match(option):
+            raise ValueError(f"option {option}: headers come from {HEADERS} and the architecture from arch=")
     flags = (f"--gpu-architecture={arch}", *_ALWAYS, *options)
     return headers, flags, _key(source, headers, flags, _version())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.schedule import Schedule
-from fxfuse.kernels.tail import Map, Torch
+from fxfuse.kernels.tail import Bundle, Map, Torch
 from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare
 from fxfuse.program import Program
 
@@ -27,6 +27,7 @@ class Prepared:
     outputs: tuple[str, ...]
     schedule: Schedule
     convolution: Convolution | None
+    ahead: tuple[Run, ...]  # in front of the convolution
     steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
     device: torch.device
     asks_torch: bool  #: torch's operators are among what runs
@@ -41,11 +42,13 @@ class Prepared:
         for i, step in enumerate(made.steps):
             last.update(dict.fromkeys((*step.reads, *step.makes), i))
         with torch.cuda.device(device):
+            ahead = tuple(prepare(step, device) for step in made.ahead)
             steps = tuple(
                 (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
                 for i, step in enumerate(made.steps)
             )
-        written = [s.stored for s in made.steps if isinstance(s, Map)]
+        every = (*made.ahead, *made.steps)
+        written = [n for s in every if isinstance(s, (Map, Bundle)) for n in s.makes]
         kernel = made.kernel
         if kernel is not None and kernel.keeps:
             written.append(kernel.stored)
@@ -54,10 +57,11 @@ class Prepared:
             outputs=program.outputs,
             schedule=made,
             convolution=convolution,
+            ahead=ahead,
             steps=steps,
             device=device,
             form=((), ()) if kernel is None else (tuple(s or 0 for s in kernel.kind.shape), tuple(kernel.strides)),
-            asks_torch=bool(made.first.body) or any(isinstance(s, Torch) for s in made.steps),
+            asks_torch=any(isinstance(s, Torch) for s in every),
             apart=len(set(program.outputs)) == len(program.outputs) and {*program.outputs} <= {*written},
         )
 
@@ -79,11 +83,10 @@ class Prepared:
         return [values[name] for name in self.outputs]
 
     def _convolve(self, convolution: Convolution, values: dict[str, Tensor]) -> None:
-        first, kernel = self.schedule.first, self.schedule.kernel
+        kernel = self.schedule.kernel
         assert kernel is not None
-        if first.body:
-            results = first.run([values[name] for name, _ in first.inputs], reuse=True)
-            values.update(zip(first.outputs, results, strict=True))
+        for step in self.ahead:
+            step(values)
         kind = kernel.kind
         if kernel.keeps:
             out = empty(*self.form, kind.dtype)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.expression import Expression
@@ -107,15 +108,19 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """``first`` by torch, then ``kernel``, if there is one, then ``rest``, cut into ``steps``: the chain's outputs."""
+    """``first``, then ``kernel``, if there is one, then ``rest``: the chain's outputs.
+
+    ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into.
+    """
 
     first: Program
     kernel: Launch | None
     rest: Program
     steps: tuple[Step, ...]
+    ahead: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
-        first = [f"first {', '.join(i.op for i in self.first.body)}"] if self.first.body else []
+        first = [f"first {s}" for s in self.ahead]
         kernel = [f"one kernel: {self.kernel}"] if self.kernel is not None else []
         return "; ".join([*first, *kernel, *(f"then {s}" for s in self.steps)])
 
@@ -139,7 +144,7 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     versions = _versions(program, observed, inputs, mode)
     if not anchored:
         whole, values = next((p, v) for p, v in versions if _same_forms(program, observed, v))
-        return Schedule(Program((), (), ()), None, whole, plan(whole, values))
+        return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values)), values)
     found = []
     for version, values in versions:
         for made in _layouts(_Cutter(version, values, exact=exact).schedule(), program.outputs):
@@ -147,10 +152,11 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
             values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
             again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
             if _same_forms(program, observed, again):
-                found.append(_with_steps(made, {**values, **again}))
+                everything = {**values, **again}
+                found.append((_with_steps(made, everything), everything))
     if not found:
         raise Unscheduled("a result would come out in another layout than from torch's operators")
-    return min(found, key=_passes_by_torch)  # the first of equals
+    return _bundled(*min(found, key=lambda f: _passes_by_torch(f[0])))  # the first of equals
 
 
 def _versions(
@@ -198,6 +204,29 @@ def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
         kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
     )
     return dataclasses.replace(made, kernel=dataclasses.replace(kernel, gathers=gathers, keeps=keeps), steps=steps)
+
+
+def _bundled(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+    """The schedule with what torch had to run on small tensors as kernels, too."""
+    kernel, first, outputs = made.kernel, Torch(made.first), made.rest.outputs
+    bundler = Bundler(
+        values, (first, *made.steps), kernels=not all(isinstance(s, Torch) for s in (*made.steps, kernel))
+    )
+    if kernel is not None:
+        before, after = (bundler.direct(e) for e in (kernel.before, kernel.after))
+        kernel = dataclasses.replace(kernel, before=before, after=after)
+    rest = bundler.needed([bundler.see_through(s) for s in made.steps], outputs)
+    wanted = {*outputs, *(kernel.reads if kernel is not None else ()), *(n for item in rest for n in reads_of(item))}
+    ahead = bundler.needed([first], wanted)
+    all_small = bundler.leaves_nothing([*ahead, *rest])
+    body = [i for i in ahead if isinstance(i, Instr)]
+    return dataclasses.replace(
+        made,
+        first=bundler.program(body, tuple(o for i in body for o in i.outs if o in wanted)),
+        kernel=kernel,
+        ahead=bundler.arrange(ahead, wanted, all_small=all_small),
+        steps=bundler.arrange(rest, outputs, all_small=all_small),
+    )
 
 
 def _split(program: Program, values: Mapping[str, Tensor]) -> Program:

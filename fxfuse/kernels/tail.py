@@ -14,6 +14,7 @@ from torch import Tensor
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
+from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -181,7 +182,37 @@ class Torch:
         return " > ".join(i.op for i in self.program.body)
 
 
-Step = Map | Gather | Torch
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Pointwise operators on small tensors, and views, as one kernel that stands for ``program``.
+
+    ``kinds``, ``strides``: of the outputs, none of which shares memory with an input. ``doubtful``: inputs that torch
+    makes, with the strides that the kernel takes them to have; where they have others, torch runs the program.
+    """
+
+    program: Program
+    made: Emitted
+    kinds: tuple[TensorType, ...]
+    strides: tuple[tuple[int, ...], ...]
+    doubtful: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.program.inputs)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return self.program.outputs
+
+    @property
+    def body(self) -> tuple[Instr, ...]:
+        return self.program.body
+
+    def __str__(self) -> str:
+        return f"one kernel on small tensors: {' > '.join(i.op for i in self.body)}"
+
+
+Step = Map | Gather | Torch | Bundle
 
 
 def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = None) -> tuple[Step, ...]:

@@ -20,7 +20,7 @@ from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
-from fxfuse.kernels.tail import Gather, Map, Step, Torch
+from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
 
 Values = dict[str, Tensor]
 Run = Callable[[Values], None]
@@ -36,6 +36,8 @@ def prepare(step: Step, device: torch.device) -> Run:
         return _prepare_map(step, device)
     if isinstance(step, Gather):
         return _prepare_gather(step, device)
+    if isinstance(step, Bundle):
+        return _prepare_bundle(step, device)
     return _torch(step)
 
 
@@ -45,6 +47,8 @@ def source_of(step: Step) -> str:
         return emit_statistics(DTYPE_NAMES[step.kind.dtype], step.layout or "contiguous")
     if isinstance(step, Torch):
         return ""
+    if isinstance(step, Bundle):
+        return step.made.text
     dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
     if step.window is not None:
         return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
@@ -61,6 +65,8 @@ def kind_of(step: Step) -> str:
         return "statistics"
     if isinstance(step, Torch):
         return "torch"
+    if isinstance(step, Bundle):
+        return "bundle"
     kinds = {"pool": step.window, "fold": step.fold, "rows": step.rows}
     return next((kind for kind, how in kinds.items() if how is not None), "map")
 
@@ -167,6 +173,35 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
         operands = [pack(e, values) for e in expressions]
         launch(stream_of(index), value.data_ptr(), out.data_ptr(), *sizes, *operands)
         values[step.stored] = out
+
+    return run
+
+
+# --- small tensors --------------------------------------------------------------------------------
+def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
+    kernel = _load(source_of(step), ("bundle",), device)["bundle"]
+    reads, makes, index = step.made.reads, step.makes, device.index
+    forms = [
+        (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
+        for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
+    ]
+    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q")
+
+    def by_torch(values: Values) -> None:
+        results = step.program.run([values[n] for n in step.reads])
+        for (name, shape, strides, dtype), result in zip(forms, results, strict=True):
+            values[name] = empty(shape, strides, dtype).copy_(result)
+
+    def run(values: Values) -> None:
+        for name, planned in step.doubtful:
+            if values[name].stride() != planned:
+                by_torch(values)
+                return
+        addresses = [values[name].data_ptr() for name in reads]
+        for name, shape, strides, dtype in forms:
+            values[name] = made = empty(shape, strides, dtype)
+            addresses.append(made.data_ptr())
+        launch(stream_of(index), *addresses)
 
     return run
 

@@ -114,6 +114,36 @@ FXFUSE_DEVICE float to_bf16(float x) {
   return is_nan(x) ? x : float_of((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }
 
+// --- stores ----------------------------------------------------------------------------------------
+FXFUSE_DEVICE unsigned short f16_word(float x) {
+#ifdef __CUDA_ARCH__
+  unsigned short word;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(word) : "f"(x));
+  return word;
+#else
+  const unsigned bits = bits_of(to_f16(x)), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return (unsigned short)(sign | 0x7e00);
+  if (size == 0x7f800000) return (unsigned short)(sign | 0x7c00);
+  // as in f16_of, the other way round: exact, since the value is a float16
+  return (unsigned short)(sign | bits_of(float_of(size) * float_of((127u - 112u) << 23)) >> 13);
+#endif
+}
+
+FXFUSE_DEVICE void store_f32(float* p, float x) { *p = x; }
+FXFUSE_DEVICE void store_f64(double* p, double x) { *p = x; }
+FXFUSE_DEVICE void store_f16(unsigned short* p, float x) { *p = f16_word(x); }
+FXFUSE_DEVICE void store_bf16(unsigned short* p, float x) {
+  *p = is_nan(x) ? 0x7fff : (unsigned short)(bits_of(to_bf16(x)) >> 16);
+}
+FXFUSE_DEVICE void store_b1(unsigned char* p, bool x) { *p = x; }
+FXFUSE_DEVICE void store_i8(signed char* p, i64 x) { *p = (signed char)x; }
+FXFUSE_DEVICE void store_i16(short* p, i64 x) { *p = (short)x; }
+FXFUSE_DEVICE void store_i32(int* p, i64 x) { *p = (int)x; }
+FXFUSE_DEVICE void store_i64(i64* p, i64 x) { *p = x; }
+FXFUSE_DEVICE void store_u8(unsigned char* p, i64 x) { *p = (unsigned char)x; }
+FXFUSE_DEVICE void store_u16(unsigned short* p, i64 x) { *p = (unsigned short)x; }
+FXFUSE_DEVICE void store_u32(unsigned* p, i64 x) { *p = (unsigned)x; }
+
 // --- comparisons -----------------------------------------------------------------------------------
 FXFUSE_DEVICE float maximum(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
