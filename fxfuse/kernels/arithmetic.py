@@ -89,6 +89,8 @@ class Arithmetic:
         if not isinstance(operand, Value):
             assert operand is not None
             return literal(operand, dtype if rounded or not dtype.is_floating_point else torch.float32)
+        if self.round_each and dtype in (torch.float16, torch.bfloat16) and operand.dtype is not dtype:
+            return _cast(operand, dtype)  # torch casts what it promotes, and then computes
         want, have = c_type(dtype), c_type(operand.dtype)
         if want == have:
             return operand.code

@@ -1,0 +1,294 @@
+"""Programs on small tensors as one kernel: which there are, and, by the emulated GPU, the bits that torch gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from emulator.device import emulated, needs_compiler
+from harness import program
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse.instr import DTYPES, TensorType
+from fxfuse.kernels import jit
+from fxfuse.kernels.arithmetic import NotEmittable
+from fxfuse.kernels.bundle import Bundler
+from fxfuse.kernels.emit_bundle import MOST_ADDRESSES, MOST_ELEMENTS, Emitted, emit_bundle
+from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.schedule import Schedule, _observe, examples, schedule
+from fxfuse.kernels.tail import Bundle, Step, Torch
+from fxfuse.kernels.tail_engine import prepare
+from fxfuse.program import Program
+
+Draw = st.DrawFn
+
+
+# --- one kernel -----------------------------------------------------------------------------------
+def observed(chain: Program, inputs: list[Tensor]) -> tuple[dict[str, TensorType], dict[str, tuple[int, ...]]]:
+    values = _observe(chain, inputs, FakeTensorMode())
+    types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
+    return types, {n: t.stride() for n, t in values.items()}
+
+
+def emitted(chain: Program, inputs: list[Tensor] | None = None) -> Emitted:
+    return emit_bundle(chain, *observed(chain, examples(chain) if inputs is None else inputs))
+
+
+def bundle_of(chain: Program, inputs: list[Tensor]) -> Bundle:
+    types, strides = observed(chain, inputs)
+    outputs = chain.outputs
+    made = emit_bundle(chain, types, strides)
+    return Bundle(chain, made, tuple(types[n] for n in outputs), tuple(strides[n] for n in outputs))
+
+
+def run(chain: Program, inputs: list[Tensor]) -> list[Tensor]:
+    """The outputs, by the kernel."""
+    values = dict(zip((n for n, _ in chain.inputs), inputs, strict=True))
+    with emulated() as device:
+        prepare(bundle_of(chain, inputs), torch.device("cpu"))(values)
+        assert device.launches == ["bundle"]
+    return [values[n] for n in chain.outputs]
+
+
+def check(chain: Program, inputs: list[Tensor], *, rtol: float = 0.0) -> None:
+    before = [t.clone() for t in inputs]
+    got, expected = run(chain, inputs), chain.run(inputs)
+    strides = observed(chain, inputs)[1]
+    for name, mine, torchs in zip(chain.outputs, got, expected, strict=True):
+        assert mine.stride() == strides[name]
+        torch.testing.assert_close(mine, torchs, rtol=rtol, atol=rtol, equal_nan=True)
+        if not rtol and mine.dtype.is_floating_point:
+            assert torch.equal(mine.signbit() & ~mine.isnan(), torchs.signbit() & ~torchs.isnan())
+    memories = [{t.untyped_storage().data_ptr() for t in each} for each in (got, inputs)]
+    assert len(memories[0]) == len(got) and memories[0].isdisjoint(memories[1])
+    for old, new in zip(before, inputs, strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0, equal_nan=True)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed + math.prod(shape))
+    if dtype is torch.bool:
+        return torch.rand(shape, generator=g) > 0.5
+    if not dtype.is_floating_point:
+        return torch.randint(0, 100, shape, generator=g).to(dtype)
+    return (torch.randn(shape, generator=g) * 3).to(dtype)
+
+
+FOLD = (
+    "a = add(v, 1e-05)", "r = rsqrt(a)", "s = mul(r, g)", "f = scale_weight(w, s, groups=1)", "c = sub(b, m)",
+    "d = mul(c, s)", "e = add(d, h)",
+)  # fmt: skip
+FOLDED = "w: f32[6, 8, 3, 2, 2], b: f32[8], m: f32[8], v: f32[8], g: f32[8], h: f32[8]"
+
+
+@needs_compiler
+def test_a_folded_norm() -> None:
+    """Bits as of torch's operators, one by one: no multiplication joins an addition."""
+    chain = program(FOLDED, "\n".join([*FOLD, "f, e"]))
+    inputs = [tensor(*t.shape, seed=i).abs() for i, t in enumerate(examples(chain))]
+    check(chain, inputs)
+
+
+def test_no_operators_are_contracted() -> None:
+    source = emitted(program(FOLDED, "\n".join([*FOLD, "f, e"]))).text
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra fxfuse[cuda]")
+    from fxfuse.kernels.sass import sass
+
+    lines = sass(jit.compile_cubin(source), "bundle").splitlines()
+    loose = sass(jit.compile_cubin(source.split("\n", 1)[1]), "bundle").splitlines()
+    multiplied = [sum("FMUL" in line for line in each) for each in (lines, loose)]
+    assert multiplied[0] > multiplied[1]
+
+
+@needs_compiler
+def test_layouts_of_inputs_and_outputs() -> None:
+    chain = program(
+        "a: f32[3, 4, 5, 6], b: f32[4, 1, 1], c: f32[3, 4, 5, 6]",
+        "x = mul(a, b)\ny = add(x, c)\nz = permute(y, dims=(3, 0, 2, 1))\nu = reshape(z, shape=(18, 20))\nu, y, x",
+    )
+    last = tensor(3, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    holes = torch.randn(3, 8, 5, 12)[:, ::2, :, 1::2]
+    for a in (last, holes, tensor(6, 5, 4, 3).permute(3, 2, 1, 0), tensor(1, 4, 1, 6).expand(3, 4, 5, 6)):
+        for c in (last, holes):
+            check(chain, [a, torch.randn(8)[::2].reshape(4, 1, 1), c])
+
+
+@needs_compiler
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_weights_of_groups(groups: int) -> None:
+    chain = program(
+        f"w: f16[6, 4, 3], s: f16[{4 * groups}, 1], t: f16[1], n: f16[()]",
+        f"""f = scale_weight(w, s, groups={groups})
+one = scale_weight(f, t, groups={groups})
+none = scale_weight(one, n, groups={groups})
+number = scale_weight(none, 0.7, groups={groups})
+v = to_channels(s, w, channels={4 * groups})
+u = to_channels(t, n, channels=5)
+k = to_channels(0.3, w, channels=7)
+f, one, none, number, v, u, k""",
+    )
+    check(chain, [tensor(*t.shape, dtype=t.dtype) for t in examples(chain)])
+
+
+@needs_compiler
+def test_every_dtype() -> None:
+    floats = ("f16", "bf16", "f32")
+    numbers = ("i8", "i16", "i32", "i64", "u8", "b1", "f64", *floats)
+    head = ", ".join(f"{d}_: {d}[3, 5]" for d in numbers)
+    lines = [f"{d}_to_{to} = cast({d}_, dtype={to})" for d in numbers for to in numbers]
+    lines += [f"{d}_f = mul({d}_, w)" for d in numbers if d != "f64"]
+    lines += [f"{d}_s = where(b1_, {d}_, {d}_)" for d in numbers if d != "f64"]
+    lines += ["lt_ = lt(i64_, i8_)", "copied = contiguous(f64_)"]
+    outputs = ", ".join(line.split(" = ")[0] for line in lines)
+    chain = program(f"{head}, w: f32[5]", "\n".join([*lines, outputs]))
+    inputs = [tensor(*t.shape, dtype=t.dtype).abs() if t.dtype is not torch.bool else tensor(3, 5, dtype=t.dtype)
+              for t in examples(chain)]  # fmt: skip
+    check(chain, inputs)
+
+
+@needs_compiler
+def test_what_is_not_finite() -> None:
+    special = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40, 65504.0, 65520.0, 6e-8, 3e38, -1e-7, 1.0]
+    lines = (
+        "a = add(x, x)\nb = cast(x, dtype=f16)\nc = cast(x, dtype=bf16)\nd = sub(x, x)\ne = mul(b, 0.5)\na, b, c, d, e"
+    )
+    check(program("x: f32[12]", lines), [torch.tensor(special)])
+
+
+@needs_compiler
+def test_other_operators() -> None:
+    lines = [
+        "a = sigmoid(x)", "b = gelu(x, approximate='none')", "c = rsqrt(p)", "d = prelu(x, w)", "e = pow(p, 0.5)",
+        "f = lerp(x, p, 0.3)", "g = addcmul(x, p, x, value=0.5)", "h = clamp(x, -0.5, None)", "i = tanh(x)",
+    ]  # fmt: skip
+    chain = program("x: f32[4, 6, 3], p: f32[4, 6, 3], w: f32[6]", "\n".join([*lines, "a, b, c, d, e, f, g, h, i"]))
+    x = tensor(4, 6, 3)
+    check(chain, [x, x.abs() + 0.5, tensor(6)], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "lines", "reason"),
+    [
+        ("x: f32[4]", "y = sum(x, dims=(0,), keepdim=True)", "sum is neither pointwise nor a view"),
+        ("x: f32[4]", "y = softmax(x, dim=0)", "softmax is neither pointwise nor a view"),
+        ("x: f64[4]", "y = exp(x)", "float64 arithmetic"),
+        ("x: i64[4]", "y = add(x, 1)", "arithmetic of torch.int64"),
+        ("x: c64[4]", "y = mul(x, x)", "torch.complex64"),
+        ("x: f64[4]", "y = to_channels(1.5, x, channels=3)", "torch.float64 of a number"),
+        ("x: f32[0, 4]", "y = exp(x)", "of 1 to"),
+        (f"x: f32[{MOST_ELEMENTS + 1}]", "y = exp(x)", "of 1 to"),
+    ],
+)
+def test_refusals(inputs: str, lines: str, reason: str) -> None:
+    with pytest.raises(NotEmittable, match=reason):
+        emitted(program(inputs, f"{lines}\ny"))
+
+
+def test_refusals_of_layouts() -> None:
+    copied = program("x: f32[4, 4]", "y = detach(x)\ny")
+    for x, reason in (
+        (torch.empty(4).expand(4, 4), "lie in the same place"),
+        (torch.empty(13).as_strided((4, 4), (2, 2)), "lie in the same place"),
+        (torch.empty(1, device="meta").as_strided((4, 4), (2**30, 1)), "too far from end to end"),
+    ):
+        with pytest.raises(NotEmittable, match=reason):
+            emitted(copied, [x])
+    far = torch.empty(1, device="meta").as_strided((4, 4), (2**30, 1))
+    with pytest.raises(NotEmittable, match="x: too far from end to end"):
+        emitted(program("x: f32[4, 4]", "y = exp(x)\nz = reshape(y, shape=(16,))\nz"), [far])
+
+
+def test_as_many_tensors_as_a_launch_has_room_for() -> None:
+    lines = [f"y{i} = add(x, {i})" for i in range(MOST_ADDRESSES)]
+    with pytest.raises(NotEmittable, match=f"more than {MOST_ADDRESSES} tensors"):
+        emitted(program("x: f32[4]", "\n".join([*lines, ", ".join(f"y{i}" for i in range(MOST_ADDRESSES))])))
+
+
+# --- random programs ------------------------------------------------------------------------------
+SIZES = st.sampled_from([1, 1, 2, 3, 4, 6])
+#: operators of which a CPU and a GPU give the same bits
+EXACT = ("add", "sub", "mul", "div", "minimum", "maximum", "gt", "eq", "neg", "abs", "relu", "cast", "clone")
+
+
+@st.composite
+def programs(draw: Draw) -> tuple[Program, list[Tensor]]:
+    """Pointwise operators and views over tensors of ranks 0 to 5, in any layout, with several outputs."""
+    dtypes = st.sampled_from(["f32", "f32", "f16", "bf16"])
+    base = draw(st.lists(SIZES, min_size=1, max_size=5))
+    inputs, tensors = [], []
+    types: dict[str, Tensor] = {}
+    for i in range(draw(st.integers(1, 4))):
+        rank = draw(st.integers(0, len(base)))
+        shape = [draw(st.sampled_from([1, s])) for s in base[len(base) - rank :]] if i else base
+        name, dtype = f"x{i}", draw(dtypes)
+        order = draw(st.permutations(range(len(shape))))
+        t = tensor(*(shape[d] for d in order), dtype=DTYPES[dtype], seed=i).permute(
+            [order.index(d) for d in range(len(shape))]
+        )
+        inputs.append(f"{name}: {dtype}[{', '.join(map(str, shape)) or '()'}]")
+        types[name] = t
+        tensors.append(t)
+    lines: list[str] = []
+    for i in range(draw(st.integers(1, 10))):
+        first = draw(st.sampled_from(list(types)))
+        shape = types[first].shape
+        kind = draw(st.sampled_from(["op", "op", "permute", "reshape"]))
+        if kind == "permute" and len(shape) > 1:
+            line = f"permute({first}, dims={tuple(draw(st.permutations(range(len(shape)))))})"
+        elif kind == "reshape":
+            line = f"reshape({first}, shape={_reshaped(draw, shape)})"
+        else:
+            op = draw(st.sampled_from(EXACT))
+            if op in ("neg", "abs", "relu", "clone"):
+                line = f"{op}({first})"
+            elif op == "cast":
+                line = f"cast({first}, dtype={draw(dtypes)})"
+            else:
+                second = draw(st.sampled_from([*types, "0.3", "-2"]))
+                mixed = [types[n] for n in (first, second) if n in types]
+                if len({t.dtype for t in mixed}) > 1 and any(t.dim() == 0 for t in mixed):
+                    continue  # where a GPU's operators round such a scalar, a CPU's do not
+                line = f"{op}({first}, {second})"
+        try:
+            chain = program(", ".join(inputs), "\n".join([*lines, f"v{i} = {line}", f"v{i}"]))
+            result = chain.run(tensors)[0]
+        except (RuntimeError, ValueError):
+            continue
+        if result.numel() > 4096:
+            continue
+        types[f"v{i}"] = result
+        lines.append(f"v{i} = {line}")
+    made = [line.split(" = ")[0] for line in lines]
+    if not made:
+        lines, made = ["v0 = relu(x0)"], ["v0"]
+    outputs = draw(st.lists(st.sampled_from(made), min_size=1, max_size=4, unique=True))
+    return program(", ".join(inputs), "\n".join([*lines, ", ".join(outputs)])), tensors
+
+
+def _reshaped(draw: Draw, shape: torch.Size) -> tuple[int, ...]:
+    """Other sizes with as many elements."""
+    left, sizes = math.prod(shape), []
+    while left > 1:
+        size = draw(st.sampled_from([d for d in range(2, left + 1) if left % d == 0]))
+        sizes.append(size)
+        left //= size
+    for _ in range(draw(st.integers(0, 2))):
+        sizes.insert(draw(st.integers(0, len(sizes))), 1)
+    return tuple(sizes)
+
+
+@needs_compiler
+@settings(max_examples=30, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
+@given(programs())
+def test_random_programs(drawn: tuple[Program, list[Tensor]]) -> None:
+    chain, inputs = drawn
+    try:
+        emitted(chain, inputs)
+    except NotEmittable as refusal:  # a view of an input that is expanded
+        assert "in the same place" in str(refusal) or "arithmetic of" in str(refusal), refusal
+        return
+    check(chain, inputs)
