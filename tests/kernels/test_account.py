@@ -155,6 +155,16 @@ def test_a_reduction_that_no_tile_holds_says_why() -> None:
     assert why == "320 channels have more accumulators than a tile holds (256 channels)"
 
 
+def test_small_tensors_are_one_helper() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(32, 64, 3, stride=2), nn.BatchNorm3d(64), nn.ReLU()).eval()
+    plan = known(explained(model, (2, 32, 24, 24, 24)).regions[0].region)
+    assert [p.by for p in plan.parts] == ["helper", "kernel"] and plan.kernels == 1
+    small = plan.parts[0]
+    assert small.what == "add > rsqrt > mul > sub > mul > add" and small.launches == 1
+    assert (small.read, small.written) == (4 * 5 * 64, 4 * 2 * 64)  # of five vectors, a scale and a shift
+    assert 'extern "C" __global__ void __launch_bounds__(fxfuse::kBundleThreads)' in small.source
+
+
 def test_a_convolution_by_torch() -> None:
     """What is behind a convolution that torch runs is still a kernel of ours."""
     model = nn.Sequential(nn.ConvTranspose3d(512, 256, 4, stride=2, padding=1), nn.BatchNorm3d(256), nn.ReLU()).eval()

@@ -144,6 +144,15 @@ def test_options_and_architecture(compiled: list[str]) -> None:
         compile_cubin(source, "sm_1")
 
 
+def test_a_source_names_its_options(compiled: list[str]) -> None:
+    named = "// NVRTC: -DN=3 --fmad=false\n"
+    assert compile_cubin(f"{named}{SOURCE}").key == compile_cubin(f"{named}{SOURCE}", options=()).key
+    keys = {compile_cubin(f"{line}{SOURCE}").key for line in (named, named.replace("3", "4"), "")}
+    assert len(keys) == 3
+    with pytest.raises(ValueError, match="option -I/tmp"):
+        compile_cubin(f"// NVRTC: -I/tmp\n{SOURCE}")
+
+
 @pytest.mark.parametrize(
     "option", ["-I/usr/include", "-I", "--include-path=/x", "-include=x.h", "--pre-include=x.h", "-arch=sm_80", "--pch"]
 )
