@@ -19,6 +19,7 @@ from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.bundle import Bundler
 from fxfuse.kernels.emit_bundle import MOST_ADDRESSES, MOST_ELEMENTS, Emitted, emit_bundle
 from fxfuse.kernels.execute import convolution_of
+from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Schedule, _observe, examples, schedule
 from fxfuse.kernels.tail import Bundle, Step, Torch
@@ -359,14 +360,27 @@ def test_all_that_can_run_runs_with_what_is_needed(monkeypatch: pytest.MonkeyPat
     assert made.steps[1].makes == ("t", "q", "p")
 
 
+def sources(expression: Expression | None) -> list[tuple[str, int | None]]:
+    """The dims of tensors given to the chain that an expression strides over."""
+    fields = expression.fields if expression is not None else ()
+    return [(f.value, f.axis) for f in fields if f.kind == "stride" and len(f.value) == 1]
+
+
 def test_views_are_strides_of_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 1)
     made = cut(CONV.format("w", "b"), "z = group_norm(y, g, h, groups=2, eps=1e-5)", "z")
     _, norm = made.steps
     assert not isinstance(norm, (Bundle, Torch)) and {"g", "h"} <= {*norm.reads}
-    assert [(f.value, f.axis) for f in norm.before.fields if f.kind == "stride" and f.value in "gh"] == [
-        ("g", 0), ("h", 0),
-    ]  # fmt: skip
+    assert sources(norm.before) == [("g", 0), ("h", 0)]
+    views = (
+        "r = reshape(k, shape=(8, 1, 1, 1))",
+        "p = permute(t, dims=(2, 1, 0, 3))",
+        "z = mul(y, r)",
+        "u = add(z, p)",
+    )
+    made = cut(CONV.format("w", "b"), *views, "u", inputs=f"{INPUTS}, k: f32[1, 8, 1], t: f32[1, 1, 8, 8]")
+    assert not made.ahead and not made.steps and made.kernel is not None
+    assert sources(made.kernel.before) == [("k", 1), ("t", 2), ("t", 3)]
 
 
 def test_operators_that_are_torchs_are_few_kernels_only() -> None:
@@ -399,19 +413,30 @@ def test_large_views_stay_views() -> None:
     assert told(made.steps) == ["torch z: reshape"]
 
 
+def arranged(found: Program) -> tuple[Step, ...]:
+    """Of a program that torch had to run as a whole."""
+    values, whole = _observe(found, examples(found), FakeTensorMode()), Torch(found)
+    bundler = Bundler(values, (whole,), kernels=False)
+    return bundler.arrange(bundler.needed((whole,), found.outputs), found.outputs, all_small=False)
+
+
 def test_what_torch_makes_is_looked_at() -> None:
     """Its strides are a library's affair: a kernel reads it only where they are as planned."""
-    found = program(
-        "x: f32[4, 6, 8], w: f32[6]", "s = softmax(x, dim=1)\na = mul(s, 2.0)\nb = add(a, 1.0)\nc = neg(b)\nc"
-    )
-    inputs = examples(found)
-    values = dict(_observe(found, inputs, FakeTensorMode()))
-    whole = Torch(found)
-    bundler = Bundler(values, (whole,), kernels=False)
-    steps = bundler.arrange(bundler.needed((whole,), ("c",)), ("c",), all_small=False)
+    lines = "s = softmax(x, dim=1)\na = mul(s, 2.0)\nb = add(a, 1.0)\nc = neg(b)\nc"
+    steps = arranged(program("x: f32[4, 6, 8]", lines))
     assert told(steps) == ["torch s: softmax", "bundle c: one kernel on small tensors: mul > add > neg"]
     bundle = steps[1]
     assert isinstance(bundle, Bundle) and bundle.doubtful == (("s", (48, 8, 1)),)
+
+
+def test_what_is_not_there_yet_waits() -> None:
+    lines = ["a = add(x, 1.0)", "b = mul(a, 2.0)", "c = neg(b)", "s = softmax(c, dim=0)"]
+    lines += ["d = neg(s)", "e = mul(d, 2.0)", "f = add(e, b)", "dead = exp(f)", "f"]
+    assert told(arranged(program("x: f32[8]", "\n".join(lines)))) == [
+        "bundle b, c: one kernel on small tensors: add > mul > neg",
+        "torch s: softmax",
+        "bundle f: one kernel on small tensors: neg > mul > add",
+    ]
 
 
 @needs_compiler
