@@ -85,7 +85,7 @@ class Specialisation:
         """16-bit numbers that make a float32: two for float32's own accuracy."""
         return 2 if self.exact else 1
 
-    @property
+    @functools.cached_property
     def padded_channels(self) -> int:
         """Input channels per group in rows of shared memory."""
         return -(-self.layer.in_channels // self.chunk) * self.chunk
@@ -99,7 +99,7 @@ class Specialisation:
     def resident(self) -> bool:
         return self.chunks == 1
 
-    @property
+    @functools.cached_property
     def residues(self) -> int:
         return max(len(p.residues) for p in self.passes)
 
@@ -112,20 +112,20 @@ class Specialisation:
         """Positions q per thread block, the wasted ones among them."""
         return CONSUMERS * self.m_tiles * 64
 
-    @property
+    @functools.cached_property
     def region_bytes(self) -> int:
         """Shared memory for one buffer of x."""
         free = self.dynamic_bytes - 1024 - self.stages * STAGE_BYTES - self.staging_bytes
         return free // self.x_buffers // 1024 * 1024
 
-    @property
+    @functools.cached_property
     def dynamic_bytes(self) -> int:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
         static = 640 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
         return (SHARED_BYTES - static) // 1024 * 1024
 
-    @property
+    @functools.cached_property
     def stored_classes(self) -> int:
         """Elements of the output per row of a pass: residue classes, or one where they are pooled."""
         return 1 if self.pooled else self.residues
@@ -135,33 +135,33 @@ class Specialisation:
         """Channels that are stored of a tile."""
         return 1 if self.one else self.columns
 
-    @property
+    @functools.cached_property
     def lines(self) -> int:
         """Channels of a block that a warpgroup puts into shared memory at once, on its way to memory."""
         return 8 if self.stored_classes * self.m_tiles <= 4 else 4
 
-    @property
+    @functools.cached_property
     def buffers(self) -> int:
         """Such blocks that a warpgroup may have there."""
         return 2 if self.pooled else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))
 
-    @property
+    @functools.cached_property
     def pitch(self) -> int:
         """Elements from one channel of such a block to the next: those of all rows, and room to align runs."""
         return self.m_tiles * 64 * self.stored_classes + (72 if self.stored_classes == 1 else 80)
 
-    @property
+    @functools.cached_property
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way, of float32 or less, and for statistics of them."""
         return CONSUMERS * (self.buffers * self.lines * self.pitch + GATHERED) * 4
 
-    @property
+    @functools.cached_property
     def halo(self) -> tuple[int, int, int]:
         """Positions of x per dim that taps reach beyond those of the output."""
         low, high = reach(self.layer.residues)
         return high[0] - low[0], high[1] - low[1], high[2] - low[2]
 
-    @property
+    @functools.cached_property
     def pass_cycles(self) -> float:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
         return cycles(self.passes, self.columns) * (self.chunks * self.chunk // 16)

@@ -74,16 +74,26 @@ class Tiling:
 
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
     """Those whose region fits into shared memory. ``linear``: such tiles as well."""
-    for found in itertools.chain(_boxes(made, extents), _linear(made, extents) if linear else ()):
-        fits = found.rows_needed(made.halo) * made.chunk * 2 <= made.region_bytes
-        if fits and max(found.region) <= MOST_COPIED:
-            yield found
+    room = _room(made)
+    return (found for rows, found in _ways(made.m_tiles, made.halo, extents, linear) if rows <= room)
 
 
-def _boxes(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
+def _room(made: Specialisation) -> int:
+    """Rows of shared memory for one buffer of x."""
+    return made.region_bytes // (made.chunk * 2)
+
+
+# a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
+@functools.lru_cache(maxsize=64)
+def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[tuple[int, Tiling], ...]:
+    """Tilings, each with the rows of shared memory that it needs."""
+    ways = _boxes(m_tiles, halo, extents), _linear(m_tiles, halo, extents) if linear else ()
+    return tuple((t.rows_needed(halo), t) for t in itertools.chain(*ways) if max(t.region) <= MOST_COPIED)
+
+
+def _boxes(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
     """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim."""
-    halo = made.halo
-    for box, blocks in _box_sizes(made.m_tiles, extents, halo):
+    for box, blocks in _box_sizes(m_tiles, extents, halo):
         d, h, w = box
         for axis in range(3):
             size = [d, h, w]
@@ -96,9 +106,9 @@ def _boxes(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
                 base = [(z * rh + y) * rw + x for z, y, x in inside]
             else:
                 # consecutive rows of the region: as many as the box spans in it
-                if (d - 1) * rh * rw + (h - 1) * rw + w > made.m_tiles * 64:
+                if (d - 1) * rh * rw + (h - 1) * rw + w > m_tiles * 64:
                     continue
-                base = list(range(0, made.m_tiles * 64, 64))
+                base = list(range(0, m_tiles * 64, 64))
             rows = tuple(part * step + at for part in range(CONSUMERS) for at in base)
             half = tuple(b if i == axis else 0 for i, b in enumerate(box))
             counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
@@ -122,10 +132,10 @@ def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[
             yield (min(max(deepest, 1), extents[0]), h, w), False
 
 
-def _linear(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
+def _linear(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
     """Runs of a padded plane: one of twice the length, or two in neighbouring planes."""
     depth, height, width = extents
-    halo, rows = made.halo, made.m_tiles * 64
+    rows = m_tiles * 64
     rw = width + halo[2]
     for planes in range(1, CONSUMERS + 1):
         run = rows * CONSUMERS // planes
@@ -140,10 +150,17 @@ def _linear(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
 def best_fit(made: Specialisation, extents: Extents) -> float:
     """Part of the rows of the best tiles that are positions."""
-    return max((t.fit(extents) for t in tilings(made, extents, linear=_dense(made))), default=0.0)
+    room = _room(made)
+    return next((fit for fit, rows in _fits(made.m_tiles, made.halo, extents, _dense(made)) if rows <= room), 0.0)
+
+
+@functools.lru_cache(maxsize=256)
+def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[tuple[float, int], ...]:
+    """Of every tiling the part of the rows that are positions, the best first, and the rows that it needs."""
+    fits = ((t.fit(extents), rows) for rows, t in _ways(m_tiles, halo, extents, linear))
+    return tuple(sorted(fits, key=lambda f: f[0], reverse=True))
 
 
 def _dense(made: Specialisation) -> bool:
@@ -161,6 +178,8 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     best: tuple[tuple[float, int], Tiling] | None = None
     for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
+        if best is not None and multiply > best[0][0]:  # however it is stored
+            continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
         score = (estimate, math.prod(found.region))
         if best is None or score < best[0]:
