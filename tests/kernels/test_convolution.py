@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxfuse.kernels import tiling
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     PROMOTE_EVERY,
@@ -23,7 +26,18 @@ from fxfuse.kernels.convolution import (
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import MOST_COPIED, Store, Tiling, seconds, store_of, tile, tilings
+from fxfuse.kernels.tiling import (
+    CLOCK,
+    MOST_COPIED,
+    Store,
+    Tiling,
+    best_fit,
+    seconds,
+    store_of,
+    store_seconds,
+    tile,
+    tilings,
+)
 
 ONE = (1, 1, 1)
 MODEL_1 = Layer(32, 64, 1, (5, 5, 5), (2, 2, 2), (2, 2, 2), ONE)
@@ -242,3 +256,39 @@ def test_an_estimate_grows_with_the_work() -> None:
     small = seconds(made, 2, (16, 16, 16), (31, 31, 31), 31, 4)
     large = seconds(made, 16, (32, 32, 32), (63, 63, 63), 63, 4)
     assert 1e-5 < small < large < 1e-2
+
+
+# --- how long it takes to choose ----------------------------------------------------------------------
+def test_another_layer_makes_no_tiles_anew() -> None:
+    """What is counted is Python's own work; the time of a first call is mostly this."""
+    ways = tiling._ways.__wrapped__
+    tiling._fits.cache_clear()
+    with mock.patch.object(tiling, "_ways", functools.lru_cache(mock.Mock(wraps=ways))) as counted:
+        specialise(Layer(32, 64, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
+        made = counted.cache_info().misses
+        specialise(Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
+        tiling._fits.cache_clear()
+        specialise(Layer(96, 64, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
+        assert 0 < counted.cache_info().misses == made <= 12
+
+
+@given(layers(), st.tuples(*[st.integers(1, 40)] * 3), st.booleans())
+@settings(max_examples=40)
+def test_the_best_fit_is_that_of_the_tiles_that_fit(layer: Layer, extents: tuple[int, int, int], pooled: bool) -> None:
+    try:
+        made = specialise(layer, pooled=pooled, exact=False)
+    except Unsupported:
+        return
+    linear = pooled or math.prod(layer.stride) == 1
+    fits = [t.fit(extents) for t in tilings(made, extents, linear=linear)]
+    assert best_fit(made, extents) == max(fits, default=0.0)
+    if fits:  # what is skipped early is never the best
+        for row in (0, extents[2]):
+            found = tile(made, extents, row)
+
+            def estimate(t: Tiling, row: int = row) -> tuple[float, int]:
+                multiply = math.prod(t.counts) * len(t.row_base) * made.pass_cycles / CLOCK
+                return multiply + store_seconds(made, t, extents, row, 4), math.prod(t.region)
+
+            ways = tilings(made, extents, linear=row == 0 or linear)
+            assert estimate(found) == min(map(estimate, ways))
