@@ -191,8 +191,22 @@ FXFUSE_DEVICE float reciprocal_root(float x) {
 #endif
 }
 
-FXFUSE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-FXFUSE_DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
+// 1/x for x in [1, 2], to the last bit but one: a division branches, and a convolution's epilogue has few warps.
+FXFUSE_DEVICE float reciprocal_near_one(float x) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return 1.0f / x;
+#endif
+}
+
+FXFUSE_DEVICE float sigmoid(float x) {
+  const float power = expf(-fabsf(x)), larger = reciprocal_near_one(1.0f + power);
+  return x < 0.0f ? power * larger : larger;
+}
+FXFUSE_DEVICE float silu(float x) { return x * sigmoid(x); }
 FXFUSE_DEVICE float mish(float x) { return x * tanhf(log1pf(expf(x))); }
 FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
 FXFUSE_DEVICE float tanhshrink(float x) { return x - tanhf(x); }
