@@ -10,10 +10,13 @@ from torch import Tensor
 
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
-from fxfuse.kernels.schedule import Schedule
+from fxfuse.kernels.schedule import Launch, Schedule
 from fxfuse.kernels.tail import Bundle, Map, Torch
 from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare
 from fxfuse.program import Program
+
+#: sizes and strides
+Form = tuple[tuple[int, ...], tuple[int, ...]]
 
 # past torch.cuda's checks that CUDA is up: inputs lie on a GPU
 _current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
@@ -28,26 +31,38 @@ class Prepared:
     schedule: Schedule
     convolution: Convolution | None
     ahead: tuple[Run, ...]  # in front of the convolution
+    measuring: Convolution | None  #: the one that the schedule runs first, for statistics
+    between: tuple[Run, ...]  #: the steps between the two
     steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
     device: torch.device
     asks_torch: bool  #: torch's operators are among what runs
     apart: bool  #: every output has memory of its own
-    form: tuple[tuple[int, ...], tuple[int, ...]]  #: sizes and strides of what the convolution stores
+    form: Form  #: of what the convolution stores
     calls: Calls = dataclasses.field(default_factory=dict, repr=False)
+    measuring_calls: Calls = dataclasses.field(default_factory=dict, repr=False)
 
     @staticmethod
-    def of(program: Program, made: Schedule, convolution: Convolution | None, device: torch.device) -> Prepared:
-        """Compile and load the kernels of the schedule ``made`` of ``program``, but for the convolution's."""
+    def of(
+        program: Program,
+        made: Schedule,
+        convolution: Convolution | None,
+        device: torch.device,
+        measuring: Convolution | None = None,
+    ) -> Prepared:
+        """Compile and load the kernels of the schedule ``made`` of ``program``, but for the convolutions'.
+
+        ``convolution``, ``measuring``: the kernels of the schedule's launches of those names.
+        """
         last: dict[str, int] = {}
         for i, step in enumerate(made.steps):
             last.update(dict.fromkeys((*step.reads, *step.makes), i))
         with torch.cuda.device(device):
-            ahead = tuple(prepare(step, device) for step in made.ahead)
+            ahead, between = (tuple(prepare(step, device) for step in cut) for cut in (made.ahead, made.between))
             steps = tuple(
                 (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
                 for i, step in enumerate(made.steps)
             )
-        every = (*made.ahead, *made.steps)
+        every = (*made.ahead, *made.between, *made.steps)
         written = [n for s in every if isinstance(s, (Map, Bundle)) for n in s.makes]
         kernel = made.kernel
         if kernel is not None and kernel.keeps:
@@ -58,9 +73,11 @@ class Prepared:
             schedule=made,
             convolution=convolution,
             ahead=ahead,
+            measuring=measuring,
+            between=between,
             steps=steps,
             device=device,
-            form=((), ()) if kernel is None else (tuple(s or 0 for s in kernel.kind.shape), tuple(kernel.strides)),
+            form=_form(kernel),
             asks_torch=any(isinstance(s, Torch) for s in every),
             apart=len(set(program.outputs)) == len(program.outputs) and {*program.outputs} <= {*written},
         )
@@ -75,41 +92,51 @@ class Prepared:
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values = dict(zip(self.names, inputs, strict=True))
         if self.convolution is not None:
-            self._convolve(self.convolution, values)
+            kernel, measuring = self.schedule.kernel, self.schedule.measuring
+            assert kernel is not None
+            for ahead in self.ahead:
+                ahead(values)
+            if self.measuring is not None and measuring is not None:
+                _convolve(self.measuring, measuring, _form(measuring), self.measuring_calls, values)
+                for between in self.between:
+                    between(values)
+            _convolve(self.convolution, kernel, self.form, self.calls, values)
         for step, dead in self.steps:
             step(values)
             for name in dead:
                 values.pop(name, None)
         return [values[name] for name in self.outputs]
 
-    def _convolve(self, convolution: Convolution, values: dict[str, Tensor]) -> None:
-        kernel = self.schedule.kernel
-        assert kernel is not None
-        for step in self.ahead:
-            step(values)
-        kind = kernel.kind
-        if kernel.keeps:
-            out = empty(*self.form, kind.dtype)
-        else:
-            out = torch.empty_strided(*self.form, dtype=kind.dtype, device="meta")
-        moments = moments_of(kind) if kernel.gathers else None
-        convolution.run(
-            _three_dims(values[kernel.x]),
-            _three_dims(values[kernel.weight]),
-            None if kernel.bias is None else values[kernel.bias].contiguous(),
-            kernel.extents,
-            _three_dims(out.unsqueeze(1) if kernel.squeezed else out),
-            before=pack(kernel.before, values),
-            after=pack(kernel.after, values),
-            behind=pack(kernel.behind, values),
-            factor=kernel.factor,
-            moments=moments,
-            calls=self.calls,
-        )
-        if kernel.keeps:
-            values[kernel.stored] = out
-        if moments is not None:
-            values[moments_name(kernel.stored)] = moments
+
+def _convolve(convolution: Convolution, kernel: Launch, form: Form, calls: Calls, values: dict[str, Tensor]) -> None:
+    kind = kernel.kind
+    if kernel.keeps:
+        out = empty(*form, kind.dtype)
+    else:
+        out = torch.empty_strided(*form, dtype=kind.dtype, device="meta")
+    moments = moments_of(kind) if kernel.gathers else None
+    convolution.run(
+        _three_dims(values[kernel.x]),
+        _three_dims(values[kernel.weight]),
+        None if kernel.bias is None else values[kernel.bias].contiguous(),
+        kernel.extents,
+        _three_dims(out.unsqueeze(1) if kernel.squeezed else out),
+        before=pack(kernel.before, values),
+        after=pack(kernel.after, values),
+        behind=pack(kernel.behind, values),
+        factor=kernel.factor,
+        moments=moments,
+        calls=calls,
+    )
+    if kernel.keeps:
+        values[kernel.stored] = out
+    if moments is not None:
+        values[moments_name(kernel.stored)] = moments
+
+
+def _form(kernel: Launch | None) -> Form:
+    """Sizes and strides of what a convolution stores."""
+    return ((), ()) if kernel is None else (tuple(s or 0 for s in kernel.kind.shape), tuple(kernel.strides))
 
 
 def _three_dims(x: Tensor) -> Tensor:

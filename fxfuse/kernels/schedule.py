@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -110,7 +110,9 @@ class Launch:
 class Schedule:
     """``first``, then ``kernel``, if there is one, then ``rest``: the chain's outputs.
 
-    ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into.
+    ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into. ``measuring``: the same convolution, run before for
+    the statistics of its value alone; ``between``: the steps that make of them what ``kernel`` reads. See
+    :mod:`fxfuse.kernels.twice`.
     """
 
     first: Program
@@ -118,11 +120,16 @@ class Schedule:
     rest: Program
     steps: tuple[Step, ...]
     ahead: tuple[Step, ...] = ()
+    measuring: Launch | None = None
+    between: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
         first = [f"first {s}" for s in self.ahead]
-        kernel = [f"one kernel: {self.kernel}"] if self.kernel is not None else []
-        return "; ".join([*first, *kernel, *(f"then {s}" for s in self.steps)])
+        measuring = [f"one kernel: {self.measuring}"] if self.measuring is not None else []
+        again = "then the convolution again" if measuring else "one kernel"
+        kernel = [f"{again}: {self.kernel}"] if self.kernel is not None else []
+        between, steps = ([f"then {s}" for s in each] for each in (self.between, self.steps))
+        return "; ".join([*first, *measuring, *between, *kernel, *steps])
 
 
 def examples(program: Program) -> list[Tensor]:
@@ -139,28 +146,41 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     ``anchored``: a kernel makes the convolution; else torch does, and only the steps behind it are cut.
     ``exact``: float32 convolutions have float32's accuracy, not TF32's, which takes more registers.
     """
-    mode = FakeTensorMode()
-    observed = _observe(program, inputs, mode)
-    versions = _versions(program, observed, inputs, mode)
+    observed = observe(program, inputs)
+    found = versions(program, observed, inputs)
     if not anchored:
-        whole, values = next((p, v) for p, v in versions if _same_forms(program, observed, v))
+        whole, values = next((p, v) for p, v in found if _same_forms(program, observed, v))
         return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values)), values)
+    return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
+
+
+def cut(program: Program, values: Mapping[str, Tensor], *, exact: bool) -> Schedule:
+    """``program`` in three, its ``rest`` not yet cut into steps. ``values``: as of :func:`observe`."""
+    return _Cutter(program, values, exact=exact).schedule()
+
+
+def best(
+    program: Program, observed: Mapping[str, Tensor], cuts: Sequence[tuple[Schedule, Mapping[str, Tensor]]]
+) -> Schedule:
+    """Of the ``cuts`` of ``program``, each with all values that it names, the best one, with its steps.
+
+    ``observed``: the values of ``program``, whose outputs tell which forms results have.
+    """
     found = []
-    for version, values in versions:
-        for made in _layouts(_Cutter(version, values, exact=exact).schedule(), program.outputs):
+    for one, values in cuts:
+        for made in _layouts(one, program.outputs, observed):
             assert made.kernel is not None
-            values[made.kernel.stored] = _stand_in(mode, made.kernel, inputs[0].device)
-            again = _observe(made.rest, [values[name] for name, _ in made.rest.inputs], mode)
-            if _same_forms(program, observed, again):
-                everything = {**values, **again}
-                found.append((_with_steps(made, everything), everything))
+            there = {**values, made.kernel.stored: _stand_in(made.kernel, values[made.kernel.x])}
+            there |= observe(made.rest, [there[name] for name, _ in made.rest.inputs])
+            if _same_forms(program, observed, there):
+                found.append((_with_steps(made, there), there))
     if not found:
         raise Unscheduled("a result would come out in another layout than from torch's operators")
     return _bundled(*min(found, key=lambda f: _passes_by_torch(f[0])))  # the first of equals
 
 
-def _versions(
-    program: Program, observed: dict[str, Tensor], inputs: Sequence[Tensor], mode: FakeTensorMode
+def versions(
+    program: Program, observed: dict[str, Tensor], inputs: Sequence[Tensor]
 ) -> list[tuple[Program, dict[str, Tensor]]]:
     """What means the same as ``program``, the best for kernels first, each with its values."""
     plain = program
@@ -168,9 +188,9 @@ def _versions(
     pools = any(vocabulary.lookup(i.op).kind is Kind.POOL for i in program.body)
     if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
         plain = unfold(program)  # a pool of plain outputs is cheaper than one of scaled ones
-    found = {plain: _observe(plain, inputs, mode)}
+    found = {plain: observe(plain, inputs)}
     split = _split(plain, found[plain])
-    return [*({split: _observe(split, inputs, mode)} | found | {program: observed}).items()]
+    return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
 
 
 def _passes_by_torch(made: Schedule) -> int:
@@ -182,14 +202,19 @@ def _passes_by_torch(made: Schedule) -> int:
     return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
 
 
-def _layouts(made: Schedule, outputs: Sequence[str]) -> Iterator[Schedule]:
-    """The schedule as it is; and, where the stored value is no output, with that laid out in the other way."""
-    yield made
+def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Tensor]) -> Iterator[Schedule]:
+    """The schedule with the stored value laid out as it is and in the other way; an output, as torch has it."""
     kernel = made.kernel
     assert kernel is not None
-    if kernel.stored not in outputs and not kernel.squeezed:
-        other = "contiguous" if kernel.layout == "channels_last" else "channels_last"
-        strides = dense(kernel.kind.shape, other)
+    ways = [
+        kernel.strides,
+        dense(kernel.kind.shape, "contiguous" if kernel.layout == "channels_last" else "channels_last"),
+    ]
+    if kernel.squeezed:
+        ways = ways[:1]
+    elif kernel.stored in outputs:
+        ways = [s for s in [observed[kernel.stored].stride()] if layout_of(kernel.kind.shape, s) is not None]
+    for strides in ways:
         yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
 
 
@@ -208,25 +233,38 @@ def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
 
 def _bundled(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
     """The schedule with what torch had to run on small tensors as kernels, too."""
-    kernel, first, outputs = made.kernel, Torch(made.first), made.rest.outputs
-    bundler = Bundler(
-        values, (first, *made.steps), kernels=not all(isinstance(s, Torch) for s in (*made.steps, kernel))
-    )
-    if kernel is not None:
-        before, after = (bundler.direct(e) for e in (kernel.before, kernel.after))
-        kernel = dataclasses.replace(kernel, before=before, after=after)
-    rest = bundler.needed([bundler.see_through(s) for s in made.steps], outputs)
-    wanted = {*outputs, *(kernel.reads if kernel is not None else ()), *(n for item in rest for n in reads_of(item))}
+    kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
+    first = Torch(made.first)
+    kernels = not all(isinstance(s, Torch) for s in (*made.steps, kernel))
+    bundler = Bundler(values, (first, *made.between, *made.steps), kernels=kernels)
+    kernel, measuring = (None if k is None else _direct(k, bundler) for k in (kernel, measuring))
+    between, rest = ([bundler.see_through(s) for s in steps] for steps in (made.between, made.steps))
+    behind = bundler.needed(rest, outputs)
+    late = {*outputs, *_reads(kernel), *(n for item in behind for n in reads_of(item))}
+    middle = bundler.needed(between, late)
+    wanted = {*late, *_reads(measuring), *(n for item in middle for n in reads_of(item))}
     ahead = bundler.needed([first], wanted)
-    all_small = bundler.leaves_nothing([*ahead, *rest])
+    all_small = bundler.leaves_nothing([*ahead, *middle, *behind])
     body = [i for i in ahead if isinstance(i, Instr)]
     return dataclasses.replace(
         made,
         first=bundler.program(body, tuple(o for i in body for o in i.outs if o in wanted)),
         kernel=kernel,
+        measuring=measuring,
         ahead=bundler.arrange(ahead, wanted, all_small=all_small),
-        steps=bundler.arrange(rest, outputs, all_small=all_small),
+        between=bundler.arrange(middle, late, all_small=all_small),
+        steps=bundler.arrange(behind, outputs, all_small=all_small),
     )
+
+
+def _direct(kernel: Launch, bundler: Bundler) -> Launch:
+    """The kernel, with the operands that are views read where their sources lie."""
+    before, after, behind = (bundler.direct(e) for e in (kernel.before, kernel.after, kernel.behind))
+    return dataclasses.replace(kernel, before=before, after=after, behind=behind)
+
+
+def _reads(kernel: Launch | None) -> tuple[str, ...]:
+    return () if kernel is None else kernel.reads
 
 
 def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
@@ -244,9 +282,9 @@ def _same_forms(program: Program, values: Mapping[str, Tensor], others: Mapping[
     return all(_form(values[name]) == _form(others[name]) for name in program.outputs)
 
 
-def _observe(program: Program, inputs: Sequence[Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
-    """Every value of the program, without its elements."""
-    with mode, torch.no_grad(), no_autocast():
+def observe(program: Program, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every value of the program, without its elements. ``inputs`` may be fake tensors, or others."""
+    with FakeTensorMode(), torch.no_grad(), no_autocast():
         values = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
             for (name, _), t in zip(program.inputs, inputs, strict=True)
@@ -262,10 +300,9 @@ def _observe(program: Program, inputs: Sequence[Tensor], mode: FakeTensorMode) -
     return values
 
 
-def _stand_in(mode: FakeTensorMode, kernel: Launch, device: torch.device) -> Tensor:
+def _stand_in(kernel: Launch, x: Tensor) -> Tensor:
     sizes = [s or 0 for s in kernel.kind.shape]
-    with mode:
-        return torch.empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype, device=device)
+    return x.new_empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype)
 
 
 def _form(value: Tensor) -> tuple[object, ...]:
@@ -438,12 +475,15 @@ class _Cutter:
         rest = needed_by([instead.get(i.outs[0], i) for i in body if i not in first], self.program.outputs)
         wanted = {*kernel.reads, *self.program.outputs, *(n for i in rest for n in i.reads())}
         given = tuple(out for i in first for out in i.outs if out in wanted)
-        return Schedule(self._program(first, given), kernel, self._program(rest, self.program.outputs), ())
+        outputs = self.program.outputs
+        return Schedule(program_of(first, given, self.types), kernel, program_of(rest, outputs, self.types), ())
 
-    def _program(self, body: Sequence[Instr], outputs: tuple[str, ...]) -> Program:
-        made = {out for i in body for out in i.outs}
-        read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
-        return Program(tuple((n, self.types[n]) for n in read if n not in made), tuple(body), outputs)
+
+def program_of(body: Sequence[Instr], outputs: Iterable[str], types: Mapping[str, TensorType]) -> Program:
+    """The program of these instructions; what they or the outputs read and none of them makes are its inputs."""
+    outputs, made = tuple(outputs), {out for i in body for out in i.outs}
+    read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
+    return Program(tuple((n, types[n]) for n in read if n not in made), tuple(body), outputs)
 
 
 def _name(instr: Instr, operand: int) -> str:

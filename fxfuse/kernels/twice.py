@@ -1,0 +1,93 @@
+"""The convolution run twice: for the statistics of its value, and again to make of them what is stored.
+
+A normalisation needs the value before its first element is ready. A schedule that runs the convolution once writes
+the value and reads it again. This one never writes it: the first run stores statistics alone, the second one has
+the normalisation in its pointwise chain, and a pool behind that where residue classes make it. Pure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxfuse.instr import Instr, TensorType
+from fxfuse.kernels.chains import needed_by
+from fxfuse.kernels.means import pool_first
+from fxfuse.kernels.schedule import Schedule, best, cut, observe, program_of, versions
+from fxfuse.kernels.tail import plan
+from fxfuse.program import Program
+
+
+def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: bool = False) -> Schedule | None:
+    """The schedule for ``inputs`` that runs the convolution twice; None where there is none, or no use for it.
+
+    ``once``: the schedule that runs it once. There is use for another where that one's kernel stores a value whose
+    statistics it gathers, and nothing but what is made of both needs that value. ``exact``: as of ``schedule``.
+    """
+    kernel = once.kernel
+    if kernel is None or not (kernel.gathers and kernel.keeps):
+        return None
+    observed = observe(program, inputs)
+    for version, values in versions(program, observed, inputs):
+        made = _cut(version, values, exact)
+        if made is not None:
+            return best(program, observed, [made])
+    return None
+
+
+def _cut(
+    program: Program, given: Mapping[str, Tensor], exact: bool
+) -> tuple[Schedule, Mapping[str, Tensor]] | None:
+    """A version of the program cut for two runs, and its values; None for one whose first run gathers nothing."""
+    first = cut(program, given, exact=exact)
+    assert first.kernel is not None
+    value = first.kernel.stored
+    measured = [i for i in first.rest.body if i.op == "statistics" and value in i.reads()]
+    if not measured or first.kernel.fold is not None:
+        return None
+    later, values = _later(program, given, measured)
+    second = cut(later, values, exact=exact)
+    assert second.kernel is not None
+    if second.kernel.stored == value:
+        return None  # something else needs it
+    return _together(program, first, second, measured, values), values
+
+
+def _later(
+    program: Program, given: Mapping[str, Tensor], measured: Sequence[Instr]
+) -> tuple[Program, Mapping[str, Tensor]]:
+    """The program of which the statistics are inputs, and all values of both."""
+    types = _types(given)
+    inputs = (*program.inputs, *((out, types[out]) for i in measured for out in i.outs))
+    body = tuple(needed_by([i for i in program.body if i not in measured], program.outputs))
+    later = pool_first(Program(inputs, body, program.outputs), types)
+    return later, {**given, **observe(later, [given[name] for name, _ in later.inputs])}
+
+
+def _together(
+    program: Program, first: Schedule, second: Schedule, measured: Sequence[Instr], values: Mapping[str, Tensor]
+) -> Schedule:
+    """The schedule of both runs, made of the schedules of each. The second one needs the first one's results."""
+    assert first.kernel is not None and second.kernel is not None
+    early, between = [*first.first.body], [*measured]
+    known = {n for n, _ in program.inputs} | {out for i in early for out in i.outs}
+    for instr in (i for i in second.first.body if i not in early):
+        waits = not known.issuperset(instr.reads())
+        (between if waits else early).append(instr)
+        known.update(() if waits else instr.outs)
+    types = _types(values)
+    behind = {*second.kernel.reads, *(n for n, _ in second.rest.inputs)}
+    middle = program_of(between, [out for i in between for out in i.outs if out in behind], types)
+    wanted = {*first.kernel.reads, *(n for n, _ in middle.inputs), *behind}
+    return dataclasses.replace(
+        second,
+        first=program_of(early, [out for i in early for out in i.outs if out in wanted], types),
+        measuring=dataclasses.replace(first.kernel, gathers=True, keeps=False),
+        between=plan(middle, values, first.kernel.stored),
+    )
+
+
+def _types(values: Mapping[str, Tensor]) -> dict[str, TensorType]:
+    return {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
