@@ -19,17 +19,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import timing
+from fxfuse.instr import TensorType
 from fxfuse.kernels import dump, kept, measure
 from fxfuse.kernels.arithmetic import HEADER
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.estimate import Types, works
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
 from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
+from fxfuse.kernels.twice import twice
 from fxfuse.program import Program
 from fxfuse.region import Region
 from fxfuse.tolerance import tf32_allowed
@@ -40,18 +43,23 @@ log = logging.getLogger(__name__)
 MOST_PREPARED = 1024
 
 
-ENGINE, CUDNN, TORCH = "engine", "cudnn", "torch"
+ENGINE, TWICE, CUDNN, TORCH = "engine", "twice", "cudnn", "torch"
+#: the convolution runs twice where that takes less than this part of the time of the other way, by estimate; and is
+#: not considered any further from this part on
+WORTH_TWICE, HOPELESS = 0.97, 1.45
 
 Strides = Sequence[Sequence[int]] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by kernels behind
-    torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
+    """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by the same with a
+    first run of the convolution for statistics ("twice"), by kernels behind torch's convolution ("cudnn"), or by
+    torch's operators alone ("torch"), which has no schedule.
 
-    ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the measurement
-    that chose it.
+    ``measuring``: the kernel of that first run. ``estimate``: what the estimate says of one run and of two, where there
+    is a choice. ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the
+    measurement that chose it.
     """
 
     name: str
@@ -59,29 +67,31 @@ class Candidate:
     convolution: Convolution | None = None
     refusal: str | None = None
     choice: Choice | None = None
+    measuring: Convolution | None = None
+    estimate: str | None = None
 
     def __str__(self) -> str:
         plan = "torch's operators" if self.schedule is None else str(self.schedule)
         if self.choice is not None:
             return f"{plan} (measured: {self.choice})"
-        if self.refusal is None or self.name == ENGINE:
+        if self.convolution is not None:
+            return plan if self.estimate is None else f"{plan} ({self.estimate})"
+        if self.refusal is None:
             return plan
         return f"{plan}: {self.refusal}" if self.schedule is None else f"{plan} ({self.refusal})"
 
     def sources(self) -> list[tuple[str, str]]:
         """A name and the CUDA C++ for each of its sources, in the order in which they run."""
-        if self.schedule is None:
+        made = self.schedule
+        if made is None:
             return []
-        ahead, steps = (
-            [(kind_of(step), text) for step in cut if (text := source_of(step))]
-            for cut in (self.schedule.ahead, self.schedule.steps)
-        )
-        if self.convolution is None:
-            return steps
-        kernel = self.schedule.kernel
-        assert kernel is not None
-        text = self.convolution.source(self.convolution.tiling(kernel.sizes)[1])
-        return [*ahead, ("convolution", text), *steps]
+        found = [(kind_of(step), text) for step in made.ahead if (text := source_of(step))]
+        first = "measuring", made.measuring, self.measuring, made.between
+        for name, kernel, convolution, steps in (first, ("convolution", made.kernel, self.convolution, made.steps)):
+            if kernel is not None and convolution is not None:
+                found.append((name, convolution.source(convolution.tiling(kernel.sizes)[1])))
+            found += [(kind_of(step), text) for step in steps if (text := source_of(step))]
+        return found
 
 
 def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
@@ -154,18 +164,15 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
     ``hopper``: the device has the matrix instructions that the convolution's kernel needs.
     """
     refusal: str | None = "the convolution's kernel needs a Hopper GPU"
-    engine = None
+    ours: list[Candidate] = []
     if hopper:
         try:
-            made = schedule(program, inputs, exact=exact)
-            assert made.kernel is not None
-            convolution = convolution_of(made.kernel, exact=exact)
-            reason = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
-            engine, refusal = Candidate(ENGINE, made, convolution, reason), reason
+            ours = _by_engine(program, inputs, exact)
+            refusal = ours[0].refusal
         except (Unscheduled, Unsupported) as refused:
             refusal = str(refused)
-    if engine is not None and refusal is None:
-        yield engine
+    if refusal is None:
+        yield from ours
     try:
         made = schedule(program, inputs, anchored=False)
         if not all(isinstance(s, Torch) for s in made.steps):
@@ -173,8 +180,37 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
     except Unscheduled as refused:
         refusal = str(refused)
     yield Candidate(TORCH, refusal=refusal)
-    if engine is not None and engine.refusal is not None:
-        yield engine
+    yield from (c for c in ours if c.refusal is not None)
+
+
+def _by_engine(program: Program, inputs: Sequence[Tensor], exact: bool) -> list[Candidate]:
+    """With the convolution's own kernel, run once or twice, the faster way by estimate first."""
+    made = schedule(program, inputs, exact=exact)
+    assert made.kernel is not None
+    convolution = convolution_of(made.kernel, exact=exact)
+    refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
+    once = Candidate(ENGINE, made, convolution, refusal)
+    try:
+        again = twice(program, inputs, made, exact=exact)
+        if again is None or again.kernel is None or again.measuring is None:
+            return [once]
+        second, first = (convolution_of(k, exact=exact) for k in (again.kernel, again.measuring))
+    except (Unscheduled, Unsupported):
+        return [once]
+    both = once, Candidate(TWICE, again, second, refusal, measuring=first)
+    given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
+    one, two = (_seconds(given, c, exact) for c in both)
+    if two > HOPELESS * one:
+        return [once]
+    told = f"by estimate {one * 1e3:.2f} ms with one run of the convolution, {two * 1e3:.2f} ms with two"
+    found = [dataclasses.replace(c, estimate=told) for c in both]
+    return found[::-1] if two < WORTH_TWICE * one else found
+
+
+def _seconds(given: Types, plan: Candidate, exact: bool) -> float:
+    assert plan.schedule is not None
+    parts = works(given, plan.schedule, plan.convolution, plan.measuring, exact=exact)
+    return sum(work.seconds for _, work in parts)
 
 
 def _input_sizes(program: Program, kernel: Launch, inputs: Sequence[Tensor]) -> tuple[int, tuple[int, int, int]]:
@@ -304,7 +340,8 @@ def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tupl
     """Prepare a candidate and run it once, which compiles; (None, None) for torch's operators. Raises Unsupported."""
     if candidate.schedule is None:
         return None, None
-    made = Prepared.of(region.rewritten, candidate.schedule, candidate.convolution, inputs[0].device)
+    kernels, device = (candidate.convolution, candidate.measuring), inputs[0].device
+    made = Prepared.of(region.rewritten, candidate.schedule, kernels[0], device, kernels[1])
     return made, made.run(inputs)
 
 

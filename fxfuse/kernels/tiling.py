@@ -234,14 +234,31 @@ def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     return min(1.0, 2 / (run * itemsize / 32 + 1))
 
 
-def seconds(made: Specialisation, batch: int, sizes: Extents, extents: Extents, row: int, itemsize: int) -> float:
-    """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim."""
+def seconds(
+    made: Specialisation,
+    batch: int,
+    sizes: Extents,
+    extents: Extents,
+    row: int,
+    itemsize: int,
+    *,
+    keeps: bool = True,
+    epilogue: float = 0.0,
+) -> float:
+    """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
+
+    ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
+    """
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
     tiling = tile(made, (d, h, w), row, itemsize)
     tiles = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
     waves = -(-tiles // PROCESSORS)
-    one = len(tiling.row_base) * made.pass_cycles / CLOCK
-    one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
+    accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes)
+    multiply = len(tiling.row_base) * made.pass_cycles
+    # what one warpgroup does with its accumulators is hidden by the other one's products, and no more than that
+    one = max(multiply, multiply / CONSUMERS + accumulators * epilogue) / CLOCK
+    if keeps:
+        one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
     read = batch * made.layer.groups * made.layer.in_channels * math.prod(sizes)
     return waves * one + read * 4 / ROWS_RATE + LAUNCHES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fxfuse.kernels import account as rates
+from fxfuse.kernels import estimate as rates
 from fxfuse.kernels.account import Account, Part
 from fxfuse.kernels.jit import Cubin, compile_cubin, compiled
 from fxfuse.report import text, words

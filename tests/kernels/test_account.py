@@ -13,7 +13,8 @@ import torch
 from reports import explained
 from torch import Tensor, nn
 
-from fxfuse.kernels.account import BANDWIDTH, FLOAT_RATE, HALF_RATE, LAUNCH, TF32_RATE, Account, account
+from fxfuse.kernels.account import Account, account
+from fxfuse.kernels.estimate import BANDWIDTH, FLOAT_RATE, HALF_RATE, LAUNCH, TF32_RATE
 from fxfuse.models import CASES
 from fxfuse.region import Region
 

@@ -1,0 +1,219 @@
+"""What the parts of a plan do and how long they take on an H100, by estimate: bytes, multiply-adds, seconds. Pure.
+
+Seconds of torch's operators are a lower bound: the memory traffic at copy bandwidth, or the products at the rate of
+the matrix units, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from fxfuse.instr import TensorType
+from fxfuse.kernels.chains import elements
+from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.cost import MACHINES, Operator, operators
+from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.schedule import Launch, Schedule
+from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.tiling import Extents, seconds
+from fxfuse.program import Program
+
+#: bytes per second that an H100 copies
+BANDWIDTH = MACHINES["cuda"].bandwidth
+#: multiply-adds per second of 16-bit products, measured on an H100 (751 TFLOP/s): kernels of ours make TF32's
+#: products of those, and float32's of three; and of TF32 products, as torch's operators make them
+HALF_RATE, TF32_RATE = 3.75e14, MACHINES["cuda"].macs
+#: multiply-adds per second of float32 without matrix units (67 TFLOP/s, as specified)
+FLOAT_RATE = 3.35e13
+#: seconds that one more kernel in a queue takes at least
+LAUNCH = 2e-6
+#: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
+#: where it becomes a part of statistics, a part of a pool, and for every addition's worth of a pointwise chain. Read
+#: off chains on an H100 (benchmarks/results/h100_chains.json, h100_random.json): few warps hide little of a latency
+GATHERED, POOLED, POINTWISE = 0.4, 0.2, 0.045
+
+Types = Mapping[str, TensorType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """``launches``: on the GPU, helpers included (of torch's operators one each). ``read``, ``written``: bytes,
+    workspaces included. ``seconds``: an estimate; ``floor``: what traffic and products take at least.
+    """
+
+    launches: int
+    read: int
+    written: int
+    macs: int
+    seconds: float
+    floor: float
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations per byte."""
+        return 2 * self.macs / self.bytes if self.bytes else 0.0
+
+
+def works(
+    given: Types,
+    schedule: Schedule,
+    convolution: Convolution | None,
+    measuring: Convolution | None = None,
+    *,
+    exact: bool,
+) -> Iterator[tuple[Launch | Step, Work]]:
+    """The parts of a plan in the order in which they run, and what each does.
+
+    ``given``: the types of the inputs, of known sizes. ``convolution``, ``measuring``: the kernels of the launches of
+    those names. ``exact``: torch's operators have float32's accuracy, not TF32's.
+    """
+    types = dict(given)
+    runs = (
+        (None, None, schedule.ahead),
+        (schedule.measuring, measuring, schedule.between),
+        (schedule.kernel, convolution, schedule.steps),
+    )
+    for kernel, engine, steps in runs:
+        if kernel is not None and engine is not None:
+            yield kernel, _convolution(kernel, engine.made, types)
+            types[kernel.stored] = kernel.kind
+        for step in steps:
+            yield step, by_torch(step.program, exact) if isinstance(step, Torch) else _by_kernel(step, types)
+            types.update(_made(step))
+
+
+# --- the convolution ------------------------------------------------------------------------------
+def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
+    """The kernel and its helpers: x and the weights are written, and read again, as rows of 16-bit numbers."""
+    layer, x = made.layer, types[kernel.x]
+    scaled = kernel.dtype is torch.float32
+    n, _, *sizes = (s or 0 for s in x.shape)
+    rows = n * math.prod(sizes) * made.padded_channels * layer.groups * made.parts * 2
+    packed = layer.groups * made.column_tiles * made.weight_bytes
+    moments = n * layer.out_channels * layer.groups * 16 if kernel.gathers else 0
+    stored = size_of(kernel.kind) if kernel.keeps else 0
+    # x is read once to be measured, where samples are scaled, and once to be made rows
+    read = bytes_of(types, kernel.reads) + (size_of(x) if scaled else 0) + rows + packed
+    written = rows + packed + stored + moments
+    weight = layer.in_channels * layer.groups * layer.out_channels * layer.volume
+    macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
+    helpers = (scaled or kernel.bias is not None) + (scaled and kernel.keeps) + kernel.gathers
+    return Work(
+        launches=2 + helpers,
+        read=read,
+        written=written,
+        macs=macs,
+        seconds=_seconds(kernel, made, n, _three(sizes)),
+        floor=max((read + written) / BANDWIDTH, macs * (3 if made.exact else 1) / HALF_RATE),
+    )
+
+
+def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -> float:
+    row = kernel.sizes[2] if kernel.layout == "contiguous" and kernel.keeps else 0
+    itemsize = kernel.kind.dtype.itemsize
+    epilogue = _epilogue(kernel)
+    return seconds(made, batch, sizes, kernel.sizes, row, itemsize, keeps=kernel.keeps, epilogue=epilogue)
+
+
+def _epilogue(kernel: Launch) -> float:
+    """Cycles per accumulator: of a pool's result, the part that falls on one."""
+    before, after, behind = (_flops(e) * POINTWISE for e in (kernel.before, kernel.after, kernel.behind))
+    after += behind if kernel.fold is None or kernel.fold.keeps else behind / kernel.fold.channels
+    gathered = GATHERED if kernel.gathers else 0.0
+    if not kernel.combine:
+        return before + after + gathered
+    return POOLED + before + (after + gathered) / math.prod(kernel.layer.stride)
+
+
+def _flops(expression: Expression | None) -> int:
+    return 0 if expression is None else expression.flops
+
+
+# --- the steps around it --------------------------------------------------------------------------
+def _by_kernel(step: Map | Gather | Bundle, types: Types) -> Work:
+    if isinstance(step, Bundle):
+        return _memory_bound(1, bytes_of(types, step.made.reads), sum(map(size_of, step.kinds)))
+    if isinstance(step, Map):
+        return _memory_bound(1, bytes_of(types, step.reads), size_of(step.kind))
+    read = size_of(step.kind) if step.layout else 0
+    return _memory_bound(len(step.instrs) + (2 if step.layout else 0), read, bytes_of(_made(step), step.makes))
+
+
+def _memory_bound(launches: int, read: int, written: int) -> Work:
+    floor = (read + written) / BANDWIDTH
+    return Work(launches, read, written, 0, floor + launches * LAUNCH, floor)
+
+
+def by_torch(program: Program, exact: bool) -> Work:
+    """A program of known sizes, operator by operator."""
+    run = run_by(program)
+    floor = sum(_least(o, exact) for o in run)
+    return Work(
+        launches=len(run),
+        read=sum(o.read for o in run),
+        written=sum(o.written for o in run),
+        macs=sum(o.macs for o in run),
+        seconds=floor + len(run) * LAUNCH,
+        floor=floor,
+    )
+
+
+def run_by(program: Program) -> list[Operator]:
+    """The operators of a program of known sizes that launch something."""
+    found = operators(program)
+    assert found is not None
+    return [o for o in found if o.read or o.written]
+
+
+def _least(operator: Operator, exact: bool) -> float:
+    wide = FLOAT_RATE if exact else TF32_RATE
+    rate = HALF_RATE if operator.results[0].dtype.itemsize == 2 else wide
+    return max((operator.read + operator.written) / BANDWIDTH, operator.macs / rate)
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+def types_of(program: Program) -> dict[str, TensorType]:
+    """The types of all values of a program of known sizes."""
+    found = operators(program)
+    assert found is not None
+    made = ((out, kind) for o in found for out, kind in zip(o.instr.outs, o.results, strict=True))
+    return {**dict(program.inputs), **dict(made)}
+
+
+def _made(step: Step) -> dict[str, TensorType]:
+    """The types of what a step makes."""
+    if isinstance(step, Torch):
+        types = types_of(step.program)
+        return {name: types[name] for name in step.makes}
+    if isinstance(step, Map):
+        return {step.stored: step.kind}
+    if isinstance(step, Bundle):
+        return dict(zip(step.makes, step.kinds, strict=True))
+    n, c, *spatial = step.kind.shape
+    ones = (1,) * len(spatial)
+    shapes = ((1 if dict(i.attributes)["batch"] else n, c, *ones) for i in step.instrs for _ in i.outs)
+    return {name: TensorType(torch.float32, shape) for name, shape in zip(step.makes, shapes, strict=True)}
+
+
+def _three(sizes: Sequence[int | None]) -> Extents:
+    d, h, w = (1, 1, 1, *(s or 0 for s in sizes))[-3:]
+    return d, h, w
+
+
+def size_of(kind: TensorType) -> int:
+    """Bytes of a tensor."""
+    return elements(kind) * kind.dtype.itemsize
+
+
+def bytes_of(types: Types, names: Iterable[str]) -> int:
+    """Bytes of all of them."""
+    return sum(size_of(types[n]) for n in names)
