@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
@@ -81,7 +82,7 @@ def run(seed: int, device: str) -> Outcome:
     heard = _Heard()
     try:
         gpu = emulated(seed) if device == "emulated" else contextlib.nullcontext()
-        with heard, gpu, kernels_always(drawn.anchored), _precision(drawn):
+        with heard, gpu, kernels_always(drawn.anchored, twice=seed % 2 == 1), _precision(drawn):
             _check(drawn, device, outcome)
         if heard.messages:
             raise AssertionError(heard.messages[0])
@@ -203,7 +204,9 @@ def kinds_of(made: Schedule) -> Iterator[str]:
             yield f"convolution that folds {kernel.fold.combine}"
         if kernel.gathers:
             yield f"convolution that gathers{'' if kernel.keeps else ' and keeps nothing'}"
-    for step in made.steps:
+    if made.measuring is not None:
+        yield "convolution run twice"
+    for step in (*made.between, *made.steps):
         if isinstance(step, tail.Gather):
             yield f"statistics, {step.layout or 'gathered'}"
         elif isinstance(step, tail.Torch):
@@ -249,13 +252,15 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
 
 # --- switches -------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def kernels_always(anchored: bool = True) -> Iterator[None]:
-    """Kernels run whether they are the faster or not; the convolution's only where ``anchored``."""
+def kernels_always(anchored: bool = True, *, twice: bool = False) -> Iterator[None]:
+    """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``."""
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
         for module in (tail, schedule):
             stack.enter_context(mock.patch.object(module, "LEAST_ELEMENTS", 1))
         stack.enter_context(mock.patch.object(execute, "slower", slower))
+        for part in ("WORTH_TWICE", "HOPELESS") if twice else ():
+            stack.enter_context(mock.patch.object(execute, part, math.inf))
         yield
 
 

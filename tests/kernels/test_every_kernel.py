@@ -70,7 +70,7 @@ def sources_of(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool) -> It
         made = many_chains.plan(region, fakes, exact=exact)
         kinds = () if made.schedule is None else tuple(kinds_of(made.schedule))
         for name, text in made.sources():
-            yield Source(text, kinds, made.convolution if name == "convolution" else None)
+            yield Source(text, kinds, {"measuring": made.measuring, "convolution": made.convolution}.get(name))
 
 
 def check(source: Source, *, disassemble: bool) -> None:
@@ -116,19 +116,20 @@ def check_all(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, disass
 def test_random_chains(seed: int) -> None:
     drawn = draw(seed)
     inputs = list(drawn.inputs("cpu"))[:: 2 if ALL else 3]  # of both memory formats, or of one
-    with kernels_always(drawn.anchored):
+    with kernels_always(drawn.anchored, twice=seed % 2 == 1):
         check_all(drawn.model("cpu"), inputs, exact=not drawn.allow_tf32, disassemble=bool(ALL) or seed % 4 == 0)
 
 
 @pytest.mark.parametrize("case", chains.CHAINS, ids=lambda case: case.name)
 def test_chains_of_the_benchmark(case: Case) -> None:
-    """In one numerics class each, or in all."""
-    names = ("tf32", "float16", "ieee")
-    for numerics in names if ALL else [names[chains.CHAINS.index(case) % 3]]:
+    """In one numerics class each, the convolution run once or twice; or in all, and both."""
+    names, number = ("tf32", "float16", "ieee"), chains.CHAINS.index(case)
+    ways = [(n, twice) for n in names for twice in (False, True)] if ALL else [(names[number % 3], number % 2 == 1)]
+    for numerics, twice in ways:
         dtype, allow_tf32 = CLASSES[numerics]
         torch.manual_seed(0)
         model = case.make().to(dtype).train(case.name in chains.TRAINED)
-        with kernels_always():
+        with kernels_always(twice=twice):
             x = torch.randn(case.small).to(dtype)
             check_all(model, [x], exact=not allow_tf32, disassemble=True)
 
