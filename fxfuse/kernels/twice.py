@@ -37,9 +37,7 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
     return None
 
 
-def _cut(
-    program: Program, given: Mapping[str, Tensor], exact: bool
-) -> tuple[Schedule, Mapping[str, Tensor]] | None:
+def _cut(program: Program, given: Mapping[str, Tensor], exact: bool) -> tuple[Schedule, Mapping[str, Tensor]] | None:
     """A version of the program cut for two runs, and its values; None for one whose first run gathers nothing."""
     first = cut(program, given, exact=exact)
     assert first.kernel is not None
