@@ -117,7 +117,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return given
 
 
-TAIL = ("pool", "fold", "whole", "any", "measure", "finish")
+TAIL = ("pool", "fold", "whole", "any", "measure", "finish", "bundle")
 LAYER = Layer(8, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 
