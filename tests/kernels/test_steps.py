@@ -15,10 +15,10 @@ import fxfuse
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Fold, Gather, Map, Torch, Window
+from fxfuse.kernels.tail import Fold, Gather, Map, Rows, Torch, Window
 from fxfuse.program import Program
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -430,6 +430,8 @@ def test_kernels_compile_without_spills(dtype: str, layout: str, arch: str) -> N
         emit_pool(dtype, dtype, (layout, "contiguous"), None, window, None),
         emit_fold(dtype, dtype, (layout, layout), None, Fold("Softmax", 64), None),
         emit_fold(dtype, dtype, (layout, "contiguous"), None, Fold("LogSumExp", 3), None),
+        emit_rows(dtype, dtype, None, Rows("LogSoftmax", 64), None),
+        emit_rows(dtype, dtype, None, Rows("Minimum", 5000), None),
         emit_statistics(dtype, layout),
     ]
     for source in sources:

@@ -75,6 +75,13 @@ struct RowLogSoftmax : RowExponentials {
   FXFUSE_INLINE float result(float v, float r) const { return v - x - r; }
 };
 
+// The expression for element `i` of a contiguous tensor.
+template <class Expression>
+FXFUSE_INLINE float at_element(const Expression& expression, const Sizes& size, float v, unsigned i) {
+  const unsigned line = i / size.w, slab = line / size.h, channel = slab / size.d, n = channel / size.c;
+  return expression(v, n, channel - n * size.c, slab - channel * size.d, line - slab * size.h, i - line * size.w);
+}
+
 template <class Row>
 FXFUSE_INLINE Row other_row(const Row& mine, int distance) {
   Row other;
@@ -93,16 +100,12 @@ FXFUSE_INLINE void map_rows(const RowArguments<In, Out, Before, After>& a) {
   const unsigned row = found < rows ? found : rows - 1;  // all take part in shuffles
   const int lane = threadIdx.x % lanes;
   const unsigned begin = row * a.length;
-  auto at = [&](const auto& expression, float v, unsigned i) {
-    const unsigned line = i / a.size.w, slab = line / a.size.h, channel = slab / a.size.d, n = channel / a.size.c;
-    return expression(v, n, channel - n * a.size.c, slab - channel * a.size.d, line - slab * a.size.h, i - line * a.size.w);
-  };
   Row mine;
 #pragma unroll 4
   for (int i = lane * count; i < a.length; i += lanes * count) {
     const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
 #pragma unroll
-    for (int k = 0; k < count; ++k) mine.add(at(a.before, to_float(v.v[k]), begin + i + k));
+    for (int k = 0; k < count; ++k) mine.add(at_element(a.before, a.size, to_float(v.v[k]), begin + i + k));
   }
 #pragma unroll
   for (int o = 16; o; o >>= 1) mine.merge(other_row(mine, o));
@@ -128,12 +131,13 @@ FXFUSE_INLINE void map_rows(const RowArguments<In, Out, Before, After>& a) {
 #pragma unroll
       for (int k = 0; k < count; ++k) {
         const unsigned here = begin + i + k;
-        made.v[k] = from_float<Out>(at(a.after, mine.result(at(a.before, to_float(v.v[k]), here), r), here));
+        const float again = at_element(a.before, a.size, to_float(v.v[k]), here);
+        made.v[k] = from_float<Out>(at_element(a.after, a.size, mine.result(again, r), here));
       }
       *(Vector<Out, count>*)(a.out + begin + i) = made;
     }
   } else {
-    if (lane == 0) a.out[row] = from_float<Out>(at(a.after, r, begin));
+    if (lane == 0) a.out[row] = from_float<Out>(at_element(a.after, a.size, r, begin));
   }
 }
 
