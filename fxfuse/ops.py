@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.chain import no_autocast
-from fxfuse.kernels import execute
+from fxfuse.kernels import execute, recent
 from fxfuse.kernels.plan import Path, choose
 from fxfuse.region import Region
 
@@ -62,10 +62,14 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
     Plain tensors go the way that the plan chooses, past the dispatcher where no gradient needs it;
     anything that traces or transforms meets ``torch.ops.fxfuse.region`` itself.
     """
+    known = recent.find(text, inputs)
+    if known is not None and not _watchers:
+        made = known.run(inputs)
+        return made if known.apart else _separate(made, inputs)
     if not _plain(inputs):
         return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return _rewritten(text, inputs)
+        return _rewritten(text, inputs, remember=True)
     region = Region.parse(text)
     path = choose(region, inputs[0].device.type, gradients=True)
     if path is Path.RECOMPUTE:
@@ -126,14 +130,19 @@ def _forward(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     return [_no_view(t) for t in _rewritten(text, inputs)]
 
 
-def _rewritten(text: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The rewritten chain: with a kernel where one is worth it, else by torch's operators."""
+def _rewritten(text: str, inputs: Sequence[Tensor], *, remember: bool = False) -> list[Tensor]:
+    """The rewritten chain: with a kernel where one is worth it, else by torch's operators.
+
+    ``remember``: calls of :func:`run_region` like this one may go the short way.
+    """
     key = execute.key_of(text, inputs)
     prepared = execute.find(key, inputs)
     if prepared is not None and not prepared.asks_torch:  # nothing that autocast or a precision would change
         if _watchers:
             _report(Region.parse(text), Path.KERNEL)
         made = prepared.run(inputs)
+        if remember:
+            recent.remember(text, inputs, prepared)
         return made if prepared.apart else _separate(made, inputs)
     region = Region.parse(text)
     region.rewritten.check(inputs)

@@ -33,4 +33,7 @@ def tf32_allowed(precision: str | None = None) -> bool:
         return precision == "tf32"
     # past torch.backends.cudnn, since every call asks; allow_tf32 raises once the newer conv.fp32_precision was used,
     # which follows both
-    return torch._C._get_cudnn_enabled() and torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    return _cudnn_enabled() and _fp32_precision("cuda", "conv") == "tf32"
+
+
+_cudnn_enabled, _fp32_precision = torch._C._get_cudnn_enabled, torch._C._get_fp32_precision_getter

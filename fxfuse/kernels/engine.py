@@ -22,7 +22,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsuppo
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Launch, Module, empty, rows_map, stream_of
+from fxfuse.kernels.launch import Launch, Module, empty, queue, rows_map, stream_of
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 
@@ -89,6 +89,25 @@ class _Destination(ctypes.Structure):
     ]
 
 
+class _Arguments(ctypes.Structure):
+    """What changes from call to call, and lies among it; operands of the epilogue follow."""
+
+    _fields_ = [
+        ("map", ctypes.c_ubyte * 128),
+        *((n, _L) for n in ("rows", "packed", "scale")),
+        ("samples", _Samples),
+        ("channels", _Channels),
+        ("direct", _Direct),
+        *((n, _L) for n in ("x", "weight", "bias", "moments")),
+        ("to", _Destination),
+    ]
+
+
+#: of :class:`_Arguments` from ``x`` on: addresses of x, the weights, the bias, the moments and the output
+_ADDRESSES = struct.Struct("<5q")
+_X = _Arguments.x.offset
+#: places of a workspace for which the arguments are kept
+MOST_PLACES = 16
 #: the end of a pool's arguments: extents of the result, and the factor of a sum
 _POOLED = struct.Struct("<iiif")
 
@@ -190,10 +209,6 @@ class Convolution:
         is queued on the current stream of the current device, x's. Raises Unsupported before anything is queued where
         sizes exceed what the kernels count.
         """
-        if out.numel() == 0:
-            return
-        if self.dtype is torch.float32 and not _dense(x):
-            x = x.contiguous()
         if calls is None:
             key = (
                 x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
@@ -202,7 +217,15 @@ class Convolution:
             if len(self._calls) > 256:
                 self._calls.clear()
             calls = self._calls.setdefault(key, {})
-        free = calls.setdefault((x.stride(), x.data_ptr() % 16 == 0), [])
+        form = x.stride(), x.data_ptr() % 16 == 0
+        free = calls.get(form)
+        if free is None:
+            if out.numel() == 0:
+                return
+            if self.dtype is torch.float32 and not _dense(x):
+                x = x.contiguous()
+                form = x.stride(), x.data_ptr() % 16 == 0
+            free = calls.setdefault(form, [])
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
@@ -234,23 +257,21 @@ class _Call:
         self.device = x.device.index
         self.base = self.source = -1
         self.packed_operands = (b"", b"", b"")
-        self.bias = bias
         pooled = bool(layer.epilogue.combine)
         tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
         epilogue = layer.epilogue
-        self.keeps, self.gathers = epilogue.keeps, epilogue.gathers
-        names = (*KERNELS, "merge") if self.gathers else KERNELS
+        names = (*KERNELS, "merge") if epilogue.gathers else KERNELS
         module = _module(layer.source(store), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
         width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)
         _, height, row_width = sizes
         self.rows_shape = (n, *sizes, width)
-        self.rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
-        self.x_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
+        rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
+        self.map_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else rows_strides
         parts = 32 * max(1, min(8, math.prod(x.shape[1:]) // 2**16, -(-64 // n)))
         self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
-        slots = n * self.slots if self.gathers else 0
+        slots = n * self.slots if epilogue.gathers else 0
         counts = [n * parts, n * parts, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
         rows_bytes = 0 if self.in_place else n * positions * width * 2
         sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
@@ -259,12 +280,31 @@ class _Call:
         for count in counts:
             self.offsets.append(at)
             at += -(-count * 4 // 16) * 16
-        self.workspace = at
+        self.workspace = (at,)
 
-        (in_c, out_c, volume) = map(_I, (shape.in_channels, shape.out_channels, shape.volume))
-        self.x, self.w, self.b, self.rows, self.packed = (_L() for _ in range(5))
-        self.samples, self.channels, self.scale = _Samples(parts=parts), _Channels(), _L()
+        tail, places = ctypes.sizeof(_Arguments), []
+        for number, size in enumerate(operands):
+            places.append(tail)
+            if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
+                tail += max(size, 8)
+        self.places = tuple(places)
+        self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
+        self.told = told = _Arguments.from_buffer(self.arguments)
+        rows, packed, scale, x_at, w_at, b_at, moments_at = (
+            _L.from_buffer(self.arguments, getattr(_Arguments, name).offset)
+            for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
+        )
+        self.bias, self.placed = bias, dict[int, bytes]()
         strides = _Strides(*x.stride())
+        told.samples.parts, told.to.stride = parts, _Strides(*out.stride())
+        told.direct = _Direct(strides, *sizes, n, channels=couts)
+        if epilogue.gathers:
+            told.to.slots, told.to.all_channels = self.slots, couts
+        if pooled:
+            _POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
+        to = _Arguments.to.offset  # with the operands behind it
+        destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
+        (in_c, out_c, volume) = map(_I, (shape.in_channels, shape.out_channels, shape.volume))
         span = 4096 // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
         blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
@@ -274,14 +314,14 @@ class _Call:
         rows_geometry = _Rows(
             strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions, span
         )
-        self.measure = Launch(
+        measure = Launch(
             module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
-            [self.w, self.b, self.channels, self.x, self.samples, _L(math.prod(x.shape[1:])), in_c, out_c, volume,
+            [w_at, b_at, told.channels, x_at, told.samples, _L(math.prod(x.shape[1:])), in_c, out_c, volume,
              _I(couts)],
         )  # fmt: skip
-        self.prepare = Launch(
+        prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
-            [self.x, self.rows, self.samples, rows_geometry, self.w, self.packed, self.scale, _I(made.chunks),
+            [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, _I(made.chunks),
              _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_weights)],
         )  # fmt: skip
         total = n * tiles * math.prod(tiling.counts)
@@ -292,35 +332,18 @@ class _Call:
             math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
             (_I * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip
-        tail, places = ctypes.sizeof(_Destination), []
-        for number, size in enumerate(operands):
-            places.append(tail)
-            if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
-                tail += max(size, 8)
-        self.places = tuple(places)
-        self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
-        self.destination = _Destination.from_buffer(self.arguments)
-        self.destination.stride = _Strides(*out.stride())
-        if pooled:
-            _POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
         processors = _processors(x.device.index)
-        self.map = ctypes.create_string_buffer(128)
-        self.convolution = Launch(
+        convolution = Launch(
             module.kernels["convolution"], min(total, processors), THREADS,
-            [self.map, self.packed, geometry, self.arguments], made.dynamic_bytes,
+            [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        self.direct_geometry = _Direct(strides, *sizes, n, channels=couts)
-        self.direct = Launch(
-            module.kernels["direct"], processors * 8, BLOCK,
-            [self.x, self.w, self.direct_geometry, geometry, self.arguments],
-        )  # fmt: skip
-        if self.gathers:
-            self.destination.slots, self.destination.all_channels = self.slots, couts
-            self.moments = _L()
-            self.merge = Launch(
-                module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK,
-                [self.x, self.w, self.direct_geometry, geometry, self.arguments, self.moments],
-            )  # fmt: skip
+        self.launches = [*([measure] if self.scaled or bias else []), prepare, convolution]
+        if self.scaled and epilogue.keeps:
+            arguments = [x_at, w_at, told.direct, geometry, destination]
+            self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
+        if epilogue.gathers:
+            arguments = [x_at, w_at, told.direct, geometry, destination, moments_at]
+            self.launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))
 
     def run(
         self,
@@ -331,52 +354,55 @@ class _Call:
         operands: tuple[bytes, bytes, bytes],
         moments: Tensor | None,
     ) -> None:
-        stream = stream_of(self.device)
-        workspace = empty((self.workspace,), (1,), torch.uint8)
+        workspace = empty(self.workspace, (1,), torch.uint8)
         base, at = workspace.data_ptr(), x.data_ptr()
         if base != self.base:
             self._place(base)
-        self.x.value, self.w.value = at, weight.data_ptr()
-        if bias is not None:
-            self.b.value = bias.data_ptr()
-        if self.keeps:
-            self.destination.out = out.data_ptr()
+        _ADDRESSES.pack_into(
+            self.arguments, _X, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if moments is None else moments.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
         if operands != self.packed_operands:
             arguments = ctypes.addressof(self.arguments)
             for place, packed in zip(self.places, operands, strict=True):
                 ctypes.memmove(arguments + place, packed, len(packed))
             self.packed_operands = operands
-        source = at if self.in_place else base
-        if source != self.source:
-            strides = self.x_strides if self.in_place else self.rows_strides
-            box = rows_map(source, self.rows_shape, strides, self.rows_type is torch.bfloat16, self.box, self.chunk)
-            ctypes.memmove(self.map, box, 128)
-            self.source = source
-        if self.scaled or self.bias:
-            self.measure(stream)
-        self.prepare(stream)
-        self.convolution(stream)
-        if self.scaled and self.keeps:
-            self.direct(stream)
-        if self.gathers:
-            assert moments is not None
-            self.moments.value = moments.data_ptr()
-            self.merge(stream)
+        if self.in_place and at != self.source:
+            self._map(at)
+        queue(self.launches, stream_of(self.device))
 
     def _place(self, base: int) -> None:
         """Let the arguments point into a workspace at ``base``."""
-        rows, packed, *state = [base + offset for offset in self.offsets]
-        self.rows.value, self.packed.value = rows, packed
-        samples, channels, to = self.samples, self.channels, self.destination
+        self.base = base
+        kept = self.placed.get(base)
+        if kept is not None:
+            ctypes.memmove(self.arguments, kept, len(kept))
+            self.source = -1  # the map in it may be of another x
+            return
+        told = self.told
+        told.rows, told.packed, *state = [base + offset for offset in self.offsets]
+        samples, channels, to = told.samples, told.channels, told.to
         samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
         channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
-        self.scale.value = channels.scale
+        told.scale = channels.scale
         to.parts, to.counts = state[8:]
         to.bias = channels.bias if self.bias else 0
         if self.scaled:
             to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
-            self.direct_geometry.marks, self.direct_geometry.wrong = samples.marks, channels.wrong
-        self.base = base
+            told.direct.marks, told.direct.wrong = samples.marks, channels.wrong
+        if not self.in_place:
+            self._map(base)
+        if len(self.placed) == MOST_PLACES:
+            self.placed.clear()
+        self.placed[base] = bytes(told)
+
+    def _map(self, source: int) -> None:
+        """Let the convolution read rows of channels from ``source`` on."""
+        box = rows_map(
+            source, self.rows_shape, self.map_strides, self.rows_type is torch.bfloat16, self.box, self.chunk
+        )
+        ctypes.memmove(self.told.map, box, 128)
+        self.source = source
 
 
 #: the launches of a layer that no thread is filling in, by strides and alignment of x

@@ -341,7 +341,7 @@ def _try(candidate: Candidate, region: Region, inputs: Sequence[Tensor]) -> tupl
     if candidate.schedule is None:
         return None, None
     kernels, device = (candidate.convolution, candidate.measuring), inputs[0].device
-    made = Prepared.of(region.rewritten, candidate.schedule, kernels[0], device, kernels[1])
+    made = Prepared.of(region.rewritten, candidate.schedule, kernels[0], device, kernels[1], inputs)
     return made, made.run(inputs)
 
 

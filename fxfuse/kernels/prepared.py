@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
+from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.schedule import Launch, Schedule
-from fxfuse.kernels.tail import Bundle, Map, Torch
-from fxfuse.kernels.tail_engine import Run, moments_name, moments_of, pack, prepare
+from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.tail_engine import Run, Values, moments_name, moments_of, prepare, statistics_places
 from fxfuse.program import Program
-
-#: sizes and strides
-Form = tuple[tuple[int, ...], tuple[int, ...]]
 
 # past torch.cuda's checks that CUDA is up: inputs lie on a GPU
 _current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
@@ -30,16 +28,12 @@ class Prepared:
     outputs: tuple[str, ...]
     schedule: Schedule
     convolution: Convolution | None
-    ahead: tuple[Run, ...]  # in front of the convolution
     measuring: Convolution | None  #: the one that the schedule runs first, for statistics
-    between: tuple[Run, ...]  #: the steps between the two
     steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
     device: torch.device
     asks_torch: bool  #: torch's operators are among what runs
     apart: bool  #: every output has memory of its own
-    form: Form  #: of what the convolution stores
-    calls: Calls = dataclasses.field(default_factory=dict, repr=False)
-    measuring_calls: Calls = dataclasses.field(default_factory=dict, repr=False)
+    index: int | None  #: of the device
 
     @staticmethod
     def of(
@@ -48,59 +42,52 @@ class Prepared:
         convolution: Convolution | None,
         device: torch.device,
         measuring: Convolution | None = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> Prepared:
         """Compile and load the kernels of the schedule ``made`` of ``program``, but for the convolutions'.
 
-        ``convolution``, ``measuring``: the kernels of the schedule's launches of those names.
+        ``convolution``, ``measuring``: the kernels of the schedule's launches of those names. ``inputs``: what the region is prepared for; their shapes and strides are then not asked for in calls.
         """
-        last: dict[str, int] = {}
-        for i, step in enumerate(made.steps):
-            last.update(dict.fromkeys((*step.reads, *step.makes), i))
+        names, outputs = tuple(n for n, _ in program.inputs), program.outputs
+        parts = _parts(made)
+        places = {} if inputs is None else {n: Place.of(n, t) for n, t in zip(names, inputs, strict=True)}
+        kept, places, tensors = _without_views(parts, places, outputs)
+        last = _last_uses(kept, places)
+        steps = []
         with torch.cuda.device(device):
-            ahead, between = (tuple(prepare(step, device) for step in cut) for cut in (made.ahead, made.between))
-            steps = tuple(
-                (prepare(step, device), tuple(n for n, at in last.items() if at == i and n not in program.outputs))
-                for i, step in enumerate(made.steps)
-            )
-        every = (*made.ahead, *made.between, *made.steps)
-        written = [n for s in every if isinstance(s, (Map, Bundle)) for n in s.makes]
-        kernel = made.kernel
-        if kernel is not None and kernel.keeps:
-            written.append(kernel.stored)
+            for i, part in enumerate(kept):
+                if isinstance(part, Launch):
+                    ours = measuring if part is made.measuring else convolution
+                    assert ours is not None
+                    run = _convolution(part, ours, places)
+                else:
+                    run = prepare(part, device, places, tensors)
+                dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
+                steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
+        written = {p.stored for p in kept if isinstance(p, Launch) and p.keeps}
+        written.update(n for p in kept if isinstance(p, (Map, Bundle)) for n in p.makes)
         return Prepared(
-            names=tuple(n for n, _ in program.inputs),
-            outputs=program.outputs,
+            names=names,
+            outputs=outputs,
             schedule=made,
             convolution=convolution,
-            ahead=ahead,
             measuring=measuring,
-            between=between,
-            steps=steps,
+            steps=tuple(steps),
             device=device,
-            form=_form(kernel),
-            asks_torch=any(isinstance(s, Torch) for s in every),
-            apart=len(set(program.outputs)) == len(program.outputs) and {*program.outputs} <= {*written},
+            asks_torch=any(isinstance(p, Torch) for p in kept),
+            apart=len(set(outputs)) == len(outputs) and {*outputs} <= written,
+            index=device.index,
         )
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
-        if _current_device() != self.device.index:
+        if _current_device() != self.index:
             with torch.cuda.device(self.device):
                 return self._run(inputs)
         return self._run(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         values = dict(zip(self.names, inputs, strict=True))
-        if self.convolution is not None:
-            kernel, measuring = self.schedule.kernel, self.schedule.measuring
-            assert kernel is not None
-            for ahead in self.ahead:
-                ahead(values)
-            if self.measuring is not None and measuring is not None:
-                _convolve(self.measuring, measuring, _form(measuring), self.measuring_calls, values)
-                for between in self.between:
-                    between(values)
-            _convolve(self.convolution, kernel, self.form, self.calls, values)
         for step, dead in self.steps:
             step(values)
             for name in dead:
@@ -108,35 +95,94 @@ class Prepared:
         return [values[name] for name in self.outputs]
 
 
-def _convolve(convolution: Convolution, kernel: Launch, form: Form, calls: Calls, values: dict[str, Tensor]) -> None:
-    kind = kernel.kind
-    if kernel.keeps:
-        out = empty(*form, kind.dtype)
-    else:
-        out = torch.empty_strided(*form, dtype=kind.dtype, device="meta")
-    moments = moments_of(kind) if kernel.gathers else None
-    convolution.run(
-        _three_dims(values[kernel.x]),
-        _three_dims(values[kernel.weight]),
-        None if kernel.bias is None else values[kernel.bias].contiguous(),
-        kernel.extents,
-        _three_dims(out.unsqueeze(1) if kernel.squeezed else out),
-        before=pack(kernel.before, values),
-        after=pack(kernel.after, values),
-        behind=pack(kernel.behind, values),
-        factor=kernel.factor,
-        moments=moments,
-        calls=calls,
-    )
-    if kernel.keeps:
-        values[kernel.stored] = out
-    if moments is not None:
-        values[moments_name(kernel.stored)] = moments
+# --- what runs, and what need not -----------------------------------------------------------------
+Part = Step | Launch
 
 
-def _form(kernel: Launch | None) -> Form:
-    """Sizes and strides of what a convolution stores."""
-    return ((), ()) if kernel is None else (tuple(s or 0 for s in kernel.kind.shape), tuple(kernel.strides))
+def _parts(made: Schedule) -> list[Part]:
+    """Everything of a schedule, in the order in which it runs."""
+    measuring, kernel = ([one] if one is not None else [] for one in (made.measuring, made.kernel))
+    return [*made.ahead, *measuring, *made.between, *kernel, *made.steps]
+
+
+def _without_views(
+    parts: Sequence[Part], places: Mapping[str, Place], outputs: Sequence[str]
+) -> tuple[list[Part], dict[str, Place], set[str]]:
+    """The parts but for views that kernels alone read, the places of values, and which are read as tensors."""
+    known = dict(places)
+    looks: dict[int, dict[str, Place]] = {}
+    for i, part in enumerate(parts):
+        if isinstance(part, Torch):
+            looks[i] = views(part.program, known)
+            known |= looks[i]
+        elif isinstance(part, Gather):
+            for instr in part.instrs:
+                known |= statistics_places(instr, part.kind)
+    kept, tensors = [], {*outputs}
+    for i, part in reversed([*enumerate(parts)]):
+        if looks.get(i) and tensors.isdisjoint(looks[i]):
+            continue
+        kept.append(part)
+        tensors |= _tensors(part)
+        for name in looks.get(i, ()):
+            del known[name]  # it is there as a tensor
+    return kept[::-1], known, tensors
+
+
+def _tensors(part: Part) -> set[str]:
+    """What a part reads as tensors; the rest are operands of a kernel."""
+    if isinstance(part, Launch):
+        return {part.x, part.weight, *([part.bias] if part.bias is not None else [])}
+    return {*part.reads} if isinstance(part, (Torch, Bundle)) else {part.value}
+
+
+def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, int]:
+    """The last part that uses a tensor, be it as a view of it; the one that makes it, where none does."""
+    last: dict[str, int] = {}
+    for i, part in enumerate(parts):
+        named = (*part.reads, *((part.stored,) if isinstance(part, Launch) else part.makes))
+        last.update((places[n].base if n in places else n, i) for n in named)
+    return last
+
+
+def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place]) -> Run:
+    """The convolution with its epilogue, as a step among others."""
+    kind, calls = kernel.kind, Calls()
+    shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
+    before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
+    not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
+    moments_of_it = moments_name(kernel.stored)
+    fewer_dims = len(shape) < 5
+
+    def run(values: Values) -> None:
+        x, weight = values[kernel.x], values[kernel.weight]
+        bias = None if kernel.bias is None else values[kernel.bias].contiguous()
+        out = empty(shape, strides, kind.dtype) if not_kept is None else not_kept
+        given = before(values), after(values), behind(values)
+        if not_kept is None:
+            values[kernel.stored] = out
+        moments = None
+        if kernel.gathers:
+            values[moments_of_it] = moments = moments_of(kind)
+        if kernel.squeezed:
+            out = out.unsqueeze(1)
+        if fewer_dims:
+            x, weight, out = _three_dims(x), _three_dims(weight), _three_dims(out)
+        convolution.run(
+            x,
+            weight,
+            bias,
+            kernel.extents,
+            out,
+            before=given[0],
+            after=given[1],
+            behind=given[2],
+            factor=kernel.factor,
+            moments=moments,
+            calls=calls,
+        )
+
+    return run
 
 
 def _three_dims(x: Tensor) -> Tensor:

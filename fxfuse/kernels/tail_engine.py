@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor
@@ -17,10 +16,11 @@ from torch import Tensor
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
-from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
+from fxfuse.kernels.operands import Operands, Place
 from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.program import Program
 
 Values = dict[str, Tensor]
 Run = Callable[[Values], None]
@@ -30,15 +30,19 @@ BLOCK, FINISH_BLOCK = 256, 128
 ROWS, MEASURED = 8, 32
 
 
-def prepare(step: Step, device: torch.device) -> Run:
-    """Compile and load what ``step`` needs on ``device``, the current one."""
+def prepare(step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str]) -> Run:
+    """Compile and load what ``step`` needs on ``device``, the current one.
+
+    ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
+    operands of kernels.
+    """
     if isinstance(step, Map):
-        return _prepare_map(step, device)
+        return _prepare_map(step, device, places)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device)
+        return _prepare_gather(step, device, tensors)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device)
-    return _torch(step)
+    return by_torch(step.program)
 
 
 def source_of(step: Step) -> str:
@@ -71,8 +75,8 @@ def kind_of(step: Step) -> str:
     return next((kind for kind, how in kinds.items() if how is not None), "map")
 
 
-def _torch(step: Torch) -> Run:
-    program = step.program
+def by_torch(program: Program) -> Run:
+    """``program`` by torch's operators."""
     names = [n for n, _ in program.inputs]
 
     def run(values: Values) -> None:
@@ -105,31 +109,7 @@ def _sizes(kind: TensorType) -> tuple[int, int, int, int, int]:
 
 
 # --- maps -----------------------------------------------------------------------------------------
-def pack(expression: Expression | None, values: Mapping[str, Tensor]) -> bytes:
-    """The fields of an expression's struct, 8 bytes each."""
-    if expression is None or not expression.fields:
-        return b""
-    fields: list[int] = []
-    for field in expression.fields:
-        tensor = values[field.value]
-        if field.axis is None:
-            fields.append(tensor.data_ptr())
-        else:
-            fields.append(0 if tensor.shape[field.axis] == 1 else tensor.stride(field.axis))
-    return _struct(len(fields)).pack(*fields)
-
-
-@functools.cache
-def _struct(fields: int) -> struct.Struct:
-    return struct.Struct(f"<{fields}q")
-
-
-def _packed_size(expression: Expression | None) -> int:
-    """Bytes of an expression's struct: C++ has none of size 0."""
-    return 8 * max(1, len(expression.fields) if expression is not None else 0)
-
-
-def _prepare_map(step: Map, device: torch.device) -> Run:
+def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -> Run:
     index = device.index
     source = source_of(step)
     size, made = _sizes(step.given), _sizes(step.kind)
@@ -162,16 +142,15 @@ def _prepare_map(step: Map, device: torch.device) -> Run:
         sizes = (*size, 0)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
     pointwise = step.window is None and step.fold is None and step.rows is None
-    expressions = [step.before, *([] if pointwise else [step.after])]
-    launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{_packed_size(e)}s' for e in expressions)}")
+    operands = [Operands(e, places) for e in (step.before, *([] if pointwise else [step.after]))]
+    launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}")
 
     def run(values: Values) -> None:
         value = values[step.value]
         if value.data_ptr() % 16:
             value = value.clone()
         out = empty(shape, strides, dtype)
-        operands = [pack(e, values) for e in expressions]
-        launch(stream_of(index), value.data_ptr(), out.data_ptr(), *sizes, *operands)
+        launch(stream_of(index), value.data_ptr(), out.data_ptr(), *sizes, *[o(values) for o in operands])
         values[step.stored] = out
 
     return run
@@ -222,11 +201,32 @@ def moments_name(value: str) -> str:
     return f"moments of {value}"
 
 
-def _prepare_gather(step: Gather, device: torch.device) -> Run:
+def statistics_name(instr: Instr) -> str:
+    """The name of the one tensor in which the results of ``statistics`` lie."""
+    return f"statistics {' '.join(instr.outs)}"
+
+
+def statistics_places(instr: Instr, kind: TensorType) -> dict[str, Place]:
+    """Where in that tensor the mean, the variance and the scale of a value lie."""
+    shape, strides = _statistics_form(instr, kind)
+    size = strides[0] * torch.float32.itemsize
+    return {
+        out: Place(statistics_name(instr), i * size, torch.float32, shape[1:], strides[1:])
+        for i, out in enumerate(instr.outs)
+    }
+
+
+def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    n, c = kind.shape[0] or 0, kind.shape[1] or 0
+    rows = 1 if dict(instr.attributes)["batch"] else n
+    return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
+
+
+def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Run:
     kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
     measure = _prepare_measure(step, kernels, device) if step.layout else None
     name = moments_name(step.value)
-    finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device) for instr in step.instrs]
+    finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device, tensors) for instr in step.instrs]
 
     def run(values: Values) -> None:
         moments = measure(values[step.value]) if measure is not None else values.pop(name)
@@ -237,14 +237,15 @@ def _prepare_gather(step: Gather, device: torch.device) -> Run:
 
 
 def _prepare_finish(
-    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device
+    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str]
 ) -> Callable[[Values, Tensor], None]:
     n, c, d, h, w = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
-    rows = 1 if batch else n
-    shape, strides = (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
+    shape, strides = _statistics_form(instr, kind)
+    rows = shape[1]
     index, size = device.index, rows * c * 4
+    name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
     told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
     launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd")
 
@@ -252,7 +253,9 @@ def _prepare_finish(
         results = empty(shape, strides, torch.float32)
         at = results.data_ptr()
         launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told)
-        values.update(zip(instr.outs, results.unbind(), strict=True))
+        values[name] = results
+        if taken_apart:
+            values.update(zip(instr.outs, results.unbind(), strict=True))
 
     return run
 

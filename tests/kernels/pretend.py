@@ -36,6 +36,7 @@ def make(
     convolution: Convolution | None,
     device: torch.device,
     measuring: Convolution | None = None,
+    inputs: object = None,
 ) -> Stand:
     ours = execute.ENGINE if measuring is None else execute.TWICE
     return Stand(program, schedule, execute.CUDNN if convolution is None else ours)

@@ -118,7 +118,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 TAIL = ("pool", "fold", "whole", "any", "measure", "finish", "bundle")
-LAYER = Layer(8, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+LAYER = Layer(16, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 
 def convolution(dtype: torch.dtype) -> Convolution:
@@ -126,7 +126,8 @@ def convolution(dtype: torch.dtype) -> Convolution:
 
 
 def operands(dtype: torch.dtype, last: bool) -> list[Tensor]:
-    x, w, b, out = torch.randn(1, 8, 4, 4, 4), torch.randn(8, 16, 3, 3, 3), torch.randn(16), torch.empty(1, 16, 7, 7, 7)
+    x, w = torch.randn(1, 16, 4, 4, 4), torch.randn(16, 16, 3, 3, 3)
+    b, out = torch.randn(16), torch.empty(1, 16, 7, 7, 7)
     x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
     return [t.to(dtype) for t in (x, w, b, out)]
 
@@ -142,7 +143,7 @@ def test_kept_arguments_are_those_of_a_first_call(
     spaces = [torch.empty(1 << 22, dtype=torch.uint8) for _ in range(2)]
     moved = operands(dtype, last)
     cases = [(first, 0), (first, 0), (first, 1)]
-    cases += [([*first[:i], moved[i], *first[i + 1 :]], 1) for i in range(4)]
+    cases += [([*first[:i], moved[i], *first[i + 1 :]], space) for i in range(4) for space in (1, 0)]
     for (x, w, b, out), space in cases:
         told = []
         for made, more in ((kept, {"calls": calls}), (convolution(dtype), {})):

@@ -1,0 +1,74 @@
+"""The short way of a call that is like the last one of its region: the same forms of inputs, the same settings.
+
+All that the long way asks of the inputs one by one is compared at once, by the guards that torch.compile puts in front
+of its code: in one call of C++ types, dtypes, devices, sizes, strides and dispatch keys, among which are autocast,
+views that negate, and torch.func's transforms.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.prepared import Prepared
+from fxfuse.tolerance import tf32_allowed
+
+#: regions of which the last call is known; beyond it all are forgotten
+MOST_RECENT = 1024
+
+
+class Call(NamedTuple):
+    """A call that ran by way of kernels alone."""
+
+    prepared: weakref.ref[Prepared]  #: gone where it was prepared anew, or for a measurement
+    inputs: int
+    guards: Any
+    requires_grad: bool  #: one of the inputs does
+    tf32: bool | None  #: torch's setting; None where it is of no consequence
+
+
+_recent: dict[str, Call] = {}
+
+_guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+# asked on every call
+_grad_enabled = torch.is_grad_enabled
+_modes = torch._C._len_torch_dispatch_stack
+# os.environ.get() takes a microsecond where a variable is not set; the dict behind it does not
+_environment: Any = getattr(os.environ, "_data", None)
+_KERNELS, _OFF = os.environ.encodekey("FXFUSE_KERNELS"), os.environ.encodevalue("0")
+if _environment is None:
+    _environment, _KERNELS, _OFF = os.environ, "FXFUSE_KERNELS", "0"
+
+
+def find(text: str, inputs: Sequence[Tensor]) -> Prepared | None:
+    """What the last call of the region ran, if ``inputs`` may go the same way now."""
+    last = _recent.get(text)
+    if (
+        last is None
+        or len(inputs) != last.inputs
+        or not last.guards.check(*inputs)
+        or (last.requires_grad and _grad_enabled())
+        or (last.tf32 is not None and last.tf32 is not tf32_allowed())
+        or _modes()
+        or _environment.get(_KERNELS) == _OFF
+    ):
+        return None
+    return last.prepared()
+
+
+def remember(text: str, inputs: Sequence[Tensor], prepared: Prepared) -> None:
+    """Let calls like this one, which ``prepared`` has run, go the short way."""
+    if _guards is None or prepared.asks_torch:  # torch's operators look at more settings
+        return
+    if len(_recent) >= MOST_RECENT:
+        _recent.clear()
+    static = [[None] * t.dim() for t in inputs]
+    guards = _guards(*inputs, dynamic_dims_sizes=static, dynamic_dims_strides=static)
+    tf32 = tf32_allowed() if any(t.dtype is torch.float32 for t in inputs) else None
+    requires_grad = any(t.requires_grad for t in inputs)
+    _recent[text] = Call(weakref.ref(prepared), len(inputs), guards, requires_grad, tf32)
