@@ -111,7 +111,7 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
     truth, model = copy.deepcopy(eager).double(), copy.deepcopy(eager)
     fast = fxfuse.optimize(model)
     kinds: collections.Counter[str] = collections.Counter()
-    execute._prepared.clear()
+    execute.forget()
     with torch.no_grad():
         for i, x in enumerate(drawn.inputs(place)):
             if i == 0:  # the first call is the model's own: captured, and compared
@@ -126,7 +126,7 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
                 outcome.kernels += sum(r.path is Path.KERNEL for r in runs)
                 outcome.by_torch += sum(r.path is not Path.KERNEL for r in runs)
             made = [p.schedule for p in execute._prepared.values() if p is not None] if device != "cpu" else plans
-            execute._prepared.clear()
+            execute.forget()
             outcome.kernels += len(plans)
             for each in made:
                 kinds.update(kinds_of(each))

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import timing
 from fxfuse.instr import TensorType
-from fxfuse.kernels import dump, kept, measure
+from fxfuse.kernels import dump, kept, measure, recent
 from fxfuse.kernels.arithmetic import HEADER
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
@@ -256,12 +256,18 @@ def run(region: Region, inputs: Sequence[Tensor], key: Any = None) -> list[Tenso
     if torch.cuda.is_current_stream_capturing():
         return None  # loading a kernel would break the capture
     if len(_prepared) >= MOST_PREPARED:
-        _prepared.clear()
+        forget()
     _prepared[key], outputs = _first_run(region, inputs)
     return outputs
 
 
 _prepared: dict[Any, Prepared | None] = {}  # None for torch's operators
+
+
+def forget() -> None:
+    """Drop what is prepared: calls prepare it anew."""
+    _prepared.clear()
+    recent.forget()
 
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:
@@ -351,7 +357,7 @@ def measuring(timer: measure.Timer = timing.queued_in_turns) -> Iterator[measure
 
     ``timer``: median seconds of a call of every way that it is given.
     """
-    _prepared.clear()  # what is prepared anew is measured
+    forget()  # what is prepared anew is measured
     with measure.collecting(timer) as session:
         yield session
 

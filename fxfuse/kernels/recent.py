@@ -8,7 +8,6 @@ views that negate, and torch.func's transforms.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ MOST_RECENT = 1024
 class Call(NamedTuple):
     """A call that ran by way of kernels alone."""
 
-    prepared: weakref.ref[Prepared]  #: gone where it was prepared anew, or for a measurement
+    prepared: Prepared
     inputs: int
     guards: Any
     requires_grad: bool  #: one of the inputs does
@@ -58,7 +57,7 @@ def find(text: str, inputs: Sequence[Tensor]) -> Prepared | None:
         or _environment.get(_KERNELS) == _OFF
     ):
         return None
-    return last.prepared()
+    return last.prepared
 
 
 def remember(text: str, inputs: Sequence[Tensor], prepared: Prepared) -> None:
@@ -66,9 +65,14 @@ def remember(text: str, inputs: Sequence[Tensor], prepared: Prepared) -> None:
     if _guards is None or prepared.asks_torch:  # torch's operators look at more settings
         return
     if len(_recent) >= MOST_RECENT:
-        _recent.clear()
-    static = [[None] * t.dim() for t in inputs]
-    guards = _guards(*inputs, dynamic_dims_sizes=static, dynamic_dims_strides=static)
+        forget()
+    sizes, strides = [list(t.shape) for t in inputs], [list(t.stride()) for t in inputs]
+    guards = _guards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     tf32 = tf32_allowed() if any(t.dtype is torch.float32 for t in inputs) else None
     requires_grad = any(t.requires_grad for t in inputs)
-    _recent[text] = Call(weakref.ref(prepared), len(inputs), guards, requires_grad, tf32)
+    _recent[text] = Call(prepared, len(inputs), guards, requires_grad, tf32)
+
+
+def forget() -> None:
+    """Let the next call of every region go the long way."""
+    _recent.clear()

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import engine, execute, jit, launch, prepared, tail_engine
+from fxfuse.kernels import engine, execute, jit, launch, prepared, recent, tail_engine
 from fxfuse.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
@@ -200,4 +200,5 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(execute, "_hopper", lambda _: True)
         patch.setattr(execute, "_device_name", lambda _: "emulated")
         patch.setattr(execute, "_prepared", {})
+        patch.setattr(recent, "_recent", {})
         yield device

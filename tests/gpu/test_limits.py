@@ -42,7 +42,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
     """Kernels run whether they are the faster or not; TF32 is allowed, until a test says otherwise."""
-    execute._prepared.clear()
+    execute.forget()
     with kernels_always(), torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         yield
 
@@ -267,7 +267,7 @@ def test_threads_share_a_module(kind: str) -> None:
     case.fast(xs[0])
     expected = [case.fast(x) for x in xs]
     torch.cuda.synchronize()
-    execute._prepared.clear()
+    execute.forget()
     start = threading.Barrier(len(xs))
 
     def work(x: Tensor) -> list[Tensor]:

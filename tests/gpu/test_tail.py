@@ -36,7 +36,7 @@ def steps_of(fast: nn.Module, x: Tensor) -> str:
 
 def check(model: nn.Module, x: Tensor, *expected: str) -> None:
     """As near to float64 as the dtype's rounding explains; ``expected`` words are in the schedule."""
-    execute._prepared.clear()
+    execute.forget()
     eager, truth = copy.deepcopy(model), copy.deepcopy(model).double()
     exact = truth(x.double())
     with torch.no_grad(), what_torch_has():

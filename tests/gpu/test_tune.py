@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def restart() -> None:
-    execute._prepared.clear()
+    execute.forget()
     kept.forget()
 
 

@@ -72,6 +72,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Stand]
 
 def restart() -> None:
     """As in a new process: what is on disk is all that is left."""
-    execute._prepared.clear()
+    execute.forget()
     kept.forget()
     Stand.runs.clear()
