@@ -46,7 +46,8 @@ class Prepared:
     ) -> Prepared:
         """Compile and load the kernels of the schedule ``made`` of ``program``, but for the convolutions'.
 
-        ``convolution``, ``measuring``: the kernels of the schedule's launches of those names. ``inputs``: what the region is prepared for; their shapes and strides are then not asked for in calls.
+        ``convolution``, ``measuring``: the kernels of the schedule's launches of those names. ``inputs``: what the
+        region is prepared for; their shapes and strides are then not asked for in calls.
         """
         names, outputs = tuple(n for n, _ in program.inputs), program.outputs
         parts = _parts(made)
@@ -149,7 +150,8 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
     """The convolution with its epilogue, as a step among others."""
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
+    before, after = Operands(kernel.before, places), Operands(kernel.after, places)
+    behind = None if kernel.behind is None else Operands(kernel.behind, places)
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
     fewer_dims = len(shape) < 5
@@ -158,7 +160,7 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
         x, weight = values[kernel.x], values[kernel.weight]
         bias = None if kernel.bias is None else values[kernel.bias].contiguous()
         out = empty(shape, strides, kind.dtype) if not_kept is None else not_kept
-        given = before(values), after(values), behind(values)
+        given = before(values), after(values), b"" if behind is None else behind(values)
         if not_kept is None:
             values[kernel.stored] = out
         moments = None

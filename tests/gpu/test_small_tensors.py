@@ -19,7 +19,7 @@ from fxfuse.instr import TensorType
 from fxfuse.kernels import execute
 from fxfuse.kernels.emit_bundle import emit_bundle
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.schedule import _observe
+from fxfuse.kernels.schedule import observe
 from fxfuse.kernels.tail import Bundle
 from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
@@ -66,7 +66,7 @@ def test_the_bits_of_torchs_operators(dtype: str) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn([s or 0 for s in k.shape], device="cuda").to(k.dtype) for _, k in chain.inputs]
     inputs[3] = inputs[3].abs() + 0.5
-    values = _observe(chain, inputs, FakeTensorMode())
+    values = observe(chain, inputs, FakeTensorMode())
     types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
     strides = {n: t.stride() for n, t in values.items()}
     kinds = tuple(types[n] for n in chain.outputs)

@@ -21,7 +21,7 @@ from fxfuse.kernels.emit_bundle import MOST_ADDRESSES, MOST_ELEMENTS, Emitted, e
 from fxfuse.kernels.execute import convolution_of
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import Schedule, _observe, examples, schedule
+from fxfuse.kernels.schedule import Schedule, examples, observe, schedule
 from fxfuse.kernels.tail import Bundle, Step, Torch
 from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
@@ -31,7 +31,7 @@ Draw = st.DrawFn
 
 # --- one kernel -----------------------------------------------------------------------------------
 def observed(chain: Program, inputs: list[Tensor]) -> tuple[dict[str, TensorType], dict[str, tuple[int, ...]]]:
-    values = _observe(chain, inputs, FakeTensorMode())
+    values = observe(chain, inputs, FakeTensorMode())
     types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
     return types, {n: t.stride() for n, t in values.items()}
 
@@ -415,7 +415,7 @@ def test_large_views_stay_views() -> None:
 
 def arranged(found: Program) -> tuple[Step, ...]:
     """Of a program that torch had to run as a whole."""
-    values, whole = _observe(found, examples(found), FakeTensorMode()), Torch(found)
+    values, whole = observe(found, examples(found), FakeTensorMode()), Torch(found)
     bundler = Bundler(values, (whole,), kernels=False)
     return bundler.arrange(bundler.needed((whole,), found.outputs), found.outputs, all_small=False)
 

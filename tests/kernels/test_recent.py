@@ -27,7 +27,7 @@ Given = tuple[str, list[Tensor], Tensor]
 @pytest.fixture
 def region(gpu: type[Stand]) -> Given:  # noqa: F811
     """The text of a region that ran twice, what it takes, and its result."""
-    with mock.patch.object(execute, "slower", lambda *_: None):
+    with mock.patch.object(execute, "slower", return_value=None):
         model = nn.Sequential(nn.ConvTranspose3d(8, 16, **UP), nn.LeakyReLU()).eval()
         fast = fxfuse.optimize(model, x := torch.randn(2, 8, 4, 5, 6))
         with torch.no_grad(), mock.patch.object(ops, "_rewritten", wraps=ops._rewritten) as seen:
@@ -128,7 +128,7 @@ def test_other_circumstances(region: Given, what: str) -> None:
 
 
 def test_transforms_see_the_operator(region: Given) -> None:
-    text, inputs, made = region
+    text, inputs, _ = region
     x, w, b = inputs
     seen = []
 
