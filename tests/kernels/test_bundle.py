@@ -11,7 +11,6 @@ from harness import program
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.instr import DTYPES, TensorType
 from fxfuse.kernels import jit
@@ -31,7 +30,7 @@ Draw = st.DrawFn
 
 # --- one kernel -----------------------------------------------------------------------------------
 def observed(chain: Program, inputs: list[Tensor]) -> tuple[dict[str, TensorType], dict[str, tuple[int, ...]]]:
-    values = observe(chain, inputs, FakeTensorMode())
+    values = observe(chain, inputs)
     types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
     return types, {n: t.stride() for n, t in values.items()}
 
@@ -51,7 +50,7 @@ def run(chain: Program, inputs: list[Tensor]) -> list[Tensor]:
     """The outputs, by the kernel."""
     values = dict(zip((n for n, _ in chain.inputs), inputs, strict=True))
     with emulated() as device:
-        prepare(bundle_of(chain, inputs), torch.device("cpu"))(values)
+        prepare(bundle_of(chain, inputs), torch.device("cpu"), {}, set())(values)
         assert device.launches == ["bundle"]
     return [values[n] for n in chain.outputs]
 
@@ -415,7 +414,7 @@ def test_large_views_stay_views() -> None:
 
 def arranged(found: Program) -> tuple[Step, ...]:
     """Of a program that torch had to run as a whole."""
-    values, whole = observe(found, examples(found), FakeTensorMode()), Torch(found)
+    values, whole = observe(found, examples(found)), Torch(found)
     bundler = Bundler(values, (whole,), kernels=False)
     return bundler.arrange(bundler.needed((whole,), found.outputs), found.outputs, all_small=False)
 
@@ -448,7 +447,7 @@ def test_other_strides_than_planned_are_torchs() -> None:
     for given_, launches in ((x, ["bundle"]), (tensor(6, 4).t(), []), (x.clone(), ["bundle"])):
         values = {"x": given_}
         with emulated() as device:
-            prepare(doubted, torch.device("cpu"))(values)
+            prepare(doubted, torch.device("cpu"), {}, set())(values)
             assert device.launches == launches
         assert torch.equal(values["a"], given_ * 2) and torch.equal(values["b"], given_.reshape(24))
         assert values["a"].stride() == (6, 1) and values["b"].data_ptr() != given_.data_ptr()
