@@ -277,9 +277,10 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_region_shows_its_plan_and_its_source() -> None:
     model = nn.Sequential(nn.ConvTranspose3d(32, 64, 3, stride=2), nn.ReLU(), nn.InstanceNorm3d(64), nn.SiLU())
     region = fxfuse.explain(model, torch.randn(2, 32, 24, 24, 24)).regions[0]
-    assert region.plan == (
+    assert without_estimates(region.plan) == (
         "one kernel: conv_transpose > relu -> f32[2, 64, 49, 49, 49] and statistics; "
-        "then statistics of v1, gathered on the way; then one kernel: sub > mul > silu -> f32[2, 64, 49, 49, 49]"
+        "then statistics of v1, gathered on the way; then one kernel: sub > mul > silu -> f32[2, 64, 49, 49, 49] "
+        "(by estimate _ with one run of the convolution, _ with two)"
     )
     assert region.source.count("__global__") == 5 + 3 + 2
     small = fxfuse.explain(nn.ConvTranspose3d(2, 3, 3), torch.randn(1, 2, 4, 4, 4)).regions[0]
