@@ -33,7 +33,20 @@ class Call(NamedTuple):
 
 _recent: dict[str, Call] = {}
 
-_guards = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
+def _known_guards() -> Any:
+    """torch's class, where it is there and takes what is given to it here: it is none of the public ones."""
+    found: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+    probe = torch.empty(2, 1, device="cpu")
+    try:
+        made = found(probe, dynamic_dims_sizes=[[2, 1]], dynamic_dims_strides=[[1, 1]])
+        works = made.check(probe) and not made.check(probe.t()) and not made.check(probe.double())
+    except Exception:  # noqa: BLE001 - the long way does without
+        return None
+    return found if works else None
+
+
+_guards = _known_guards()
 # asked on every call
 _grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack

@@ -160,6 +160,17 @@ def test_few_are_kept(region: Given, monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(recent._recent) <= 2
 
 
+@pytest.mark.parametrize("answer", [lambda *_: True, lambda *_: None], ids=["takes_everything", "takes_nothing"])
+def test_guards_that_do_not_tell_tensors_apart_are_none(
+    answer: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recent._known_guards() is not None  # or nothing here goes the short way
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", lambda *_, **__: SimpleNamespace(check=answer))
+    assert recent._known_guards() is None
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert recent._known_guards() is None
+
+
 def test_without_torchs_guards_the_long_way_is_taken(region: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     text, inputs, _ = region
     monkeypatch.setattr(recent, "_guards", None)
