@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
+from fxfuse.kernels.chains import dense, layouts_of
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.jit import compile_cubin
@@ -108,6 +109,13 @@ def _sizes(kind: TensorType) -> tuple[int, int, int, int, int]:
     return n, c, d, h, w
 
 
+def _laid_out(value: Tensor, layout: str, planned: tuple[int, ...]) -> Tensor:
+    """``value`` as it was planned: torch's operators may lay out what they make in another way than they said."""
+    if layout in layouts_of(value.shape, value.stride()):
+        return value
+    return torch.empty_strided(value.shape, planned, dtype=value.dtype, device=value.device).copy_(value)
+
+
 # --- maps -----------------------------------------------------------------------------------------
 def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -> Run:
     index = device.index
@@ -145,8 +153,12 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
     operands = [Operands(e, places) for e in (step.before, *([] if pointwise else [step.after]))]
     launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}")
 
+    planned = dense(step.given.shape, step.layouts[0])
+
     def run(values: Values) -> None:
         value = values[step.value]
+        if value.stride() != planned:
+            value = _laid_out(value, step.layouts[0], planned)
         if value.data_ptr() % 16:
             value = value.clone()
         out = empty(shape, strides, dtype)
@@ -270,7 +282,11 @@ def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.
     first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i")
     second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q")
 
+    planned = dense(step.kind.shape, step.layout)
+
     def run(value: Tensor) -> Tensor:
+        if value.stride() != planned:
+            value = _laid_out(value, step.layout, planned)
         parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
         moments, at, stream = moments_of(step.kind), parts.data_ptr(), stream_of(index)
         partials = (at, at + n * slots * c * 8, slots, c)

@@ -135,12 +135,13 @@ def statistics(x: Tensor, *, batch: bool, groups: int, eps: float) -> tuple[Tens
     """Mean, variance and ``1 / sqrt(variance + eps)`` over all spatial dims and a group of channels (dim 1).
 
     x: (N, C, *spatial). With ``batch`` over all samples, too. Each result is (N, C, 1, ...), or (1, C, 1, ...)
-    with ``batch``, float32 at least: a channel has what its group has. The variance is the biased one.
+    with ``batch``, contiguous, float32 at least: a channel has what its group has. The variance is the biased one.
     """
     n, c, *spatial = x.shape
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, groups, -1)
     dims = (0, 2) if batch else (2,)
     mean, var = grouped.mean(dims, keepdim=True), grouped.var(dims, correction=0, keepdim=True)
     shape = (1 if batch else n, c, *(1 for _ in spatial))
-    mean, var, scale = (v.expand(-1, -1, c // groups).reshape(shape) for v in (mean, var, (var + eps).rsqrt()))
+    results = (v.expand(-1, -1, c // groups).reshape(shape) for v in (mean, var, (var + eps).rsqrt()))
+    mean, var, scale = (v.contiguous() for v in results)  # a reshape of one group is a view
     return mean, var, scale

@@ -101,6 +101,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_train": lambda: block(nn.BatchNorm3d(24)).train(),
     "instance_norm": lambda: block(nn.InstanceNorm3d(24, affine=True)),
     "scaled": Scaled,
+    "mean_of_one_group": lambda: nn.Sequential(up(), nn.GroupNorm(1, 24), nn.AdaptiveAvgPool3d(1)),
     "mean_train": lambda: nn.Sequential(up(), nn.BatchNorm3d(24), nn.AdaptiveAvgPool3d(1)).train(),
 }
 

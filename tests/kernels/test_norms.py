@@ -210,3 +210,12 @@ def test_centring_that_is_left_alone(dtype: str, size: tuple[int, ...]) -> None:
     original = program(f"x: {dtype}[{', '.join(map(str, size))}]", "c, a, s, u = centre(x)\nc, a, s, u")
     types = types_of(original) if size[0] > 1 else {n: TensorType(torch.float32, size) for n in "xcasu"}
     assert split_norms(original, types, lambda _: True) == original
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("batch", [False, True])
+def test_statistics_lie_as_kernels_make_them(groups: int, batch: bool) -> None:
+    """A kernel that reads them relies on it."""
+    made = vocabulary.lookup("statistics")(torch.randn(3, 6, 4, 5), batch=batch, groups=groups, eps=0.0)
+    for value in made:
+        assert value.shape == (1 if batch else 3, 6, 1, 1) and value.stride() == (6, 1, 1, 1)

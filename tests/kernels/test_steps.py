@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from emulator.device import emulated, needs_compiler
 from harness import program
 from hypothesis import HealthCheck, given, settings
 from strategies import Chain, chains
@@ -17,8 +18,9 @@ from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Fold, Gather, Map, Rows, Torch, Window
+from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, observe, schedule
+from fxfuse.kernels.tail import Fold, Gather, Map, Rows, Torch, Window, plan
+from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -437,3 +439,20 @@ def test_kernels_compile_without_spills(dtype: str, layout: str, arch: str) -> N
     for source in sources:
         cubin = compile_cubin(source, arch)
         assert not {name: used.spills for name, used in cubin.kernels.items() if used.spills}
+
+
+@needs_compiler
+@pytest.mark.parametrize("line", ["mul(x, v)", "statistics(x, batch=False, groups=4, eps=0.1)"])
+def test_what_torch_laid_out_in_another_way_than_it_said(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step was planned for a contiguous x."""
+    names = "y, m, s" if line.startswith("statistics") else "y"
+    found = program("x: f32[2, 4, 3, 5, 7], v: f32[4, 1, 1, 1]", f"{names} = {line}\n{names}")
+    x, v = torch.randn(2, 4, 3, 5, 7), torch.randn(4, 1, 1, 1)
+    values = {"x": x.contiguous(memory_format=torch.channels_last_3d), "v": v}
+    monkeypatch.setattr("fxfuse.kernels.tail.LEAST_ELEMENTS", 1)
+    with emulated():
+        (step,) = plan(found, observe(found, [x, v]))
+        assert not isinstance(step, Torch)
+        prepare(step, torch.device("cpu"), {}, set(found.outputs))(values)
+    for name, expected in zip(found.outputs, found.run([x, v][: len(found.inputs)]), strict=True):
+        torch.testing.assert_close(values[name], expected, rtol=1e-5, atol=1e-6)
