@@ -67,7 +67,7 @@ def emit_fold(
 ) -> str:
     """The entry ``fold``. ``layouts``: of the value, of the result."""
     names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
-    arguments = f"fxfuse::FoldArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     last, last_made = (layout != "contiguous" for layout in layouts)
     return "\n".join([
         '#include "map_fold.cuh"',
@@ -84,7 +84,7 @@ def emit_fold(
 def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, after: Expression | None) -> str:
     """Entries ``whole``, ``any``: for rows of a multiple of the vector, or not."""
     names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
-    arguments = f"fxfuse::RowArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
     lanes = "fxfuse::kMapThreads" if rows.long else "32"
     call = f"fxfuse::map_rows<fxfuse::Row{rows.combine}, {lanes}"
     entries = {"whole": f"{call}, {vector(dtype)}>(a)", "any": f"{call}, 1>(a)"}

@@ -26,6 +26,17 @@ struct MapArguments {
   alignas(8) Before before;
 };
 
+// Of a reduction, of channels or of rows.
+template <class In, class Out, class Before, class After>
+struct ReductionArguments {
+  const In* in;
+  Out* out;
+  Sizes size;  // of the input
+  int length;  // of a row
+  alignas(8) Before before;
+  alignas(8) After after;
+};
+
 constexpr int kMapThreads = 256;
 
 // Contiguous: `count` neighbours per thread. `whole`: they are of the same sample and channel.

@@ -6,16 +6,6 @@
 
 namespace fxfuse {
 
-template <class In, class Out, class Before, class After>
-struct FoldArguments {
-  const In* in;
-  Out* out;
-  Sizes size;
-  int unused;
-  alignas(8) Before before;
-  alignas(8) After after;
-};
-
 // `Fold` has constants: channels, lanes (a power of two, threads per position), last, last_made (channels are
 // neighbours in the input, in the result); and `Op`, a reduction of fold.cuh.
 template <class Fold>
@@ -46,7 +36,7 @@ struct Folding {
 };
 
 template <class Fold, class In, class Out, class Before, class After>
-FXFUSE_INLINE void fold_channels(const FoldArguments<In, Out, Before, After>& a) {
+FXFUSE_INLINE void fold_channels(const ReductionArguments<In, Out, Before, After>& a) {
   const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, units = plane * a.size.n;
   const unsigned thread = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
   const unsigned found = thread / Fold::lanes, unit = found < units ? found : units - 1;  // all take part in shuffles

@@ -6,16 +6,6 @@
 
 namespace fxfuse {
 
-template <class In, class Out, class Before, class After>
-struct RowArguments {
-  const In* in;
-  Out* out;
-  Sizes size;  // of the input
-  int length;  // of a row
-  alignas(8) Before before;
-  alignas(8) After after;
-};
-
 // What is known of a part of a row: add() takes one more element, merge() another part's. of(length) is the result, or
 // what result(value, of(length)) needs for each element. `x` and `y` go from thread to thread.
 struct RowSum {
@@ -92,7 +82,7 @@ FXFUSE_INLINE Row other_row(const Row& mine, int distance) {
 // `Row`: how to reduce. `lanes` threads per row, 32 or kMapThreads; each reads `count` neighbours at once, of which the
 // length is a multiple.
 template <class Row, int lanes, int count, class In, class Out, class Before, class After>
-FXFUSE_INLINE void map_rows(const RowArguments<In, Out, Before, After>& a) {
+FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a) {
   constexpr int warps = kMapThreads / 32;
   __shared__ float shared[2][warps];
   const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, rows = plane * a.size.c * a.size.n / a.length;
