@@ -80,8 +80,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "norm": (lambda: Stages(F.relu, nn.GroupNorm(4, 48), F.hardswish), "statistics, gathered"),
     "batch": (lambda: Stages(nn.BatchNorm3d(48), F.silu).train(), "statistics, gathered"),
     "only_means": (lambda: Stages(F.silu, lambda y: y.mean((2, 3, 4))), "keeps nothing"),
-    "softmax": (lambda: Stages(lambda y: y.softmax(1), torch.sigmoid), "fold Softmax"),
-    "sum": (lambda: Stages(F.softplus, lambda y: y.sum(1, keepdim=True), F.tanh), "fold Sum"),
+    "softmax": (lambda: Stages(lambda y: y.softmax(1), torch.sigmoid), "folds Softmax"),
+    "sum": (lambda: Stages(F.softplus, lambda y: y.sum(1, keepdim=True), F.tanh), "folds Sum"),
     "pool": (lambda: Stages(F.silu, lambda y: F.max_pool3d(y, 3, 2, 1)), "pool"),
     "residual": (lambda: Stages(F.relu, nn.InstanceNorm3d(48), lambda y: y + y.softmax(1)), "map"),
 }
@@ -145,13 +145,21 @@ def bits(t: Tensor) -> Tensor:
 
 # --- memory as it may lie -------------------------------------------------------------------------
 def fill_free_memory(byte: int) -> None:
-    """What the allocator hands out next, small and large, is full of ``byte``."""
+    """What the allocator hands out next, small and large, is full of ``byte``: the free part of segments, too."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    # what is left of segments that something lives in, too
-    sizes = [*[64 * MIB] * 4, *[5 * MIB] * 16, *[2**19] * 64, *[2**15] * 512, *[2**12] * 4096]
-    blocks = [torch.full((size,), byte, dtype=torch.uint8, device=DEVICE) for size in sizes]
-    del blocks
+    some = [
+        torch.empty(size, dtype=torch.uint8, device=DEVICE)
+        for size in (*[64 * MIB] * 4, *[5 * MIB] * 16, *[2**19] * 64)
+    ]
+    del some
+    free = []
+    for segment in torch.cuda.memory_snapshot():
+        most = MIB if segment["segment_type"] == "small" else segment["total_size"]
+        for left in (b["size"] for b in segment["blocks"] if b["state"] == "inactive"):
+            free += [min(most, left - at) for at in range(0, left, most)]
+    filled = [torch.full((size,), byte, dtype=torch.uint8, device=DEVICE) for size in sorted(free, reverse=True)]
+    del filled
     for size in (2**12, 3 * MIB, 40 * MIB):
         assert bool((torch.empty(size, dtype=torch.uint8, device=DEVICE) == byte).all())
 

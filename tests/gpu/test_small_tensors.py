@@ -111,6 +111,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def test_torch_has_nothing_to_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**12)  # vectors are small, samples are not
+    execute.forget()  # what other tests have run
     torch.manual_seed(0)
     model = MODELS[name]().to(DEVICE, dtype)
     for module in model.modules():
