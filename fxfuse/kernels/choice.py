@@ -23,8 +23,9 @@ LEAST_SECONDS_CHAIN = 2.5e-5
 LEAST_FIT = 0.55
 #: the same for grouped convolutions, of which cuDNN makes little
 LEAST_SECONDS_GROUPED = 3e-5
-#: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's
-LARGE_KERNEL = 64
+#: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's; and where there are fewer output
+#: channels than cuDNN's tiles have
+LARGE_KERNEL, LARGE_KERNEL_NARROW, NARROW = 64, 27, 64
 
 
 def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
@@ -59,10 +60,11 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         return f"{layer.out_channels} output channels leave the matrix units idle"
     if math.prod(layer.kernel) <= 4 and not (kernel.combine or folds):
         return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
+    large = LARGE_KERNEL_NARROW if layer.out_channels < NARROW else LARGE_KERNEL
     if (
         narrow
         and math.prod(layer.stride) == 1
-        and math.prod(layer.kernel) < LARGE_KERNEL
+        and math.prod(layer.kernel) < large
         and not (kernel.combine or kernel.gathers or folds)
     ):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"

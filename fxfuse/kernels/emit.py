@@ -275,9 +275,21 @@ direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
 }}
-""" + (_MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "")
+""" + "".join(
+        [
+            _AGAIN.format(t=t, half=half) if scaled == "true" else "",
+            _MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "",
+        ]
+    )
 
 
+_AGAIN = """
+extern "C" __global__ void __launch_bounds__(256, 2)
+again(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
+      const __grid_constant__ fxfuse::RowGeometry g) {{
+  fxfuse::to_rows_again<{t}, {half}, Problem::exact>(x, rows, samples, g);
+}}
+"""
 _MERGE = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 1)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,

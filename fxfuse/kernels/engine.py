@@ -1,9 +1,9 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
-A call queues up to five kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
-packed weights), `convolution`, `direct` for samples that `measure` and `prepare` marked, and `merge` where
-statistics of the output are wanted. What depends on shapes alone is computed once, in a :class:`_Call`; a call
-fills in the pointers.
+A call queues up to six kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
+packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`, `direct`
+for samples that `prepare` marked, and `merge` where statistics of the output are wanted. What depends on shapes alone
+is computed once, in a :class:`_Call`; a call fills in the pointers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MERGE_BLOCK, MERGED = 512, 8
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies
 THREADS = 128 * (CONSUMERS + 1)
+#: values of float32 x that `measure` looks at: of a sample, and of all of them
+SAMPLED_EACH, SAMPLED = 2**14, 2**21
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
 _I, _L = ctypes.c_int, ctypes.c_int64
@@ -54,7 +56,7 @@ class _Geometry(ctypes.Structure):
 
 
 class _Samples(ctypes.Structure):
-    _fields_ = [(n, _L) for n in ("largest", "wrong", "marks", "scale", "parts")]
+    _fields_ = [*((n, _L) for n in ("largest", "above", "marks", "scale")), ("parts", _I), ("every", _I)]
 
 
 class _Channels(ctypes.Structure):
@@ -64,10 +66,8 @@ class _Channels(ctypes.Structure):
 class _Rows(ctypes.Structure):
     _fields_ = [
         ("stride", _Strides),
-        *(
-            (n, _I)
-            for n in ("depth", "height", "width", "channels", "padded", "groups", "blocks", "blocks_positions", "span")
-        ),
+        *((n, _I) for n in ("depth", "height", "width", "channels", "padded", "groups")),
+        *((n, _I) for n in ("blocks", "blocks_positions", "span", "quads")),
     ]
 
 
@@ -260,7 +260,9 @@ class _Call:
         pooled = bool(layer.epilogue.combine)
         tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
         epilogue = layer.epilogue
-        names = (*KERNELS, "merge") if epilogue.gathers else KERNELS
+        each = math.prod(x.shape[1:])
+        every = sampled(n, each) if self.scaled else 1
+        names = (*KERNELS, *(["again"] if every > 1 else []), *(["merge"] if epilogue.gathers else []))
         module = _module(layer.source(store), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
@@ -269,10 +271,10 @@ class _Call:
         self.rows_shape = (n, *sizes, width)
         rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
         self.map_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else rows_strides
-        parts = 32 * max(1, min(8, math.prod(x.shape[1:]) // 2**16, -(-64 // n)))
+        parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
         slots = n * self.slots if epilogue.gathers else 0
-        counts = [n * parts, n * parts, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
+        counts = [n * parts, n, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
         rows_bytes = 0 if self.in_place else n * positions * width * 2
         sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
         self.offsets = [0, sections[0]]
@@ -296,7 +298,7 @@ class _Call:
         )
         self.bias, self.placed = bias, dict[int, bytes]()
         strides = _Strides(*x.stride())
-        told.samples.parts, told.to.stride = parts, _Strides(*out.stride())
+        told.samples.parts, told.samples.every, told.to.stride = parts, every, _Strides(*out.stride())
         told.direct = _Direct(strides, *sizes, n, channels=couts)
         if epilogue.gathers:
             told.to.slots, told.to.all_channels = self.slots, couts
@@ -305,19 +307,27 @@ class _Call:
         to = _Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
         (in_c, out_c, volume) = map(_I, (shape.in_channels, shape.out_channels, shape.volume))
-        span = 4096 // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
+        quads = self.scaled and _by_quads(x)
+        span = (8192 if quads else 4096) // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
         blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
         taps = sum(s.count for p in made.passes for s in p.steps)
         blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
         blocks = blocks_rows + blocks_weights * tiles * made.chunks
         rows_geometry = _Rows(
-            strides, *sizes, shape.in_channels, made.padded_channels, shape.groups, blocks_rows, blocks_positions, span
+            strides,
+            *sizes,
+            shape.in_channels,
+            made.padded_channels,
+            shape.groups,
+            blocks_rows,
+            blocks_positions,
+            span,
+            quads,
         )
         measure = Launch(
             module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
-            [w_at, b_at, told.channels, x_at, told.samples, _L(math.prod(x.shape[1:])), in_c, out_c, volume,
-             _I(couts)],
+            [w_at, b_at, told.channels, x_at, told.samples, _L(each), in_c, out_c, volume, _I(couts)],
         )  # fmt: skip
         prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
@@ -337,7 +347,11 @@ class _Call:
             module.kernels["convolution"], min(total, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        self.launches = [*([measure] if self.scaled or bias else []), prepare, convolution]
+        again = []
+        if every > 1:
+            arguments = [x_at, rows, told.samples, rows_geometry]
+            again.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
+        self.launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
             self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
@@ -382,7 +396,7 @@ class _Call:
         told = self.told
         told.rows, told.packed, *state = [base + offset for offset in self.offsets]
         samples, channels, to = told.samples, told.channels, told.to
-        samples.largest, samples.wrong, samples.marks, samples.scale = state[:4]
+        samples.largest, samples.above, samples.marks, samples.scale = state[:4]
         channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
         told.scale = channels.scale
         to.parts, to.counts = state[8:]
@@ -409,6 +423,11 @@ class _Call:
 Calls = dict[object, list[_Call]]
 
 
+def sampled(samples: int, each: int) -> int:
+    """One of how many values of ``samples`` of ``each`` float32 values is looked at before they are scaled."""
+    return max(1, min(each // SAMPLED_EACH, samples * each // SAMPLED, 64))
+
+
 @functools.lru_cache(maxsize=1024)
 def _module(source: str, names: tuple[str, ...], device: int) -> Module:
     with torch.cuda.device(device):
@@ -423,6 +442,14 @@ def _processors(device: int) -> int:
 def _dense(x: Tensor) -> bool:
     """Whether every sample is a block of memory without holes, one behind the other."""
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _by_quads(x: Tensor) -> bool:
+    """Whether positions of x are neighbours, and every four of them can be read at once."""
+    n, c, d, h, w = x.stride()
+    *_, height, width = x.shape
+    whole = math.prod(x.shape[2:]) % 4 == 0 and x.data_ptr() % 16 == 0
+    return whole and w == 1 and h == width and d == height * width and n % 4 == 0 and c % 4 == 0
 
 
 def _rows_in_place(x: Tensor, made: Specialisation) -> bool:

@@ -16,7 +16,7 @@ from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import elements
 from fxfuse.kernels.convolution import Specialisation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.engine import Convolution, sampled
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.schedule import Launch, Schedule
 from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
@@ -101,12 +101,13 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     packed = layer.groups * made.column_tiles * made.weight_bytes
     moments = n * layer.out_channels * layer.groups * 16 if kernel.gathers else 0
     stored = size_of(kernel.kind) if kernel.keeps else 0
-    # x is read once to be measured, where samples are scaled, and once to be made rows
-    read = bytes_of(types, kernel.reads) + (size_of(x) if scaled else 0) + rows + packed
+    # where samples are scaled, a part of x is read to be measured, all of it to be made rows, and some once more
+    every = sampled(n, math.prod(sizes) * (x.shape[1] or 0))
+    read = bytes_of(types, kernel.reads) + (size_of(x) // every if scaled else 0) + rows + packed
     written = rows + packed + stored + moments
     weight = layer.in_channels * layer.groups * layer.out_channels * layer.volume
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
-    helpers = (scaled or kernel.bias is not None) + (scaled and kernel.keeps) + kernel.gathers
+    helpers = (scaled or kernel.bias is not None) + (scaled and every > 1) + (scaled and kernel.keeps) + kernel.gathers
     return Work(
         launches=2 + helpers,
         read=read,

@@ -18,9 +18,9 @@ from fxfuse.kernels.convolution import CONSUMERS, MOST_RUNS, Specialisation, Uns
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
 CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
-#: bytes of float32 input per second that are measured and made rows, and seconds that launches take: read off runs
-#: on an H100
-ROWS_RATE, LAUNCHES = 1.2e12, 1.5e-5
+#: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take: read off
+#: runs on an H100
+ROWS_RATE, LAUNCHES = 2.6e12, 1.7e-5
 #: bytes of a run that are worth the way through shared memory
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
@@ -260,5 +260,6 @@ def seconds(
     one = max(multiply, multiply / CONSUMERS + accumulators * epilogue) / CLOCK
     if keeps:
         one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
-    read = batch * made.layer.groups * made.layer.in_channels * math.prod(sizes)
-    return waves * one + read * 4 / ROWS_RATE + LAUNCHES
+    position = made.layer.in_channels * 4 + made.padded_channels * made.parts * 2
+    moved = batch * made.layer.groups * math.prod(sizes) * position
+    return waves * one + moved / ROWS_RATE + LAUNCHES

@@ -123,6 +123,12 @@ T atomicAdd(T* at, V v) {
   return before;
 }
 template <class T, class V>
+T atomicMax(T* at, V v) {
+  const T before = *at;
+  if (before < v) *at = v;
+  return before;
+}
+template <class T, class V>
 T atomicOr(T* at, V v) {
   const T before = *at;
   *at |= v;

@@ -93,6 +93,8 @@ SOFTMAX, LOGSUMEXP = "u = softmax(y, dim=1)", "u = logsumexp(y, dims=(1,), keepd
         ({"kernel": (1, 2, 2)}, {"kernel": (1, 3, 3)}, "bound by memory"),
         ({"dtype": "f16"}, {"behind": (MEAN,)}, "cuDNN convolves f16 with stride 1 as fast"),
         ({"dtype": "f16"}, {"kernel": (4, 4, 4)}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"dtype": "f16"}, {"channels": (32, 48)}, "cuDNN convolves f16 with stride 1 as fast"),
+        ({"dtype": "f16", "channels": (32, 48), "kernel": (2, 3, 3)}, {"dtype": "f32"}, "cuDNN convolves f16 with"),
         ({"dtype": "f16"}, {"stride": TWO}, "cuDNN convolves f16 with stride 1 as fast"),
         ({"kernel": (2, 2, 2), "stride": (3, 3, 3)}, {"behind": (LOGSUMEXP,)}, "leave outputs that no tap reaches"),
         ({"kernel": (4, 4, 4), "stride": LONG}, {"behind": (LOGSUMEXP,)}, "a stride of 4 along w scatters"),

@@ -1,12 +1,14 @@
 // What a convolution on matrix instructions needs first: x as rows of channels and weights as packed tiles, both in
 // 16-bit numbers. float32 is scaled by a power of two per sample and per output channel, so that the largest finite
-// value lies in [2^14, 2^15); samples that half precision cannot carry so are marked for the direct kernel.
+// value lies in [2^14, 2^15). Of large samples only some values are looked at first, and the largest of these comes to
+// lie in [2^12, 2^13); what does not fit then is found while the rows are made, which are made again. Samples that half
+// precision cannot carry so are marked for the direct kernel.
 #pragma once
 #include "ptx.cuh"
 
 namespace fxfuse {
 
-constexpr int kFewTiny = 64;  // values below half's normal numbers that a sample may have: see count_tiny
+constexpr int kFewTiny = 64;  // values below half's normal numbers that a sample may have: see Taken
 
 // The power of two that brings `largest` into [2^14, 2^15); 1 for zero.
 FXFUSE_INLINE float scale_for(float largest) {
@@ -33,13 +35,14 @@ FXFUSE_INLINE float block_maximum(float v) {
   return parts[0];
 }
 
-// Per sample. `parts` blocks look for the largest finite magnitude, and for others that are not finite.
+// Per sample. `parts` blocks look for the largest finite magnitude, in one of `every` runs of values.
 struct SampleState {
   float* largest;   // samples * parts
-  uint32_t* wrong;  // samples * parts
+  uint32_t* above;  // samples: where some value does not fit the scale, the bits of the largest magnitude; else 0
   uint32_t* marks;  // samples; 0 or few: matrix instructions; else the direct kernel
   float* scale;     // samples: 1/scale, for the epilogue
-  int64_t parts;    // a multiple of 32
+  int parts;        // a multiple of 32
+  int every;
 };
 // Per output channel.
 struct ChannelState {
@@ -75,34 +78,35 @@ FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const
   }
 }
 
-// One block per part of a dense sample of `size` floats.
+// One block per part of a dense sample of `size` floats. A warp reads runs of 32 units, of 4 floats or one.
 FXFUSE_INLINE void measure_sample(int index, const float* x, const SampleState& out, int64_t size) {
-  const int n = index / (int)out.parts, part = index - n * (int)out.parts;
+  const int n = index / out.parts, part = index - n * out.parts, lane = threadIdx.x & 31;
   x += n * size;
   float largest = 0.f;
-  bool wrong = false;
-  const int64_t step = out.parts * blockDim.x, at = (int64_t)part * blockDim.x + threadIdx.x;
   auto take = [&](float v) {
     v = fabsf(v);
     if (finite(v)) largest = fmaxf(largest, v);
-    else wrong = true;
   };
-  if (((uint64_t)x & 15) == 0) {
-    const float4* x4 = (const float4*)x;
+  const bool aligned = ((uint64_t)x & 15) == 0;
+  const int64_t units = aligned ? size / 4 : size;
+  const int runs = (int)((units + 31) / 32), warps = blockDim.x / 32, step = out.parts * warps;
 #pragma unroll 4
-    for (int64_t i = at; i < size / 4; i += step) {
-      const float4 v = x4[i];
+  for (int k = part * warps + threadIdx.x / 32; k <= (runs - 1) / out.every; k += step) {
+    // not always the first one: sizes are powers of two, too
+    const int64_t at = ((int64_t)k * out.every + (uint32_t)k * 7u % (uint32_t)out.every) * 32 + lane;
+    if (at >= units) continue;
+    if (aligned) {
+      const float4 v = ((const float4*)x)[at];
       take(v.x), take(v.y), take(v.z), take(v.w);
+    } else {
+      take(x[at]);
     }
-    for (int64_t i = size / 4 * 4 + at; i < size; i += step) take(x[i]);
-  } else {
-    for (int64_t i = at; i < size; i += step) take(x[i]);
   }
-  wrong = __syncthreads_or(wrong);
+  if (aligned && part == 0 && threadIdx.x < size % 4) take(x[units * 4 + threadIdx.x]);
   largest = block_maximum(largest);
   if (threadIdx.x == 0) {
-    out.largest[index] = largest, out.wrong[index] = wrong;
-    if (part == 0) out.marks[n] = 0;
+    out.largest[index] = largest;
+    if (part == 0) out.marks[n] = 0, out.above[n] = 0;
   }
 }
 
@@ -113,59 +117,106 @@ struct RowGeometry {
   int channels, padded, groups;  // per group
   int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
   int span;                      // a power of two: 64, or more where the rows are short
+  int quads;                     // float32 positions are neighbours, and four of them are read at once
 };
 
-// x of any strides to rows of channels: [sample][position][group][padded channel]. A block takes `span` positions of
-// up to 4096 / span channels of one sample.
+// What brings the values of a sample into half's range: a power of two; and bits of magnitudes.
+struct Scaling {
+  float scale;
+  uint32_t limit;     // the largest that fits
+  uint32_t smallest;  // below it half's numbers are denormal
+};
+FXFUSE_INLINE Scaling scaling_by(float scale) {
+  const float one = reciprocal_of_power(scale);
+  return {scale, __float_as_uint(fminf(65504.f * one, 3.402823466e38f)), __float_as_uint(6.103515625e-5f * one)};
+}
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+// Of float32 values on their way: the largest magnitude, and how many are too small for half's normal numbers.
+template <bool scaled>
+struct Taken {
+  const Scaling by;
+  uint32_t most = 0;
+  int tiny = 0;
+  FXFUSE_INLINE float operator()(float v) {
+    if (!scaled) return v;
+    const uint32_t bits = __float_as_uint(v) & 0x7fffffffu;
+    most = most > bits ? most : bits;
+    tiny += bits - 1 < by.smallest - 1;  // zero is not
+    return v * by.scale;
+  }
+  // A few tiny values may lose precision: their error is below 2^-37 of the sample's largest. Many would show.
+  FXFUSE_INLINE void tell(const SampleState& state, int n) const {
+    if (!scaled) return;
+    if (most > by.limit) atomicMax(&state.above[n], most);
+    if (most >= kInfinity) atomicOr(&state.marks[n], kMarked);
+    if (tiny && state.marks[n] <= kFewTiny) atomicAdd(&state.marks[n], (uint32_t)tiny);  // more of them changes nothing
+  }
+};
+
+// Eight values as 16-bit numbers, and behind `row_length` of them what those leave of the values.
+template <class Half16, bool exact>
+FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8], int row_length) {
+  alignas(16) Half16 v[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k]);
+  *(uint4*)to = *(const uint4*)v;
+  if (!exact) return;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k] - to_float(v[k]));
+  *(uint4*)(to + row_length) = *(const uint4*)v;
+}
+
+// A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
+// 4096 / span channels of one sample, of 8192 / span where they go by quads.
 // `exact`: behind all of them, what the 16-bit numbers leave of the values.
 template <class T, class Half16, bool scaled, bool exact>
-FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
+                                 const Scaling& by) {
   __shared__ float tiles[64 * 65];
   const int span = g.span, pitch = span + 1, shift = 31 - __clz(span);
   auto tile = [&](int row, int p) -> float& { return tiles[row * pitch + p]; };
   const int64_t stride_n = g.stride_n, stride_c = g.stride_c, stride_d = g.stride_d, stride_h = g.stride_h,
                 stride_w = g.stride_w;
-  const int height = g.height, width = g.width, depth = g.depth, channels = g.channels, padded = g.padded,
-            groups = g.groups;
+  const int height = g.height, width = g.width, channels = g.channels, padded = g.padded;
   const int block_x = block % g.blocks_positions, block_rest = block / g.blocks_positions;
-  const int blocks_y = (padded * groups + 63) / 64, block_y = block_rest % blocks_y;
-  const int plane = height * width;
-  const int positions = depth * plane, row_length = padded * groups;
+  const int row_length = padded * g.groups, blocks_y = (row_length + 63) / 64, block_y = block_rest % blocks_y;
+  const int plane = height * width, positions = g.depth * plane;
   const int first = block_x * span, row0 = block_y * 64, n = block_rest / blocks_y;
   const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
-  float scale = 1.f;
-  if (scaled) {  // every warp for itself
-    float largest = 0.f;
-    bool wrong = false;
-    for (int i = threadIdx.x & 31; i < state.parts; i += 32) {
-      largest = fmaxf(largest, state.largest[n * state.parts + i]);
-      wrong |= state.wrong[n * state.parts + i] != 0;
-    }
-#pragma unroll
-    for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
-    scale = scale_for(largest);
-    wrong = __any_sync(~0u, wrong);
-    if (block_x == 0 && block_y == 0 && threadIdx.x == 0) {
-      state.scale[n] = reciprocal_of_power(scale);
-      if (wrong) atomicOr(&state.marks[n], kMarked);
-    }
-  }
-  int tiny = 0;
-  auto take = [&](float v) {
-    v *= scale;
-    if (scaled && v != 0.f && fabsf(v) < 6.103515625e-5f) ++tiny;
-    return v;
+  const int units = wide / 8;
+  Taken<scaled> take{by};
+  auto row_of = [&](int p, int unit) {
+    return rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
   };
   auto source = [&](int row) -> const T* {  // of a channel; null for padding
     const int group = (row0 + row) / padded, c = row0 + row - group * padded;
     return c < channels ? x + n * stride_n + (int64_t)(group * channels + c) * stride_c : nullptr;
   };
   if constexpr (sizeof(T) == 4) {
+    if (g.quads) {
+      for (int i = threadIdx.x; i < units << (shift - 2); i += blockDim.x) {
+        const int quad = i / units, unit = i - quad * units, p = quad * 4;
+        if (first + p >= positions) break;
+        const int group = (row0 + unit * 8) / padded, c = row0 + unit * 8 - group * padded;
+        const float* const from = (const float*)x + n * stride_n + (int64_t)(group * channels + c) * stride_c + first + p;
+        float4 read[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) read[k] = c + k < channels ? *(const float4*)(from + k * stride_c) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          float values[8];
+#pragma unroll
+          for (int k = 0; k < 8; ++k) values[k] = take(q == 0 ? read[k].x : q == 1 ? read[k].y : q == 2 ? read[k].z : read[k].w);
+          store_eight<Half16, exact>(row_of(p + q, unit), values, row_length);
+        }
+      }
+      take.tell(state, n);
+      return;
+    }
     // channels are neighbours, and positions follow each other: as it lies
     if (stride_c == 1 && channels == padded && stride_h == width * stride_w && stride_d == plane * stride_w &&
         ((stride_w | stride_n) & 3) == 0 && ((uint64_t)x & 15) == 0) {
-      const int units = wide / 8;
-      const int64_t length = (int64_t)row_length * (exact ? 2 : 1);
 #pragma unroll 2
       for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
         const int p = i / units, unit = i - p * units;
@@ -173,18 +224,9 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
         const float4* from = (const float4*)((const float*)x + n * stride_n + (first + p) * stride_w + row0 + unit * 8);
         const float4 a = from[0], b = from[1];
         const float values[8] = {take(a.x), take(a.y), take(a.z), take(a.w), take(b.x), take(b.y), take(b.z), take(b.w)};
-        alignas(16) Half16 v[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k]);
-        Half16* const to = rows + ((int64_t)n * positions + first + p) * length + row0 + unit * 8;
-        *(uint4*)to = *(const uint4*)v;
-        if (exact) {
-#pragma unroll
-          for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k] - to_float(v[k]));
-          *(uint4*)(to + row_length) = *(const uint4*)v;
-        }
+        store_eight<Half16, exact>(row_of(p, unit), values, row_length);
       }
-      if (scaled && tiny) atomicAdd(&state.marks[n], tiny);
+      take.tell(state, n);
       return;
     }
   }
@@ -220,22 +262,51 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     }
   }
   __syncthreads();
-  // A few such values may lose precision: their error is below 2^-39 of the sample's largest. Many would show.
-  if (scaled && tiny) atomicAdd(&state.marks[n], tiny);
-  const int units = wide / 8;
+  take.tell(state, n);
   for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
     const int p = i / units, unit = i - p * units;
     if (first + p >= positions) break;
-    alignas(16) Half16 v[8];
+    float values[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile(unit * 8 + k, p));
-    Half16* const to = rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
-    *(uint4*)to = *(const uint4*)v;
-    if (exact) {
+    for (int k = 0; k < 8; ++k) values[k] = tile(unit * 8 + k, p);
+    store_eight<Half16, exact>(row_of(p, unit), values, row_length);
+  }
+  __syncthreads();
+}
+
+FXFUSE_INLINE int blocks_of_a_sample(const RowGeometry& g) { return g.blocks_positions * ((g.padded * g.groups + 63) / 64); }
+
+template <class T, class Half16, bool scaled, bool exact>
+FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+  Scaling by{1.f, 0, 0};
+  if (scaled) {  // every warp for itself
+    const int of_a_sample = blocks_of_a_sample(g), n = block / of_a_sample;
+    float largest = 0.f;
+    for (int i = threadIdx.x & 31; i < state.parts; i += 32) largest = fmaxf(largest, state.largest[n * state.parts + i]);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(tile(unit * 8 + k, p) - to_float(v[k]));
-      *(uint4*)(to + row_length) = *(const uint4*)v;
-    }
+    for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+    by = scaling_by(scale_for(largest) * (state.every > 1 ? 0.25f : 1.f));
+    if (largest == 0.f && state.every > 1) by.limit = 0, by.smallest = 1;  // nothing is known
+    if (block == n * of_a_sample && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
+  }
+  block_to_rows<T, Half16, scaled, exact>(block, x, rows, state, g, by);
+}
+
+// Once more the rows of samples of which `measure` has not seen how large they are.
+template <class T, class Half16, bool exact>
+FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+  const int of_a_sample = blocks_of_a_sample(g), samples = g.blocks / of_a_sample;
+  auto wanted = [&](int n) { return state.above[n] != 0 && state.above[n] < kInfinity; };
+  bool some = false;
+  for (int n = threadIdx.x; n < samples; n += blockDim.x) some |= wanted(n);
+  if (!__syncthreads_or(some)) return;
+  for (int n = 0; n < samples; ++n) {
+    if (!wanted(n)) continue;
+    Scaling by = scaling_by(scale_for(__uint_as_float(state.above[n])));
+    by.limit = ~0u;  // `above` is what all blocks read
+    if (blockIdx.x == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
+    for (int block = blockIdx.x; block < of_a_sample; block += gridDim.x)
+      block_to_rows<T, Half16, true, exact>(n * of_a_sample + block, x, rows, state, g, by);
   }
 }
 

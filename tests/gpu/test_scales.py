@@ -1,0 +1,109 @@
+"""Large float32 samples, of which only some values are looked at before they are scaled to half precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from place import DEVICE, kernels_always, needs
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse import ops
+from fxfuse.compare import relative_error
+from fxfuse.kernels import engine, execute
+from fxfuse.kernels.plan import Path
+
+pytest.importorskip("cuda.bindings")
+pytestmark = needs((9, 0))
+
+SHAPE = (3, 16, 8, 16, 16)
+#: of TF32's ten bits of mantissa; what float32 arithmetic leaves is far below
+ROUNDED, FLOAT = 1e-3, 2e-6
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "SAMPLED", 2**9)
+    monkeypatch.setattr(engine, "SAMPLED_EACH", 2**9)  # one run of values in 64
+    execute.forget()
+    engine.Convolution.of.cache_clear()  # its calls are for other samples
+    with kernels_always():
+        yield
+    engine.Convolution.of.cache_clear()
+
+
+def layouts() -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "contiguous": lambda x: x,
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last_3d),
+        "dense": lambda x: x.transpose(2, 4).contiguous().transpose(2, 4),
+    }
+
+
+def convolved(x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """What kernels make of x, and the truth."""
+    torch.manual_seed(1)
+    layer = nn.ConvTranspose3d(16, 24, 3, stride=2, padding=1, bias=False).to(DEVICE)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
+        fast = fxfuse.optimize(copy.deepcopy(layer), (x,))
+        with ops.watch() as runs:
+            got = fast(x)
+        assert [r.path for r in runs] == [Path.KERNEL]
+        return got, layer.double()(x.double())
+
+
+def errors(got: Tensor, truth: Tensor) -> list[float]:
+    return [relative_error(a, b) for a, b in zip(got, truth, strict=True)]
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e20])
+def test_ordinary_samples(layout: str, factor: float) -> None:
+    torch.manual_seed(0)
+    x = layouts()[layout](torch.randn(SHAPE, device=DEVICE) * factor)
+    assert all(FLOAT < e < ROUNDED for e in errors(*convolved(x)))
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (15, 7, 15, 15), (3, 5, 6, 7)])
+def test_what_was_not_seen_is_scaled_again(layout: str, place: tuple[int, int, int, int]) -> None:
+    """One value larger than the guess allows: 100 times the others, or the only ones that are not zero."""
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, device=DEVICE)
+    x[1][place] = 1e3
+    x[2] = 0
+    x[2][place] = 1e-9
+    got, truth = convolved(layouts()[layout](x))
+    assert all(FLOAT < e < ROUNDED for e in errors(got, truth))  # of the matrix units: no sample was marked
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_marks(layout: str) -> None:
+    """Not finite; and larger than the others by more than half precision can hold."""
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, device=DEVICE)
+    x[0, 9, 3, 3, 3] = float("inf")
+    x[1, 9, 3, 3, 3] = 1e30
+    got, truth = convolved(layouts()[layout](x))
+    assert torch.equal(got[0].isnan(), truth[0].float().isnan()) and torch.equal(
+        got[0].isinf(), truth[0].float().isinf()
+    )
+    assert errors(got, truth)[1] < FLOAT < errors(got, truth)[2] < ROUNDED
+    far = truth[1].abs() < 1e3  # out of the huge value's reach
+    assert relative_error(got[1][far], truth[1][far]) < FLOAT
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_float32s_own_accuracy(layout: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, device=DEVICE)
+    x[1, 3, 5, 6, 7] = 1e3
+    assert all(e < 5e-7 for e in errors(*convolved(layouts()[layout](x), exact=True)))
+
+
+def test_zeros() -> None:
+    got, truth = convolved(torch.zeros(SHAPE, device=DEVICE))
+    assert torch.equal(got.double(), truth.float().double())
