@@ -59,11 +59,13 @@ class Builder:
 class no_autocast:  # noqa: N801 - a context manager, named like torch's
     """Switch autocast off for every device type: a region's casts are written out."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> no_autocast:
         on = torch._C._is_any_autocast_enabled()  # one question, on the way of every call
+        #: device types whose autocast was on
         self.active = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)] if on else ()
         for device in self.active:
             torch.set_autocast_enabled(device, False)
+        return self
 
     def __exit__(self, *_: object) -> None:
         for device in self.active:

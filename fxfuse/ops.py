@@ -146,13 +146,18 @@ def _rewritten(text: str, inputs: Sequence[Tensor], *, remember: bool = False) -
         return made if prepared.apart else _separate(made, inputs)
     region = Region.parse(text)
     region.rewritten.check(inputs)
-    with no_autocast(), _precision(region):
+    with no_autocast() as casts, _precision(region):
         outputs = prepared.run(inputs) if prepared is not None else execute.run(region, inputs, key)
-        if outputs is not None:
-            _report(region, Path.KERNEL)
-            return _separate(outputs, inputs)
-        _report(region, Path.REWRITTEN)
-        return _separate(region.rewritten.run(inputs, reuse=True), inputs)
+        _report(region, Path.REWRITTEN if outputs is None else Path.KERNEL)
+        if outputs is None:
+            outputs = region.rewritten.run(inputs, reuse=True)
+            prepared = None
+    if remember and not casts.active and region.precision is None:
+        if prepared is not None:
+            recent.remember(text, inputs, prepared)
+        elif execute.torch_for_good(region, inputs, key):
+            recent.remember(text, inputs, recent.ByTorch(region.rewritten))
+    return _separate(outputs, inputs)
 
 
 def _no_view(tensor: Tensor) -> Tensor:

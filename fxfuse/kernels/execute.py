@@ -261,6 +261,11 @@ def run(region: Region, inputs: Sequence[Tensor], key: Any = None) -> list[Tenso
     return outputs
 
 
+def torch_for_good(region: Region, inputs: Sequence[Tensor], key: Any) -> bool:
+    """Whether torch's operators run calls of this key until something is forgotten: no kernel is, or can be, found."""
+    return not (region.kernels and _usable(inputs[0].device)) or _prepared.get(key, key) is None
+
+
 _prepared: dict[Any, Prepared | None] = {}  # None for torch's operators
 
 

@@ -7,6 +7,7 @@ views that negate, and torch.func's transforms.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,16 +16,26 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.prepared import Prepared
+from fxfuse.program import Program
 from fxfuse.tolerance import tf32_allowed
 
 #: regions of which the last call is known; beyond it all are forgotten
 MOST_RECENT = 1024
 
 
-class Call(NamedTuple):
-    """A call that ran by way of kernels alone."""
+class ByTorch:
+    """Torch's operators in place of kernels: what they ask of settings, they ask themselves."""
 
-    prepared: Prepared
+    apart = False
+
+    def __init__(self, program: Program) -> None:
+        self.run = functools.partial(program.run, reuse=True)
+
+
+class Call(NamedTuple):
+    """A call, and what ran it."""
+
+    runs: Prepared | ByTorch
     inputs: int
     guards: Any
     requires_grad: bool  #: one of the inputs does
@@ -57,8 +68,8 @@ if _environment is None:
     _environment, _KERNELS, _OFF = os.environ, "FXFUSE_KERNELS", "0"
 
 
-def find(text: str, inputs: Sequence[Tensor]) -> Prepared | None:
-    """What the last call of the region ran, if ``inputs`` may go the same way now."""
+def find(text: str, inputs: Sequence[Tensor]) -> Prepared | ByTorch | None:
+    """What ran the last call of the region, if ``inputs`` may go the same way now."""
     last = _recent.get(text)
     if (
         last is None
@@ -70,12 +81,13 @@ def find(text: str, inputs: Sequence[Tensor]) -> Prepared | None:
         or _environment.get(_KERNELS) == _OFF
     ):
         return None
-    return last.prepared
+    return last.runs
 
 
-def remember(text: str, inputs: Sequence[Tensor], prepared: Prepared) -> None:
-    """Let calls like this one, which ``prepared`` has run, go the short way."""
-    if _guards is None or prepared.asks_torch:  # torch's operators look at more settings
+def remember(text: str, inputs: Sequence[Tensor], runs: Prepared | ByTorch) -> None:
+    """Let calls like this one, which ``runs`` has run, go the short way: without autocast, as kernels and torch's
+    operators want it, or where it is of no consequence to them."""
+    if _guards is None:
         return
     if len(_recent) >= MOST_RECENT:
         forget()
@@ -83,7 +95,7 @@ def remember(text: str, inputs: Sequence[Tensor], prepared: Prepared) -> None:
     guards = _guards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     tf32 = tf32_allowed() if any(t.dtype is torch.float32 for t in inputs) else None
     requires_grad = any(t.requires_grad for t in inputs)
-    _recent[text] = Call(prepared, len(inputs), guards, requires_grad, tf32)
+    _recent[text] = Call(runs, len(inputs), guards, requires_grad, tf32)
 
 
 def forget() -> None:

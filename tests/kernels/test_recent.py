@@ -267,3 +267,50 @@ def test_functions_in_python_that_a_call_runs(kernels: list[str], what: str) -> 
         ran = python_calls(lambda: ops.run_region(inputs, text))
     assert kernels == names
     assert len(ran) <= most, "\n".join(ran)
+
+
+# --- torch's operators ------------------------------------------------------------------------------
+def test_torchs_operators_go_the_short_way_too() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(4, 6, **UP), nn.LeakyReLU()).eval()
+    fast = fxfuse.optimize(model, x := torch.randn(2, 4, 4, 5, 6))
+    recent.forget()
+    with mock.patch.object(ops, "_rewritten", wraps=ops._rewritten) as long:
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(fast(x), model(x))
+            assert long.call_count == 1
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # a region of its own
+                assert fast(x).dtype is model(x).dtype
+            assert torch.equal(fast(x[:1]), model(x[:1])) and torch.equal(fast(x[:1]), model(x[:1]))
+        calls = long.call_count
+        fast(x).sum().backward()  # with gradients it is the long way, and another
+        assert model[0].weight.grad is not None and long.call_count == calls
+
+
+def test_autocast_ends_the_short_way() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(4, 6, **UP), nn.LeakyReLU()).eval()
+    fast = fxfuse.optimize(model, x := torch.randn(2, 4, 4, 5, 6))
+    recent.forget()
+    with torch.no_grad(), mock.patch.object(ops, "_rewritten", wraps=ops._rewritten) as seen:
+        fast(x)
+        text, inputs = seen.call_args.args
+    with torch.no_grad():
+        assert recent.find(text, inputs) is not None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert recent.find(text, inputs) is None
+            recent.forget()
+            assert ops.run_region(inputs, text)[0].dtype is torch.float32  # what the text says
+            assert recent.find(text, inputs) is None  # nor is it remembered
+
+
+def test_what_torch_runs_for_now_is_not_remembered(gpu: type[Stand]) -> None:  # noqa: F811
+    """A kernel could not be prepared while a graph is being captured: the next call tries again."""
+    model = nn.Sequential(nn.ConvTranspose3d(8, 16, **UP), nn.LeakyReLU()).eval()
+    fast = fxfuse.optimize(model, x := torch.randn(2, 8, 4, 5, 6))
+    execute.forget()
+    with torch.no_grad(), mock.patch.object(execute, "run", return_value=None):
+        with mock.patch.object(ops, "_rewritten", wraps=ops._rewritten) as seen:
+            fast(x)
+        text, inputs = seen.call_args.args
+    with torch.no_grad():
+        assert recent.find(text, inputs) is None
