@@ -20,7 +20,7 @@ from fxfuse.kernels.convolution import CONSUMERS, MOST_RUNS, Specialisation, Uns
 CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 #: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take: read off
 #: runs on an H100
-ROWS_RATE, LAUNCHES = 2.6e12, 1.7e-5
+ROWS_RATE, LAUNCHES = 2.6e12, 1.5e-5
 #: bytes of a run that are worth the way through shared memory
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
