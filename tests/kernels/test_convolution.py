@@ -122,7 +122,7 @@ def test_merged_steps_make_the_sums_of_whole_windows(layer: Layer, sizes: tuple[
 
 @given(layers())
 def test_sums_of_weights_have_headroom(layer: Layer) -> None:
-    """Weights of up to one tap of every class are added: scaled to 2**15 at most, less so many bits, they stay below."""
+    """Weights of up to one tap of every class are added: scaled to below 2**15 less so many bits, they stay below."""
     made = specialise(layer, pooled=True, summed=True, finite=True)
     most = max(len(taps) for p in made.passes for s in p.steps for taps in s.taps)
     assert most <= min(math.prod(layer.stride), layer.volume) and most <= 2**made.headroom < 2 * most
