@@ -266,11 +266,12 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
   const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume;
   float sums[8] = {};
+#pragma unroll 1
   for (int k = 0; k < count; ++k) {
-    const int tap = Problem::tap(place.first + k);
+    const T* at = from + Problem::tap(place.first + k);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (first + i < in_channels) sums[i] = fmaf(to_float(from[(int64_t)i * out_channels * volume + tap]), s, sums[i]);
+    for (int i = 0; i < 8; ++i, at += (int64_t)out_channels * volume)
+      if (first + i < in_channels) sums[i] = fmaf(to_float(*at), s, sums[i]);
   }
   alignas(16) Half16 values[8];
 #pragma unroll
