@@ -48,7 +48,8 @@ class Account:
     ``before``: the model's chain, operator by operator, as torch runs it; ``parts``: the plan. ``refusal``: why
     torch's operators run all of it, or its convolution; None where a kernel of ours makes that. ``given``,
     ``made``: bytes of the region's inputs and outputs. ``floor``: seconds that any implementation of the rewritten
-    chain takes: its inputs read once and its outputs written once, or its products, whichever takes longer.
+    chain takes: its inputs read once and its outputs written once, or its products (the plan's, where these are
+    fewer), whichever takes longer.
     """
 
     before: Part
@@ -110,7 +111,7 @@ def account_of(region: Region, plan: Candidate) -> Account:
     types = types_of(program)
     given, made = (bytes_of(types, dict.fromkeys(names)) for names in (dict(program.inputs), program.outputs))
     rate = HALF_RATE / 3 if exact else HALF_RATE
-    floor = max((given + made) / BANDWIDTH, after.macs / rate)
+    floor = max((given + made) / BANDWIDTH, min(after.macs, sum(p.macs for p in parts)) / rate)
     return Account(before, tuple(p for p in parts if p.launches), plan.refusal, given, made, floor)
 
 
@@ -158,10 +159,17 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     yield "stores", store.value
     yield "output channels", f"{made.columns} per tile, {made.column_tiles} of them per group"
     yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
-    residues, passes = made.residues, len(made.passes)
-    yield "residue classes", f"{residues} at the same time, {passes} {'pass' if passes == 1 else 'passes'}"
+    yield "residue classes", _classes(made)
     yield "threads", f"{THREADS} per block: {CONSUMERS} warpgroups that multiply, one that copies"
     yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {made.stages} stages, {made.x_buffers} of x"
+
+
+def _classes(made: Specialisation) -> str:
+    if made.merged:
+        weights = f", weights as well: {made.products} of {made.layer.volume}" if made.headroom else ""
+        return f"{len(made.layer.residues)}, added up by the matrix units{weights}"
+    passes = len(made.passes)
+    return f"{made.residues} at the same time, {passes} {'pass' if passes == 1 else 'passes'}"
 
 
 def _arithmetic(kernel: Launch, made: Specialisation) -> str:

@@ -13,6 +13,7 @@ import torch
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Specialisation
 from fxfuse.kernels.schedule import Launch
+from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import seconds, tile
 
 #: below this estimate a call is launches and little else, and cuDNN has fewer of them
@@ -37,7 +38,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
     itemsize = kernel.kind.dtype.itemsize
-    estimate = seconds(made, batch, sizes, extents, row, itemsize)
+    estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, itemsize)
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
     if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
         return None
@@ -69,3 +70,18 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     ):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None
+
+
+def _apart(kernel: Launch, made: Specialisation) -> Specialisation:
+    """The kernel with all residue classes, which tells how large a layer is: cuDNN makes all of them."""
+    if not made.merged:
+        return made
+    return specialise(
+        made.layer,
+        pooled=True,
+        exact=made.exact,
+        contiguous=kernel.layout == "contiguous",
+        finite=kernel.dtype is torch.float32,
+        stored=kernel.sizes,
+        itemsize=kernel.kind.dtype.itemsize,
+    )

@@ -66,7 +66,8 @@ class Specialisation:
 
     ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
     thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``: buffers in
-    shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`.
+    shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``: the only
+    class is the sum of all residue classes of a position.
     """
 
     layer: Layer
@@ -79,6 +80,7 @@ class Specialisation:
     pooled: bool
     exact: bool
     one: bool = False
+    merged: bool = False
 
     @property
     def parts(self) -> int:
@@ -143,7 +145,7 @@ class Specialisation:
     @functools.cached_property
     def buffers(self) -> int:
         """Such blocks that a warpgroup may have there."""
-        return 2 if self.pooled else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))
+        return 2 if self.pooled and not self.merged else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))
 
     @functools.cached_property
     def pitch(self) -> int:
@@ -165,6 +167,17 @@ class Specialisation:
     def pass_cycles(self) -> float:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
         return cycles(self.passes, self.columns) * (self.chunks * self.chunk // 16)
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds per position, input channel and output channel."""
+        return sum(bool(taps) for p in self.passes for s in p.steps for taps in s.taps)
+
+    @property
+    def headroom(self) -> int:
+        """Bits by which a sum of weights may exceed the largest of them."""
+        most = max((len(taps) for p in self.passes for s in p.steps for taps in s.taps), default=0)
+        return (max(most, 1) - 1).bit_length()
 
     @property
     def weight_bytes(self) -> int:

@@ -95,23 +95,38 @@ def _tables(made: Specialisation) -> str:
     return "\n".join([
         f"__constant__ int kRunBegin[][{len(runs) + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
-        f"__device__ const fxfuse::Packed kPacked[] = {_list([_list(p) for p in packed_taps(made)] or ['{}'])};",
+        *_packed_tables(made),
         f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(residues)};",
     ])  # fmt: skip
 
 
-def packed_taps(made: Specialisation) -> list[tuple[int, int, int, int]]:
-    """``Packed`` of ``prepare.cuh``, in the order in which taps lie in memory; behind them those that are not there."""
+def _packed_tables(made: Specialisation) -> list[str]:
+    """Where weights go, and the taps that each of them is the sum of."""
+    packed, first = packed_taps(made), 0
+    rows = []
+    for *place, taps in packed:
+        rows.append(_list([*place, first, len(taps)]))
+        first += len(taps)
+    return [
+        f"__device__ const fxfuse::Packed kPacked[] = {_list(rows or ['{}'])};",
+        f"__device__ const int kTaps[] = {_list([t for *_, taps in packed for t in taps] or [0])};",
+    ]
+
+
+def packed_taps(made: Specialisation) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """Places of ``Packed`` (``prepare.cuh``) and their taps, in the order in which these lie in memory; behind them
+    the places of classes that have none.
+    """
     found = []
     pass_offset = 0
     for one in made.passes:
         pass_bytes, offset = sum(map(made.step_bytes, one.steps)), 0
         for step in one.steps:
-            for tap in step.taps:
-                found.append((pass_offset, pass_bytes, offset, -1 if tap is None else tap))
+            for taps in step.taps:
+                found.append((pass_offset, pass_bytes, offset, taps))
                 offset += made.columns * made.chunk * 2
         pass_offset += pass_bytes
-    return sorted(found, key=lambda p: (p[3] < 0, p[3]))
+    return sorted(found, key=lambda p: (not p[3], p[3]))
 
 
 def _list(values: Sequence[object]) -> str:
@@ -159,6 +174,7 @@ def _problem(
         "runs": len(runs),
         "steps": sum(len(p.steps) for p in made.passes),
         "packed": len(packed_taps(made)) or 1,
+        "headroom": made.headroom,
         "pair": _pair(made),
         "buffers": made.buffers,
         "lines": made.lines,
@@ -170,7 +186,7 @@ def _problem(
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool outbox = {str(store in (Store.ROWS, Store.PLANES)).lower()};
-  static constexpr bool exact = {str(made.exact).lower()};
+  static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   using Place = fxfuse::Place<Problem>;
@@ -181,6 +197,7 @@ def _problem(
   static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
   static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
+  static FXFUSE_INLINE int tap(int i) {{ return kTaps[i]; }}
   static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
   template <int first, int count, int size>
   static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
@@ -210,7 +227,7 @@ def _pair(made: Specialisation) -> int:
 
 def _run_type(made: Specialisation, store: Store) -> str:
     """What of a pass's classes follows each other in memory: see ``conv_outbox.cuh``."""
-    if made.pooled or store not in (Store.ROWS, Store.PLANES):
+    if store not in (Store.ROWS, Store.PLANES):
         return "  using Runs = fxfuse::OneRun;"
     merged = store is Store.PLANES
     at = [r.at for r in made.passes[0].residues]  # w, and h where rows are merged, are the same in every pass
@@ -254,8 +271,8 @@ measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse:
         const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
         int volume, int all_channels) {{
   if (blockIdx.x < all_channels)
-    fxfuse::measure_weights<{t}, {TYPES[bias]}, {scaled}>(blockIdx.x, w, bias, channels, in_channels, out_channels,
-                                                          volume);
+    fxfuse::measure_weights<{t}, {TYPES[bias]}, {scaled}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels,
+                                                                             out_channels, volume);
   else
     fxfuse::measure_sample(blockIdx.x - all_channels, (const float*)x, samples, size);
 }}

@@ -148,6 +148,7 @@ class Convolution:
             pooled=bool(epilogue.combine),
             exact=exact,
             before=before,
+            summed=epilogue.combine == "Sum" and not before,
             contiguous=layout == "contiguous",
             finite=dtype is torch.float32,
             folded=epilogue.fold is not None,
@@ -177,9 +178,9 @@ class Convolution:
             return (Store.ONE,)
         if self.layout == "channels_last":
             return (Store.CHANNELS,)
-        if self.made.pooled:
+        if self.made.pooled and not self.made.merged:
             return (Store.DIRECT,)
-        _, h, w = self.made.layer.stride
+        _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride
         classes = self.made.stored_classes
         runs = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
         return (*runs, Store.DIRECT)

@@ -20,7 +20,7 @@ from fxfuse.kernels.engine import Convolution, sampled
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.schedule import Launch, Schedule
 from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
-from fxfuse.kernels.tiling import Extents, seconds
+from fxfuse.kernels.tiling import POOLED, Extents, seconds
 from fxfuse.program import Program
 
 #: bytes per second that an H100 copies
@@ -33,9 +33,9 @@ FLOAT_RATE = 3.35e13
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
-#: where it becomes a part of statistics, a part of a pool, and for every addition's worth of a pointwise chain. Read
-#: off chains on an H100 (benchmarks/results/h100_chains.json, h100_random.json): few warps hide little of a latency
-GATHERED, POOLED, POINTWISE = 0.4, 0.2, 0.045
+#: where it becomes a part of statistics, and for every addition's worth of a pointwise chain. Read off chains on an
+#: H100 (benchmarks/results/h100_chains.json, h100_random.json): few warps hide little of a latency
+GATHERED, POINTWISE = 0.4, 0.045
 
 Types = Mapping[str, TensorType]
 
@@ -105,7 +105,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     every = sampled(n, math.prod(sizes) * (x.shape[1] or 0))
     read = bytes_of(types, kernel.reads) + (size_of(x) // every if scaled else 0) + rows + packed
     written = rows + packed + stored + moments
-    weight = layer.in_channels * layer.groups * layer.out_channels * layer.volume
+    weight = layer.in_channels * layer.groups * layer.out_channels * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
     helpers = (scaled or kernel.bias is not None) + (scaled and every > 1) + (scaled and kernel.keeps) + kernel.gathers
     return Work(
@@ -121,16 +121,16 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
 def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -> float:
     row = kernel.sizes[2] if kernel.layout == "contiguous" and kernel.keeps else 0
     itemsize = kernel.kind.dtype.itemsize
-    epilogue = _epilogue(kernel)
+    epilogue = _epilogue(kernel, merged=made.merged)
     return seconds(made, batch, sizes, kernel.sizes, row, itemsize, keeps=kernel.keeps, epilogue=epilogue)
 
 
-def _epilogue(kernel: Launch) -> float:
+def _epilogue(kernel: Launch, *, merged: bool) -> float:
     """Cycles per accumulator: of a pool's result, the part that falls on one."""
     before, after, behind = (_flops(e) * POINTWISE for e in (kernel.before, kernel.after, kernel.behind))
     after += behind if kernel.fold is None or kernel.fold.keeps else behind / kernel.fold.channels
     gathered = GATHERED if kernel.gathers else 0.0
-    if not kernel.combine:
+    if not kernel.combine or merged:
         return before + after + gathered
     return POOLED + before + (after + gathered) / math.prod(kernel.layer.stride)
 

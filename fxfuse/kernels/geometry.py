@@ -2,7 +2,8 @@
 
 An output position of a transposed convolution is ``o = stride*q + r`` with a residue ``r`` below the
 stride. It reads ``x[q + delta]`` for the taps ``k`` with ``delta = (r + padding - dilation*k) / stride``
-whole: ``delta`` does not depend on ``q``, so every residue class is a dense convolution of stride 1.
+whole: ``delta`` does not depend on ``q``, so every residue class is a dense convolution of stride 1. So is the sum
+of all classes of a position, with the taps of all of them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def residues_of(
     return tuple(found)
 
 
+def sum_of(residues: Sequence[Residue]) -> Residue:
+    """The sum of all classes of a position as one class: it may have several taps of one delta."""
+    return Residue((0, 0, 0), tuple(t for r in residues for t in r.taps))
+
+
 def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """The least and the greatest delta per dim; zeros where there is no tap."""
     deltas = [t.delta for r in residues for t in r.taps] or [(0, 0, 0)]
@@ -56,11 +62,13 @@ def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x; None where one has none."""
+    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x: of each class one, or
+    none, or several whose weights are added.
+    """
 
     delta: tuple[int, int, int]
     first: int
-    taps: tuple[int | None, ...]
+    taps: tuple[tuple[int, ...], ...]
 
     @property
     def count(self) -> int:
@@ -72,17 +80,29 @@ def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step
 
     ``filled``: one run per delta, from the first class to the last that has it.
     """
-    by_delta: dict[tuple[int, int, int], dict[int, int]] = {}
+    by_delta: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
     for i, residue in enumerate(residues):
         for tap in residue.taps:
-            by_delta.setdefault(tap.delta, {})[i] = tap.index
+            by_delta.setdefault(tap.delta, {})[i] = (tap.index,)
     steps = []
     for delta, taps in sorted(by_delta.items()):
         if filled:
-            steps.append(Step(delta, 0, tuple(map(taps.get, range(max(taps) + 1)))))
+            steps.append(Step(delta, 0, tuple(taps.get(i, ()) for i in range(max(taps) + 1))))
             continue
         for first in taps:
             if first - 1 not in taps:
                 run = list(itertools.takewhile(taps.__contains__, range(first, len(residues))))
                 steps.append(Step(delta, first, tuple(taps[i] for i in run)))
     return tuple(sorted(steps, key=lambda s: (s.first, s.count, s.delta)))
+
+
+def steps_of_sum(residue: Residue, *, added: bool) -> tuple[Step, ...]:
+    """The steps of a pass over what :func:`sum_of` made: one per tap, or one per delta, with all weights ``added``."""
+    by_delta: dict[tuple[int, int, int], list[int]] = {}
+    for tap in residue.taps:
+        by_delta.setdefault(tap.delta, []).append(tap.index)
+    steps = []
+    for delta, taps in sorted(by_delta.items()):
+        together = [tuple(sorted(taps))] if added else [(tap,) for tap in sorted(taps)]
+        steps += [Step(delta, 0, (one,)) for one in together]
+    return tuple(steps)

@@ -26,7 +26,7 @@ from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements,
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.specialise import holding
+from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.tail import (
     LEAST_ELEMENTS,
     MOST_ELEMENTS,
@@ -439,11 +439,12 @@ class _Cutter:
             squeezed=squeezed,
         )
         try:
-            holding(
+            check_holding(
                 kernel.layer,
                 pooled=bool(kernel.combine),
                 exact=self.exact and kernel.dtype is torch.float32,
                 before=kernel.before is not None,
+                merged=kernel.combine == "Sum" and kernel.before is None,
                 rows=fold.keeps and folding.layout == "contiguous",
             )
         except Unsupported as reason:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import math
 
-from fxfuse.kernels.convolution import STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
-from fxfuse.kernels.geometry import Residue, Step, steps_of
-from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, STORE_RATE, Extents, best_fit, store_seconds, tile
+from fxfuse.kernels.convolution import CONSUMERS, STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
+from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
+from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, POOLED, STORE_RATE, Extents, best_fit, store_seconds, tile
 
 #: sizes of outputs for which a specialisation, which knows no sizes, is chosen: powers of two, and with a border
 _TYPICAL = ((32, 32, 32), (34, 34, 34), (48, 48, 48), (66, 66, 66))
@@ -18,6 +20,32 @@ WORTH_COMPILING = 1.08
 PARTIAL_ROW = 0.2
 
 
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """What has accumulators of its own: every residue class of a position, or, ``merged``, the sum of all of them."""
+
+    layer: Layer
+    merged: bool
+
+    @property
+    def stride(self) -> Extents:
+        """Classes per dim."""
+        return (1, 1, 1) if self.merged else self.layer.stride
+
+    @property
+    def stacks(self) -> tuple[int, ...]:
+        """How many of them may have accumulators at the same time: all along w, in a plane, or in all dims."""
+        _, h, w = self.stride
+        return tuple(s for s in dict.fromkeys((1, w, h * w, math.prod(self.stride))) if s <= 16)
+
+    def passes(self, stack: int, columns: int, *, finite: bool) -> tuple[Pass, ...]:
+        """Passes of ``stack`` classes. ``finite``: x has no Inf nor NaN."""
+        if self.merged:
+            one = sum_of(self.layer.residues)
+            return (Pass((one,), steps_of_sum(one, added=finite)),)
+        return _passes(self.layer, stack, columns, finite)
+
+
 @functools.lru_cache(maxsize=1024)
 def specialise(
     layer: Layer,
@@ -25,6 +53,7 @@ def specialise(
     pooled: bool,
     exact: bool = False,
     before: bool = False,
+    summed: bool = False,
     contiguous: bool = False,
     finite: bool = False,
     folded: bool = False,
@@ -32,23 +61,33 @@ def specialise(
     stored: Extents | None = None,
     itemsize: int = 4,
 ) -> Specialisation:
-    """The kernel for a layer. ``pooled``: the epilogue keeps a running value per position and channel.
+    """The kernel for a layer. ``pooled``: all residue classes of a position become one value per channel.
 
     ``exact``: float32's own accuracy, from two 16-bit parts and sums that are kept outside the matrix units.
-    ``before``: an expression is computed in front of the pool, which needs registers, too.
+    ``before``: an expression is computed in front of the pool, which needs registers, too. ``summed``: that value is
+    the sum of what was convolved, so that the matrix units may make it.
     ``contiguous``: the output's w varies fastest in memory, not its channels. ``finite``: x has no Inf nor NaN,
-    so that it may be multiplied with zeros. ``folded``: channels are reduced, so that one tile holds all of them;
-    ``one``: to one value, which is all that is stored. ``stored``, ``itemsize``: of the stored tensor. A layer has
-    few kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
+    so that it may be multiplied with zeros, and with sums of weights. ``folded``: channels are reduced, so that one
+    tile holds all of them; ``one``: to one value, which is all that is stored. ``stored``, ``itemsize``: of the stored
+    tensor. A layer has few kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
 
     Raises Unsupported where shared memory, or the accumulators of a reduction, do not suffice.
     """
-    rows = contiguous and not one
-    anywhere = rows and not pooled and (stored is None or stored[2] * itemsize % 32 != 0)
-    if folded:
-        columns, passes = holding(layer, pooled=pooled, exact=exact, before=before, rows=rows, finite=finite)
-    else:
-        columns, passes = _stacked(layer, pooled=pooled, anywhere=anywhere, finite=finite)
+    rows, merged = contiguous and not one, summed
+
+    def accumulators(merged: bool) -> tuple[int, tuple[Pass, ...]]:
+        classes, running = _Classes(layer, merged), pooled and not merged
+        if folded:
+            return _holding(classes, running=running, exact=exact, before=before, rows=rows, finite=finite)
+        anywhere = rows and not running and (stored is None or stored[2] * itemsize % 32 != 0)
+        return _stacked(classes, running=running, anywhere=anywhere, finite=finite)
+
+    columns, passes = accumulators(merged)
+    if merged and not finite:  # no weights are added: the same products, of narrower instructions
+        with contextlib.suppress(Unsupported):
+            other = accumulators(False)
+            if _pool_cycles(layer, *other, merged=False) < _pool_cycles(layer, columns, passes, merged=True):
+                merged, (columns, passes) = False, other
     stack = max(len(p.residues) for p in passes)
     # a store has one bit for every row of a thread and residue class
     tiles = [
@@ -56,11 +95,11 @@ def specialise(
         for m in (4, 2, 1)
         if m * 2 * stack <= 32
         and m * stack * columns <= (128 if exact else 256)
-        and not (pooled and m * columns > (64 if before else 128))
+        and not (pooled and not merged and m * columns > (64 if before else 128))
         and not (folded and (m == 4 or (stack > 1 and stack % 2)) and m * stack * columns > 128)  # they are spilt
     ]
     made = [
-        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one)
+        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one, merged)
         for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
         if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
         if stack * columns * chunk * 2 <= STAGE_BYTES
@@ -78,53 +117,69 @@ def specialise(
     return usual
 
 
-def _stacked(layer: Layer, *, pooled: bool, anywhere: bool, finite: bool) -> tuple[int, tuple[Pass, ...]]:
+def _pool_cycles(layer: Layer, columns: int, passes: tuple[Pass, ...], *, merged: bool) -> float:
+    """Of a multiprocessor, for 64 positions and a group's channels: products, and a pool outside the matrix units."""
+    multiply = cycles(passes, columns) * -(-layer.in_channels // 16)
+    accumulators = 0 if merged else 64 * columns * len(layer.residues)
+    return -(-layer.out_channels // columns) * max(multiply, multiply / CONSUMERS + accumulators * POOLED)
+
+
+def _stacked(classes: _Classes, *, running: bool, anywhere: bool, finite: bool) -> tuple[int, tuple[Pass, ...]]:
     """Output channels of a tile, and how many residue classes have accumulators at the same time.
 
-    ``anywhere``: rows of the output begin anywhere in a sector of memory, so that a pass should have many of them.
+    ``running``: the epilogue keeps a running value of them. ``anywhere``: rows of the output begin anywhere in a
+    sector of memory, so that a pass should have many of them.
     """
+    layer, stride = classes.layer, classes.stride
     width = max(8, -(-layer.out_channels // 8) * 8)
-    plane = layer.stride[2] * layer.stride[1]
+    plane = stride[2] * stride[1]
     choices = []
-    for stack in dict.fromkeys((1, layer.stride[2], plane, math.prod(layer.stride))):
+    for stack in classes.stacks:
         # neighbours along w in one thread make a store of two
-        if stack > 16 or not (pooled or layer.stride[2] != 2 or stack % 2 == 0):
+        if not (running or stride[2] != 2 or stack % 2 == 0):
             continue
-        most = {64, 64 if pooled else 128, 128 // stack if anywhere else 64}
+        most = {64, 64 if running else 128, 128 // stack if anywhere else 64}
         for columns in {_columns(width, m) for m in most}:
             if stack * columns > 128:
                 continue
-            passes = _passes(layer, stack, columns, finite and not pooled)
+            passes = classes.passes(stack, columns, finite=finite and not running)
             seconds = cycles(passes, columns) * -(-width // columns) * layer.in_channels / 16 / CLOCK
             if anywhere:
-                partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % layer.stride[2] == 0 else 1.0
-                written = 64 * math.prod(layer.stride) * width * 4
+                partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % stride[2] == 0 else 1.0
+                written = 64 * math.prod(stride) * width * 4
                 seconds += written / STORE_RATE * (1 + PARTIAL_SECTOR * partial)
             choices.append((seconds, -stack, columns, passes))
     _, _, columns, passes = min(choices, key=lambda c: c[:3])
     return columns, passes
 
 
-def holding(
-    layer: Layer, *, pooled: bool, exact: bool, before: bool, rows: bool, finite: bool = False
-) -> tuple[int, tuple[Pass, ...]]:
-    """Output channels and passes of a tile that holds all channels, for a reduction of them.
+def check_holding(layer: Layer, *, pooled: bool, merged: bool, exact: bool, before: bool, rows: bool) -> None:
+    """Raise Unsupported where no tile holds all channels, for a reduction of them.
 
-    ``rows``: w varies fastest in what is stored. The others, and what is raised: see :func:`specialise`.
+    ``merged``: a pool may be made by the matrix units. ``rows``: w varies fastest in what is stored. The others: see
+    :func:`specialise`.
     """
+    running = pooled and not merged
+    _holding(_Classes(layer, merged), running=running, exact=exact, before=before, rows=rows, finite=False)
+
+
+def _holding(
+    classes: _Classes, *, running: bool, exact: bool, before: bool, rows: bool, finite: bool
+) -> tuple[int, tuple[Pass, ...]]:
+    """Output channels and passes of a tile that holds all channels. Arguments as of :func:`check_holding`."""
+    layer, stride = classes.layer, classes.stride
     columns = max(8, -(-layer.out_channels // 8) * 8)
-    most = (64 if before or exact else 128) if pooled else 128 if exact else 256
+    most = (64 if before or exact else 128) if running else 128 if exact else 256
     if layer.groups > 1:
         raise Unsupported(f"{layer.groups} groups of channels lie in as many tiles")
     if columns > most:
         raise Unsupported(f"{layer.out_channels} channels have more accumulators than a tile holds ({most} channels)")
-    stacks = dict.fromkeys((1, layer.stride[2], layer.stride[2] * layer.stride[1], math.prod(layer.stride)))
-    pairs = rows and not pooled and layer.stride[2] == 2  # neighbours along w in one thread make a store of two
+    pairs = rows and not running and stride[2] == 2  # neighbours along w in one thread make a store of two
     for wide in (128, 256)[: 1 if exact else 2]:  # half as wide an instruction leaves room for two tiles of rows
         found = []
-        for stack in stacks:
-            if stack <= 16 and stack * columns <= wide and not (pairs and stack % 2):
-                passes = _passes(layer, stack, columns, finite and not pooled)
+        for stack in classes.stacks:
+            if stack * columns <= wide and not (pairs and stack % 2):
+                passes = classes.passes(stack, columns, finite=finite and not running)
                 found.append((cycles(passes, columns), -stack, passes))
         if found:
             return columns, min(found, key=lambda f: f[:2])[2]

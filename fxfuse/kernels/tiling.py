@@ -18,6 +18,9 @@ from fxfuse.kernels.convolution import CONSUMERS, MOST_RUNS, Specialisation, Uns
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
 CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
+#: clock cycles of a multiprocessor that an accumulator costs where it becomes a part of a pool, outside the matrix
+#: units: read off chains on an H100
+POOLED = 0.2
 #: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take: read off
 #: runs on an H100
 ROWS_RATE, LAUNCHES = 2.6e12, 1.5e-5
@@ -204,7 +207,8 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     along = width * stride[2] * (height if whole and plane == 1 else 1)
     direct = Store.DIRECT, along if pair else 1
     sectors = row * itemsize % 32 == 0 and direct[1] * itemsize % 32 == 0
-    if made.pooled or sectors:  # little is stored, and registers are scarce; or it comes as it should go
+    scarce = made.pooled and not made.merged  # registers are, and little is stored
+    if scarce or sectors:  # or it comes as it should go
         return direct
     if classes % plane == 0 and whole:
         longest = made.m_tiles * 64 if tiling.linear else height * stride[1] * row

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.kernels import execute
+from fxfuse.kernels.prepared import Prepared
 
 pytestmark = needs_compiler
 
@@ -53,15 +54,21 @@ def layer(cin: int, cout: int, kernel: int, dtype: torch.dtype = F32, dims: int 
     return kinds[dims - 1](cin, cout, kernel, **geometry).to(dtype)  # type: ignore[arg-type]
 
 
-def run(
+def run(model: nn.Module, x: Tensor, **how: bool) -> tuple[Tensor, Tensor, str]:
+    """As :func:`run_prepared`, with the schedule for the last."""
+    got, expected, made = run_prepared(model, x, **how)
+    return got, expected, str(made.schedule)
+
+
+def run_prepared(
     model: nn.Module,
     x: Tensor,
     *,
     last: bool = False,
     exact: bool = False,
     anchored: bool = True,
-) -> tuple[Tensor, Tensor, str]:
-    """What the kernels make of x, the same in float64, and the schedule. ``anchored``: they convolve, too."""
+) -> tuple[Tensor, Tensor, Prepared]:
+    """What the kernels make of x, the same in float64, and what ran. ``anchored``: they convolve, too."""
     if last:
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
         x, model = x.contiguous(memory_format=memory), model.to(memory_format=memory)
@@ -72,7 +79,7 @@ def run(
         with emulated(), many_chains.kernels_always(anchored), layout if last else contextlib.nullcontext():
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
                 got = fast(x)
-            (made,) = [str(p.schedule) for p in execute._prepared.values() if p is not None]
+            (made,) = [p for p in execute._prepared.values() if p is not None]
         return got.double(), model.double()(x.double()), made
 
 

@@ -13,6 +13,7 @@ from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.schedule import examples, schedule
 from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.tiling import seconds
 from fxfuse.program import Program
 
 CONV = (
@@ -134,3 +135,19 @@ def test_what_is_small_depends_on_what_else_there_is(
     found = reason(**{"stride": TWO, **more})
     assert (found is None) == taken
     assert taken or "the layer is small: " in str(found)
+
+
+def test_a_layer_whose_classes_are_merged_is_not_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer products make it faster, which is no reason to leave it to cuDNN."""
+    pool = "m = adaptive_avg_pool(y, size=(14, 14, 14))"
+    inputs = "x: f32[16, 32, 14, 14, 14], w: f32[32, 64, 2, 2, 2]"
+    program = Program.parse(f"def chain({inputs}):\n    {CONV.format(s=TWO, g=1)}\n    {pool}\n    return m\n")[1]
+    kernel, sizes = schedule(program, examples(program)).kernel, (14, 14, 14)
+    made, apart = (
+        specialise(kernel.layer, pooled=True, summed=s, contiguous=True, finite=True, stored=sizes)
+        for s in (True, False)
+    )
+    one, other = (seconds(m, 16, sizes, sizes, 14, 4) for m in (made, apart))
+    assert made.merged and one < other
+    monkeypatch.setattr(choice, "LEAST_SECONDS_CHAIN", (one + other) / 2)
+    assert slower(kernel, made, 16, sizes) is None

@@ -25,7 +25,7 @@ from fxfuse.kernels.convolution import (
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
-from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiling import (
     CLOCK,
     MOST_COPIED,
@@ -58,9 +58,9 @@ def layers(draw: st.DrawFn, most: int = 5, channels: int = 96) -> Layer:
 
 def by_steps(made: Specialisation, x: Tensor, weight: Tensor, extents: tuple[int, ...]) -> Tensor:
     """What the kernels compute, position by position: per pass and step, a shifted x times the taps' weights."""
-    layer = made.layer
+    layer, stride = made.layer, ONE if made.merged else made.layer.stride
     out = torch.zeros(x.shape[0], layer.out_channels, *extents, dtype=x.dtype)
-    positions = [-(-e // s) for e, s in zip(extents, layer.stride, strict=True)]
+    positions = [-(-e // s) for e, s in zip(extents, stride, strict=True)]
     low, high = reach(layer.residues)
     before, behind = (
         [max(0, -a) for a in low],
@@ -73,11 +73,11 @@ def by_steps(made: Specialisation, x: Tensor, weight: Tensor, extents: tuple[int
         for step in one.steps:
             begin = [b + d for b, d in zip(before, step.delta, strict=True)]
             window = padded[(..., *(slice(b, b + q) for b, q in zip(begin, positions, strict=True)))]
-            for i, tap in enumerate(step.taps):
-                if tap is not None:
-                    sums[step.first + i] += torch.einsum("ncdhw,co->nodhw", window, taps[:, :, tap])
+            for i, added in enumerate(step.taps):
+                weights = sum(taps[:, :, tap] for tap in added) if added else torch.zeros_like(taps[:, :, 0])
+                sums[step.first + i] += torch.einsum("ncdhw,co->nodhw", window, weights)
         for residue, value in zip(one.residues, sums, strict=True):
-            into = out[(..., *(slice(r, None, s) for r, s in zip(residue.at, layer.stride, strict=True)))]
+            into = out[(..., *(slice(r, None, s) for r, s in zip(residue.at, stride, strict=True)))]
             into += value[(..., *(slice(0, n) for n in into.shape[2:]))]
     return out
 
@@ -99,18 +99,57 @@ def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int], c
     torch.testing.assert_close(by_steps(made, x, weight, extents), expected, rtol=1e-12, atol=1e-12)
 
 
-@given(layers(), st.booleans(), st.booleans(), st.booleans(), st.booleans())
-def test_a_specialisation_holds_its_limits(
-    layer: Layer, pooled: bool, exact: bool, contiguous: bool, finite: bool
-) -> None:
+@given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans())
+def test_merged_steps_make_the_sums_of_whole_windows(layer: Layer, sizes: tuple[int, int, int], finite: bool) -> None:
+    geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+    extents = tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
+    windows = tuple(e // s for e, s in zip(extents, layer.stride, strict=True))
+    if min(windows) < 1:
+        return
     try:
-        made = specialise(layer, pooled=pooled, exact=exact, contiguous=contiguous, finite=finite)
+        made = specialise(layer, pooled=True, summed=True, finite=finite)
+    except Unsupported:
+        return
+    deltas = {t.delta for r in layer.residues for t in r.taps}
+    assert made.merged and made.products == (len(deltas) if finite else layer.volume)
+    torch.manual_seed(0)
+    x = torch.randn(2, layer.in_channels, *sizes, dtype=torch.float64)
+    weight = torch.randn(layer.in_channels, layer.out_channels, *layer.kernel, dtype=torch.float64)
+    y = F.conv_transpose3d(x, weight, None, layer.stride, layer.padding, 0, 1, layer.dilation)
+    expected = F.avg_pool3d(y, layer.stride, divisor_override=1)
+    torch.testing.assert_close(by_steps(made, x, weight, windows), expected, rtol=1e-12, atol=1e-12)
+
+
+@given(layers())
+def test_sums_of_weights_have_headroom(layer: Layer) -> None:
+    """Weights of up to one tap of every class are added: scaled to below 2**15 less so many bits, they stay below."""
+    made = specialise(layer, pooled=True, summed=True, finite=True)
+    most = max(len(taps) for p in made.passes for s in p.steps for taps in s.taps)
+    assert most <= min(math.prod(layer.stride), layer.volume) and most <= 2**made.headroom < 2 * most
+    assert specialise(layer, pooled=True, finite=True).headroom == 0
+
+
+def test_many_channels_of_16_bits_are_pooled_outside_the_matrix_units() -> None:
+    """Their weights are not added: the products take as long as those of all classes, and no instruction is wider."""
+    few, many = (Layer(n, 16, 1, (3, 3, 3), (2, 2, 2), ONE, ONE) for n in (3, 256))
+    assert specialise(few, pooled=True, summed=True).merged
+    assert not specialise(many, pooled=True, summed=True).merged
+    assert all(specialise(n, pooled=True, summed=True, finite=True).merged for n in (few, many))
+
+
+@given(layers(), st.sampled_from(["", "pooled", "summed"]), *[st.booleans()] * 3)
+def test_a_specialisation_holds_its_limits(
+    layer: Layer, pool: str, exact: bool, contiguous: bool, finite: bool
+) -> None:
+    pooled, summed = bool(pool), pool == "summed"
+    try:
+        made = specialise(layer, pooled=pooled, summed=summed, exact=exact, contiguous=contiguous, finite=finite)
     except Unsupported:  # a kernel that reaches too far
         return
-    assert sorted(r.at for p in made.passes for r in p.residues) == sorted(
-        itertools.product(*(range(s) for s in layer.stride))
+    assert sorted(r.at for p in made.passes for r in p.residues) == (
+        [(0, 0, 0)] if made.merged else sorted(itertools.product(*(range(s) for s in layer.stride)))
     )
-    taps = [t for p in made.passes for s in p.steps for t in s.taps if t is not None]
+    taps = [t for p in made.passes for s in p.steps for added in s.taps for t in added]
     assert sorted(taps) == sorted(t.index for r in layer.residues for t in r.taps)
     wide = made.columns * made.residues
     assert made.columns % 8 == 0 and wide <= 128
@@ -129,20 +168,30 @@ def test_a_specialisation_holds_its_limits(
     assert made.lines * made.buffers and made.pitch % 8 == 0
 
 
-@given(layers(channels=280), *[st.booleans()] * 5)
+@given(layers(channels=280), st.sampled_from(["", "pooled", "before", "summed"]), *[st.booleans()] * 4)
 def test_one_tile_holds_all_channels_of_a_reduction(
-    layer: Layer, pooled: bool, exact: bool, before: bool, contiguous: bool, one: bool
+    layer: Layer, pool: str, exact: bool, finite: bool, contiguous: bool, one: bool
 ) -> None:
+    pooled, before, summed = bool(pool), pool == "before", pool == "summed"
     try:
         made = specialise(
-            layer, pooled=pooled, exact=exact, before=before, contiguous=contiguous, finite=True, folded=True, one=one
-        )
+            layer, pooled=pooled, exact=exact and finite, before=before, summed=summed, contiguous=contiguous,
+            finite=finite, folded=True, one=one,
+        )  # fmt: skip
+        fits = True
     except Unsupported:
+        fits = False
+    rows, exact = contiguous and not one, exact and finite
+    try:
+        check_holding(layer, pooled=pooled, merged=summed, exact=exact, before=before, rows=rows)
+    except Unsupported:
+        assert not fits
+    if not fits:
         return
     assert made.column_tiles == layer.groups == 1 and made.one == one
     accumulators = made.m_tiles * made.columns * made.residues // 2 * (2 if exact else 1)
     assert accumulators <= 128 and made.columns * made.residues <= 256  # an instruction's columns
-    assert not pooled or accumulators + made.m_tiles * made.columns // 2 <= 192
+    assert not pooled or made.merged or accumulators + made.m_tiles * made.columns // 2 <= 192
     assert all(made.step_bytes(s) <= STAGE_BYTES for p in made.passes for s in p.steps)
     if contiguous and not (one or pooled) and layer.stride[2] == 2:
         assert made.residues % 2 == 0  # neighbours along w are stored together

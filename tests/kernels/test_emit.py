@@ -65,6 +65,11 @@ KERNELS = {
     "a_pool_and_a_logsumexp": lambda: kernel(
         (32, 40), (3, 3, 3), MAX.format(x="y", k=TWO), "z = silu(m)", SUMMED, "v = mul(u, 2.0)", s=TWO
     ),
+    "a_mean_of_sums": lambda: kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", s=TWO, p=ONE),
+    "f16_a_mean_of_sums": lambda: kernel((3, 100), (3, 3, 3), AVG.format(x="y", k=TWO), s=TWO, dtype="f16"),
+    "a_softmax_of_sums": lambda: kernel(
+        (32, 64), (4, 4, 4), AVG.format(x="y", k=TWO), "z = softmax(m, dim=1)", s=TWO, p=ONE
+    ),
     "a_stride_beyond_the_kernel": lambda: kernel((32, 32), (1, 1, 2), "z = relu(y)", s=(3, 3, 3)),
 }
 
@@ -106,6 +111,18 @@ def test_kernels_compile_without_spills(name: str) -> None:
         assert not spilt
         # C7510, C7511: ptxas could not keep the accumulators in place, and waits behind every instruction
         assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
+
+
+@pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])
+def test_a_mean_is_made_by_the_matrix_units(name: str) -> None:
+    """All accumulators are of one class: behind the products there is nothing to add."""
+    made = KERNELS[name]()
+    assert made.made.merged and made.made.residues == 1
+    for text in dict.fromkeys(sources(made)):
+        lines = sass(compile_cubin(text), "convolution").splitlines()
+        products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+        assert not [line for line in lines[products[-1] :] if "FADD" in line] or made.epilogue.fold is not None
+        assert f"HGMMA.64x{made.made.columns}x16" in lines[products[0]]
 
 
 @pytest.mark.parametrize(("name", "wide"), [("relu", 128), ("softmax", 128), ("log_softmax_of_many", 256)])

@@ -128,8 +128,8 @@ struct Store {
 };
 
 // All residue classes of a position q become one value: a pool whose window and stride are the convolution's stride,
-// or the first half of one whose window and stride are multiples of it. In registers; then `After`, and the store; or a
-// reduction over channels of that, and `Behind`.
+// or the first half of one whose window and stride are multiples of it. In registers, or, of a `merged` problem, by the
+// matrix units; then `After`, and the store; or a reduction over channels of that, and `Behind`.
 template <class Problem, class Out, class Combine, class Before, class After, class Behind>
 struct Pool {
   struct Arguments {
@@ -141,6 +141,7 @@ struct Pool {
     int pooled_h, pooled_w;
     float factor;  // of a sum
   };
+  using Runs = typename Problem::Runs;
   const Arguments& a;
   const Geometry& g;
   ChannelTable<Problem>& table;
@@ -160,7 +161,11 @@ struct Pool {
       for (int j = 0; j < Problem::columns / 2; ++j) best[i][j] = Combine::zero();
   }
 
-  FXFUSE_INLINE void pass(const float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+    if constexpr (Problem::merged) {
+      conclude(acc);
+      return;
+    }
     const Tile& t = place.box;
     const float sample_scale = Problem::scaled ? a.to.sample_scale[t.n] : 1.f;
     const int channel0 = t.group * g.out_channels + t.column * Problem::columns;
@@ -204,10 +209,14 @@ struct Pool {
   }
 
   FXFUSE_INLINE void finish() {
+    if constexpr (!Problem::merged) conclude(best);
+  }
+
+  FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2]) {
     const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
     auto value = [&](int i, int r, int j, int e, int) {
       const int column = place.column(j, e);
-      float y = best[i][j * 4 + r * 2 + e] * a.factor;
+      float y = combined[i][j * 4 + r * 2 + e] * a.factor;
       if (!Problem::bare) return y;
       if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
       return y + table.bias[group][column];
@@ -215,18 +224,18 @@ struct Pool {
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
     if constexpr (Problem::folds) {
-      auto kept = [&](int i, int r, int j, int e, int) -> float& { return best[i][j * 4 + r * 2 + e]; };
-      fold<Problem, OneRun, Out, 1, false>(a.to, g, place, o, residue, outbox, group, kept, value, a.after, a.behind);
+      auto kept = [&](int i, int r, int j, int e, int) -> float& { return combined[i][j * 4 + r * 2 + e]; };
+      fold<Problem, Runs, Out, 1, false>(a.to, g, place, o, residue, outbox, group, kept, value, a.after, a.behind);
       return;
     }
     if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
-    if constexpr (Problem::keeps) store<Problem, OneRun, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
+    if constexpr (Problem::keeps) store<Problem, Runs, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
   }
 
   static FXFUSE_INLINE void send(const Arguments& a, const Geometry& g, Outbox<Problem>& outbox, const Tile& part, int group) {
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
-    send_runs<Problem, OneRun>(outbox, a.to, g, part, o, residue, group);
+    send_runs<Problem, Runs>(outbox, a.to, g, part, o, residue, group);
   }
 };
 

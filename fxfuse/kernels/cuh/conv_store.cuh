@@ -19,11 +19,11 @@ struct Strides {
 template <class Problem>
 struct Place {
   int packed[Problem::m_tiles][2];  // position in the box, ten bits per dim; -1 outside it
-  int lane;
+  int lane, skip = 0;
   Tile box;  // of this warpgroup
 
-  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) { locate(g, group, warp, 0); }
-  FXFUSE_INLINE void locate(const Geometry& g, int group, int warp, int skip) {
+  FXFUSE_INLINE Place(const Geometry& g, int group, int warp, int lane_) : lane(lane_) { locate(g, group, warp); }
+  FXFUSE_INLINE void locate(const Geometry& g, int group, int warp) {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -39,7 +39,9 @@ struct Place {
   // To a warpgroup's part of a tile.
   FXFUSE_INLINE void move(const Geometry& g, const Tile& tile, int group, int warp) {
     box = part_of(g, tile, group);
-    if (g.linear) locate(g, group, warp, tile.skip);
+    if (tile.skip == skip) return;  // divisions, which the tiles of a block may have in common
+    skip = tile.skip;
+    locate(g, group, warp);
   }
   FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }

@@ -1,8 +1,8 @@
 // What a convolution on matrix instructions needs first: x as rows of channels and weights as packed tiles, both in
 // 16-bit numbers. float32 is scaled by a power of two per sample and per output channel, so that the largest finite
-// value lies in [2^14, 2^15). Of large samples only some values are looked at first, and the largest of these comes to
-// lie in [2^12, 2^13); what does not fit then is found while the rows are made, which are made again. Samples that half
-// precision cannot carry so are marked for the direct kernel.
+// value lies in [2^14, 2^15), or so many bits below where weights are added. Of large samples only some values are looked
+// at first, and the largest of these comes to lie in [2^12, 2^13); what does not fit then is found while the rows are
+// made, which are made again. Samples that half precision cannot carry so are marked for the direct kernel.
 #pragma once
 #include "ptx.cuh"
 
@@ -51,8 +51,8 @@ struct ChannelState {
 };
 constexpr uint32_t kMarked = 1u << 30;
 
-// One block per output channel: its scale and its bias.
-template <class T, class B, bool scaled>
+// One block per output channel: its scale, with `headroom` bits for sums of its weights, and its bias.
+template <class T, class B, bool scaled, int headroom>
 FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const ChannelState& out, int in_channels,
                                    int out_channels, int volume) {
   const int group = channel / out_channels, column = channel - group * out_channels;
@@ -70,7 +70,7 @@ FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const
     largest = block_maximum(largest);
   }
   if (threadIdx.x == 0) {
-    const float s = scale_for(largest);
+    const float s = scale_for(largest) / (1 << headroom);
     out.scale[channel] = s;
     out.reciprocal[channel] = reciprocal_of_power(s);
     out.bias[channel] = bias ? to_float(bias[channel]) : 0.f;
@@ -310,14 +310,14 @@ FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& st
   }
 }
 
-// The weights of one tap and its place in a tile: of column 0 of the tile's, in chunk 0.
+// The place of weights in a tile: of column 0 of the tile's, in chunk 0.
 struct Packed {
   int pass_offset, pass_bytes;  // bytes from the tile's begin to the pass, and of the pass, with one chunk
   int offset;                   // bytes from there
-  int tap;                      // less than 0: a residue class that has none at this step
+  int first, count;             // of the taps that are added; none for a residue class that has none at this step
 };
 
-// One 16-byte unit per thread: 8 input channels of one output channel at one tap. Neighbouring threads read neighbouring
+// One 16-byte unit per thread: 8 input channels of one output channel at one place. Neighbouring threads read neighbouring
 // taps, and output channels behind those. `blocks` of them for each group, column tile and chunk.
 template <class Problem, class T, class Half16, bool scaled>
 FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
@@ -329,18 +329,25 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const Packed place = Problem::place(rest - row * Problem::packed);
   const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
-  const bool there = column < out_channels && place.tap >= 0;
-  const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
+  const int count = column < out_channels ? place.count : 0;
+  const float s = scaled && count > 0 ? scale[group * out_channels + column] : 1.f;
   // of three products of parts the second one has what is left of the weights
   const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
   const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
-  const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume + place.tap;
+  const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume;
+  float sums[8] = {};
+#pragma unroll 1
+  for (int k = 0; k < count; ++k) {
+    const T* at = from + Problem::tap(place.first + k);
+#pragma unroll
+    for (int i = 0; i < 8; ++i, at += (int64_t)out_channels * volume)
+      if (first + i < in_channels) sums[i] = fmaf(to_float(*at), s, sums[i]);
+  }
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float v = there && first + i < in_channels ? to_float(from[(int64_t)i * out_channels * volume]) * s : 0.f;
-    values[i] = from_float<Half16>(v);
-    if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
+    values[i] = from_float<Half16>(sums[i]);
+    if (Problem::exact && part == 1) values[i] = from_float<Half16>(sums[i] - to_float(values[i]));
   }
   const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
   uint8_t* const to = packed + (int64_t)tile * weight_bytes + place.pass_offset * chunks + chunk * place.pass_bytes +
