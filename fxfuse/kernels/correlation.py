@@ -2,10 +2,10 @@
 
 Over a residue class, ``y = b + w . patch``: the sum of ``(y - b)^2`` is ``w^T M w`` with M the sums of products of
 every two elements of a patch. Such a sum depends on the distance of the two, the ``lag``, but for where it begins and
-ends: a class has so many positions, and x is zero outside. So x is cut into parts, boxes that no such border runs
-through; ``cuh/correlation.cuh`` adds up the products of all lags once per part, in float64 on the matrix units. Those
-of a class are sums over the parts that it has. Float64 loses nothing to a mean far from zero, nor to outputs much
-smaller than the terms that they are made of. Statistics that may be of outputs that are not finite are made of these.
+ends: a class has so many positions. So x is cut into parts, boxes that no such border runs through;
+``cuh/correlation.cuh`` adds up the products of all lags once per part, in float64 on the matrix units. Those of a class
+are sums over the parts that it has. Float64 loses nothing to a mean far from zero, nor to outputs much smaller than the
+terms that they are made of. Statistics that may be of outputs that are not finite are made of these.
 """
 
 from __future__ import annotations
@@ -166,14 +166,12 @@ class Correlation:
         )
 
     def cuts(self, dim: int, size: int, extent: int) -> tuple[int, ...]:
-        """Where the sums of products of some class begin and end."""
+        """Where begins and ends what some class reads of x by one of its taps."""
         found = set()
-        for at, deltas in {(r.at[dim], tuple({t.delta[dim] for t in r.taps})) for r in self.layer.residues}:
+        for at, delta in {(r.at[dim], t.delta[dim]) for r in self.layer.residues for t in r.taps}:
             count = -(-(extent - at) // self.layer.stride[dim])
-            for delta, other in itertools.product(deltas, repeat=2):
-                lag = other - delta
-                first, last = max(delta, 0, -lag), min(count + delta, size, size - lag)
-                found |= {first, last} if first < last else set()
+            first, last = max(delta, 0), min(count + delta, size)
+            found |= {first, last} if first < last else set()
         return tuple(sorted(found)) or (0, size)
 
     def tile(self, box: Box) -> Box:

@@ -139,10 +139,6 @@ FXFUSE_INLINE void correlate(const T* x, const Strides& stride, const Size& size
   }
 }
 
-// What a class of outputs has of an element of x that a lag leads to another one from: from `from` up to `to`.
-FXFUSE_INLINE int border_from(int delta, int lag) { return max(delta, max(0, -lag)); }
-FXFUSE_INLINE int border_to(int delta, int lag, int count, int size) { return min(count + delta, min(size, size - lag)); }
-
 // Sums and sums of squares of every output channel, bias aside, over the outputs of one residue class: [channel]. A block
 // per sample, group and class.
 template <class Problem, class T>
@@ -178,15 +174,14 @@ FXFUSE_INLINE void square(const T* weight, const Parts& p, const Size& sizes, co
       const int other = first;
       first = second, second = other;
     }
-    const int from_d = border_from(from.d, lag.d), to_d = border_to(from.d, lag.d, count_d, sizes.d);
-    const int from_h = border_from(from.h, lag.h), to_h = border_to(from.h, lag.h, count_h, sizes.h);
-    const int from_w = border_from(from.w, lag.w), to_w = border_to(from.w, lag.w, count_w, sizes.w);
+    // what the class's outputs read of x by the tap of the first factor; the other one is zero outside of x
+    const Size end = {min(count_d + from.d, sizes.d), min(count_h + from.h, sizes.h), min(count_w + from.w, sizes.w)};
     const int entry = (second * Problem::lags + Problem::lag_index(lag)) * (channels + 1) + (one ? channels : first);
     double sum = 0;
 #pragma unroll 8
     for (int job = 0; job < p.jobs; ++job) {
       const Size at = begins[job];
-      if (at.d >= from_d && at.d < to_d && at.h >= from_h && at.h < to_h && at.w >= from_w && at.w < to_w)
+      if (at.d >= from.d && at.d < end.d && at.h >= from.h && at.h < end.h && at.w >= from.w && at.w < end.w)
         sum += products[(int64_t)job * Problem::entries + entry];
     }
     if (one)
