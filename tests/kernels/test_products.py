@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_twice import region, ways
 
+from fxfuse.instr import TensorType
 from fxfuse.kernels.account import account
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.correlation import (
@@ -24,9 +25,8 @@ from fxfuse.kernels.correlation import (
     Correlation,
 )
 from fxfuse.kernels.correlation_engine import BLOCK, MOMENTS_BLOCK
-from fxfuse.kernels.estimate import BANDWIDTH, DOUBLE_RATE, works
+from fxfuse.kernels.estimate import BANDWIDTH, DOUBLE_RATE, LAUNCH, SQUARED, works
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.schedule import examples
 from fxfuse.kernels.twice import from_products
 
 F32 = torch.float32
@@ -197,11 +197,15 @@ def test_where_statistics_are_of_something_else() -> None:
         from_products(chain.schedule, given)  # type: ignore[arg-type]
 
 
-def test_seconds_follow_the_products() -> None:
-    """Of the whole plan's parts, those of the statistics grow with the batch alone."""
+def test_work_follows_the_batch() -> None:
+    """Seconds do but for launches, and for what sums of a class take at least."""
+    one, many = (correlation().work(n, (32, 32, 32), (63, 63, 63)) for n in (1, 64))
+    assert [64 * v for v in vars(one).values()] == [*vars(many).values()]
     found = ways("batch_norm_pools", F32)[0]
-    assert found.schedule is not None and found.schedule.measuring is not None
-    given = dict(region("batch_norm_pools", F32).rewritten.inputs)
-    (_, work), *_ = works(given, found.schedule, found.convolution, found.measuring, exact=False)
-    assert work.launches == 3 and 3e-5 < work.seconds < 2e-4
-    assert len(examples(region("batch_norm_pools", F32).rewritten)) == len(given)
+    assert found.schedule is not None
+    seconds = []
+    for n in (64, 128):
+        given = {**dict(region("batch_norm_pools", F32).rewritten.inputs), "x0": TensorType(F32, (n, 3, 32, 32, 32))}
+        (_, work), *_ = works(given, found.schedule, found.convolution, found.measuring, exact=False)
+        seconds.append(work.seconds - 3 * LAUNCH - SQUARED)
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=1e-3) and 3e-5 < seconds[0] < 2e-4
