@@ -64,6 +64,7 @@ def prepare(made: Correlation, x: Tensor, extents: Extents) -> Run:
         stream, weight = stream_of(index), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         room = empty((work.products + work.sums,), (1,), torch.float64)
+        # pairs of sums lie behind an even number of products: channels * (channels + 1) for each lag
         products, sums = room.data_ptr(), room.data_ptr() + work.products * 8
         places = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         correlate(stream, places[0], strides, sizes, table, products)
