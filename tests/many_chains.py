@@ -38,7 +38,7 @@ from torch._prims_common import suggest_memory_format
 import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
-from fxfuse.kernels import execute, schedule, tail
+from fxfuse.kernels import estimate, execute, schedule, tail
 from fxfuse.kernels.execute import Candidate
 from fxfuse.kernels.plan import Path
 from fxfuse.kernels.schedule import Schedule
@@ -205,7 +205,7 @@ def kinds_of(made: Schedule) -> Iterator[str]:
         if kernel.gathers:
             yield f"convolution that gathers{'' if kernel.keeps else ' and keeps nothing'}"
     if made.measuring is not None:
-        yield "convolution run twice"
+        yield "statistics from products" if made.measuring.correlates else "convolution run twice"
     for step in (*made.between, *made.steps):
         if isinstance(step, tail.Gather):
             yield f"statistics, {step.layout or 'gathered'}"
@@ -253,7 +253,8 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
 # --- switches -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def kernels_always(anchored: bool = True, *, twice: bool = False) -> Iterator[None]:
-    """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``."""
+    """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``, or once
+    behind statistics from products of its input where there are such."""
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
         for module in (tail, schedule):
@@ -261,6 +262,8 @@ def kernels_always(anchored: bool = True, *, twice: bool = False) -> Iterator[No
         stack.enter_context(mock.patch.object(execute, "slower", slower))
         for part in ("WORTH_TWICE", "HOPELESS") if twice else ():
             stack.enter_context(mock.patch.object(execute, part, math.inf))
+        if twice:
+            stack.enter_context(mock.patch.object(estimate, "SQUARED", -1.0))
         yield
 
 

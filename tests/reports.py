@@ -32,4 +32,4 @@ def explained(
 
 def without_estimates(text: str) -> str:
     """``text`` with "_" for every time that the cost model gives: these change whenever it is tuned."""
-    return re.sub(r"\d[\d.]* (?:s|ms|us)(?=\s+(?:est\.|at\s+best|by\s+estimate|with\s+(?:one|two)))", "_", text)
+    return re.sub(r"\d[\d.]* (?:s|ms|us)(?=\s+(?:est\.|at\s+best|by\s+estimate|with\s+(?:one|two|stat)))", "_", text)

@@ -15,6 +15,7 @@ import torch
 
 from fxfuse.kernels import execute
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
 from fxfuse.kernels.engine import THREADS, Convolution
 from fxfuse.kernels.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
@@ -122,7 +123,10 @@ def _parts(program: Program, plan: Candidate, exact: bool) -> Iterator[Part]:
         if isinstance(part, Launch):
             engine = plan.measuring if part is made.measuring else plan.convolution
             assert engine is not None
-            yield _convolution(part, engine, work)
+            if isinstance(engine, Correlation):
+                yield _correlation(part, engine, work)
+            else:
+                yield _convolution(part, engine, work)
         else:
             yield _step(part, work, exact)
 
@@ -142,6 +146,14 @@ def _convolution(kernel: Launch, engine: Convolution, work: Work) -> Part:
         facts=(*_tiles(kernel, engine, batch), ("arithmetic", _arithmetic(kernel, made)), *_results(kernel)),
         source=engine.source(engine.tiling(kernel.sizes)[1]),
     )
+
+
+def _correlation(kernel: Launch, engine: Correlation, work: Work) -> Part:
+    channels, lags = engine.layer.in_channels, len(engine.lags)
+    products = f"{channels} x {engine.columns} per position: of {channels} channels with themselves at {lags} distances"
+    facts = ("products", products), ("arithmetic", "float64"), ("results", "statistics")
+    what = f"statistics of {' > '.join(kernel.stages)}"
+    return Part(**vars(work), what=what, by="kernel", facts=facts, source=engine.source())
 
 
 def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[str, str]]:

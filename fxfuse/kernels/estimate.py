@@ -15,6 +15,7 @@ import torch
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import elements
 from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.engine import Convolution, sampled
 from fxfuse.kernels.expression import Expression
@@ -30,6 +31,10 @@ BANDWIDTH = MACHINES["cuda"].bandwidth
 HALF_RATE, TF32_RATE = 3.75e14, MACHINES["cuda"].macs
 #: multiply-adds per second of float32 without matrix units (67 TFLOP/s, as specified)
 FLOAT_RATE = 3.35e13
+#: multiply-adds per second of the matrix units in float64 (67 TFLOP/s, as specified), and how much of that is expected
+DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.5
+#: seconds that an element of a tile of x takes until it lies in shared memory, and that sums of a class take at least
+TILED, SQUARED = 1.5e-12, 1e-5
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
@@ -67,7 +72,7 @@ def works(
     given: Types,
     schedule: Schedule,
     convolution: Convolution | None,
-    measuring: Convolution | None = None,
+    measuring: Convolution | Correlation | None = None,
     *,
     exact: bool,
 ) -> Iterator[tuple[Launch | Step, Work]]:
@@ -84,7 +89,10 @@ def works(
     )
     for kernel, engine, steps in runs:
         if kernel is not None and engine is not None:
-            yield kernel, _convolution(kernel, engine.made, types)
+            if isinstance(engine, Correlation):
+                yield kernel, _correlation(kernel, engine, types)
+            else:
+                yield kernel, _convolution(kernel, engine.made, types)
             types[kernel.stored] = kernel.kind
         for step in steps:
             yield step, by_torch(step.program, exact) if isinstance(step, Torch) else _by_kernel(step, types)
@@ -115,6 +123,25 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
         macs=macs,
         seconds=_seconds(kernel, made, n, _three(sizes)),
         floor=max((read + written) / BANDWIDTH, macs * (3 if made.exact else 1) / HALF_RATE),
+    )
+
+
+def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
+    """Three kernels. Products of every tile of x are written, and read again."""
+    n, _, *sizes = (s or 0 for s in types[kernel.x].shape)
+    work = made.work(n, _three(sizes), kernel.extents)
+    kept = (work.products + work.sums) * torch.float64.itemsize
+    read = bytes_of(types, kernel.reads) + kept
+    written = kept + n * made.layer.out_channels * made.layer.groups * 16
+    traffic = (read + written) / BANDWIDTH
+    products = work.macs / (DOUBLE_RATE * DOUBLE_PART)
+    return Work(
+        launches=3,
+        read=read,
+        written=written,
+        macs=work.macs,
+        seconds=traffic + products + work.elements * TILED + SQUARED + 3 * LAUNCH,
+        floor=max(traffic, work.macs / DOUBLE_RATE),
     )
 
 

@@ -24,6 +24,7 @@ from fxfuse.kernels import dump, kept, measure, recent
 from fxfuse.kernels.arithmetic import HEADER
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.estimate import Types, works
@@ -32,7 +33,7 @@ from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
 from fxfuse.kernels.tail import Torch
 from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
-from fxfuse.kernels.twice import twice
+from fxfuse.kernels.twice import from_products, twice
 from fxfuse.program import Program
 from fxfuse.region import Region
 from fxfuse.tolerance import tf32_allowed
@@ -43,9 +44,11 @@ log = logging.getLogger(__name__)
 MOST_PREPARED = 1024
 
 
-ENGINE, TWICE, CUDNN, TORCH = "engine", "twice", "cudnn", "torch"
-#: the convolution runs twice where that takes less than this part of the time of the other way, by estimate; and is
-#: not considered any further from this part on
+ENGINE, TWICE, PRODUCTS, CUDNN, TORCH = "engine", "twice", "products", "cudnn", "torch"
+#: what the estimate says of the ways that have statistics before the convolution's value
+AHEAD = {TWICE: "with two", PRODUCTS: "with statistics from products of its input and one run"}
+#: one of these runs where it takes less than this part of the time of one run, by estimate; and is not considered any
+#: further from this part on
 WORTH_TWICE, HOPELESS = 0.97, 1.45
 
 Strides = Sequence[Sequence[int]] | None
@@ -54,11 +57,11 @@ Strides = Sequence[Sequence[int]] | None
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by the same with a
-    first run of the convolution for statistics ("twice"), by kernels behind torch's convolution ("cudnn"), or by
-    torch's operators alone ("torch"), which has no schedule.
+    first run of the convolution for statistics ("twice") or with statistics from products of its input ("products"), by
+    kernels behind torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
 
-    ``measuring``: the kernel of that first run. ``estimate``: what the estimate says of one run and of two, where there
-    is a choice. ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the
+    ``measuring``: what makes statistics ahead. ``estimate``: what the estimate says of these ways, where there is a
+    choice. ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the
     measurement that chose it.
     """
 
@@ -67,7 +70,7 @@ class Candidate:
     convolution: Convolution | None = None
     refusal: str | None = None
     choice: Choice | None = None
-    measuring: Convolution | None = None
+    measuring: Convolution | Correlation | None = None
     estimate: str | None = None
 
     def __str__(self) -> str:
@@ -88,7 +91,9 @@ class Candidate:
         found = [(kind_of(step), text) for step in made.ahead if (text := source_of(step))]
         first = "measuring", made.measuring, self.measuring, made.between
         for name, kernel, convolution, steps in (first, ("convolution", made.kernel, self.convolution, made.steps)):
-            if kernel is not None and convolution is not None:
+            if isinstance(convolution, Correlation):
+                found.append(("correlation", convolution.source()))
+            elif kernel is not None and convolution is not None:
                 found.append((name, convolution.source(convolution.tiling(kernel.sizes)[1])))
             found += [(kind_of(step), text) for step in steps if (text := source_of(step))]
         return found
@@ -184,27 +189,43 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
 
 
 def _by_engine(program: Program, inputs: Sequence[Tensor], exact: bool) -> list[Candidate]:
-    """With the convolution's own kernel, run once or twice, the faster way by estimate first."""
+    """With the convolution's own kernel, statistics gathered on its way or made ahead; the fastest one first."""
     made = schedule(program, inputs, exact=exact)
     assert made.kernel is not None
     convolution = convolution_of(made.kernel, exact=exact)
     refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
+    given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
     once = Candidate(ENGINE, made, convolution, refusal)
+    least = _seconds(given, once, exact)
+    found = {once: least * WORTH_TWICE}
+    told = [f"{least * 1e3:.2f} ms with one run of the convolution"]
+    for other in _statistics_ahead(program, inputs, once, given, exact):
+        seconds = _seconds(given, other, exact)
+        if seconds <= HOPELESS * least:
+            found[other] = seconds
+            told.append(f"{seconds * 1e3:.2f} ms {AHEAD[other.name]}")
+    if len(found) == 1:
+        return [once]
+    estimate = f"by estimate {', '.join(told)}"
+    return [dataclasses.replace(c, estimate=estimate) for c in sorted(found, key=found.__getitem__)]
+
+
+def _statistics_ahead(
+    program: Program, inputs: Sequence[Tensor], once: Candidate, given: Types, exact: bool
+) -> Iterator[Candidate]:
+    """The ways that have statistics before they run the convolution whose values they store."""
+    assert once.schedule is not None
     try:
-        again = twice(program, inputs, made, exact=exact)
+        again = twice(program, inputs, once.schedule, exact=exact)
         if again is None or again.kernel is None or again.measuring is None:
-            return [once]
+            return
         second, first = (convolution_of(k, exact=exact) for k in (again.kernel, again.measuring))
     except (Unscheduled, Unsupported):
-        return [once]
-    both = once, Candidate(TWICE, again, second, refusal, measuring=first)
-    given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
-    one, two = (_seconds(given, c, exact) for c in both)
-    if two > HOPELESS * one:
-        return [once]
-    told = f"by estimate {one * 1e3:.2f} ms with one run of the convolution, {two * 1e3:.2f} ms with two"
-    found = [dataclasses.replace(c, estimate=told) for c in both]
-    return found[::-1] if two < WORTH_TWICE * one else found
+        return
+    yield Candidate(TWICE, again, second, once.refusal, measuring=first)
+    with contextlib.suppress(Unsupported):
+        correlated, products = from_products(again, given)
+        yield Candidate(PRODUCTS, correlated, second, once.refusal, measuring=products)
 
 
 def _seconds(given: Types, plan: Candidate, exact: bool) -> float:

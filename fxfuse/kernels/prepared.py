@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import correlation_engine
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
@@ -28,7 +30,7 @@ class Prepared:
     outputs: tuple[str, ...]
     schedule: Schedule
     convolution: Convolution | None
-    measuring: Convolution | None  #: the one that the schedule runs first, for statistics
+    measuring: Convolution | Correlation | None  #: what the schedule runs first, for statistics
     steps: tuple[tuple[Run, tuple[str, ...]], ...]  # with the values that nothing needs afterwards
     device: torch.device
     asks_torch: bool  #: torch's operators are among what runs
@@ -41,7 +43,7 @@ class Prepared:
         made: Schedule,
         convolution: Convolution | None,
         device: torch.device,
-        measuring: Convolution | None = None,
+        measuring: Convolution | Correlation | None = None,
         inputs: Sequence[Tensor] | None = None,
     ) -> Prepared:
         """Compile and load the kernels of the schedule ``made`` of ``program``, but for the convolutions'.
@@ -60,7 +62,10 @@ class Prepared:
                 if isinstance(part, Launch):
                     ours = measuring if part is made.measuring else convolution
                     assert ours is not None
-                    run = _convolution(part, ours, places)
+                    if isinstance(ours, Correlation):
+                        run = _correlation(part, ours)
+                    else:
+                        run = _convolution(part, ours, places)
                 else:
                     run = prepare(part, device, places, tensors)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
@@ -183,6 +188,22 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             moments=moments,
             calls=calls,
         )
+
+    return run
+
+
+def _correlation(kernel: Launch, correlation: Correlation) -> Run:
+    """What makes statistics without the convolution, as a step among others."""
+    calls: dict[object, correlation_engine.Run] = {}
+    moments_of_it = moments_name(kernel.stored)
+
+    def run(values: Values) -> None:
+        x, weight = _three_dims(values[kernel.x]), _three_dims(values[kernel.weight])
+        form = x.shape, x.stride()
+        if form not in calls:
+            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents)
+        values[moments_of_it] = moments = moments_of(kernel.kind)
+        calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
 
     return run
 

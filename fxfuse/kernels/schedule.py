@@ -58,7 +58,8 @@ class Launch:
     expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
     expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
     over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
-    makes partial statistics of the value; ``keeps``: and stores it.
+    makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
+    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`).
     """
 
     layer: Layer
@@ -82,6 +83,7 @@ class Launch:
     apart: str | None = None
     gathers: bool = False
     keeps: bool = True
+    correlates: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -102,6 +104,8 @@ class Launch:
         return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""
 
     def __str__(self) -> str:
+        if self.correlates:
+            return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
         made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
         return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
 
@@ -111,8 +115,8 @@ class Schedule:
     """``first``, then ``kernel``, if there is one, then ``rest``: the chain's outputs.
 
     ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into. ``measuring``: the same convolution, run before for
-    the statistics of its value alone; ``between``: the steps that make of them what ``kernel`` reads. See
-    :mod:`fxfuse.kernels.twice`.
+    the statistics of its value alone, or what makes those without it; ``between``: the steps that make of them what
+    ``kernel`` reads. See :mod:`fxfuse.kernels.twice`.
     """
 
     first: Program
@@ -125,8 +129,9 @@ class Schedule:
 
     def __str__(self) -> str:
         first = [f"first {s}" for s in self.ahead]
-        measuring = [f"one kernel: {self.measuring}"] if self.measuring is not None else []
-        again = "then the convolution again" if measuring else "one kernel"
+        run = self.measuring
+        measuring = [f"{'three kernels' if run.correlates else 'one kernel'}: {run}"] if run is not None else []
+        again = "one kernel" if run is None else f"then the convolution{'' if run.correlates else ' again'}"
         kernel = [f"{again}: {self.kernel}"] if self.kernel is not None else []
         between, steps = ([f"then {s}" for s in each] for each in (self.between, self.steps))
         return "; ".join([*first, *measuring, *between, *kernel, *steps])

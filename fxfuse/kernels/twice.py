@@ -2,7 +2,8 @@
 
 A normalisation needs the value before its first element is ready. A schedule that runs the convolution once writes
 the value and reads it again. This one never writes it: the first run stores statistics alone, the second one has
-the normalisation in its pointwise chain, and a pool behind that where residue classes make it. Pure.
+the normalisation in its pointwise chain, and a pool behind that where residue classes make it. Of few input channels
+the statistics may come without a first run. Pure.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import needed_by
+from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
 from fxfuse.kernels.schedule import Schedule, best, cut, observe, program_of, versions
 from fxfuse.kernels.tail import plan
@@ -35,6 +38,23 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
         if made is not None:
             return best(program, observed, [made])
     return None
+
+
+def from_products(made: Schedule, given: Mapping[str, TensorType]) -> tuple[Schedule, Correlation]:
+    """The schedule with statistics from products of x with itself in the place of its first run, and what makes them.
+
+    ``given``: the types of the inputs. Raises Unsupported.
+    """
+    run = made.measuring
+    assert run is not None
+    if run.before is not None or run.combine:
+        raise Unsupported(f"statistics are of more than the convolution: {' > '.join(run.stages)}")
+    if run.x not in given:
+        raise Unsupported(f"{run.x}, which is convolved, is not given")
+    products = Correlation.of(run.layer, run.dtype, run.kind.dtype, run.bias_dtype)
+    d, h, w = (1, 1, 1, *(s or 0 for s in given[run.x].shape[2:]))[-3:]
+    products.parts((d, h, w), run.extents)
+    return dataclasses.replace(made, measuring=dataclasses.replace(run, correlates=True)), products
 
 
 def _cut(program: Program, given: Mapping[str, Tensor], exact: bool) -> tuple[Schedule, Mapping[str, Tensor]] | None:

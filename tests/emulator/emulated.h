@@ -16,6 +16,10 @@ struct float2 {
   alignas(8) float x;
   float y;
 };
+struct double2 {
+  alignas(16) double x;
+  double y;
+};
 struct float4 {
   alignas(16) float x;
   float y, z, w;
@@ -90,6 +94,8 @@ inline unsigned __float_as_uint(float v) {
   memcpy(&u, &v, 4);
   return u;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }
 template <class T>

@@ -50,6 +50,15 @@ void registers_down() {}
 template <int registers>
 void registers_up() {}
 
+inline void mma_double(double (&c)[4], double a0, double a1, double b) {
+  const double given[3] = {a0, a1, b};
+  double all[32][3];
+  emulated_warp(given, all, sizeof(given));
+  const int lane = threadIdx.x & 31;
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 4; ++k) c[i] += all[(lane & ~3) + k][i >> 1] * all[((lane & 3) * 2 + (i & 1)) * 4 + k][2];
+}
+
 struct Half {
   uint16_t bits;
 };

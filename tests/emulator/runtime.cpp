@@ -40,7 +40,7 @@ struct Meeting {  // of threads at a barrier
 };
 
 struct Warp {
-  char given[2][32][8];
+  char given[2][32][24];
   int arrived[2], left[2];
 };
 

@@ -92,6 +92,16 @@ FXFUSE_INLINE void registers_up() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
+// --- a warp's matrix instruction of float64 -------------------------------------------------------------
+// c += a b for 16x4 a, 4x8 b. A lane has rows lane/4 and lane/4 + 8 of column lane%4 of a, row lane%4 of column lane/4 of
+// b, and columns lane%4*2 and the next one of c, of both rows.
+FXFUSE_INLINE void mma_double(double (&c)[4], double a0, double a1, double b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+      : "d"(a0), "d"(a1), "d"(b));
+}
+
 // --- numbers -------------------------------------------------------------------------------------------
 struct Half {
   uint16_t bits;

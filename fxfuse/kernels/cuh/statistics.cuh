@@ -60,6 +60,23 @@ FXFUSE_INLINE void block_sum(double (&v)[numbers]) {
   __syncthreads();
 }
 
+// Of all elements of a block's threads, a power of two of them, in a fixed order. `shared` is used before and after.
+template <int threads, int doubles>
+FXFUSE_INLINE Moments block_moments(const Running& mine, double (&shared)[doubles]) {
+  static_assert(sizeof(shared) >= threads * sizeof(Counted), "there is room for what each thread has");
+  Counted* const all = (Counted*)shared;
+  __syncthreads();
+  all[threadIdx.x] = Counted(mine);
+  __syncthreads();
+  for (int half = threads / 2; half; half /= 2) {
+    if (threadIdx.x < half) all[threadIdx.x].merge(all[threadIdx.x + half]);
+    __syncthreads();
+  }
+  const Moments made = {all[0].mean, all[0].squares};
+  __syncthreads();
+  return made;
+}
+
 constexpr int kMergeThreads = 512, kMerged = 8;  // per kMerged channels of a sample
 
 // Merges the partial statistics of a sample's channels: a block of kMergeThreads per sample and kMerged channels. Where
@@ -68,7 +85,6 @@ template <class Fallback>
 FXFUSE_INLINE void merge_partials(const Partials& p, Moments* out, Fallback fallback) {
   constexpr int lanes = kMergeThreads / kMerged;
   __shared__ double shared[4 * kMergeThreads];
-  static_assert(sizeof(shared) >= kMergeThreads * sizeof(Counted), "the fallback uses the same memory");
   double(*const sums)[kMergeThreads] = (double(*)[kMergeThreads])shared;  // count, sum, sum less shift, squares
   const int blocks = (p.channels + kMerged - 1) / kMerged, n = blockIdx.x / blocks;
   const int first = (blockIdx.x - n * blocks) * kMerged, lane = threadIdx.x / kMerged, c = first + threadIdx.x % kMerged;
@@ -99,16 +115,8 @@ FXFUSE_INLINE void merge_partials(const Partials& p, Moments* out, Fallback fall
   for (int i = 0; i < kMerged && first + i < p.channels; ++i) {
     Running mine;
     if (!fallback(n, first + i, mine)) continue;
-    Counted* const all = (Counted*)shared;
-    __syncthreads();
-    all[threadIdx.x] = Counted(mine);
-    __syncthreads();
-    for (int half = kMergeThreads / 2; half; half /= 2) {
-      if (threadIdx.x < half) all[threadIdx.x].merge(all[threadIdx.x + half]);
-      __syncthreads();
-    }
-    if (threadIdx.x == 0) out[(int64_t)n * p.channels + first + i] = {all[0].mean, all[0].squares};
-    __syncthreads();
+    const Moments made = block_moments<kMergeThreads>(mine, shared);
+    if (threadIdx.x == 0) out[(int64_t)n * p.channels + first + i] = made;
   }
 }
 

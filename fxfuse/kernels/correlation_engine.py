@@ -1,0 +1,80 @@
+"""Run a :class:`Correlation` on a Hopper GPU: the workspace and the three launches of a call."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.launch import Module, Packed, empty, stream_of
+from fxfuse.kernels.tiling import Extents
+
+KERNELS = ("correlate", "square", "moments")
+#: threads of their blocks
+BLOCK, MOMENTS_BLOCK = 256, 128
+#: blocks of a grid
+MOST = 2**31 - 1
+#: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
+_STRIDES, _DIRECT, _SIZES = struct.Struct("=5q"), struct.Struct("=5q4i3q"), struct.Struct("=3i")
+
+#: fills the moments (N, Cout, 2), in float64, from x (N, Cin, D, H, W), the weights and the bias
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+
+
+def prepare(made: Correlation, x: Tensor, extents: Extents) -> Run:
+    """The launches for x of these sizes and strides, and an output of these ``extents``.
+
+    They are queued on the current stream of the current device, x's. For any thread. Raises Unsupported where there
+    is no plan for the sizes, or more blocks than a grid has.
+    """
+    layer, index = made.layer, x.device.index
+    n, _, d, h, w = x.shape
+    parts, work = made.parts((d, h, w), extents), made.work(n, (d, h, w), extents)
+    if work.blocks > MOST:
+        raise Unsupported(f"{tuple(x.shape)} takes {work.blocks} blocks (at most {MOST})")
+    kernels = _module(made.source(), KERNELS, index).kernels
+    strides, table = _STRIDES.pack(*x.stride()), parts.packed()
+    sizes, out = _SIZES.pack(d, h, w), _SIZES.pack(*extents)
+    direct = _DIRECT.pack(*x.stride(), d, h, w, n, 0, 0, layer.out_channels * layer.groups)
+    size, cuts = f"{_SIZES.size}s", f"{len(table)}s"
+    which = n * layer.groups
+    correlate = Packed(kernels["correlate"], sum(parts.jobs) * which, BLOCK, "q", f"{len(strides)}s", size, cuts, "q")
+    square = Packed(kernels["square"], len(layer.residues) * which, BLOCK, "q", cuts, size, size, "i", "q", "q")
+    finish = Packed(
+        kernels["moments"],
+        which * layer.out_channels,
+        MOMENTS_BLOCK,
+        "q",
+        "q",
+        "q",
+        f"{len(direct)}s",
+        size,
+        "i",
+        "q",
+        "q",
+    )
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, moments: Tensor) -> None:
+        stream, weight = stream_of(index), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        room = empty((work.products + work.sums,), (1,), torch.float64)
+        # pairs of sums lie behind an even number of products: channels * (channels + 1) for each lag
+        products, sums = room.data_ptr(), room.data_ptr() + work.products * 8
+        places = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        correlate(stream, places[0], strides, sizes, table, products)
+        square(stream, places[1], table, sizes, out, layer.out_channels, products, sums)
+        finish(stream, *places, direct, out, layer.out_channels, sums, moments.data_ptr())
+
+    return run
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(source: str, names: tuple[str, ...], device: int) -> Module:
+    with torch.cuda.device(device):
+        return Module(compile_cubin(source).code, names)
