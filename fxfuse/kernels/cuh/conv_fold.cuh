@@ -137,10 +137,12 @@ FXFUSE_INLINE void store_folded_direct(const FoldRows<Problem, classes, width>& 
 #pragma unroll
     for (int one = k; one < k + width; ++one) {
       if (!rows.is_inside(one)) continue;
-      Out* const out = at(one);
+      Out* out = at(one);
 #pragma unroll
-      for (int c = 0; c < Rows::values; ++c)
-        if (there(c)) out[(c / 2 * 8 + c % 2) * stride] = from_float<Out>(rows.v[one][c]);
+      for (int c = 0; c < Rows::values; ++c) {
+        if (there(c)) *out = from_float<Out>(rows.v[one][c]);
+        out += c % 2 ? 7 * stride : stride;
+      }
     }
   }
 }
