@@ -96,7 +96,6 @@ def specialise(
         if m * 2 * stack <= 32
         and m * stack * columns <= (128 if exact else 256)
         and not (pooled and not merged and m * columns > (64 if before else 128))
-        and not (folded and (m == 4 or (stack > 1 and stack % 2)) and m * stack * columns > 128)  # they are spilt
     ]
     made = [
         Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one, merged)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 
 from fxfuse.kernels import execute
@@ -131,16 +134,38 @@ def test_the_matrix_units_are_used(name: str, wide: int) -> None:
     assert f"HGMMA.64x{wide}x16" in sass(compile_cubin(text), "convolution")
 
 
+def instructions(made: Convolution, store: Store) -> list[str]:
+    """The machine code of the convolution."""
+    lines = sass(compile_cubin(made.source(store)), "convolution").splitlines()
+    return [line for line in lines if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+
+
 def test_a_reduction_over_channels_is_made_in_registers() -> None:
     """Between the products and the stores: shuffles of two steps, and nothing in local memory."""
     made = KERNELS["softmax"]()
     assert made.epilogue.fold is not None and made.made.column_tiles == 1
-    lines = sass(compile_cubin(made.source(Store.DIRECT)), "convolution").splitlines()
+    lines = instructions(made, Store.DIRECT)
     last = max(i for i, line in enumerate(lines) if "HGMMA" in line)
-    # for a maximum and a sum: two per position, of which a thread has two per tile of rows and class
+    # for a maximum and a sum, of two positions at a time
     shuffles = [i for i, line in enumerate(lines) if "SHFL.BFLY" in line]
-    assert len(shuffles) == 4 * 2 * made.made.m_tiles * made.made.residues
+    assert len(shuffles) == 4 * 2
     assert min(shuffles) > last and not [line for line in lines if "STL" in line or "LDL" in line]
+
+
+FOLDS = [name for name in KERNELS if KERNELS[name]().epilogue.fold is not None]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("name", FOLDS)
+def test_reductions_over_channels_are_short(name: str, last: bool) -> None:
+    """A loop over a thread's positions: in line they are more than 100 KiB, for which an epilogue waits."""
+    made = KERNELS[name]()
+    if last:
+        made = dataclasses.replace(made, layout="channels_last")
+    # runs through shared memory are staged behind the loop, in line
+    for store in made.stores:
+        assert len(instructions(made, store)) * 16 <= (104 if store in (Store.ROWS, Store.PLANES) else 50) * 1024
+        assert compile_cubin(made.source(store)).kernels["convolution"].stack == 0
 
 
 def test_sources_do_not_change_from_call_to_call() -> None:

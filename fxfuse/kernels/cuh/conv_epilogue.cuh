@@ -41,19 +41,6 @@ FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Pl
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
-// What is left of `value` once a reduction over channels has made it, in place of the accumulators `kept`, through
-// `Behind` to `out`.
-template <class Problem, class Runs, class Out, int width, bool reversed, int classes, class Kept, class Value, class Expression, class Behind>
-FXFUSE_INLINE void fold(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                        const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, Kept kept, Value value,
-                        const Expression& expression, const Behind& behind) {
-  fold_accumulators<Problem>(g, place, o, residue, kept, value, expression);
-  if constexpr (Problem::Fold::keeps)
-    store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, kept, behind);
-  else
-    store_one<Problem>(to, g, place, o, residue, kept, behind);
-}
-
 // Every output of the convolution, through `Expression`, to `out`; or a reduction of it over channels, through `Behind`.
 template <class Problem, class Out, class Expression, class Behind>
 struct Store {

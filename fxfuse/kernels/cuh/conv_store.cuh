@@ -106,17 +106,26 @@ FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& plac
   return inside;
 }
 
-// Two neighbours in memory, at once where they are aligned.
+// Two numbers of 16 bits in a word, the first in the lower half.
+template <class T>
+FXFUSE_INLINE uint32_t two_of(float a, float b) {
+  return (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
+}
+// Two neighbours in memory, aligned.
+template <class T>
+FXFUSE_INLINE void store_two(T* to, float a, float b) {
+  if constexpr (sizeof(T) == 4)
+    *(float2*)to = make_float2(a, b);
+  else
+    *(uint32_t*)to = two_of<T>(a, b);
+}
+// At once only where they are aligned.
 template <class T>
 FXFUSE_INLINE void store_pair(T* to, float a, float b) {
-  if (((uint64_t)to & (2 * sizeof(T) - 1)) == 0) {
-    if constexpr (sizeof(T) == 4)
-      *(float2*)to = make_float2(a, b);
-    else
-      *(uint32_t*)to = (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
-  } else {
+  if (((uint64_t)to & (2 * sizeof(T) - 1)) == 0)
+    store_two(to, a, b);
+  else
     to[0] = from_float<T>(a), to[1] = from_float<T>(b);
-  }
 }
 
 // Stores value(i, r, j, e, q) for all accumulators of a warpgroup, straight from registers: eight neighbouring threads

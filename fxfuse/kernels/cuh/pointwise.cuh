@@ -191,8 +191,9 @@ FXFUSE_DEVICE float reciprocal_root(float x) {
 #endif
 }
 
-// 1/x for x in [1, 2], to the last bit but one: a division branches, and a convolution's epilogue has few warps.
-FXFUSE_DEVICE float reciprocal_near_one(float x) {
+// 1/x for x >= 1, to the last bit but one, and 0 beyond 2^126: a division branches, and a convolution's epilogue has few
+// warps.
+FXFUSE_DEVICE float reciprocal_of_one_or_more(float x) {
 #ifdef __CUDA_ARCH__
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -202,10 +203,18 @@ FXFUSE_DEVICE float reciprocal_near_one(float x) {
 #endif
 }
 
-FXFUSE_DEVICE float sigmoid(float x) {
-  const float power = expf(-fabsf(x)), larger = reciprocal_near_one(1.0f + power);
-  return x < 0.0f ? power * larger : larger;
+// 2^x to the last bits but two, where less than 2^-126 may be 0.
+FXFUSE_DEVICE float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return exp2f(x);
+#endif
 }
+
+FXFUSE_DEVICE float sigmoid(float x) { return reciprocal_of_one_or_more(1.0f + expf(-x)); }
 FXFUSE_DEVICE float silu(float x) { return x * sigmoid(x); }
 FXFUSE_DEVICE float mish(float x) { return x * tanhf(log1pf(expf(x))); }
 FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
