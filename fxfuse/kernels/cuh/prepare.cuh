@@ -329,25 +329,24 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const Packed place = Problem::place(rest - row * Problem::packed);
   const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
-  const int count = column < out_channels ? place.count : 0;
-  const float s = scaled && count > 0 ? scale[group * out_channels + column] : 1.f;
+  const bool there = column < out_channels && place.count > 0;
+  const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
   // of three products of parts the second one has what is left of the weights
   const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
   const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
   const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume;
-  float sums[8] = {};
-#pragma unroll 1
-  for (int k = 0; k < count; ++k) {
-    const T* at = from + Problem::tap(place.first + k);
-#pragma unroll
-    for (int i = 0; i < 8; ++i, at += (int64_t)out_channels * volume)
-      if (first + i < in_channels) sums[i] = fmaf(to_float(*at), s, sums[i]);
-  }
+  const int tap = there ? Problem::tap(place.first) : 0;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    values[i] = from_float<Half16>(sums[i]);
-    if (Problem::exact && part == 1) values[i] = from_float<Half16>(sums[i] - to_float(values[i]));
+    if (Problem::headroom > 0) schedule_barrier();  // sums are made one by one: registers are scarce
+    const T* const at = from + (int64_t)i * out_channels * volume;
+    const bool inside = there && first + i < in_channels;
+    float v = inside ? to_float(at[tap]) * s : 0.f;
+    if (Problem::headroom > 0 && inside)
+      for (int k = 1; k < place.count; ++k) v = fmaf(to_float(at[Problem::tap(place.first + k)]), s, v);
+    values[i] = from_float<Half16>(v);
+    if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
   }
   const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
   uint8_t* const to = packed + (int64_t)tile * weight_bytes + place.pass_offset * chunks + chunk * place.pass_bytes +
