@@ -276,7 +276,7 @@ measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse:
   else
     fxfuse::measure_sample(blockIdx.x - all_channels, (const float*)x, samples, size);
 }}
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
 prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_weights) {{
@@ -301,7 +301,7 @@ direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
 
 
 _AGAIN = """
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, 4)
 again(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g) {{
   fxfuse::to_rows_again<{t}, {half}, Problem::exact>(x, rows, samples, g);
