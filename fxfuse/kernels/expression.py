@@ -12,7 +12,7 @@ import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Operand, Ref, TensorType
-from fxfuse.kernels.arithmetic import FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value
+from fxfuse.kernels.arithmetic import FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, c_type
 
 #: the coordinates of an element, in the order of the call operator's parameters
 COORDINATES = ("n", "c", "d", "h", "w")
@@ -38,7 +38,9 @@ class Expression:
     """C++ text ``struct <name> {fields; float operator()(float y, int n, int c, int d, int h, int w) const;};``.
 
     The fields lie in the struct in the order of ``fields``, 8 bytes each, no padding. ``flops`` is a
-    rough cost of one element, in additions.
+    rough cost of one element, in additions. What does not depend on ``y`` nor on the place within a channel can be
+    had ahead, for many elements: ``channel(n, c)`` is it, a ``Channel``, which the operator takes in front of ``y``.
+    ``local``: the struct reads operands that differ within a channel, so that the place must be one of the tensor.
     """
 
     name: str
@@ -72,20 +74,34 @@ def emit_expression(
     for instr in _between(body, value, result):
         emitter.emit(instr)
     returned = emitter.returned(result)
-    fields = [f"  {_declaration(f, types)};" for f in emitter.fields]
-    code = "\n".join(
-        [
-            f"struct {name} {{",
-            *fields,
-            "  FXFUSE_DEVICE float operator()(float y, int n, int c, int d, int h, int w) const {",
-            *(f"    {line}" for line in emitter.lines),
-            f"    return {returned};",
-            "  }",
-            "};",
-            "",
-        ]
-    )
-    return Expression(name, code, tuple(emitter.fields), emitter.flops)
+    return Expression(name, _struct(name, emitter, returned), tuple(emitter.fields), emitter.flops)
+
+
+def _struct(name: str, emitter: _Emitter, returned: str) -> str:
+    ahead, rest = emitter.parts()
+    place = "int n, int c, int d, int h, int w"
+    return "\n".join([
+        f"struct {name} {{",
+        *(f"  {_declaration(f, emitter.types)};" for f in emitter.fields),
+        f"  static constexpr bool local = {str(emitter.local).lower()};",
+        "  struct Channel {",
+        *(f"    {c_type(v.dtype)} {v.code};" for v in emitter.ahead.values()),
+        "  };",
+        "  FXFUSE_DEVICE Channel channel(int n, int c) const {",
+        *(f"    {line}" for line in ahead),
+        f"    return {{{', '.join(emitter.ahead)}}};",
+        "  }",
+        f"  FXFUSE_DEVICE float operator()(const Channel& k, float y, {place}) const {{",
+        *(f"    const {c_type(v.dtype)} {v.code} = k.{v.code};" for v in emitter.ahead.values()),
+        *(f"    {line}" for line in rest),
+        f"    return {returned};",
+        "  }",
+        f"  FXFUSE_DEVICE float operator()(float y, {place}) const {{",
+        "    return (*this)(channel(n, c), y, n, c, d, h, w);",
+        "  }",
+        "};",
+        "",
+    ])  # fmt: skip
 
 
 def _between(body: Sequence[Instr], value: str, result: str) -> list[Instr]:
@@ -120,6 +136,16 @@ class _Emitter(Arithmetic):
         self.values = {value: Value("y", incoming.dtype, len(self.shape), varies=True)}
         self.loaded: dict[tuple[str, bool], Value] = {}
         self.fields: list[Field] = []
+        self.made: list[str] = []  # what every line makes
+        self.late = {"y"}  # what differs within a channel
+        self.ahead: dict[str, Value] = {}  # what does not, and is read by what does
+        self.local = False
+
+    def parts(self) -> tuple[list[str], list[str]]:
+        """The lines that compute what does not differ within a channel, and the others."""
+        lines = list(zip(self.made, self.lines, strict=True))
+        ahead = [line for made, line in lines if made not in self.late]
+        return ahead, [line for made, line in lines if made in self.late]
 
     def returned(self, result: str) -> str:
         found = self.values.get(result)
@@ -134,7 +160,12 @@ class _Emitter(Arithmetic):
             operands = [self._operand(o, instr, i) for i, o in enumerate(instr.operands)]
         except NotEmittable as reason:
             raise NotEmittable(f"`{instr}`: {reason}") from None
-        self.values[instr.outs[0]] = self.compute(instr, operands)
+        made = self.values[instr.outs[0]] = self.compute(instr, operands)
+        self.made.append(made.code)
+        read = [o for o in operands if isinstance(o, Value)]
+        if any(o.code in self.late for o in read):
+            self.late.add(made.code)
+            self.ahead |= {o.code: o for o in read if o.code not in self.late}
 
     # --- operands -----------------------------------------------------------------------------------
     def _operand(self, operand: Operand, instr: Instr, position: int) -> Given:
@@ -173,4 +204,9 @@ class _Emitter(Arithmetic):
             fields.append(Field(f"s{number}{COORDINATES[dim]}", name, "stride", dim, axis))
             terms.append(f"{COORDINATES[dim]} * {fields[-1].name}")
         self.fields += fields
-        return self.load(f"x{number}", " + ".join([f"p{number}", *terms]), kind.dtype, own)
+        made = self.load(f"x{number}", " + ".join([f"p{number}", *terms]), kind.dtype, own)
+        self.made.append(made.code)
+        if any(f.dim is not None and f.dim > 1 for f in fields):
+            self.local = True
+            self.late.add(made.code)
+        return made

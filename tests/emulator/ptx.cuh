@@ -25,6 +25,8 @@ inline void barrier_expect(uint64_t* b, uint32_t bytes) { emulated_barrier_arriv
 inline void barrier_arrive(uint64_t* b) { emulated_barrier_arrive(b, 0); }
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emulated_barrier_wait(b, (int)parity); }
 inline void schedule_barrier() {}
+template <class T>
+void settle(T&) {}
 inline void named_barrier(int id, int threads) { emulated_meet(id, threads); }
 
 inline void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {

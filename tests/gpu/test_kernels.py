@@ -214,6 +214,24 @@ def test_large_and_small_values() -> None:
         assert relative_error(one, other) < 1e-3
 
 
+def test_scales_whose_product_no_float_holds() -> None:
+    """Samples and channels far from one at once: zeros stay zeros, and what float32 holds is there."""
+    convolution = made(3, 16, 16, 3, stride=2)
+    with torch.no_grad():
+        convolution.bias.zero_()
+        convolution.weight[:, 0] *= 1e-18
+        convolution.weight[:, 1] *= 1e22
+    x = sample(3, 16, 6, 7, 8) * torch.tensor([1e-19, 1.0, 0.0], device=DEVICE).view(3, 1, 1, 1, 1)
+    x[2, 3, 2, 3, 4] = 1e22
+    got, _, truth = run(Chain(convolution, lambda y: y * 0.5), x)
+    truth = truth.float()
+    for one, other in zip(got.flatten(0, 1), truth.flatten(0, 1), strict=True):
+        finite = other.isfinite()
+        assert torch.equal(one[~finite], other[~finite])
+        assert relative_error(one[finite], other[finite].double()) < 1e-3 or (other[finite] == 0).all()
+        assert (one[other == 0] == 0).all()
+
+
 def test_the_same_bits_twice() -> None:
     model = Chain(made(3, 48, 70, 3, stride=2, padding=1), F.gelu, lambda y: F.avg_pool3d(y, 4))
     x = sample(3, 48, 13, 14, 15)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import struct
 from collections.abc import Mapping
 
@@ -168,6 +169,27 @@ def test_rounding_every_half(dtype: torch.dtype) -> None:
     tensors["m"] = torch.tensor(False)
     got = run(library, load, torch.zeros(65536, 1, 1), tensors)
     torch.testing.assert_close(got, tensors["x"].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "local", "ahead"),
+    [
+        ("q = mul(y, ch); r = add(q, ch)", False, ["x0"]),
+        ("q = rsqrt(ch); twice = mul(q, 2.0); r = mul(y, twice)", False, ["v2"]),
+        ("q = exp(y); r = add(q, a)", True, []),
+        ("q = mul(ch, a); r = add(y, q)", True, ["x0"]),
+        ("r = relu(y)", False, []),
+    ],
+)
+def test_what_belongs_to_a_channel_is_had_ahead(lines: str, local: bool, ahead: list[str]) -> None:
+    code = emit(lines).code
+    assert f"static constexpr bool local = {str(local).lower()};" in code
+    (kept,) = re.findall(r"struct Channel \{\n(.*?)  \};", code, re.DOTALL)
+    assert re.findall(r"float (\w+);", kept) == ahead
+    first = code[code.index("Channel channel") : code.index("float operator()")]
+    assert f"return {{{', '.join(ahead)}}};" in first
+    if not local:
+        assert "load_" not in code[code.index("float operator()") :]
 
 
 # --- refusals -------------------------------------------------------------------------------------

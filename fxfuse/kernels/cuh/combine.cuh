@@ -13,8 +13,12 @@ struct Sum {
   static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
 };
 
-// y itself.
+// An expression as kernels/expression.py emits them: y itself.
 struct Identity {
+  static constexpr bool local = false;
+  struct Channel {};
+  FXFUSE_INLINE Channel channel(int, int) const { return {}; }
+  FXFUSE_INLINE float operator()(const Channel&, float y, int, int, int, int, int) const { return y; }
   FXFUSE_INLINE float operator()(float y, int, int, int, int, int) const { return y; }
 };
 

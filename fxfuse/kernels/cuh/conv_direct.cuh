@@ -42,12 +42,31 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
   return sum;
 }
 
-// Whether the direct kernel makes sample n; to be asked by all threads of a block at once.
-FXFUSE_INLINE bool some_weight_is_wrong(const DirectGeometry& s) {
-  bool wrong = false;
-  for (int c = threadIdx.x; c < s.channels; c += blockDim.x) wrong |= s.wrong[c] != 0;
-  return __syncthreads_or(wrong);
-}
+// Which samples the direct kernel makes. To be made by all threads of a block at once.
+template <bool scaled>
+struct Marked {
+  bool all;           // some weight is not finite
+  float most, least;  // of the channels' scales
+
+  template <class Arguments>
+  FXFUSE_INLINE Marked(const DirectGeometry& s, const Arguments& a) : all(false), most(1.f), least(1.f) {
+    if (!scaled) return;
+    float largest = 0.f, reciprocal = 0.f;
+    for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
+      const float scale = a.to.channel_scale[c];
+      all |= s.wrong[c] != 0, largest = fmaxf(largest, scale), reciprocal = fmaxf(reciprocal, reciprocal_of_power(scale));
+    }
+    all = __syncthreads_or(all);
+    most = block_maximum(largest), least = reciprocal_of_power(block_maximum(reciprocal));
+  }
+  // The epilogue multiplies by the product of a sample's and a channel's scale: a float has to hold it.
+  template <class Arguments>
+  FXFUSE_INLINE bool operator()(const DirectGeometry& s, const Arguments& a, int n) const {
+    if (!scaled) return false;
+    const float scale = a.to.sample_scale[n];
+    return all || s.marks[n] > kFewTiny || !finite(scale * most) || scale * least == 0.f;
+  }
+};
 
 struct Size {
   int d, h, w;
@@ -132,12 +151,12 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   const Size size = Direct::size(g, a);
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
-  const bool wrong = some_weight_is_wrong(s);
-  bool marked = wrong;
-  for (int n = threadIdx.x; n < s.samples; n += blockDim.x) marked |= s.marks[n] > kFewTiny;
-  if (!__syncthreads_or(marked)) return;
+  const Marked<Problem::scaled> marked(s, a);
+  bool some = false;
+  for (int n = threadIdx.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
+  if (!__syncthreads_or(some)) return;
   for (int n = 0; n < s.samples; ++n) {
-    if (!wrong && s.marks[n] <= kFewTiny) continue;
+    if (!marked(s, a, n)) continue;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < elements; i += step) {
       int64_t rest = i / size.w;
       const int at_w = (int)(i - rest * size.w), at_h = (int)(rest % size.h);
@@ -158,9 +177,9 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
 template <class Direct, class Out, bool scaled, class T, class Arguments>
 FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, Moments* moments) {
-  const bool wrong = scaled && some_weight_is_wrong(s);
+  const Marked<scaled> marked(s, a);
   merge_partials(a.to.partials, moments, [&](int n, int c, Running& mine) {
-    if (!scaled || (!wrong && s.marks[n] <= kFewTiny)) return false;
+    if (!marked(s, a, n)) return false;
     const Size size = Direct::size(g, a);
     for (int64_t i = threadIdx.x; i < (int64_t)size.d * size.h * size.w; i += blockDim.x) {
       const int64_t rest = i / size.w;

@@ -6,33 +6,35 @@
 
 namespace fxfuse {
 
-// Calls f(i, r, j, e, q, d, h, w) for the accumulators that hold elements of the output, with their places.
-template <class Problem, int classes, class F>
-FXFUSE_INLINE void each_inside(const Geometry& g, const Place<Problem>& place, const Extent& o,
-                               const Residue (&residue)[classes], F f) {
-  const Tile& t = place.box;
+// Makes what is stored of all accumulators, expression(value), in their place: `kept`. Zero outside the tensor.
+template <class Problem, class Out, int classes, class Kept, class Value, class Expression>
+FXFUSE_INLINE void replace(const Geometry& g, const Place<Problem>& place, const Extent& o, const Residue (&residue)[classes],
+                           Kept kept, const Value& value, const Expression& expression) {
   const uint32_t inside = inside_mask(g, place, o, residue);
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
+  for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int e = 0; e < 2; ++e) {
+      schedule_barrier();
+      const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
+      uint32_t here = inside;
+      settle(here);  // or a register per row keeps its bit
 #pragma unroll
-      for (int q = 0; q < classes; ++q) {
-        if (!(inside >> ((i * 2 + r) * classes + q) & 1)) continue;
-        const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
-                  w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
+      for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-        for (int j = 0; j < Problem::columns / 8; ++j)
+        for (int r = 0; r < 2; ++r)
 #pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (t.column * Problem::columns + place.column(j, e) < g.out_channels) f(i, r, j, e, q, d, h, w);
-      }
+          for (int q = 0; q < classes; ++q) {
+            const bool one = here >> ((i * 2 + r) * classes + q) & 1;
+            kept(i, r, j, e, q) = as_stored<Out>(results(place, o, residue[q], one, i, r, q), one);
+          }
+    }
 }
 
 // The store that the emitted layout asks for. `Runs`: of the classes, where they go through an outbox.
 template <class Problem, class Runs, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                         const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, Value value, const Expression& expression) {
+                         const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, const Value& value, const Expression& expression) {
   if constexpr (Problem::channels_last)
     store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
   else if constexpr (Problem::outbox)
@@ -64,19 +66,14 @@ struct Store {
   }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
+    const Place<Problem> place = this->place.now();
     Residue residue[Problem::residues];
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
-    auto value = [&](int i, int r, int j, int e, int q) {
-      const int column = place.column(j, e);
-      float y = acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
-      if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
-      return y + table.bias[group][column];
-    };
     auto kept = [&](int i, int r, int j, int e, int q) -> float& {
       return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
     };
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
     constexpr int width = Problem::pair != 0 ? 2 : 1;
     constexpr bool reversed = Problem::pair < 0;
     using Runs = typename Problem::Runs;
@@ -86,16 +83,13 @@ struct Store {
       return;
     }
     if constexpr (Problem::gathers && Problem::keeps) {  // both want the same values: made once, in place
-      each_inside<Problem>(g, place, o, residue, [&](int i, int r, int j, int e, int q, int d, int h, int w) {
-        const int c = place.box.group * g.out_channels + place.box.column * Problem::columns + place.column(j, e);
-        kept(i, r, j, e, q) = a.expression(value(i, r, j, e, q), place.box.n, c, d, h, w);
-      });
+      replace<Problem, Out>(g, place, o, residue, kept, value, a.expression);
       const Identity same;
-      gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, kept, same);
-      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, kept, same);
+      gather<Problem, Out, true>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, made(kept), same);
+      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, made(kept), same);
       return;
     }
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
+    if constexpr (Problem::gathers) gather<Problem, Out, false>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
     if constexpr (Problem::keeps)
       store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, value, a.expression);
   }
@@ -153,44 +147,38 @@ struct Pool {
       conclude(acc);
       return;
     }
-    const Tile& t = place.box;
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[t.n] : 1.f;
-    const int channel0 = t.group * g.out_channels + t.column * Problem::columns;
+    const Place<Problem> place = this->place.now();
+    auto kept = [&](int i, int r, int j, int e, int q) { return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e]; };
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
+    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) {
-      const Residue residue = Problem::residue(pass, q);
-      bool valid[Problem::m_tiles][2];
-      int od[Problem::m_tiles][2], oh[Problem::m_tiles][2], ow[Problem::m_tiles][2];
+      const Residue residue[1] = {Problem::residue(pass, q)};
+      const uint32_t inside = inside_mask(g, place, o, residue);
+      bool valid[Problem::m_tiles * 2];  // predicates, which are few
 #pragma unroll
-      for (int i = 0; i < Problem::m_tiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          od[i][r] = (t.d + place.z(i, r)) * Problem::stride_d + residue.d;
-          oh[i][r] = (t.h + place.y(i, r)) * Problem::stride_h + residue.h;
-          ow[i][r] = (t.w + place.x(i, r)) * Problem::stride_w + residue.w;
-          valid[i][r] = residue.valid && place.inside(i, r) && od[i][r] < g.out_d && oh[i][r] < g.out_h && ow[i][r] < g.out_w;
-        }
+      for (int at = 0; at < Problem::m_tiles * 2; ++at) valid[at] = inside >> at & 1;
+      auto combine = [&](int i, int r, int j, int e, float y) {
+        float& z = best[i][j * 4 + r * 2 + e];
+        if (valid[i * 2 + r]) z = Combine::combine(z, y);
+      };
 #pragma unroll
       for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (!Problem::bare) schedule_barrier();
-          const int column = place.column(j, e);
-          const bool there = t.column * Problem::columns + column < g.out_channels;
+          if constexpr (Problem::bare) {
 #pragma unroll
-          for (int i = 0; i < Problem::m_tiles; ++i)
+            for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              float y = acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
-              float& z = best[i][j * 4 + r * 2 + e];
-              if (Problem::bare) {
-                if (valid[i][r]) z = Combine::combine(z, y);
-              } else if (valid[i][r] && there) {
-                if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
-                y = a.before(y + table.bias[group][column], t.n, channel0 + column, od[i][r], oh[i][r], ow[i][r]);
-                z = Combine::combine(z, y);
-              }
-            }
+              for (int r = 0; r < 2; ++r) combine(i, r, j, e, kept(i, r, j, e, q));
+          } else {
+            schedule_barrier();
+            const Results<Problem, decltype(value), Before> results(g, place, value, a.before, j, e);
+#pragma unroll
+            for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+              for (int r = 0; r < 2; ++r) combine(i, r, j, e, results(place, o, residue[0], valid[i * 2 + r], i, r, q));
+          }
         }
     }
   }
@@ -200,14 +188,15 @@ struct Pool {
   }
 
   FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2]) {
-    const float sample_scale = Problem::scaled ? a.to.sample_scale[place.box.n] : 1.f;
-    auto value = [&](int i, int r, int j, int e, int) {
-      const int column = place.column(j, e);
-      float y = combined[i][j * 4 + r * 2 + e] * a.factor;
-      if (!Problem::bare) return y;
-      if (Problem::scaled) y = y * sample_scale * table.scale[group][column];
-      return y + table.bias[group][column];
-    };
+    const Place<Problem> place = this->place.now();
+    auto kept = [&](int i, int r, int j, int e, int) { return combined[i][j * 4 + r * 2 + e] * a.factor; };
+    if constexpr (Problem::bare)
+      conclude(combined, place, Scaled<Problem, decltype(kept)>{kept, table, place, group});
+    else
+      conclude(combined, place, made(kept));
+  }
+  template <class Value>
+  FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2], const Place<Problem>& place, const Value& value) {
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
     if constexpr (Problem::folds) {
@@ -215,7 +204,7 @@ struct Pool {
       fold<Problem, Runs, Out, 1, false>(a.to, g, place, o, residue, outbox, group, kept, value, a.after, a.behind);
       return;
     }
-    if constexpr (Problem::gathers) gather<Problem>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
+    if constexpr (Problem::gathers) gather<Problem, Out, false>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
     if constexpr (Problem::keeps) store<Problem, Runs, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
   }
 

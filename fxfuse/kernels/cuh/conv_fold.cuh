@@ -267,7 +267,7 @@ FXFUSE_INLINE void fold(const Destination<Out>& to, const Geometry& g, const Pla
       });
     }
   }
-  if constexpr (waits) stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, kept, Identity());
+  if constexpr (waits) stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, made(kept), Identity());
 }
 
 }  // namespace fxfuse

@@ -22,15 +22,22 @@ FXFUSE_INLINE Part merged(const Part& x, const Part& y, const Weights& w) {
   return {w.a * x.mean + w.b * y.mean, x.squares + y.squares + d * d * w.both};  // Inf stays Inf
 }
 
+// What is stored of `y`, in float32; zero where nothing is.
+template <class Out>
+FXFUSE_INLINE float as_stored(float y, bool inside) {
+  return inside ? to_float(from_float<Out>(y)) : 0.f;
+}
+
 constexpr int kGathered = 4 + 2 * 128 * 2;  // floats of shared memory of a warpgroup
 
 // A slot of statistics per warpgroup and pass: of up to m_tiles * 64 * classes elements of a channel. Of eight columns
 // at a time: each thread's own elements; then each of eight threads with the same columns takes one of them, over three
 // exchanges with half as many columns each; then one thread takes the four warps' parts, from shared memory.
-template <class Problem, class Out, int classes, class Value, class Expression>
+// `ready`: what `replace` has made.
+template <class Problem, class Out, bool ready, int classes, class Value, class Expression>
 FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
                           const Residue (&residue)[classes], float* buffer, int group, int pass, int passes,
-                          Value value, const Expression& expression) {
+                          const Value& value, const Expression& expression) {
   constexpr int rows = Problem::m_tiles * 2 * classes, blocks = Problem::columns / 8;
   const Tile& t = place.box;
   const int lane = place.lane, warp = (threadIdx.x >> 5) & 3;
@@ -61,7 +68,9 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
       p[k] = {0.f, 0.f};
       const int j = j0 + k / 2, e = k & 1;
       if (j >= blocks) continue;
-      const int column = place.column(j, e);
+      const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
+      uint32_t here = inside;
+      settle(here);  // or a register per row keeps its bit
       float v[rows];
       float sum = 0.f, squares = 0.f;
 #pragma unroll
@@ -71,20 +80,16 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
 #pragma unroll
           for (int q = 0; q < classes; ++q) {
             const int at = (i * 2 + r) * classes + q;
-            v[at] = 0.f;
-            if (inside >> at & 1) {
-              // as it is stored
-              v[at] = to_float(from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column,
-                                                          (t.d + place.z(i, r)) * o.step_d + residue[q].d,
-                                                          (t.h + place.y(i, r)) * o.step_h + residue[q].h,
-                                                          (t.w + place.x(i, r)) * o.step_w + residue[q].w)));
-              sum += v[at];
-            }
+            const float y = results(place, o, residue[q], inside >> at & 1, i, r, q);
+            v[at] = ready ? y : as_stored<Out>(y, here >> at & 1);
+            sum += v[at];
           }
       const float mean = sum * reciprocal;
 #pragma unroll
-      for (int at = 0; at < rows; ++at)
-        if (inside >> at & 1) squares = fmaf(v[at] - mean, v[at] - mean, squares);
+      for (int at = 0; at < rows; ++at) {
+        const float d = here >> at & 1 ? v[at] - mean : 0.f;
+        squares = fmaf(d, d, squares);
+      }
       p[k] = {mean, squares};
       schedule_barrier();
     }

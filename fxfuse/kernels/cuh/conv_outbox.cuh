@@ -98,14 +98,14 @@ struct Outbox {
 // to its address modulo a sector.
 template <class Problem, class Runs, class Out, int classes, class Value, class Expression>
 FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
-                              const Extent& o, const Residue (&residue)[classes], int group, Value value,
+                              const Extent& o, const Residue (&residue)[classes], int group, const Value& value,
                               const Expression& expression) {
   constexpr int align = kSector / sizeof(Out), halves = Problem::lines / 4;
   constexpr int outside = Problem::pitch - 2 * align;  // what is not stored goes there
   const Tile& t = place.box;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  // of an address, in elements, only the place in a sector matters here
-  const uint32_t sample = (uint32_t)((uint64_t)(to.out + t.n * to.stride.n + channel0 * to.stride.c) / sizeof(Out));
+  // of an address only the place in a sector matters here; addresses, slots and shifts are in bytes
+  const uint32_t sample = (uint32_t)(uint64_t)(to.out + t.n * to.stride.n + channel0 * to.stride.c);
   const int row = (int)to.stride.h;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
@@ -118,39 +118,41 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
       const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
       const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * o.step_h * row + x - plan.start : x;
 #pragma unroll
-      for (int u = 0; u < Runs::count; ++u) begin[i][r][u] = plan.offset(to, t, o, residue, z, y, u);
+      for (int u = 0; u < Runs::count; ++u) begin[i][r][u] = plan.offset(to, t, o, residue, z, y, u) * (int)sizeof(Out) & (kSector - 1);
 #pragma unroll
       for (int q = 0; q < classes; ++q)
-        slot[i][r][q] = inside >> ((i * 2 + r) * classes + q) & 1
-                            ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
-                            : outside;
+        slot[i][r][q] = (int)sizeof(Out) *
+                        (inside >> ((i * 2 + r) * classes + q) & 1
+                             ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
+                             : outside);
     }
 #pragma unroll
   for (int block = 0; block < Problem::columns / Problem::lines; ++block) {
-    if (first + block * Problem::lines / 8 * 8 >= g.out_channels) break;
+    if (!Problem::filled && first + block * Problem::lines / 8 * 8 >= g.out_channels) break;
     barrier_wait(&outbox.shared.empty[outbox.ring.slot], outbox.ring.phase ^ 1);
-    __syncwarp();
 #pragma unroll
     for (int half = 0; half < halves; ++half) {
       const int j = (block * halves + half) / 2, e = (block * halves + half) & 1;
       schedule_barrier();
       const int column = place.column(j, e);
-      if (first + column >= g.out_channels) continue;
-      Out* const line = outbox.template line<Out>(half * 4 + (place.lane & 3));
-      const uint32_t address = sample + (uint32_t)column * (uint32_t)to.stride.c;
+      if (!Problem::filled && first + column >= g.out_channels) continue;
+      const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
+      char* const line = (char*)outbox.template line<Out>(half * 4 + (place.lane & 3));
+      uint32_t address = sample + (uint32_t)column * (uint32_t)to.stride.c * (uint32_t)sizeof(Out);
+      // or the places of a column serve all eighth ones behind it, in registers that operands need
+      if (sizeof(typename Expression::Channel) > 8) settle(address);
 #pragma unroll
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int u = 0; u < Runs::count; ++u) {
-            Out* const shifted = line + ((address + begin[i][r][u]) & (align - 1));
+            char* const shifted = line + ((address + begin[i][r][u]) & (kSector - 1));
 #pragma unroll
             for (int q = 0; q < classes; ++q)
               if (Runs::of(q) == u)
-                shifted[slot[i][r][q]] = from_float<Out>(
-                    expression(value(i, r, j, e, q), t.n, channel0 + column, (t.d + place.z(i, r)) * o.step_d + residue[q].d,
-                               (t.h + place.y(i, r)) * o.step_h + residue[q].h, (t.w + place.x(i, r)) * o.step_w + residue[q].w));
+                *(Out*)(shifted + slot[i][r][q]) =
+                    from_float<Out>(results(place, o, residue[q], inside >> ((i * 2 + r) * classes + q) & 1, i, r, q));
           }
     }
     __syncwarp();

@@ -33,7 +33,7 @@ struct Place {
                        (warp * 2 + r) * g.row_group + (lane >> 2);
         const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
         packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
-        asm volatile("" : "+r"(packed[i][r]));  // computed once, not for every use
+        settle(packed[i][r]);  // computed once, not for every use
       }
   }
   // To a warpgroup's part of a tile.
@@ -42,6 +42,16 @@ struct Place {
     if (tile.skip == skip) return;  // divisions, which the tiles of a block may have in common
     skip = tile.skip;
     locate(g, group, warp);
+  }
+  // The same, but nothing that follows from it is computed before, while products need the registers.
+  FXFUSE_INLINE Place now() const {
+    Place p = *this;
+#pragma unroll
+    for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) settle(p.packed[i][r]);
+    settle(p.box.d), settle(p.box.h), settle(p.box.w), settle(p.lane);
+    return p;
   }
   FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
@@ -60,23 +70,59 @@ struct Destination {
   Partials partials;
 };
 
-// Scale and bias of a tile's output channels, in shared memory: one copy per warpgroup.
+// What turns an accumulator into a result of the convolution.
+struct Affine {
+  float scale, bias;
+};
+
+// Scale and bias of a tile's output channels, in shared memory: one copy per warpgroup. A product of two scales that no
+// float holds is the direct kernel's affair.
 template <class Problem>
 struct ChannelTable {
-  float scale[kConsumers][Problem::columns], bias[kConsumers][Problem::columns];
+  Affine channels[kConsumers][Problem::columns];
 
   template <class Out>
   FXFUSE_INLINE void fill(const Destination<Out>& to, const Geometry& g, const Tile& t, int group) {
     named_barrier(1 + group, 128);  // the last tile's reads are done
     for (int i = threadIdx.x & 127; i < Problem::columns; i += 128) {
       const int column = t.column * Problem::columns + i, c = t.group * g.out_channels + column;
-      const bool inside = column < g.out_channels;
-      scale[group][i] = inside && to.channel_scale ? to.channel_scale[c] : 1.f;
-      bias[group][i] = inside && to.bias ? to.bias[c] : 0.f;
+      const bool inside = Problem::filled || column < g.out_channels;
+      channels[group][i] = {inside && Problem::scaled ? to.sample_scale[t.n] * to.channel_scale[c] : 1.f,
+                            inside && to.bias ? to.bias[c] : 0.f};
     }
     named_barrier(1 + group, 128);
   }
 };
+
+// Accumulators kept(i, r, j, e, q) as results of the convolution.
+template <class Problem, class Kept>
+struct Scaled {
+  using Column = Affine;
+  Kept kept;
+  const ChannelTable<Problem>& table;
+  const Place<Problem>& place;
+  int group;
+  FXFUSE_INLINE Affine column(int j, int e) const { return table.channels[group][place.column(j, e)]; }
+  FXFUSE_INLINE float operator()(const Affine& of, int i, int r, int j, int e, int q) const {
+    const float y = kept(i, r, j, e, q);
+    return Problem::scaled ? fmaf(y, of.scale, of.bias) : y + of.bias;
+  }
+  FXFUSE_INLINE float operator()(int i, int r, int j, int e, int q) const { return (*this)(column(j, e), i, r, j, e, q); }
+};
+
+// Accumulators that are results.
+template <class Kept>
+struct Made {
+  struct Column {};
+  Kept kept;
+  FXFUSE_INLINE Column column(int, int) const { return {}; }
+  FXFUSE_INLINE float operator()(const Column&, int i, int r, int j, int e, int q) const { return kept(i, r, j, e, q); }
+  FXFUSE_INLINE float operator()(int i, int r, int j, int e, int q) const { return kept(i, r, j, e, q); }
+};
+template <class Kept>
+FXFUSE_INLINE Made<Kept> made(Kept kept) {
+  return {kept};
+}
 
 // The output's positions as stores see them: `size` of them; a step of q is `step` of them.
 struct Extent {
@@ -119,35 +165,62 @@ FXFUSE_INLINE void store_two(T* to, float a, float b) {
   else
     *(uint32_t*)to = two_of<T>(a, b);
 }
-// At once only where they are aligned.
-template <class T>
-FXFUSE_INLINE void store_pair(T* to, float a, float b) {
-  if (((uint64_t)to & (2 * sizeof(T) - 1)) == 0)
-    store_two(to, a, b);
-  else
-    to[0] = from_float<T>(a), to[1] = from_float<T>(b);
-}
+
+// The results of one column: expression(value). What of both is the same in all its rows is read once, here.
+template <class Problem, class Value, class Expression>
+struct Results {
+  const Value& value;
+  const Expression& expression;
+  const Tile& t;
+  int j, e, channel;
+  typename Value::Column column;
+  typename Expression::Channel of;
+
+  FXFUSE_INLINE Results(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e)
+      : value(value), expression(expression), t(place.box), j(j), e(e), channel(channel_of(g, place, j, e)), column(value.column(j, e)),
+        of(expression.channel(t.n, channel)) {}
+  // One that there is: beyond the last column, the last.
+  static FXFUSE_INLINE int channel_of(const Geometry& g, const Place<Problem>& place, int j, int e) {
+    int column = place.box.column * Problem::columns + place.column(j, e);
+    if (!Problem::filled && column >= g.out_channels) column = g.out_channels - 1;
+    return place.box.group * g.out_channels + column;
+  }
+  // Of any row, unless the expression is `local`: of one inside the tensor.
+  FXFUSE_INLINE float operator()(int i, int r, int q, int d, int h, int w) const {
+    return expression(of, value(column, i, r, j, e, q), t.n, channel, d, h, w);
+  }
+  // Of any row; zero outside the tensor where it has to be something.
+  FXFUSE_INLINE float operator()(const Place<Problem>& place, const Extent& o, const Residue& residue, bool inside, int i, int r, int q) const {
+    if (Expression::local && !inside) return 0.f;
+    return (*this)(i, r, q, (t.d + place.z(i, r)) * o.step_d + residue.d, (t.h + place.y(i, r)) * o.step_h + residue.h,
+                   (t.w + place.x(i, r)) * o.step_w + residue.w);
+  }
+};
 
 // Stores value(i, r, j, e, q) for all accumulators of a warpgroup, straight from registers: eight neighbouring threads
 // have neighbouring q. `classes` residue classes, the `width` innermost of which are neighbours along w, increasing from
 // class q with q % width == 0 (reversed: decreasing).
 template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
-                                const Extent& o, const Residue (&residue)[classes], Value value,
+                                const Extent& o, const Residue (&residue)[classes], const Value& value,
                                 const Expression& expression) {
+  constexpr int rows = Problem::m_tiles * 2, left = reversed ? 1 : 0;
   const Tile& t = place.box;
   const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
   const uint32_t inside = inside_mask(g, place, o, residue);
-  int offset[Problem::m_tiles][2];  // of the position with residue zero
+  int offset[rows][classes / width];  // of the leftmost one
+  uint32_t pairs = 0, odd = 0;        // one bit per pair: both are inside; its offset is odd
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
+  for (int at = 0; at < rows; ++at)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      offset[i][r] = (t.d + place.z(i, r)) * o.step_d * stride_d + (t.h + place.y(i, r)) * o.step_h * stride_h +
-                     (t.w + place.x(i, r)) * o.step_w;
-  int class_offset[classes];
-#pragma unroll
-  for (int q = 0; q < classes; ++q) class_offset[q] = residue[q].d * stride_d + residue[q].h * stride_h + residue[q].w;
+    for (int p = 0; p < classes / width; ++p) {
+      const int i = at / 2, r = at & 1;
+      const Residue& one = residue[p * width + (width == 2 ? left : 0)];
+      offset[at][p] = ((t.d + place.z(i, r)) * o.step_d + one.d) * stride_d + ((t.h + place.y(i, r)) * o.step_h + one.h) * stride_h +
+                      (t.w + place.x(i, r)) * o.step_w + one.w;
+      const int bit = at * classes + p * width;
+      if (width == 2) pairs |= (inside >> bit & inside >> (bit + 1) & 1) << bit, odd |= (uint32_t)(offset[at][p] & 1) << bit;
+    }
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   Out* const sample = to.out + t.n * to.stride.n + channel0 * to.stride.c;
 #pragma unroll
@@ -156,32 +229,28 @@ FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, c
     for (int e = 0; e < 2; ++e) {
       schedule_barrier();  // or the loads of all columns are hoisted, and the accumulators spilt
       const int column = place.column(j, e);
-      if (first + column >= g.out_channels) continue;
-      Out* const out = sample + column * to.stride.c;
+      if (first + column >= g.out_channels) continue;  // keeps the columns apart, too: or ptxas begins them all at once
+      const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
+      Out* out = sample + column * to.stride.c;
+      settle(out);  // an address takes one instruction from here
+      const uint32_t at_once = pairs & ((uint64_t)out / sizeof(Out) & 1 ? odd : ~odd);
 #pragma unroll
-      for (int i = 0; i < Problem::m_tiles; ++i)
+      for (int at = 0; at < rows; ++at)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          auto result = [&](int q) {
-            return expression(value(i, r, j, e, q), t.n, channel0 + column,
-                              (t.d + place.z(i, r)) * o.step_d + residue[q].d,
-                              (t.h + place.y(i, r)) * o.step_h + residue[q].h,
-                              (t.w + place.x(i, r)) * o.step_w + residue[q].w);
-          };
-#pragma unroll
-          for (int q = 0; q < classes; q += width) {
-            const uint32_t which = inside >> ((i * 2 + r) * classes + q);
-            Out* const at = out + offset[i][r];
-            if constexpr (width == 2) {
-              constexpr int left = reversed ? 1 : 0;
-              if ((which & 3) == 3)
-                store_pair(at + class_offset[q + left], result(q + left), result(q + 1 - left));
-              else if (which & 1)
-                at[class_offset[q]] = from_float<Out>(result(q));
-              else if (which & 2)
-                at[class_offset[q + 1]] = from_float<Out>(result(q + 1));
+        for (int p = 0; p < classes / width; ++p) {
+          const int i = at / 2, r = at & 1, bit = at * classes + p * width;
+          Out* const to_ = out + (uint32_t)offset[at][p];
+          auto result = [&](int k) { return results(place, o, residue[p * width + k], inside >> (bit + k) & 1, i, r, p * width + k); };
+          if constexpr (width == 1) {
+            if (inside >> bit & 1) *to_ = from_float<Out>(result(0));
+          } else {
+            const float v[2] = {result(0), result(1)};
+            if (at_once >> bit & 1) {
+              store_two(to_, v[left], v[1 - left]);
             } else {
-              if (which & 1) at[class_offset[q]] = from_float<Out>(result(q));
+#pragma unroll
+              for (int k = 0; k < 2; ++k)
+                if (inside >> (bit + k) & 1) to_[k ^ left] = from_float<Out>(v[k]);
             }
           }
         }
@@ -208,7 +277,7 @@ FXFUSE_INLINE uint4 transpose_quad(const uint32_t (&mine)[4], int lane) {
 // The same for a tensor whose channels are neighbours: straight from registers.
 template <class Problem, class Out, int classes, class Value, class Expression>
 FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
-                                  const Extent& o, const Residue (&residue)[classes], Value value,
+                                  const Extent& o, const Residue (&residue)[classes], const Value& value,
                                   const Expression& expression) {
   constexpr int blocks = Problem::columns / 8;
   const Tile& t = place.box;

@@ -170,9 +170,21 @@ FXFUSE_DEVICE i64 minimum(i64 a, i64 b) { return b < a ? b : a; }
 FXFUSE_DEVICE bool maximum(bool a, bool b) { return a || b; }
 FXFUSE_DEVICE bool minimum(bool a, bool b) { return a && b; }
 
-// Bounds that are numbers, not NaN: NaN and -0.0 stay as they are.
-FXFUSE_DEVICE float at_least(float x, float low) { return x < low ? low : x; }
-FXFUSE_DEVICE float at_most(float x, float high) { return high < x ? high : x; }
+// Bounds that are numbers, not NaN: NaN stays as it is, and so does -0.0 but for a bound of zero on a GPU, as in torch.
+FXFUSE_DEVICE float at_least(float x, float low) {
+#ifdef __CUDA_ARCH__
+  return maximum(x, low);
+#else
+  return x < low ? low : x;
+#endif
+}
+FXFUSE_DEVICE float at_most(float x, float high) {
+#ifdef __CUDA_ARCH__
+  return minimum(x, high);
+#else
+  return high < x ? high : x;
+#endif
+}
 FXFUSE_DEVICE float clamp(float x, float low, float high) { return at_most(at_least(x, low), high); }
 FXFUSE_DEVICE float relu(float x) { return at_least(x, 0.0f); }
 FXFUSE_DEVICE float sign(float x) { return (float)((0.0f < x) - (x < 0.0f)); }
@@ -214,7 +226,15 @@ FXFUSE_DEVICE float power_of_two(float x) {
 #endif
 }
 
-FXFUSE_DEVICE float sigmoid(float x) { return reciprocal_of_one_or_more(1.0f + expf(-x)); }
+// Four instructions on a GPU; their error is that of rounding x.
+FXFUSE_DEVICE float sigmoid(float x) {
+#ifdef __CUDA_ARCH__
+  const float power = power_of_two(x * -1.4426950408889634f);
+#else
+  const float power = expf(-x);
+#endif
+  return reciprocal_of_one_or_more(1.0f + power);
+}
 FXFUSE_DEVICE float silu(float x) { return x * sigmoid(x); }
 FXFUSE_DEVICE float mish(float x) { return x * tanhf(log1pf(expf(x))); }
 FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
@@ -222,7 +242,11 @@ FXFUSE_DEVICE float tanhshrink(float x) { return x - tanhf(x); }
 FXFUSE_DEVICE float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
 FXFUSE_DEVICE float hardsigmoid(float x) { return clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
 FXFUSE_DEVICE float hardswish(float x) { return x * clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
-FXFUSE_DEVICE float leaky_relu(float x, float slope) { return x > 0.0f ? x : x * slope; }
+FXFUSE_DEVICE float prelu(float x, float slope) { return x > 0.0f ? x : x * slope; }
+// Of a slope that is known where this is compiled.
+FXFUSE_DEVICE float leaky_relu(float x, float slope) {
+  return 0.0f < slope && slope <= 1.0f ? maximum(x, x * slope) : prelu(x, slope);
+}
 FXFUSE_DEVICE float elu(float x, float alpha) { return x > 0.0f ? x : expm1f(x) * alpha; }
 FXFUSE_DEVICE float celu(float x, float alpha, float inverse) {
   return x > 0.0f ? x : expm1f(x * inverse) * alpha;

@@ -49,6 +49,15 @@ FXFUSE_INLINE void barrier_wait(uint64_t* b, uint32_t parity) {
 }
 // The compiler moves no load or store across.
 FXFUSE_INLINE void schedule_barrier() { asm volatile("" ::: "memory"); }
+// The compiler makes `v` here: what follows from it is not made earlier, nor put together with what it was made of.
+FXFUSE_INLINE void settle(int& v) { asm volatile("" : "+r"(v)); }
+FXFUSE_INLINE void settle(uint32_t& v) { asm volatile("" : "+r"(v)); }
+template <class T>
+FXFUSE_INLINE void settle(T*& v) {  // to global memory
+  size_t address = __cvta_generic_to_global(v);
+  asm volatile("" : "+l"(address));
+  v = (T*)__cvta_global_to_generic(address);
+}
 // Threads of a subset of the warps meet.
 FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
