@@ -31,16 +31,16 @@ BANDWIDTH = MACHINES["cuda"].bandwidth
 HALF_RATE, TF32_RATE = 3.75e14, MACHINES["cuda"].macs
 #: multiply-adds per second of float32 without matrix units (67 TFLOP/s, as specified)
 FLOAT_RATE = 3.35e13
-#: multiply-adds per second of the matrix units in float64 (67 TFLOP/s, as specified), and how much of that is expected
-DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.5
+#: multiply-adds per second of the matrix units in float64 (67 TFLOP/s, as specified), and how much of that was seen
+DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.25
 #: seconds that an element of a tile of x takes until it lies in shared memory, and that sums of a class take at least
-TILED, SQUARED = 1.5e-12, 1e-5
+TILED, SQUARED = 2.5e-12, 2.3e-5
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
 #: where it becomes a part of statistics, and for every addition's worth of a pointwise chain. Read off chains on an
-#: H100 (benchmarks/results/h100_chains.json, h100_random.json): few warps hide little of a latency
-GATHERED, POINTWISE = 0.4, 0.045
+#: H100 (benchmarks/results/h100_ways.json): few warps hide little of a latency
+GATHERED, POINTWISE = 0.2, 0.02
 
 Types = Mapping[str, TensorType]
 

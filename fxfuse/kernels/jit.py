@@ -26,6 +26,8 @@ from fxfuse.kernels import cache
 HEADERS = Path(__file__).parent / "cuh"
 
 _ALWAYS = ("--std=c++17", "--ptxas-options=-v")
+#: from CUDA 12.9 on NVRTC keeps what it has compiled in the driver's cache, without what ptxas said of it
+_CACHES = (12, 9)
 #: what would let files in that the key does not see
 _UNSEEN = re.compile(r"-I|--?(include|pre-include|pch|use-pch|create-pch|arch|gpu-arch)")
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
@@ -133,7 +135,8 @@ def _keyed(source: str, arch: str, options: tuple[str, ...]) -> tuple[dict[str, 
     for option in options:
         if _UNSEEN.match(option):
             raise ValueError(f"option {option}: headers come from {HEADERS} and the architecture from arch=")
-    flags = (f"--gpu-architecture={arch}", *_ALWAYS, *options)
+    uncached = ("--no-cache",) if _numbers() >= _CACHES else ()
+    flags = (f"--gpu-architecture={arch}", *_ALWAYS, *uncached, *options)
     return headers, flags, _key(source, headers, flags, _version())
 
 
@@ -200,9 +203,15 @@ def _nvrtc() -> Any:
 
 
 @functools.cache
+def _numbers() -> tuple[int, int]:
+    major, minor = _checked(_nvrtc().nvrtcVersion())
+    return major, minor
+
+
+@functools.cache
 def _version() -> str:
     """NVRTC's version; the library itself tells two numbers, its wheel all."""
-    major, minor = _checked(_nvrtc().nvrtcVersion())
+    major, minor = _numbers()
     try:
         return f"{major}.{minor} {importlib.metadata.version('nvidia-cuda-nvrtc')}"
     except importlib.metadata.PackageNotFoundError:

@@ -332,10 +332,10 @@ def test_processes_compile_once(place: Path) -> None:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """What was found out about the installation is forgotten, before and after."""
-    for found in (jit._nvrtc, jit._version, sass._nvdisasm):
+    for found in (jit._nvrtc, jit._numbers, jit._version, sass._nvdisasm):
         found.cache_clear()
     yield
-    for found in (jit._nvrtc, jit._version, sass._nvdisasm):
+    for found in (jit._nvrtc, jit._numbers, jit._version, sass._nvdisasm):
         found.cache_clear()
 
 
