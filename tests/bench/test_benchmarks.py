@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(environment, "described", lambda _: {"device": "a GPU", "torch": "x"})
     monkeypatch.setattr(torch.backends, "cudnn", types.SimpleNamespace())  # torch's test tools freeze its flags
     yield importlib.import_module
-    for name in ("arguments", "gpu", "layers"):
+    for name in ("arguments", "gpu", "layers", "ways"):
         sys.modules.pop(name, None)
 
 
@@ -142,3 +142,24 @@ def test_layers(
     layers.main()
     assert asked[3:] == [wrong] and len(json.loads(path.read_text())["rows"]) == 9
     assert "1 rows measured in 0 s; 8 kept" in capsys.readouterr().out
+
+
+def test_ways(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case in both dtypes, once; what the file has already is left."""
+    ways, asked = script("ways"), []
+
+    def measured(case: Any, mode: str, dtype: torch.dtype) -> dict[str, float]:
+        asked.append((case.name, mode, str(dtype)))
+        return {"engine": 1.0, "torch": 2.0}
+
+    monkeypatch.setattr(ways, "measured", measured)
+    for arguments, new in (
+        (["--dtype", "float16"], len(ROWS) + len(ways.CHAINS)),
+        ([], len(ROWS) + len(ways.CHAINS)),
+        ([], 0),
+    ):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["ways.py", "--json", str(tmp_path / "x.json"), "--resume", *arguments])
+        ways.main()
+        assert len({*asked}) == len(asked) == new
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 2 * (len(ROWS) + len(ways.CHAINS))

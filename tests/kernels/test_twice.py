@@ -211,8 +211,8 @@ CHOSEN = {
     ("instance_norm", "tf32"): "twice",
     ("instance_norm", "ieee"): "twice",
     ("instance_norm", "float16"): "engine",  # half of the bytes, and the same instructions
-    ("swish_group_norm_hardswish", "tf32"): "engine",  # its kernel is bound by what it does per element
-    ("swish_group_norm_hardswish", "float16"): "engine",
+    ("swish_group_norm_hardswish", "tf32"): "twice",
+    ("swish_group_norm_hardswish", "float16"): "engine",  # its kernel is bound by what it does per element
     ("relu_group_norm", "tf32"): "engine",  # products are most of the time
     ("relu_group_norm", "float16"): "engine",
 }
