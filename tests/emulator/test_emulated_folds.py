@@ -113,8 +113,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
         (2, 16, 2, 3, 8), F32, False, False, "conv_transpose > log_softmax > add",
     ),
     "pairs of so many channels that accumulators move": (
-        lambda: Then(layer(8, 121, 2, stride=2), lambda y, r: (y + r).log_softmax(1), torch.rand(4, 1, 16)),
-        (2, 8, 2, 2, 8), F32, False, False, "conv_transpose > add > log_softmax",
+        lambda: Then(layer(8, 121, 2, stride=2), lambda y, r: (y + r).log_softmax(1), torch.rand(6, 1, 16)),
+        (2, 8, 3, 5, 8), F32, False, False, "conv_transpose > add > log_softmax",
     ),
     "a number per channel in front, and per position behind": (
         lambda: Then(layer(8, 13, 2), lambda y, g, r: torch.maximum(y, g).logsumexp(1) * r,
