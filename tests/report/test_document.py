@@ -55,7 +55,7 @@ def test_the_document() -> None:
     assert region["anchor"] == "up" and region["chain"] == ["conv_transpose", "max_pool", "max_pool", "sum"]
     account = region["account"]
     assert region["sentence"] == (
-        f"conv_transpose > max_pool > max_pool > sum: 2 kernels (6 launches), {duration(account['seconds'])} est., "
+        f"conv_transpose > max_pool > max_pool > sum: 2 kernels (7 launches), {duration(account['seconds'])} est., "
         "1.00 GB of intermediates never written"
     )
     assert [p["by"] for p in account["parts"]] == ["kernel", "kernel", "torch"]
