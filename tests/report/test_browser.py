@@ -99,7 +99,7 @@ def test_both_graphs_are_drawn(open_page: Open) -> None:
     for words in (
         "2 kernels",
         duration(account["seconds"]),
-        "1.94 GB",
+        "1.99 GB",
         "82 %",
         "conv_transpose > max_pool > max_pool > sum",
     ):
