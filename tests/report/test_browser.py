@@ -100,7 +100,7 @@ def test_both_graphs_are_drawn(open_page: Open) -> None:
         "2 kernels",
         duration(account["seconds"]),
         "1.99 GB",
-        "82 %",
+        "84 %",
         "conv_transpose > max_pool > max_pool > sum",
     ):
         assert words in overview, words
