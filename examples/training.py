@@ -8,10 +8,13 @@ from torch import nn
 import fxfuse
 
 torch.manual_seed(0)
+torch.backends.cudnn.deterministic = True  # or eager mode does not give the same gradients twice on a GPU
+device = "cuda" if torch.cuda.is_available() else "cpu"
 model = nn.Sequential(nn.ConvTranspose3d(3, 8, 4, stride=2, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2))
+model = model.to(device)
 eager = copy.deepcopy(model)
 fast = fxfuse.optimize(model)  # shares the parameters of `model`
-x, target = torch.randn(4, 3, 6, 6, 6), torch.randn(4, 8, 6, 6, 6)
+x, target = torch.randn(4, 3, 6, 6, 6, device=device), torch.randn(4, 8, 6, 6, 6, device=device)
 
 for network in (eager, fast):
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
