@@ -23,6 +23,11 @@ STAGE_BYTES = 16384
 OUTBOX_BYTES, GATHERED = 19000, 4 + 2 * 128 * 2
 #: runs of neighbours in memory that the part of a tile of one warpgroup may have
 MOST_RUNS = 64
+#: rows of a matrix instruction
+ROWS = 64
+#: of results whose matrix rows are channels: elements of a channel that a warp has in shared memory at once, and floats
+#: from one such line to the next, which leaves the banks apart
+LINE, LINE_PITCH = 64, 148
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
 
@@ -67,7 +72,8 @@ class Specialisation:
     ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
     thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``: buffers in
     shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``: the only
-    class is the sum of all residue classes of a position.
+    class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are output
+    channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
     """
 
     layer: Layer
@@ -81,6 +87,7 @@ class Specialisation:
     exact: bool
     one: bool = False
     merged: bool = False
+    by_channel: bool = False
 
     @property
     def parts(self) -> int:
@@ -125,6 +132,8 @@ class Specialisation:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
         static = 640 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
+        if self.by_channel:  # where positions lie
+            static += CONSUMERS * (self.m_tiles * ROWS * 9 + (self.places + 96) * 4)
         return (SHARED_BYTES - static) // 1024 * 1024
 
     @functools.cached_property
@@ -140,22 +149,41 @@ class Specialisation:
     @functools.cached_property
     def lines(self) -> int:
         """Channels of a block that a warpgroup puts into shared memory at once, on its way to memory."""
+        if self.by_channel:
+            return 32  # 8 of each warp
         return 8 if self.stored_classes * self.m_tiles <= 4 else 4
 
     @functools.cached_property
     def buffers(self) -> int:
         """Such blocks that a warpgroup may have there."""
+        if self.by_channel:
+            return 1
         return 2 if self.pooled and not self.merged else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))
 
     @functools.cached_property
     def pitch(self) -> int:
         """Elements from one channel of such a block to the next: those of all rows, and room to align runs."""
+        if self.by_channel:
+            return LINE_PITCH
         return self.m_tiles * 64 * self.stored_classes + (72 if self.stored_classes == 1 else 80)
+
+    @property
+    def places(self) -> int:
+        """Of elements of a channel that a warpgroup stores, one behind the other, with room to align runs."""
+        return self.m_tiles * ROWS * self.residues * 7 // 4 + 64
+
+    @property
+    def accumulators(self) -> tuple[int, int]:
+        """Tiles of accumulators of a thread, one per matrix instruction of a step, and the numbers in each."""
+        if self.by_channel:
+            return -(-self.residues * self.columns // ROWS), self.m_tiles * ROWS // 2
+        return self.m_tiles, self.columns * self.residues // 2
 
     @functools.cached_property
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way, of float32 or less, and for statistics of them."""
-        return CONSUMERS * (self.buffers * self.lines * self.pitch + GATHERED) * 4
+        gathered = 0 if self.by_channel else GATHERED
+        return CONSUMERS * (self.buffers * self.lines * self.pitch + gathered) * 4
 
     @functools.cached_property
     def halo(self) -> tuple[int, int, int]:
@@ -166,7 +194,10 @@ class Specialisation:
     @functools.cached_property
     def pass_cycles(self) -> float:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
-        return cycles(self.passes, self.columns) * (self.chunks * self.chunk // 16)
+        chunks = self.chunks * self.chunk // 16
+        if self.by_channel:
+            return cycles_by_channel(self.passes, self.columns, self.m_tiles * ROWS) * chunks
+        return cycles(self.passes, self.columns) * chunks
 
     @property
     def products(self) -> int:
@@ -205,3 +236,9 @@ class Specialisation:
 def cycles(passes: tuple[Pass, ...], columns: int) -> float:
     """Relative time of the instructions: below 64 columns they wait for shared memory."""
     return sum(max(s.count * columns / 2, 1.2 * (16 + s.count * columns / 4)) for p in passes for s in p.steps)
+
+
+def cycles_by_channel(passes: tuple[Pass, ...], columns: int, positions: int) -> float:
+    """The same where the rows are channels, for 64 of an instruction's ``positions``."""
+    each = max(ROWS / 2, 1.2 * (16 + 16 * ROWS / positions))
+    return sum(-(-s.count * columns // ROWS) * each for p in passes for s in p.steps)

@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from fxfuse.kernels.convolution import STAGE_BYTES, Specialisation
+from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Specialisation
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.tail import Fold
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.tiling import Store, positions_at_once
 
 #: C++ types of elements in memory
 TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
@@ -45,11 +45,12 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
     return "\n".join([
         '#include "conv_wgmma.cuh"',
         '#include "conv_epilogue.cuh"',
+        '#include "conv_sectors.cuh"',
         '#include "conv_direct.cuh"',
         '#include "pointwise.cuh"',
         '#include "prepare.cuh"',
         epilogue.code,
-        *(_wgmma(count * made.columns, operand) for count in sorted({c for _, c in runs})),
+        *(_wgmma(columns, operand) for columns in _instructions(made)),
         _tables(made),
         _problem(made, runs, dtype, output, epilogue, store),
         _entries(dtype, operand, output, bias, scaled, epilogue.gathers),
@@ -61,8 +62,13 @@ def _runs(made: Specialisation) -> list[tuple[int, int]]:
     return sorted({(s.first, s.count) for p in made.passes for s in p.steps}) or [(0, 1)]
 
 
+def _instructions(made: Specialisation) -> list[int]:
+    """Columns of the matrix instructions."""
+    return [made.m_tiles * ROWS] if made.by_channel else sorted({count * made.columns for _, count in _runs(made)})
+
+
 def _wgmma(columns: int, operand: str) -> str:
-    """The instruction m64nNk16: accumulators ``a[offset ...]``, descriptors of both operands."""
+    """The instruction m64nNk16: accumulators ``a[offset ...]``, descriptors of both operands, its rows' first."""
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(a[o + {i}])' for i in range(count))
@@ -150,12 +156,18 @@ def _problem(
         kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {expressions}>"
         direct = f"fxfuse::DirectPool<Problem, {TYPES[dtype]}, fxfuse::{epilogue.combine}>"
     else:
-        bare, kind = "false", f"fxfuse::Store<Problem, {out}, {epilogue.before}, {epilogue.behind}>"
+        stores = "StoreSectors" if made.by_channel else "Store"
+        bare, kind = "false", f"fxfuse::{stores}<Problem, {out}, {epilogue.before}, {epilogue.behind}>"
         direct = f"fxfuse::DirectStore<Problem, {TYPES[dtype]}>"
-    instructions = "\n".join(
-        f"    {'else ' if i else ''}if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
-        for i, c in enumerate(sorted({c for _, c in runs}))
-    )
+    if made.by_channel:
+        instructions = f"    wgmma_n{made.m_tiles * ROWS}<0>(acc, x, y);"
+    else:
+        ways = [
+            f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
+            for c in sorted({c for _, c in runs})
+        ]
+        instructions = "    " + "\n    else ".join(ways)
+    types = ("SectorPlace", "SectorTable", "Lines") if made.by_channel else ("Place", "ChannelTable", "Outbox")
     constants = {
         "chunk": made.chunk,
         "columns": made.columns,
@@ -179,10 +191,15 @@ def _problem(
         "buffers": made.buffers,
         "lines": made.lines,
         "pitch": made.pitch,
+        "accumulator_tiles": made.accumulators[0],
+        "accumulators": made.accumulators[1],
+        "at_once": positions_at_once(made) if made.by_channel else 0,
+        "places": made.places if made.by_channel else 0,
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
     return f"""struct Problem {{
 {values}
+  static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool outbox = {str(store in (Store.ROWS, Store.PLANES)).lower()};
@@ -190,7 +207,10 @@ def _problem(
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
-  using Place = fxfuse::Place<Problem>;
+  static constexpr bool by_channel = {str(made.by_channel).lower()};
+  using Place = fxfuse::{types[0]}<Problem>;
+  using Table = fxfuse::{types[1]}<Problem>;
+  using Outbox = fxfuse::{types[2]}<Problem>;
 {_fold_type(epilogue)}
 {_run_type(made, store)}
   using Epilogue = {kind};
@@ -265,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
 convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
             const __grid_constant__ fxfuse::Geometry g,
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::conv_wgmma<Problem, fxfuse::ChannelTable<Problem>, fxfuse::Outbox<Problem>>(&map, weights, g, arguments);
+  fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
 }}
 extern "C" __global__ void __launch_bounds__(256)
 measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse::ChannelState channels, const {t}* x,

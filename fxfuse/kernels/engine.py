@@ -178,6 +178,8 @@ class Convolution:
             return (Store.ONE,)
         if self.layout == "channels_last":
             return (Store.CHANNELS,)
+        if self.made.by_channel:
+            return (Store.SECTORS,)
         if self.made.pooled and not self.made.merged:
             return (Store.DIRECT,)
         _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride

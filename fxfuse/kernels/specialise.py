@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 
-from fxfuse.kernels.convolution import CONSUMERS, STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
+from fxfuse.kernels.convolution import CONSUMERS, ROWS, STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
 from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
 from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, POOLED, STORE_RATE, Extents, best_fit, store_seconds, tile
 
@@ -16,6 +16,9 @@ from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, POOLED, STORE_RATE, Ext
 _TYPICAL = ((32, 32, 32), (34, 34, 34), (48, 48, 48), (66, 66, 66))
 #: how much faster another kernel must be for sizes that the usual one fits badly
 WORTH_COMPILING = 1.08
+#: rows of matrix instructions for each that is an output channel, up to which channels are made rows; and the residue
+#: classes along w
+MOST_FILLED, MOST_ALONG = 1.5, 4
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -103,11 +106,57 @@ def specialise(
         if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
         if stack * columns * chunk * 2 <= STAGE_BYTES
     ]
-    usual = max(made, key=_usual_rate)
-    if _usual_rate(usual) == 0:
+    usual = _chosen(made, stored, contiguous, itemsize)
+    if stored is not None and contiguous and not (pooled or folded):
+        turned = _chosen(_by_channel(layer, exact=exact), stored, contiguous, itemsize)
+        if turned is not None:
+            seconds = _seconds(turned, stored, contiguous, itemsize)
+            if seconds < math.inf and (usual is None or seconds <= _seconds(usual, stored, contiguous, itemsize)):
+                return turned
+    if usual is None:
         raise Unsupported(
             f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory"
         )
+    return usual
+
+
+def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:
+    """Kernels whose matrix rows are output channels, and classes along w in one thread.
+
+    None where the channels leave many rows empty, and none where those classes differ in what they read: every run of
+    instructions is waited for.
+    """
+    along = layer.stride[2]
+    filled = -(-layer.out_channels // ROWS) * ROWS
+    if along > MOST_ALONG or filled > MOST_FILLED * layer.out_channels:
+        return []
+    groups = (layer.residues[i : i + along] for i in range(0, len(layer.residues), along))
+    passes = tuple(Pass(g, steps_of(g)) for g in groups)
+    if any(s.count != along for p in passes for s in p.steps):
+        return []
+    found = []
+    for columns, m_tiles in itertools.product((ROWS, *([2 * ROWS] if filled % (2 * ROWS) == 0 else [])), (4, 2, 1)):
+        if along * columns // ROWS * m_tiles > (2 if exact else 4):  # accumulators
+            continue
+        found += [
+            Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, False, exact, by_channel=True)
+            for stages, (chunk, x_buffers) in itertools.product((4, 3), _memory(layer.in_channels))
+            if along * columns * chunk * 2 <= STAGE_BYTES
+        ]
+    return [m for m in found if min(best_fit(m, extents) for extents in _TYPICAL) > 0]
+
+
+def _chosen(
+    made: list[Specialisation], stored: Extents | None, contiguous: bool, itemsize: int
+) -> Specialisation | None:
+    """The fastest for typical sizes, or one that suits ``stored`` much better; None where shared memory does not
+    suffice. Arguments as of :func:`specialise`.
+    """
+    if not made:
+        return None
+    usual = max(made, key=_usual_rate)
+    if _usual_rate(usual) == 0:
+        return None
     if stored is not None:
         seconds = {m: _seconds(m, stored, contiguous, itemsize) for m in made}
         best = min(made, key=seconds.__getitem__)
@@ -236,12 +285,19 @@ def _memory(channels: int) -> list[tuple[int, int]]:
 def _usual_rate(made: Specialisation) -> float:
     """How fast a kernel is on outputs of typical sizes, relative to others for a layer; 0 where some do not fit."""
     fit = [best_fit(made, extents) for extents in _TYPICAL]
-    return sum(fit) / len(fit) * _speed(made) if min(fit) > 0 else 0.0
+    return sum(fit) / len(fit) * _speed(made) / _cycles(made) if min(fit) > 0 else 0.0
+
+
+def _cycles(made: Specialisation) -> float:
+    """Of the matrix units for 64 positions and all channels of a group."""
+    return max(made.pass_cycles, 1.0) * made.column_tiles
 
 
 def _speed(made: Specialisation) -> float:
     """How fast a kernel's instructions are, relative to others for the same layer: read off runs on an H100."""
     together = made.m_tiles * made.chunk // 16  # instructions of a step
+    if made.by_channel:  # of up to 256 columns each
+        together = made.accumulators[0] * made.m_tiles * made.chunk // 16
     speed = {1: 0.7, 2: 0.85, 4: 0.97}.get(together, 1.0)
     speed *= (0.85 if made.m_tiles == 1 else 1.0) * (1.0 if made.stages > 3 else 0.97)
     if len(made.passes) > 1:  # x should stay
@@ -258,5 +314,5 @@ def _seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: 
         tiling = tile(made, (d, h, w), row, itemsize)
     except Unsupported:
         return math.inf
-    multiply = math.prod(tiling.counts) * len(tiling.row_base) * made.pass_cycles / CLOCK
+    multiply = math.prod(tiling.counts) * len(tiling.row_base) * _cycles(made) / CLOCK
     return multiply / _speed(made) + store_seconds(made, tiling, (d, h, w), row, itemsize)

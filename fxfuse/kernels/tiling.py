@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from fxfuse.kernels.convolution import CONSUMERS, MOST_RUNS, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, LINE, LINE_PITCH, MOST_RUNS, ROWS, Specialisation, Unsupported
 
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
@@ -39,6 +39,7 @@ class Store(enum.Enum):
     DIRECT = "w varies fastest: from registers"
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
+    SECTORS = "w varies fastest: whole sectors, through shared memory of a warp"
     ONE = "one value of all channels: from registers"
 
 
@@ -70,6 +71,12 @@ class Tiling:
         skip = width - 1 if self.linear else 0
         return max(math.prod(self.region), skip + max(self.row_base) + 7 * self.row_group + 8 + shift)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all groups of eight rows of a warpgroup are equally far apart."""
+        each = len(self.row_base) // CONSUMERS
+        return all(b - a == 8 * self.row_group for a, b in itertools.pairwise(self.row_base[:each]))
+
     def fit(self, extents: Extents) -> float:
         """Part of the rows that are positions of ``extents``."""
         return math.prod(extents) / (math.prod(self.counts) * len(self.row_base) * 64)
@@ -78,7 +85,8 @@ class Tiling:
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
     """Those whose region fits into shared memory. ``linear``: such tiles as well."""
     room = _room(made)
-    return (found for rows, found in _ways(made.m_tiles, made.halo, extents, linear) if rows <= room)
+    ways = _ways(made.m_tiles, made.halo, extents, linear)
+    return (found for rows, found in ways if rows <= room and (found.uniform or not made.by_channel))
 
 
 def _room(made: Specialisation) -> int:
@@ -156,19 +164,21 @@ def _linear(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
 def best_fit(made: Specialisation, extents: Extents) -> float:
     """Part of the rows of the best tiles that are positions."""
     room = _room(made)
-    return next((fit for fit, rows in _fits(made.m_tiles, made.halo, extents, _dense(made)) if rows <= room), 0.0)
+    fits = _fits(made.m_tiles, made.halo, extents, _dense(made), made.by_channel)
+    return next((fit for fit, rows in fits if rows <= room), 0.0)
 
 
 @functools.lru_cache(maxsize=256)
-def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[tuple[float, int], ...]:
+def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: bool) -> tuple[tuple[float, int], ...]:
     """Of every tiling the part of the rows that are positions, the best first, and the rows that it needs."""
-    fits = ((t.fit(extents), rows) for rows, t in _ways(m_tiles, halo, extents, linear))
+    ways = _ways(m_tiles, halo, extents, linear)
+    fits = ((t.fit(extents), rows) for rows, t in ways if t.uniform or not uniform)
     return tuple(sorted(fits, key=lambda f: f[0], reverse=True))
 
 
 def _dense(made: Specialisation) -> bool:
-    """Whether the stored positions are neighbours, and not those of residue classes."""
-    return made.pooled or math.prod(made.layer.stride) == 1
+    """Whether any run of positions may be a tile: they are neighbours where stored, or each is told its place."""
+    return made.by_channel or made.pooled or math.prod(made.layer.stride) == 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,6 +193,8 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
         if best is not None and multiply > best[0][0]:  # however it is stored
             continue
+        if made.by_channel and row and not sectors_fit(made, found, row, itemsize):
+            continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
         score = (estimate, math.prod(found.region))
         if best is None or score < best[0]:
@@ -192,12 +204,51 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     return best[1]
 
 
+def row_runs(made: Specialisation, tiling: Tiling, row: int) -> tuple[int, int]:
+    """How many runs of neighbours in memory a warpgroup's part of a tile has per channel, and the longest of them.
+
+    ``row``: elements of a row (along w) of the stored tensor.
+    """
+    _, step_h, step_w = made.layer.stride
+    depth, height, width = tiling.box
+    if step_h == 1 and tiling.counts[2] == 1 and tiling.half[2] == 0 and width * step_w == row:
+        return depth, made.m_tiles * ROWS * step_w if tiling.linear else height * width * step_w
+    return depth * height, width * step_w
+
+
+def positions_at_once(made: Specialisation) -> int:
+    """Positions, a power of two, whose elements of a channel a warp has in shared memory at once."""
+    return 1 << (LINE // made.layer.stride[2]).bit_length() - 1
+
+
+def sectors_fit(made: Specialisation, tiling: Tiling, row: int, itemsize: int) -> bool:
+    """Whether results are stored by whole sectors, and shared memory has room for what a warp stores at once: runs lie
+    there at places congruent to their addresses (``conv_sectors.cuh``).
+
+    Rows follow each other in memory, as many as a tile has; or each of them is made of whole sectors.
+    """
+    align = 32 // itemsize
+    runs, longest = row_runs(made, tiling, row)
+    merged = runs == tiling.box[0]
+    if not merged and (tiling.linear or row % align or longest % align):
+        return False
+    if row < align or runs * (longest + 3 * align) > made.places:
+        return False
+    at_once = positions_at_once(made)
+    _, height, width = tiling.region
+    rows = at_once // 8 if tiling.row_group != 8 and not merged else -(-at_once // (width * (height if merged else 1)))
+    room = LINE_PITCH * 4 // itemsize - 2 * align
+    return at_once * made.layer.stride[2] + rows * (3 * align - 3) + 3 * align <= room
+
+
 def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> tuple[Store, int]:
     """How results are stored, and how many of them follow each other in memory. Arguments as of :func:`tile`."""
     if made.one:
         return Store.ONE, 1
     if row == 0:
         return Store.CHANNELS, made.columns
+    if made.by_channel:
+        return Store.SECTORS, row_runs(made, tiling, row)[1]
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     classes, plane = made.stored_classes, stride[1] * stride[2]
     depth, height, width = tiling.box

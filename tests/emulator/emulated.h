@@ -24,6 +24,14 @@ struct float4 {
   alignas(16) float x;
   float y, z, w;
 };
+struct int2 {
+  alignas(8) int x;
+  int y;
+};
+struct uint2 {
+  alignas(8) unsigned x;
+  unsigned y;
+};
 struct uint4 {
   alignas(16) unsigned x;
   unsigned y, z, w;

@@ -41,7 +41,7 @@ THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE
 STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make
 #: the samples that half precision cannot hold; a reduction of 64 channels per thread
-MOST_SPILLED = {"convolution": 384, "direct": 64, "merge": 128, "fold": 96}
+MOST_SPILLED = {"convolution": 448, "direct": 64, "merge": 128, "fold": 96}
 
 
 @dataclasses.dataclass(frozen=True)

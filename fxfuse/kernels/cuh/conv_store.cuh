@@ -80,6 +80,7 @@ struct Affine {
 template <class Problem>
 struct ChannelTable {
   Affine channels[kConsumers][Problem::columns];
+  FXFUSE_INLINE void init() {}
 
   template <class Out>
   FXFUSE_INLINE void fill(const Destination<Out>& to, const Geometry& g, const Tile& t, int group) {

@@ -6,12 +6,14 @@
 // tap multiplies the same rows through a shifted descriptor. Only weights stream.
 //
 // Rows of a matrix instruction are 8 groups of 8 consecutive w; columns are `columns` output channels of up to
-// `residues` residue classes at a time: a pass. What becomes of the accumulators is the epilogue's affair. One warp
-// copies, two warpgroups multiply; where results go through shared memory (`outbox`), two more warps take them out.
+// `residues` residue classes at a time: a pass. Or the other way round, `by_channel`: rows are 64 output channels of a class,
+// columns the positions. What becomes of the accumulators is the epilogue's affair. One warp copies, two warpgroups
+// multiply; where results go through an `outbox`, two more warps take them out.
 //
-// `Problem` (emitted) has: Epilogue; constants chunk (channels), columns, residues, m_tiles, stages, stage_bytes,
-// passes, x_buffers, resident (x stays for all passes: it has one chunk), runs; static functions pass_begin(i), step(i),
-// run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
+// `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
+// (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
+// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i), step(i), run_begin(pass, i) and
+// residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "ptx.cuh"
 
@@ -90,6 +92,10 @@ struct Barriers {
   }
 };
 
+// Operands of positions that a warpgroup's instructions have: one per 64, or one for all where positions are columns.
+template <class Problem>
+constexpr int kRowTiles = Problem::by_channel ? 1 : Problem::m_tiles;
+
 struct Ring {
   int slot = 0, phase = 0;
   template <int size>
@@ -152,31 +158,34 @@ FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue
 // Adds the accumulators of a run to sums that are kept as float32 should be, and empties them: the matrix units
 // truncate as they accumulate.
 template <class Problem, int r>
-FXFUSE_INLINE void promote(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
-                           float (&sum)[Problem::m_tiles][Problem::columns * Problem::residues / 2]) {
-  constexpr int first = Problem::run_first(r) * Problem::columns / 2, count = Problem::run_count(r) * Problem::columns / 2;
+FXFUSE_INLINE void promote(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
+                           float (&sum)[Problem::accumulator_tiles][Problem::accumulators]) {
+  constexpr int first = Problem::run_first(r) * Problem::columns, end = first + Problem::run_count(r) * Problem::columns;
+  constexpr bool by_channel = Problem::by_channel;  // then the run's channels are some of the tiles
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
+  for (int i = by_channel ? first / 64 : 0; i < (by_channel ? end / 64 : Problem::accumulator_tiles); ++i)
 #pragma unroll
-    for (int j = first; j < first + count; ++j) sum[i][j] += acc[i][j], acc[i][j] = 0.f;
+    for (int j = by_channel ? 0 : first / 2; j < (by_channel ? Problem::accumulators : end / 2); ++j)
+      sum[i][j] += acc[i][j], acc[i][j] = 0.f;
 }
 
 // The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
 template <class Problem, int r>
-FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
-                            float (&sum)[Problem::m_tiles][Problem::columns * Problem::residues / 2],
-                            const uint32_t (&rows)[Problem::m_tiles], uint32_t rows_high, const StepAddress* steps,
+FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
+                            float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
+                            const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
   const int begin = Problem::run_begin(pass, r), end = Problem::run_begin(pass, r + 1);
-  if (begin < end) {
+  if ((!Problem::idle && Problem::runs == 1) || begin < end) {
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
     StepAddress step = steps[begin];
+    int s = begin;
 #pragma unroll 1
-    for (int s = begin; s < end; ++s) {
+    do {
       if (step.weights & kBegins) {
         if (s > begin) {
           if (before >= 0 && leader) barrier_arrive(&empty[before]);
@@ -190,12 +199,22 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
       const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
       const bool ends = step.weights & kEnds;
       step = steps[s + 1];  // one more than there are is allocated
+      if constexpr (Problem::by_channel) {
+        constexpr int first = Problem::run_first(r) * Problem::columns / 64, count = Problem::run_count(r) * Problem::columns / 64;
 #pragma unroll
-      for (int i = 0; i < Problem::m_tiles; ++i)
+        for (int i = 0; i < count; ++i)
 #pragma unroll
-        for (int k = 0; k < Problem::chunk / 16; ++k)
-          Problem::template wgmma<Problem::run_first(r), Problem::run_count(r)>(
-              acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
+          for (int k = 0; k < Problem::chunk / 16; ++k)
+            Problem::template wgmma<0, 0>(acc[first + i], weights_high << 32 | (weights + i * (64 * row_bytes / 16) + k * 2),
+                                          (uint64_t)rows_high << 32 | (rows[0] + x + k * 2));
+      } else {
+#pragma unroll
+        for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+          for (int k = 0; k < Problem::chunk / 16; ++k)
+            Problem::template wgmma<Problem::run_first(r), Problem::run_count(r)>(
+                acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
+      }
       if (ends) {
         wgmma_commit();
         if constexpr (Problem::exact) {
@@ -205,7 +224,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
           wgmma_wait<1>();  // the products of the stage before are done
         }
       }
-    }
+    } while (++s < end);
     wgmma_wait<0>();
     if (before >= 0 && leader) barrier_arrive(&empty[before]);
     if (leader) barrier_arrive(&empty[ring.slot]);
@@ -215,21 +234,21 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::m_tiles][Problem::columns * Pr
     conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
 }
 
-template <class Problem, class Table, class Outbox>
-FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Table& table,
-                                const StepAddress* steps, float* gathered, Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& barriers) {
+template <class Problem>
+FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, typename Problem::Table& table,
+                                const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& barriers) {
   constexpr int row_bytes = Problem::chunk * 2;
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
-  float acc[Problem::m_tiles][Problem::columns * Problem::residues / 2];
-  float sum[Problem::m_tiles][Problem::columns * Problem::residues / 2];  // of an exact problem
+  float acc[Problem::accumulator_tiles][Problem::accumulators];
+  float sum[Problem::accumulator_tiles][Problem::accumulators];  // of an exact problem
   typename Problem::Place place(g, group, warp, lane);
   const uint32_t rows_high = (uint32_t)(descriptor<row_bytes>(0, g.row_group * row_bytes) >> 32);
   const uint32_t weights = (uint32_t)descriptor<row_bytes>(shared_address(stages), 0);
-  uint32_t bases[Problem::m_tiles];
+  uint32_t bases[kRowTiles<Problem>];
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i) {
+  for (int i = 0; i < kRowTiles<Problem>; ++i) {
     bases[i] = (uint32_t)descriptor<row_bytes>(
         shared_address(x) + g.row_base[group * Problem::m_tiles + i] * row_bytes, 0);
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
@@ -240,24 +259,25 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
 #pragma unroll
-      for (int i = 0; i < Problem::m_tiles; ++i)
+      for (int i = 0; i < Problem::accumulator_tiles; ++i)
 #pragma unroll
-        for (int j = 0; j < Problem::columns * Problem::residues / 2; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
+        for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
-      if (begin < end || (Problem::resident && pass == 0)) {
+      if (!Problem::idle || begin < end || (Problem::resident && pass == 0)) {
+        int chunk = 0;
 #pragma unroll 1
-        for (int chunk = 0; chunk < g.chunks; ++chunk) {
+        do {  // at least once, or ptxas makes another epilogue for no products at all
           if (!Problem::resident || pass == 0) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
-          uint32_t rows[Problem::m_tiles];  // low words of descriptors; a shift adds to them
+          uint32_t rows[kRowTiles<Problem>];  // low words of descriptors; a shift adds to them
 #pragma unroll
-          for (int i = 0; i < Problem::m_tiles; ++i)
+          for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
           conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, barriers.full, barriers.empty, ws, leader);
           if (!Problem::resident) {
             if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
             xs.template next<Problem::x_buffers>();
           }
-        }
+        } while (++chunk < g.chunks);
       }
       if constexpr (Problem::exact)
         epilogue.pass(sum, pass);
@@ -272,21 +292,21 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   }
 }
 
-// `Table`: what the epilogue keeps in shared memory; `Outbox`: see conv_outbox.cuh.
-template <class Problem, class Table, class Outbox>
+template <class Problem>
 FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, const Geometry& g,
                               const typename Problem::Epilogue::Arguments& arguments) {
+  using Outbox = typename Problem::Outbox;
   extern __shared__ uint8_t raw[];
   __shared__ Barriers<Problem> barriers;
   __shared__ typename Outbox::Shared out[kConsumers];
-  __shared__ Table table;
+  __shared__ typename Problem::Table table;
   __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
   float* rest = (float*)(x + Problem::x_buffers * g.region_stride);
   auto outbox = [&](int group) { return Outbox{rest + group * Outbox::size, out[group]}; };
   if (threadIdx.x == 0) {
-    barriers.init();
+    barriers.init(), table.init();
     for (int group = 0; group < kConsumers; ++group) out[group].init();
     barrier_init_fence();
   }

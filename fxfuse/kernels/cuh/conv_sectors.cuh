@@ -1,0 +1,427 @@
+// What becomes of accumulators whose matrix rows are output channels (`by_channel`): a thread has two channels of every 64,
+// with up to 64 positions each, so that what belongs to a channel is in registers; a warp has whole channels. It puts
+// some positions of eight of them into shared memory, one line per channel, and sends those sectors of memory that are
+// complete; one that is not waits there for the next positions.
+#pragma once
+#include "conv_gather.cuh"
+
+namespace fxfuse {
+
+constexpr int kMostAlign = 16;  // elements of a sector
+
+// Lines of shared memory: eight of each of a warpgroup's warps.
+template <class Problem>
+struct Lines {
+  struct Shared {
+    FXFUSE_INLINE void init() {}
+  };
+  static constexpr int size = 32 * Problem::pitch;  // floats
+  float* memory;
+  Shared& shared;
+};
+
+// The warp and lane of a thread, and its warpgroup's part of the tile.
+template <class Problem>
+struct SectorPlace {
+  int lane, warp;
+  Tile box;
+  FXFUSE_INLINE SectorPlace(const Geometry&, int, int warp, int lane) : lane(lane), warp(warp) {}
+  FXFUSE_INLINE void move(const Geometry& g, const Tile& tile, int group, int) { box = part_of(g, tile, group); }
+};
+
+// Where the positions of a warpgroup's part lie, in shared memory. A `place` counts the elements of a channel that the part
+// has, in the order of positions; it is congruent modulo a sector to the offset in memory, from the part's begin, so
+// runs of neighbours are apart by what that takes.
+template <class Problem>
+struct SectorTable {
+  static constexpr int positions = Problem::m_tiles * 64, turns = positions / Problem::at_once;
+  struct Group {
+    alignas(8) int at[positions];                                       // where a position's results go in a line, in bytes
+    int packed[positions];                                       // the position in the box, ten bits per dim
+    unsigned char inside[positions];                             // one bit per class
+    int offset[kMostAlign + Problem::places + 2 * kMostAlign];  // of a place in memory; -1 where there is nothing
+    int begin[turns + 1];                                        // the first place of each turn
+    int known[4];                                                // what all of it is made for
+  };
+  Group groups[kConsumers];
+  FXFUSE_INLINE void init() {
+    for (Group& group : groups) group.known[0] = -1;
+  }
+};
+
+// How places follow from positions, for one warpgroup's part of a tile.
+template <class Problem, class Out>
+struct Sectors {
+  static constexpr int align = kSector / sizeof(Out);
+  const Geometry& g;
+  const Tile& t;
+  int stride_d, stride_h;
+  bool merged;      // rows of a position in d follow each other in memory
+  bool brief;       // of the only run there may be less than a unit
+  int apart, rows;  // places from one run to the next; region rows in front of the part
+  int start;        // offset in front of a linear part's first position
+  int size_d, size_h, size_w;  // positions of the box that are in the tensor; of w, elements
+
+  FXFUSE_INLINE Sectors(const Destination<Out>& to, const Geometry& g, const Tile& t, const Residue& residue, int group)
+      : g(g), t(t), stride_d((int)to.stride.d), stride_h((int)to.stride.h) {
+    merged = Problem::stride_h == 1 && g.tiles_w == 1 && g.half_w == 0 && stride_h == g.out_w && g.box_w * Problem::stride_w == g.out_w;
+    rows = g.row_base[group * Problem::m_tiles] - group * g.part_rows + t.skip;
+    auto left = [](int out, int at, int step, int box) {  // of `box` positions those whose element is one of `out`
+      const int n = (out - at + step - 1) / step;
+      return n < 0 ? 0 : n < box ? n : box;
+    };
+    size_d = left(g.out_d, t.d * Problem::stride_d + residue.d, Problem::stride_d, g.box_d);
+    size_h = left(g.out_h, t.h * Problem::stride_h + residue.h, Problem::stride_h, g.box_h);
+    const int elements = g.out_w - t.w * Problem::stride_w, most = g.box_w * Problem::stride_w;
+    size_w = elements < most ? elements : most;
+    int longest = most;
+    start = 0, brief = false;
+    if (merged) {
+      longest = g.box_h * stride_h;
+      if (g.linear) {
+        start = offset_in_plane(rows);
+        brief = size_h * stride_h - start < 16 / (int)sizeof(Out);
+        longest = offset_in_plane(rows + Problem::m_tiles * 64) - start;
+      }
+    }
+    apart = (longest + 3 * align - 3) & ~(align - 1);
+  }
+  // Of the row `at` of a plane of the region, or of the next one that is a position.
+  FXFUSE_INLINE int offset_in_plane(int at) const {
+    const int y = at / g.region_w, x = at - y * g.region_w;
+    return y * stride_h + (x < g.box_w ? x : g.box_w) * Problem::stride_w;
+  }
+  FXFUSE_INLINE int offset(int z, int y, int x) const {
+    return z * Problem::stride_d * stride_d + y * Problem::stride_h * stride_h + x * Problem::stride_w - start;
+  }
+  FXFUSE_INLINE int place(int z, int y, int x) const {
+    const int run = merged ? z : z * g.box_h + y, first = merged ? z * Problem::stride_d * stride_d : offset(z, y, 0);
+    return run * apart + (first & (align - 1)) + offset(z, y, x) - first;
+  }
+  // Of position p, be it outside the box: then that of the next one inside, or of the end.
+  FXFUSE_INLINE int next_place(int p) const {
+    int z, y, x;
+    position(p, z, y, x);
+    if (x > g.box_w) x = g.box_w;
+    if (y >= g.box_h) y = g.box_h - 1, x = g.box_w;
+    if (z >= g.box_d) z = g.box_d - 1, y = g.box_h - 1, x = g.box_w;
+    return place(z, y, x);
+  }
+  FXFUSE_INLINE void position(int p, int& z, int& y, int& x) const {
+    const int at = rows + (p >> 3) * g.row_group + (p & 7), plane = at / g.region_w;
+    z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
+  }
+
+  // By all threads of a warpgroup.
+  FXFUSE_INLINE void fill(typename SectorTable<Problem>::Group& table, int group) const {
+    int* const known = table.known;
+    if (known[0] == size_d && known[1] == size_h && known[2] == size_w && known[3] == t.skip) return;
+    named_barrier(1 + group, 128);  // it has been read
+    const int thread = threadIdx.x & 127;
+    if (Problem::keeps) {
+      for (int i = thread; i < kMostAlign + Problem::places + 2 * kMostAlign; i += 128) table.offset[i] = -1;
+      named_barrier(1 + group, 128);
+    }
+    for (int p = thread; p < SectorTable<Problem>::positions; p += 128) {
+      const int turn = p / Problem::at_once, frame = next_place(turn * Problem::at_once) & ~(align - 1);
+      int z, y, x;
+      position(p, z, y, x);
+      const bool inside = z < size_d && y < size_h && x < g.box_w;
+      int classes = 0;
+      if (inside) {
+        const int at = place(z, y, x), to = offset(z, y, x);
+#pragma unroll
+        for (int q = 0; q < Problem::residues; ++q)
+          if (x * Problem::stride_w + q < size_w) {
+            classes |= 1 << q;
+            if (Problem::keeps) table.offset[kMostAlign + at + q] = to + q;
+          }
+        table.at[p] = (at - frame) * (int)sizeof(Out);
+      }
+      if (!classes) table.at[p] = Problem::pitch * 4 - 2 * kSector;  // what is not stored goes there
+      table.inside[p] = classes;
+      table.packed[p] = z << 20 | y << 10 | x;
+    }
+    if (thread <= SectorTable<Problem>::turns)
+      table.begin[thread] = next_place(thread == SectorTable<Problem>::turns ? SectorTable<Problem>::positions - 1 : thread * Problem::at_once) +
+                            (thread == SectorTable<Problem>::turns ? Problem::stride_w : 0);
+    if (thread == 0) known[0] = size_d, known[1] = size_h, known[2] = size_w, known[3] = t.skip;
+    named_barrier(1 + group, 128);
+  }
+};
+
+// What results of one of a thread's channels have in common.
+template <class Expression>
+struct ChannelOperands {
+  int channel;
+  Affine affine;
+  typename Expression::Channel of;
+};
+
+// The results of that channel: expression(y) of accumulator y, for the thread's position k in class q.
+template <class Problem, class Expression>
+struct ChannelResults {
+  const Expression& expression;
+  const typename SectorTable<Problem>::Group& table;
+  const Tile& t;
+  const Residue& residue;
+  const ChannelOperands<Expression>& operands;
+  int lane;
+
+  FXFUSE_INLINE static int position(int k, int lane) { return k / 2 * 8 + (lane & 3) * 2 + (k & 1); }
+  // Of any position, unless the expression is `local`: zero outside the tensor there.
+  FXFUSE_INLINE float operator()(float y, int q, int k) const {
+    y = Problem::scaled ? fmaf(y, operands.affine.scale, operands.affine.bias) : y + operands.affine.bias;
+    int d = 0, h = 0, w = 0;
+    if constexpr (Expression::local) {
+      const int p = position(k, lane), packed = table.packed[p];
+      if (!(table.inside[p] >> q & 1)) return 0.f;
+      d = (t.d + (packed >> 20)) * Problem::stride_d + residue.d, h = (t.h + (packed >> 10 & 1023)) * Problem::stride_h + residue.h,
+      w = (t.w + (packed & 1023)) * Problem::stride_w + q;
+    }
+    return expression(operands.of, y, t.n, operands.channel, d, h, w);
+  }
+};
+
+// Every output of the convolution, through `Expression`, to `out`, and its statistics.
+template <class Problem, class Out, class Expression, class Behind>
+struct StoreSectors {
+  struct Arguments {
+    Destination<Out> to;
+    alignas(8) Expression expression;
+    alignas(8) Behind behind;
+  };
+  using Accumulators = float[Problem::accumulator_tiles][Problem::accumulators];
+  using Table = SectorTable<Problem>;
+  static constexpr int kTiles = Problem::columns / 64, kClasses = Problem::residues, kEach = Problem::accumulators / 2;
+  static constexpr int kWords = (kEach + 31) / 32, align = kSector / sizeof(Out), unit = 16 / sizeof(Out);
+  const Arguments& a;
+  const Geometry& g;
+  typename Table::Group& table;
+  const Lines<Problem> lines;
+  const SectorPlace<Problem>& place;
+  const int group;
+  static constexpr bool kAhead = sizeof(typename Expression::Channel) <= 16;
+  ChannelOperands<Expression> operands[kTiles][2];  // loaded while products are on their way, if there is room
+
+  FXFUSE_INLINE StoreSectors(const Arguments& a, const Geometry& g, Table& table, float*, const Lines<Problem>& lines,
+                             const SectorPlace<Problem>& place, int group)
+      : a(a), g(g), table(table.groups[group]), lines(lines), place(place), group(group) {
+    const Tile& t = place.box;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int column = t.column * Problem::columns + this->column(i, r);
+        const int c = t.group * g.out_channels + (Problem::filled || column < g.out_channels ? column : g.out_channels - 1);
+        operands[i][r].channel = c;
+        operands[i][r].affine = {Problem::scaled ? a.to.sample_scale[t.n] * a.to.channel_scale[c] : 1.f, a.to.bias ? a.to.bias[c] : 0.f};
+        if (kAhead) operands[i][r].of = a.expression.channel(t.n, c);
+      }
+  }
+
+  FXFUSE_INLINE void pass(Accumulators& acc, int pass) {
+    const Tile& t = place.box;
+    const Residue residue = Problem::residue(pass, 0);  // along w: of class q it is q
+    const Sectors<Problem, Out> sectors(a.to, g, t, residue, group);
+    sectors.fill(table, group);
+    if constexpr (Problem::gathers) gather(acc, residue, pass);
+    if constexpr (Problem::keeps) keep(acc, residue, sectors.start, sectors.brief);
+    named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
+  }
+  FXFUSE_INLINE void finish() {}
+  static FXFUSE_INLINE void send(const Arguments&, const Geometry&, const Lines<Problem>&, const Tile&, int) {}
+
+  // Of the thread's channel r of the tile's i-th 64.
+  FXFUSE_INLINE int column(int i, int r) const { return i * 64 + place.warp * 16 + r * 8 + place.lane / 4; }
+  FXFUSE_INLINE bool there(int i, int r) const {
+    return Problem::filled || place.box.column * Problem::columns + column(i, r) < g.out_channels;
+  }
+  FXFUSE_INLINE ChannelResults<Problem, Expression> results(const Residue& residue, int i, int r) {
+    if (!kAhead) operands[i][r].of = a.expression.channel(place.box.n, operands[i][r].channel);
+    return {a.expression, table, place.box, residue, operands[i][r], place.lane};
+  }
+  static FXFUSE_INLINE float& of(Accumulators& acc, int i, int r, int q, int k) {
+    return acc[q * kTiles + i][k / 2 * 4 + r * 2 + (k & 1)];
+  }
+
+  // Partial statistics of this part's elements, a slot per warpgroup and pass; makes results of the accumulators.
+  FXFUSE_INLINE void gather(Accumulators& acc, const Residue& residue, int pass) {
+    const Tile& t = place.box;
+    uint32_t inside[kClasses][kWords];
+    int count = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+#pragma unroll
+      for (int q = 0; q < kClasses; ++q) inside[q][word] = 0;
+#pragma unroll
+      for (int k = 0; k < 32 && word * 32 + k < kEach; k += 2) {
+        const uint32_t two = *(const unsigned short*)&table.inside[ChannelResults<Problem, Expression>::position(word * 32 + k, place.lane)];
+#pragma unroll
+        for (int q = 0; q < kClasses; ++q) inside[q][word] |= (two >> q & 1) << k | (two >> (8 + q) & 1) << (k + 1);
+      }
+#pragma unroll
+      for (int q = 0; q < kClasses; ++q) count += __popc(inside[q][word]);
+    }
+    const float reciprocal = 1.f / (float)(count > 0 ? count : 1);
+    const int two = __shfl_xor_sync(~0u, count, 1);
+    const Weights first(count, two);
+    const int four = __shfl_xor_sync(~0u, count + two, 2);
+    const Weights second(count + two, four);
+    const int64_t slot = (int64_t)t.n * a.to.partials.slots + (t.number * Problem::passes + pass) * kConsumers + group;
+    if (place.warp == 0 && place.lane == 0 && t.group == 0 && t.column == 0) a.to.partials.counts[slot] = count + two + four;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        schedule_barrier();
+        const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
+        float sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int q = 0; q < kClasses; ++q)
+#pragma unroll
+          for (int k = 0; k < kEach; ++k) {
+            float& y = of(acc, i, r, q, k);
+            y = as_stored<Out>(results(y, q, k), inside[q][k / 32] >> (k & 31) & 1);
+            sum += y;
+          }
+        const float mean = sum * reciprocal;
+#pragma unroll
+        for (int q = 0; q < kClasses; ++q)
+#pragma unroll
+          for (int k = 0; k < kEach; ++k) {
+            const float d = inside[q][k / 32] >> (k & 31) & 1 ? of(acc, i, r, q, k) - mean : 0.f;
+            squares = fmaf(d, d, squares);
+          }
+        auto exchange = [&](const Part& mine, int distance, const Weights& w) {
+          const Part other = {__shfl_xor_sync(~0u, mine.mean, distance), __shfl_xor_sync(~0u, mine.squares, distance)};
+          return merged(mine, other, w);
+        };
+        const Part all = exchange(exchange({mean, squares}, 1, first), 2, second);
+        if ((place.lane & 3) == 0 && there(i, r))
+          ((Part*)a.to.partials.parts)[slot * a.to.partials.channels + operands[i][r].channel] = all;
+      }
+  }
+
+  // Stores the results. A warp's eight lines are those of eight channels: four threads with the same accumulators write
+  // a line, eight others read it, so that they write whole lines of memory.
+  FXFUSE_INLINE void keep(Accumulators& acc, const Residue& residue, int start, bool brief) {
+    const Tile& t = place.box;
+    Out* const sample = a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
+                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w + start;
+    Out* const lines = (Out*)(this->lines.memory + place.warp * 8 * Problem::pitch);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        schedule_barrier();
+        const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
+        const int first = t.column * Problem::columns + i * 64 + place.warp * 16 + r * 8;
+        Sent sent[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int line = h * 4 + place.lane / 8;
+          sent[h].out = sample + (t.group * g.out_channels + first + line) * a.to.stride.c;
+          sent[h].shift = (int)((uint64_t)sent[h].out / sizeof(Out)) & (align - 1);
+          sent[h].there = Problem::filled || first + line < g.out_channels;
+          sent[h].line = lines + line * kPitch, sent[h].offset = table.offset + kMostAlign - sent[h].shift;
+          settle(sent[h].out);
+        }
+        const int line = place.lane / 4;
+        const int shift = (int)((uint64_t)(sample + (t.group * g.out_channels + first + line) * a.to.stride.c) / sizeof(Out)) & (align - 1);
+        Out* const mine = lines + line * kPitch;
+#pragma unroll
+        for (int turn = 0; turn < Table::turns; ++turn) {
+          constexpr int each = Problem::at_once / 4;
+          int2 at[each / 2];  // all of them are on their way before the first is used
+#pragma unroll
+          for (int k = 0; k < each; k += 2)
+            at[k / 2] = *(const int2*)&table.at[ChannelResults<Problem, Expression>::position(turn * each + k, place.lane)];
+          const int begin = table.begin[turn], until = table.begin[turn + 1];
+          char* const to = (char*)(mine + shift);
+#pragma unroll
+          for (int k = 0; k < each; k += 2)
+#pragma unroll
+            for (int q = 0; q < kClasses; ++q) {
+              float one = of(acc, i, r, q, turn * each + k), two = of(acc, i, r, q, turn * each + k + 1);
+              if (!Problem::gathers) one = results(one, q, turn * each + k), two = results(two, q, turn * each + k + 1);
+              ((Out*)(to + at[k / 2].x))[q] = from_float<Out>(one), ((Out*)(to + at[k / 2].y))[q] = from_float<Out>(two);
+            }
+          __syncwarp();
+          send(sent, begin, until, turn + 1 == Table::turns, brief);
+          if (turn + 1 < Table::turns) {  // what is there of the next sector goes to where the next turn expects it
+            const int end = until + shift & ~(align - 1);
+            const uint2 rest = ((const uint2*)(mine + end - (begin & ~(align - 1))))[place.lane & 3];
+            __syncwarp();
+            ((uint2*)(mine + end - (until & ~(align - 1))))[place.lane & 3] = rest;
+          }
+          __syncwarp();
+        }
+      }
+  }
+
+  static constexpr int kPitch = Problem::pitch * 4 / sizeof(Out), kAtOnce = 8 / unit;  // units of a line that a thread sends at once
+  // One of the channels that a thread sends.
+  struct Sent {
+    Out* out;
+    const Out* line;
+    const int* offset;  // of what is in the line
+    int shift;
+    bool there;
+  };
+  // The sectors that places from `begin` until `until` complete; the last turn's incomplete one, too.
+  FXFUSE_INLINE void send(const Sent (&sent)[2], int begin, int until, bool last, bool brief) const {
+    const int frame = begin & ~(align - 1), part = (place.lane & 7) * unit;
+    int at[2], end[2];  // the thread's unit, and where units end
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      at[h] = (begin + sent[h].shift & ~(align - 1)) + part;
+      end[h] = sent[h].there ? until + sent[h].shift + (last ? align - 1 : 0) & ~(align - 1) : 0;
+    }
+#pragma unroll 1
+    do {
+      uint4 data[2][kAtOnce];
+      int from[2][kAtOnce], to[2][kAtOnce];  // offsets of a unit's first and last element
+      bool parts = brief;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int m = 0; m < kAtOnce; ++m) {
+          from[h][m] = to[h][m] = -1;
+          if (at[h] + m * 8 * unit >= end[h]) continue;
+          from[h][m] = sent[h].offset[at[h] + m * 8 * unit], to[h][m] = sent[h].offset[at[h] + m * 8 * unit + unit - 1];
+          data[h][m] = *(const uint4*)(sent[h].line + at[h] + m * 8 * unit - frame);
+        }
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int m = 0; m < kAtOnce; ++m) {
+          if (from[h][m] >= 0 && to[h][m] - from[h][m] == unit - 1) *(uint4*)(sent[h].out + (uint32_t)from[h][m]) = data[h][m];
+          parts |= (from[h][m] ^ to[h][m]) < 0;
+        }
+      if (__any_sync(~0u, parts)) {  // a run ends or begins there
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int m = 0; m < kAtOnce; ++m)
+            if ((from[h][m] ^ to[h][m]) < 0 || (brief && at[h] + m * 8 * unit < end[h])) {
+#pragma unroll
+              for (int e = 0; e < unit; ++e) {
+                const int one = sent[h].offset[at[h] + m * 8 * unit + e];
+                if (one >= 0) sent[h].out[(uint32_t)one] = element(data[h][m], e);
+              }
+            }
+      }
+      at[0] += kAtOnce * 8 * unit, at[1] += kAtOnce * 8 * unit;
+    } while (__any_sync(~0u, at[0] < end[0] || at[1] < end[1]));
+  }
+  static FXFUSE_INLINE Out element(const uint4& unit_, int e) {
+    const uint32_t words[4] = {unit_.x, unit_.y, unit_.z, unit_.w};
+    if constexpr (sizeof(Out) == 4)
+      return __uint_as_float(words[e]);
+    else
+      return {(uint16_t)(words[e / 2] >> e % 2 * 16)};
+  }
+};
+
+}  // namespace fxfuse
