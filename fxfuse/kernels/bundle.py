@@ -20,7 +20,7 @@ from fxfuse.kernels.chains import elements, needed_by
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of
-from fxfuse.kernels.tail import Bundle, Map, Step, Torch
+from fxfuse.kernels.steps import Bundle, Map, Step, Torch
 from fxfuse.program import Program
 
 #: operators that a kernel has to stand for, as long as others are torch's all the same

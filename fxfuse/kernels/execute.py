@@ -29,9 +29,10 @@ from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.estimate import Types, works
 from fxfuse.kernels.kept import Choice
+from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import Launch, Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Torch
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Launch, Schedule, Torch
 from fxfuse.kernels.tail_engine import architecture, kind_of, source_of
 from fxfuse.kernels.twice import from_products, twice
 from fxfuse.program import Program

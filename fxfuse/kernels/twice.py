@@ -18,7 +18,9 @@ from fxfuse.kernels.chains import needed_by
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
-from fxfuse.kernels.schedule import Schedule, best, cut, observe, program_of, versions
+from fxfuse.kernels.observe import observe
+from fxfuse.kernels.schedule import best, cut, program_of, versions
+from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
 from fxfuse.program import Program
 

@@ -13,7 +13,8 @@ from torch import nn
 import fxfuse
 from fxfuse.kernels import dump, execute
 from fxfuse.kernels.execute import Candidate
-from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.observe import examples
+from fxfuse.kernels.schedule import schedule
 from fxfuse.region import Region
 
 
