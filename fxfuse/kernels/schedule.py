@@ -23,7 +23,7 @@ from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.observe import Unscheduled, observe
+from fxfuse.kernels.observe import Form, Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
@@ -48,13 +48,13 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
 
 
-def cut(program: Program, values: Mapping[str, Tensor], *, exact: bool) -> Schedule:
+def cut(program: Program, values: Mapping[str, Form], *, exact: bool) -> Schedule:
     """``program`` in three, its ``rest`` not yet cut into steps. ``values``: as of :func:`observe`."""
     return _Cutter(program, values, exact=exact).schedule()
 
 
 def best(
-    program: Program, observed: Mapping[str, Tensor], cuts: Sequence[tuple[Schedule, Mapping[str, Tensor]]]
+    program: Program, observed: Mapping[str, Form], cuts: Sequence[tuple[Schedule, Mapping[str, Form]]]
 ) -> Schedule:
     """Of the ``cuts`` of ``program``, each with all values that it names, the best one, with its steps.
 
@@ -64,7 +64,7 @@ def best(
     for one, values in cuts:
         for made in _layouts(one, program.outputs, observed):
             assert made.kernel is not None
-            there = {**values, made.kernel.stored: _stand_in(made.kernel, values[made.kernel.x])}
+            there = {**values, made.kernel.stored: _stored(made.kernel, values[made.kernel.x].device)}
             there |= observe(made.rest, [there[name] for name, _ in made.rest.inputs])
             if _same_forms(program, observed, there):
                 found.append((_with_steps(made, there), there))
@@ -74,8 +74,8 @@ def best(
 
 
 def versions(
-    program: Program, observed: dict[str, Tensor], inputs: Sequence[Tensor]
-) -> list[tuple[Program, dict[str, Tensor]]]:
+    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor]
+) -> list[tuple[Program, dict[str, Form]]]:
     """What means the same as ``program``, the best for kernels first, each with its values."""
     plain = program
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
@@ -96,7 +96,7 @@ def _passes_by_torch(made: Schedule) -> int:
     return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
 
 
-def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Tensor]) -> Iterator[Schedule]:
+def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Form]) -> Iterator[Schedule]:
     """The schedule with the stored value laid out as it is and in the other way; an output, as torch has it."""
     kernel = made.kernel
     assert kernel is not None
@@ -112,7 +112,7 @@ def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Tens
         yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
 
 
-def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what runs behind its kernel."""
     kernel = made.kernel
     assert kernel is not None
@@ -125,7 +125,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
     return dataclasses.replace(made, kernel=dataclasses.replace(kernel, gathers=gathers, keeps=keeps), steps=steps)
 
 
-def _bundled(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what torch had to run on small tensors as kernels, too."""
     kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
     first = Torch(made.first)
@@ -161,7 +161,7 @@ def _reads(kernel: Launch | None) -> tuple[str, ...]:
     return () if kernel is None else kernel.reads
 
 
-def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
+def _split(program: Program, values: Mapping[str, Form]) -> Program:
     """The program with the norms of large values taken apart."""
 
     def wanted(name: str) -> bool:
@@ -171,22 +171,17 @@ def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
     return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
 
 
-def _same_forms(program: Program, values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+def _same_forms(program: Program, values: Mapping[str, Form], others: Mapping[str, Form]) -> bool:
     """Whether the program's outputs have the same dtypes, sizes and strides."""
-    return all(_form(values[name]) == _form(others[name]) for name in program.outputs)
+    return all(values[name] == others[name] for name in program.outputs)
 
 
-def _stand_in(kernel: Launch, x: Tensor) -> Tensor:
-    sizes = [s or 0 for s in kernel.kind.shape]
-    return x.new_empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype)
-
-
-def _form(value: Tensor) -> tuple[object, ...]:
-    return value.dtype, tuple(value.shape), value.stride()
+def _stored(kernel: Launch, device: torch.device) -> Form:
+    return Form(kernel.kind.dtype, tuple(s or 0 for s in kernel.kind.shape), kernel.strides, device)
 
 
 class _Cutter:
-    def __init__(self, program: Program, values: Mapping[str, Tensor], *, exact: bool) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Form], *, exact: bool) -> None:
         self.program, self.exact = program, exact
         self.values = Values(program, values)
         self.types, self.strides = self.values.types, self.values.strides

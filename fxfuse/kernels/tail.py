@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
+from fxfuse.kernels.observe import Form
 from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, rows_of, window_of
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
@@ -26,7 +25,7 @@ MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 MOST_OVERLAP = 2.0
 
 
-def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = None) -> tuple[Step, ...]:
+def plan(program: Program, values: Mapping[str, Form], gathered: str | None = None) -> tuple[Step, ...]:
     """Cut ``program`` into steps. ``values``: all of its values, without their elements.
 
     ``gathered``: the input whose statistics the kernel that makes it gathers.
@@ -35,7 +34,7 @@ def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = 
 
 
 class _Planner:
-    def __init__(self, program: Program, values: Mapping[str, Tensor], gathered: str | None) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Form], gathered: str | None) -> None:
         self.program, self.gathered = program, gathered
         self.values = Values(program, values)
         self.there = {n for n, _ in program.inputs}
