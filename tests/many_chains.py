@@ -39,7 +39,7 @@ import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
 from fxfuse.kernels import estimate, execute, schedule, tail
-from fxfuse.kernels.execute import Candidate
+from fxfuse.kernels.candidate import Candidate
 from fxfuse.kernels.plan import Path
 from fxfuse.kernels.steps import Bundle, Gather, Schedule, Torch
 from fxfuse.region import Region
