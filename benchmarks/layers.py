@@ -26,13 +26,14 @@ from torch import Tensor
 
 from fxfuse import environment
 from fxfuse.instr import TensorType
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.schedule import Launch, dense
 from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds
 from fxfuse.timing import queued
 

@@ -290,6 +290,8 @@ def _join(draft: Draft, node: fx.Node) -> str | None:
     assert call is not None
     if wanted is None:
         return "its value is not one tensor known before the call"
+    if any(type(size) is int and size == 0 for size in wanted.shape):
+        return "its value is empty: there is nothing to compute"
     devices = {
         t.device for o in call.operands if isinstance(o, fx.Node) and (t := facts(o).tensor) is not None and t.dim()
     }

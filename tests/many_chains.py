@@ -39,9 +39,9 @@ import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
 from fxfuse.kernels import estimate, execute, schedule, tail
-from fxfuse.kernels.execute import Candidate
+from fxfuse.kernels.candidate import Candidate
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.schedule import Schedule
+from fxfuse.kernels.steps import Bundle, Gather, Schedule, Torch
 from fxfuse.region import Region
 from fxfuse.vocabulary import Kind
 
@@ -207,12 +207,12 @@ def kinds_of(made: Schedule) -> Iterator[str]:
     if made.measuring is not None:
         yield "statistics from products" if made.measuring.correlates else "convolution run twice"
     for step in (*made.between, *made.steps):
-        if isinstance(step, tail.Gather):
+        if isinstance(step, Gather):
             yield f"statistics, {step.layout or 'gathered'}"
-        elif isinstance(step, tail.Torch):
+        elif isinstance(step, Torch):
             others = {i.op for i in step.program.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE}
             yield from (f"torch, {op}" for op in sorted(others))
-        elif isinstance(step, tail.Bundle):
+        elif isinstance(step, Bundle):
             yield "bundle"
         elif step.window is not None:
             yield f"{'adaptive ' if step.window.adaptive else ''}pool, {' to '.join(step.layouts)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pathlib
 import re
 import sys
@@ -10,10 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from reports import without_estimates
+from torch import nn
 
 import fxfuse
 from fxfuse import patterns, vocabulary
+from fxfuse.bench.chains import CHAINS
+from fxfuse.models import CASES
 from fxfuse.patterns import DEFAULT_RULES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -67,6 +72,21 @@ def test_pictures_are_those_that_are_drawn(name: str, generate: Any) -> None:
     pictures = generate("pictures")
     assert set(pictures.PICTURES) == {"gains", "pipeline", "chain", "residues"}
     assert (ROOT / "docs" / "images" / f"{name}.svg").read_text() == pictures.PICTURES[name]()
+
+
+def test_counters_are_divided_by_what_the_convolution_puts_out(generate: Any) -> None:
+    results = generate("results")
+    rows = json.loads((results.RESULTS / "h100_counters.json").read_text())["rows"]
+    cases = {case.name: case for case in (*CASES, *CHAINS)}
+    for row in rows:
+        case = cases[row["model"]]
+        up = next(m for m in case.make().to("meta").modules() if isinstance(m, nn.ConvTranspose3d))
+        assert row["outputs"] == up(torch.empty(case.shape, device="meta")).numel(), row["model"]
+    first = max(rows, key=lambda r: r["us"])
+    title, kernel, us, outputs, each, *_ = results.counters().splitlines()[2].strip("| ").split(" | ")
+    assert (title, kernel, us) == (results.TITLES[first["model"]], "convolution", f"{first['us']:.0f}")
+    assert int(each) == round(32 * first["instructions"] / first["outputs"]) and outputs.endswith(" M")
+    assert "| statistics from products |" in results.counters()
 
 
 def visible(page: pathlib.Path) -> str:

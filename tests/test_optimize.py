@@ -192,14 +192,16 @@ def test_new_shapes_are_specialised() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(0, 2, 3, 3, 3), (1, 2, 1, 1, 1), (1, 2, 3, 2, 4), (2, 3, 3, 3)], ids=str)
 def test_odd_shapes(shape: tuple[int, ...], training: bool) -> None:
-    """Empty batches, single elements, inputs without a batch dim."""
+    """Empty batches, which are left to torch, single elements, inputs without a batch dim."""
+    fused = shape[0] > 0
 
     def make() -> tuple[Tensor]:
         return (torch.randn(shape, dtype=F64, requires_grad=True),)
 
-    assert_agree(PadToEven().double().train(training), make)
+    assert_agree(PadToEven().double().train(training), make, fused=fused)
     if len(shape) == 5:
-        assert_agree(nn.Sequential(nn.ConvTranspose3d(2, 4, 2), nn.ReLU(), nn.GroupNorm(2, 4)).double(), make)
+        block = nn.Sequential(nn.ConvTranspose3d(2, 4, 2), nn.ReLU(), nn.GroupNorm(2, 4))
+        assert_agree(block.double(), make, fused=fused)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -346,6 +346,17 @@ def test_training_mode_updates_the_statistics(arguments: str, op: str, export: b
     assert region.region.statistics == ((1, 2) if op == "batch_norm_train" else ())
 
 
+@pytest.mark.parametrize("momentum", ["0.1", "None"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_an_empty_value_is_left_to_torch(pool: bool, momentum: str) -> None:
+    """It has rules of its own: BatchNorm counts an empty batch, and leaves the statistics."""
+    lines = ("v1 = self.m1(F.adaptive_avg_pool2d(v0, 0))" if pool else "v1 = self.m1(v0)", "return v1")
+    report = agree(norm(f"3, momentum={momentum}", train=True, lines=lines).make()[0], (2 * pool, 2, 4, 5), fused=pool)
+    assert chains_of(report) == ["conv_transpose"] * pool
+    (told,) = ended(report).values() if pool else (r.reason for r in report.rejected)
+    assert told == "its value is empty: there is nothing to compute"
+
+
 def test_statistics_of_a_norm_whose_result_nobody_reads() -> None:
     report = agree(norm(lines=("v1 = self.m1(v0)", "return v0"), train=True).make()[0])
     assert chains_of(report) == ["conv_transpose > batch_norm_train"]

@@ -32,6 +32,7 @@ def first_report() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
+    "counters": results.counters,
     "cpu": results.cpu,
     "errors": results.errors,
     "first_report": first_report,

@@ -31,6 +31,8 @@ TITLES = {
 }
 #: models that run differently in training mode
 MODES = ("scale_norm_pool", "batch_norm_pools", "generator")
+#: threads that one instruction counted by ncu is of
+WARP = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,33 @@ def readme_times() -> str:
         body.append(cells)
     head = ["model, forward", "float32: eager / compile / fxfuse", "no TF32: eager / fxfuse"]
     return table([*head, "float16: eager / compile / fxfuse"], body)
+
+
+#: what the kernels of h100_counters.json do, in words
+KERNELS = {"convolution": "convolution", "correlate": "statistics from products"}
+
+
+def counters() -> str:
+    """Counters of ncu per kernel, the longest first; stalls are the two largest."""
+    data = json.loads((RESULTS / "h100_counters.json").read_text())
+    head = ["chain", "kernel", "us", "outputs", "instructions per output", "issue slots busy", "matrix units busy"]
+    body = []
+    for r in sorted(data["rows"], key=lambda r: -r["us"]):
+        stalls = sorted(((v, k) for k, v in r["stalls_per_issue"].items() if k != "selected"), reverse=True)
+        body.append(
+            [
+                TITLES[r["model"]],
+                KERNELS[r["kernel"]],
+                f"{r['us']:.0f}",
+                f"{r['outputs'] / 1e6:.0f} M",
+                f"{WARP * r['instructions'] / r['outputs']:.0f}",
+                f"{r['issue_slots_busy_pct']:.0f} %",
+                f"{r['tensor_pipe_busy_pct']:.0f} %",
+                f"{r['dram_written_bytes'] / 1e6:.0f} MB",
+                ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for value, name in stalls[:2]),
+            ]
+        )
+    return f"{table([*head, 'bytes stored', 'stalls'], body)}\n\n*{measured_on(data['machine'])}.*"
 
 
 # --- numerics ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """How a region runs: which way (`plan`), and on a Hopper GPU as a generated kernel.
 
-`schedule` cuts a rewritten chain into torch's operators and one convolution kernel; `choice` says whether that
-is the faster. `geometry` and `convolution` are the kernel's arithmetic, `expression` and `emit` its text,
-`cuh/` its algorithms, `jit` and `cache` its compilation, `launch` and `engine` its calls; `execute` ties them.
+`schedule` cuts a rewritten chain into one convolution kernel and `steps` around it; `tail` and `bundle` say which of
+these are kernels, too, and `choice` whether all that is the faster. `geometry` and `convolution` are the kernel's
+arithmetic, `expression` and `emit` its text, `cuh/` its algorithms, `jit` and `cache` its compilation, `launch` and
+`engine` its calls. A `candidate` is one way to run a region; `execute` finds them, chooses, and runs.
 """

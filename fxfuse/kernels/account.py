@@ -14,14 +14,14 @@ from collections.abc import Iterator
 import torch
 
 from fxfuse.kernels import execute
+from fxfuse.kernels.candidate import Candidate
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
 from fxfuse.kernels.engine import THREADS, Convolution
 from fxfuse.kernels.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
-from fxfuse.kernels.execute import Candidate, Strides
-from fxfuse.kernels.schedule import Launch
-from fxfuse.kernels.tail import Bundle, Gather, Step, Torch
+from fxfuse.kernels.execute import Strides
+from fxfuse.kernels.steps import Bundle, Gather, Launch, Step, Torch
 from fxfuse.kernels.tail_engine import source_of
 from fxfuse.program import Program
 from fxfuse.region import Region

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,10 +178,19 @@ def _is_short(number: float) -> bool:
 # --- types and numbers ----------------------------------------------------------------------------
 def _infer(instr: Instr, operands: Sequence[Given]) -> tuple[torch.dtype, int]:
     """dtype and rank of the result, as torch's promotion has it."""
-    given = [_stand_in(o.dtype, o.rank) if isinstance(o, Value) else o for o in operands]
+    kinds = tuple((o.dtype, o.rank) if isinstance(o, Value) else o for o in operands)
+    # 1, 1.0 and True are equal, and not the same: their texts are
+    return _inferred(instr.op, kinds, instr.attributes, repr((kinds, instr.attributes)), torch.get_default_dtype())
+
+
+@functools.lru_cache(maxsize=4096)
+def _inferred(
+    op: str, kinds: tuple[Any, ...], attributes: tuple[tuple[str, Any], ...], _texts: str, _default: torch.dtype
+) -> tuple[torch.dtype, int]:
+    given = [_stand_in(*k) if isinstance(k, tuple) else k for k in kinds]
     try:
         with torch.no_grad():
-            made: Tensor = vocabulary.lookup(instr.op)(*given, **dict(instr.attributes))
+            made: Tensor = vocabulary.lookup(op)(*given, **dict(attributes))
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
     return made.dtype, made.dim()

@@ -12,15 +12,14 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import Tensor
-
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.chains import elements, needed_by
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of
-from fxfuse.kernels.tail import Bundle, Map, Step, Torch
+from fxfuse.kernels.observe import Form
+from fxfuse.kernels.steps import Bundle, Map, Step, Torch
 from fxfuse.program import Program
 
 #: operators that a kernel has to stand for, as long as others are torch's all the same
@@ -36,7 +35,7 @@ class Bundler:
     ``values``: all of the schedule's, without their elements. ``kernels``: it has other kernels.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], steps: Sequence[Step], *, kernels: bool) -> None:
+    def __init__(self, values: Mapping[str, Form], steps: Sequence[Step], *, kernels: bool) -> None:
         self.types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
         self.strides = {n: tuple(t.stride()) for n, t in values.items()}
         body = [i for s in steps if isinstance(s, Torch) for i in s.program.body]

@@ -7,12 +7,12 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.expression import Expression, emit_expression
+from fxfuse.kernels.observe import Form
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
@@ -34,7 +34,7 @@ class Chain:
 class Values:
     """What is known of a program's values: types, strides, and who reads them."""
 
-    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Form]) -> None:
         self.program = program
         self.types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
         self.strides = {name: t.stride() for name, t in values.items()}

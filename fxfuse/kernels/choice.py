@@ -12,8 +12,8 @@ import torch
 
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Specialisation
-from fxfuse.kernels.schedule import Launch
 from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds, tile
 
 #: below this estimate a call is launches and little else, and cuDNN has fewer of them

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Specialisation
 from fxfuse.kernels.geometry import reach
-from fxfuse.kernels.tail import Fold
+from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import Store, positions_at_once
 
 #: C++ types of elements in memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.tail import Fold, Rows, Window
+from fxfuse.kernels.reductions import Fold, Rows, Window
 
 #: bytes that a thread reads at once
 VECTOR_BYTES = 16

@@ -12,12 +12,23 @@ import ctypes
 import dataclasses
 import functools
 import math
-import struct
 
 import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels.arguments import (
+    ADDRESSES,
+    ADDRESSES_AT,
+    I32,
+    I64,
+    POOLED,
+    Arguments,
+    Direct,
+    Geometry,
+    Rows,
+    Strides,
+)
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
@@ -36,80 +47,8 @@ THREADS = 128 * (CONSUMERS + 1)
 SAMPLED_EACH, SAMPLED = 2**14, 2**21
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
-_I, _L = ctypes.c_int, ctypes.c_int64
-
-
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, _L) for name in "ncdhw"]
-
-
-class _Geometry(ctypes.Structure):
-    _fields_ = [
-        *((n, _I) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
-        *((n, _I) for n in ("tile_d", "tile_h", "tile_w", "box_d", "box_h", "box_w")),
-        *((n, _I) for n in ("half_d", "half_h", "half_w", "linear")),
-        *((n, _I) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
-        *((n, _I) for n in ("low_d", "low_h", "low_w", "row_group")),
-        ("row_base", _I * 8),
-        *((n, _I) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
-    ]
-
-
-class _Samples(ctypes.Structure):
-    _fields_ = [*((n, _L) for n in ("largest", "above", "marks", "scale")), ("parts", _I), ("every", _I)]
-
-
-class _Channels(ctypes.Structure):
-    _fields_ = [(n, _L) for n in ("scale", "reciprocal", "bias", "wrong")]
-
-
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("stride", _Strides),
-        *((n, _I) for n in ("depth", "height", "width", "channels", "padded", "groups")),
-        *((n, _I) for n in ("blocks", "blocks_positions", "span", "quads")),
-    ]
-
-
-class _Direct(ctypes.Structure):
-    _fields_ = [
-        ("stride", _Strides),
-        *((n, _I) for n in ("depth", "height", "width", "samples")),
-        *((n, _L) for n in ("marks", "wrong", "channels")),
-    ]
-
-
-class _Destination(ctypes.Structure):
-    _fields_ = [
-        ("out", _L),
-        ("stride", _Strides),
-        *((n, _L) for n in ("bias", "sample_scale", "channel_scale", "parts", "counts")),
-        ("slots", _I),
-        ("all_channels", _I),
-    ]
-
-
-class _Arguments(ctypes.Structure):
-    """What changes from call to call, and lies among it; operands of the epilogue follow."""
-
-    _fields_ = [
-        ("map", ctypes.c_ubyte * 128),
-        *((n, _L) for n in ("rows", "packed", "scale")),
-        ("samples", _Samples),
-        ("channels", _Channels),
-        ("direct", _Direct),
-        *((n, _L) for n in ("x", "weight", "bias", "moments")),
-        ("to", _Destination),
-    ]
-
-
-#: of :class:`_Arguments` from ``x`` on: addresses of x, the weights, the bias, the moments and the output
-_ADDRESSES = struct.Struct("<5q")
-_X = _Arguments.x.offset
 #: places of a workspace for which the arguments are kept
 MOST_PLACES = 16
-#: the end of a pool's arguments: extents of the result, and the factor of a sum
-_POOLED = struct.Struct("<iiif")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,29 +226,29 @@ class _Call:
             at += -(-count * 4 // 16) * 16
         self.workspace = (at,)
 
-        tail, places = ctypes.sizeof(_Arguments), []
+        tail, places = ctypes.sizeof(Arguments), []
         for number, size in enumerate(operands):
             places.append(tail)
             if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
                 tail += max(size, 8)
         self.places = tuple(places)
-        self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
-        self.told = told = _Arguments.from_buffer(self.arguments)
+        self.arguments = ctypes.create_string_buffer(tail + POOLED.size)
+        self.told = told = Arguments.from_buffer(self.arguments)
         rows, packed, scale, x_at, w_at, b_at, moments_at = (
-            _L.from_buffer(self.arguments, getattr(_Arguments, name).offset)
+            I64.from_buffer(self.arguments, getattr(Arguments, name).offset)
             for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
         )
         self.bias, self.placed = bias, dict[int, bytes]()
-        strides = _Strides(*x.stride())
-        told.samples.parts, told.samples.every, told.to.stride = parts, every, _Strides(*out.stride())
-        told.direct = _Direct(strides, *sizes, n, channels=couts)
+        strides = Strides(*x.stride())
+        told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
+        told.direct = Direct(strides, *sizes, n, channels=couts)
         if epilogue.gathers:
             told.to.slots, told.to.all_channels = self.slots, couts
         if pooled:
-            _POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
-        to = _Arguments.to.offset  # with the operands behind it
+            POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
+        to = Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
-        (in_c, out_c, volume) = map(_I, (shape.in_channels, shape.out_channels, shape.volume))
+        (in_c, out_c, volume) = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
         quads = self.scaled and _by_quads(x)
         span = (8192 if quads else 4096) // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
@@ -317,7 +256,7 @@ class _Call:
         taps = sum(s.count for p in made.passes for s in p.steps)
         blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
         blocks = blocks_rows + blocks_weights * tiles * made.chunks
-        rows_geometry = _Rows(
+        rows_geometry = Rows(
             strides,
             *sizes,
             shape.in_channels,
@@ -330,20 +269,20 @@ class _Call:
         )
         measure = Launch(
             module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
-            [w_at, b_at, told.channels, x_at, told.samples, _L(each), in_c, out_c, volume, _I(couts)],
+            [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)],
         )  # fmt: skip
         prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
-            [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, _I(made.chunks),
-             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_weights)],
+            [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
+             I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights)],
         )  # fmt: skip
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk
-        geometry = _Geometry(
+        geometry = Geometry(
             n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.box, *tiling.half,
             tiling.linear, *tiling.region[1:],
             math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
-            (_I * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
+            (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
         )  # fmt: skip
         processors = _processors(x.device.index)
         convolution = Launch(
@@ -375,8 +314,8 @@ class _Call:
         base, at = workspace.data_ptr(), x.data_ptr()
         if base != self.base:
             self._place(base)
-        _ADDRESSES.pack_into(
-            self.arguments, _X, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        ADDRESSES.pack_into(
+            self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         if operands != self.packed_operands:

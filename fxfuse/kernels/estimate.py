@@ -19,8 +19,7 @@ from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.engine import Convolution, sampled
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.schedule import Launch, Schedule
-from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tiling import POOLED, Extents, seconds
 from fxfuse.program import Program
 

@@ -13,8 +13,7 @@ from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
-from fxfuse.kernels.schedule import Launch, Schedule
-from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import Run, Values, moments_name, moments_of, prepare, statistics_places
 from fxfuse.program import Program
 

@@ -4,8 +4,8 @@ The kernel takes the transposed convolution, the pointwise chain behind it, and 
 made of whole residue classes: a window and a step that are multiples of the convolution's stride. It
 then stores one value per position q instead of ``stride`` per dim. It takes a reduction over channels
 and the chain behind that where a tile of its accumulators holds all channels. Where a normalisation
-follows, it gathers the statistics of what it stores. Pure: sizes and strides in, a printable :class:`Schedule` out,
-or :class:`Unscheduled` with the reason.
+follows, it gathers the statistics of what it stores. Pure: sizes and strides in, a printable
+:class:`~fxfuse.kernels.steps.Schedule` out, or :class:`~fxfuse.kernels.observe.Unscheduled` with the reason.
 """
 
 from __future__ import annotations
@@ -16,133 +16,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import vocabulary
-from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer, Unsupported
-from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
+from fxfuse.kernels.observe import Form, Unscheduled, observe
+from fxfuse.kernels.reductions import fold_of
 from fxfuse.kernels.specialise import check_holding
-from fxfuse.kernels.tail import (
-    LEAST_ELEMENTS,
-    MOST_ELEMENTS,
-    MOST_SAMPLES,
-    Fold,
-    Gather,
-    Step,
-    Torch,
-    fold_of,
-    plan,
-)
+from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
+from fxfuse.kernels.tail import LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
-
-
-class Unscheduled(Exception):  # noqa: N818 - a refusal, not an error
-    """No kernel runs this chain; the message is a sentence for the report."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """The convolution kernel. Names are values of the program.
-
-    ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
-    value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
-    makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
-    expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
-    expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
-    over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
-    makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
-    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`).
-    """
-
-    layer: Layer
-    x: str
-    weight: str
-    bias: str | None
-    dtype: torch.dtype
-    bias_dtype: torch.dtype
-    extents: tuple[int, int, int]
-    stored: str
-    kind: TensorType
-    strides: tuple[int, ...]
-    stages: tuple[str, ...]
-    combine: str = ""
-    factor: float = 1.0
-    before: Expression | None = None
-    after: Expression | None = None
-    fold: Fold | None = None
-    behind: Expression | None = None
-    squeezed: bool = False
-    apart: str | None = None
-    gathers: bool = False
-    keeps: bool = True
-    correlates: bool = False
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Every value that the kernel reads."""
-        operands = [f.value for e in (self.before, self.after, self.behind) if e is not None for f in e.fields]
-        bias = [] if self.bias is None else [self.bias]
-        return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Spatial sizes of the stored value, three of them."""
-        d, h, w = (1, 1, 1, *(s or 0 for s in self.kind.shape[1 if self.squeezed else 2 :]))[-3:]
-        return d, h, w
-
-    @property
-    def layout(self) -> str:
-        """The memory format of the stored value: "contiguous" or "channels_last"."""
-        return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""
-
-    def __str__(self) -> str:
-        if self.correlates:
-            return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
-        made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
-        return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """``first``, then ``kernel``, if there is one, then ``rest``: the chain's outputs.
-
-    ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into. ``measuring``: the same convolution, run before for
-    the statistics of its value alone, or what makes those without it; ``between``: the steps that make of them what
-    ``kernel`` reads. See :mod:`fxfuse.kernels.twice`.
-    """
-
-    first: Program
-    kernel: Launch | None
-    rest: Program
-    steps: tuple[Step, ...]
-    ahead: tuple[Step, ...] = ()
-    measuring: Launch | None = None
-    between: tuple[Step, ...] = ()
-
-    def __str__(self) -> str:
-        first = [f"first {s}" for s in self.ahead]
-        run = self.measuring
-        measuring = [f"{'three kernels' if run.correlates else 'one kernel'}: {run}"] if run is not None else []
-        again = "one kernel" if run is None else f"then the convolution{'' if run.correlates else ' again'}"
-        kernel = [f"{again}: {self.kernel}"] if self.kernel is not None else []
-        between, steps = ([f"then {s}" for s in each] for each in (self.between, self.steps))
-        return "; ".join([*first, *measuring, *between, *kernel, *steps])
-
-
-def examples(program: Program) -> list[Tensor]:
-    """Contiguous stand-ins, without memory, for a program's inputs; Unscheduled where a size is not known."""
-    if any(size is None for _, kind in program.inputs for size in kind.shape):
-        raise Unscheduled("sizes are not known before the call")
-    with FakeTensorMode():
-        return [torch.empty([s or 0 for s in kind.shape], dtype=kind.dtype) for _, kind in program.inputs]
 
 
 def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = True, exact: bool = False) -> Schedule:
@@ -159,13 +48,13 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
 
 
-def cut(program: Program, values: Mapping[str, Tensor], *, exact: bool) -> Schedule:
+def cut(program: Program, values: Mapping[str, Form], *, exact: bool) -> Schedule:
     """``program`` in three, its ``rest`` not yet cut into steps. ``values``: as of :func:`observe`."""
     return _Cutter(program, values, exact=exact).schedule()
 
 
 def best(
-    program: Program, observed: Mapping[str, Tensor], cuts: Sequence[tuple[Schedule, Mapping[str, Tensor]]]
+    program: Program, observed: Mapping[str, Form], cuts: Sequence[tuple[Schedule, Mapping[str, Form]]]
 ) -> Schedule:
     """Of the ``cuts`` of ``program``, each with all values that it names, the best one, with its steps.
 
@@ -175,7 +64,7 @@ def best(
     for one, values in cuts:
         for made in _layouts(one, program.outputs, observed):
             assert made.kernel is not None
-            there = {**values, made.kernel.stored: _stand_in(made.kernel, values[made.kernel.x])}
+            there = {**values, made.kernel.stored: _stored(made.kernel, values[made.kernel.x].device)}
             there |= observe(made.rest, [there[name] for name, _ in made.rest.inputs])
             if _same_forms(program, observed, there):
                 found.append((_with_steps(made, there), there))
@@ -185,8 +74,8 @@ def best(
 
 
 def versions(
-    program: Program, observed: dict[str, Tensor], inputs: Sequence[Tensor]
-) -> list[tuple[Program, dict[str, Tensor]]]:
+    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor]
+) -> list[tuple[Program, dict[str, Form]]]:
     """What means the same as ``program``, the best for kernels first, each with its values."""
     plain = program
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
@@ -207,7 +96,7 @@ def _passes_by_torch(made: Schedule) -> int:
     return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
 
 
-def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Tensor]) -> Iterator[Schedule]:
+def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Form]) -> Iterator[Schedule]:
     """The schedule with the stored value laid out as it is and in the other way; an output, as torch has it."""
     kernel = made.kernel
     assert kernel is not None
@@ -223,7 +112,7 @@ def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Tens
         yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
 
 
-def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what runs behind its kernel."""
     kernel = made.kernel
     assert kernel is not None
@@ -236,7 +125,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
     return dataclasses.replace(made, kernel=dataclasses.replace(kernel, gathers=gathers, keeps=keeps), steps=steps)
 
 
-def _bundled(made: Schedule, values: Mapping[str, Tensor]) -> Schedule:
+def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what torch had to run on small tensors as kernels, too."""
     kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
     first = Torch(made.first)
@@ -272,7 +161,7 @@ def _reads(kernel: Launch | None) -> tuple[str, ...]:
     return () if kernel is None else kernel.reads
 
 
-def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
+def _split(program: Program, values: Mapping[str, Form]) -> Program:
     """The program with the norms of large values taken apart."""
 
     def wanted(name: str) -> bool:
@@ -282,40 +171,17 @@ def _split(program: Program, values: Mapping[str, Tensor]) -> Program:
     return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
 
 
-def _same_forms(program: Program, values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+def _same_forms(program: Program, values: Mapping[str, Form], others: Mapping[str, Form]) -> bool:
     """Whether the program's outputs have the same dtypes, sizes and strides."""
-    return all(_form(values[name]) == _form(others[name]) for name in program.outputs)
+    return all(values[name] == others[name] for name in program.outputs)
 
 
-def observe(program: Program, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Every value of the program, without its elements. ``inputs`` may be fake tensors, or others."""
-    with FakeTensorMode(), torch.no_grad(), no_autocast():
-        values = {
-            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-            for (name, _), t in zip(program.inputs, inputs, strict=True)
-        }
-        for instr in program.body:
-            operands = [values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
-            try:
-                result = vocabulary.lookup(instr.op)(*operands, **dict(instr.attributes))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise Unscheduled(f"`{instr}`: {(str(error) or 'torch refuses it').splitlines()[0]}") from None
-            results: Sequence[Tensor] = result if isinstance(result, tuple) else (result,)
-            values.update(zip(instr.outs, results, strict=True))
-    return values
-
-
-def _stand_in(kernel: Launch, x: Tensor) -> Tensor:
-    sizes = [s or 0 for s in kernel.kind.shape]
-    return x.new_empty_strided(sizes, kernel.strides, dtype=kernel.kind.dtype)
-
-
-def _form(value: Tensor) -> tuple[object, ...]:
-    return value.dtype, tuple(value.shape), value.stride()
+def _stored(kernel: Launch, device: torch.device) -> Form:
+    return Form(kernel.kind.dtype, tuple(s or 0 for s in kernel.kind.shape), kernel.strides, device)
 
 
 class _Cutter:
-    def __init__(self, program: Program, values: Mapping[str, Tensor], *, exact: bool) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Form], *, exact: bool) -> None:
         self.program, self.exact = program, exact
         self.values = Values(program, values)
         self.types, self.strides = self.values.types, self.values.strides

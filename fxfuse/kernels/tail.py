@@ -5,17 +5,15 @@ Pure: :func:`plan` cuts a program into steps in the order in which they run.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from fxfuse import vocabulary
-from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
-from fxfuse.kernels.emit_bundle import Emitted
-from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.observe import Form
+from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, rows_of, window_of
+from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
@@ -27,195 +25,7 @@ MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 MOST_OVERLAP = 2.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """A pool, per spatial dim (three of them). ``combine``: "Maximum" or "Sum".
-
-    Output o looks at ``kernel`` inputs from ``o*stride - padding`` on, ``dilation`` apart, as far as there are
-    any. A sum is divided by ``divisor``; for 0 by the inputs that it has, for -1 by those that it has with
-    padding. ``adaptive``: windows are ``[o*L // O, ceil((o+1)*L / O))`` instead.
-    """
-
-    combine: str
-    kernel: tuple[int, int, int]
-    stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
-    dilation: tuple[int, int, int]
-    divisor: int = 1
-    adaptive: bool = False
-
-
-#: channels that a thread holds
-MOST_CHANNELS_EACH = 64
-_FOLDS = {
-    "sum": "Sum",
-    "mean": "Mean",
-    "amax": "Maximum",
-    "max": "Maximum",
-    "amin": "Minimum",
-    "min": "Minimum",
-    "logsumexp": "LogSumExp",
-    "softmax": "Softmax",
-    "log_softmax": "LogSoftmax",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Fold:
-    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it."""
-
-    combine: str
-    channels: int
-
-    @property
-    def keeps(self) -> bool:
-        """Whether every channel has a result."""
-        return self.combine.endswith("Softmax")
-
-    def lanes(self, last: bool, last_made: bool) -> int:
-        """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
-        each, most = (4, 32) if last and (last_made or not self.keeps) else (MOST_CHANNELS_EACH, 4)
-        return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
-
-
-#: elements of a row from which on a block takes it, and not a warp; and rows that are enough for blocks
-LONG_ROW, ENOUGH_ROWS = 1024, 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A reduction over the last dims of a contiguous value, of ``combine``, as ``cuh/map_rows.cuh`` names it.
-
-    ``length``: elements that are reduced, one behind the other: a row.
-    """
-
-    combine: str
-    length: int
-
-    @property
-    def keeps(self) -> bool:
-        """Whether every element has a result."""
-        return self.combine.endswith("Softmax")
-
-    @property
-    def long(self) -> bool:
-        """Whether a block takes a row, and not a warp."""
-        return self.length >= LONG_ROW
-
-
-@dataclasses.dataclass(frozen=True)
-class Map:
-    """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
-
-    Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
-    There is at most one of ``window``, ``fold`` and ``rows``.
-    ``body``: the instructions that it stands for.
-    """
-
-    value: str
-    given: TensorType
-    stored: str
-    kind: TensorType
-    strides: tuple[int, ...]
-    layouts: tuple[str, str]
-    stages: tuple[str, ...]
-    before: Expression | None = None
-    window: Window | None = None
-    fold: Fold | None = None
-    rows: Rows | None = None
-    after: Expression | None = None
-    body: tuple[Instr, ...] = ()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
-        return tuple(dict.fromkeys([self.value, *operands]))
-
-    @property
-    def makes(self) -> tuple[str, ...]:
-        return (self.stored,)
-
-    def __str__(self) -> str:
-        return f"one kernel: {' > '.join(self.stages)} -> {self.kind}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Gather:
-    """The ``statistics`` of ``value``: of all ``instrs``, from one pass over it.
-
-    ``layout``: the memory format of ``value``; "" where the kernel that makes it gathers on its way.
-    """
-
-    value: str
-    kind: TensorType
-    layout: str
-    instrs: tuple[Instr, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return (self.value,)
-
-    @property
-    def makes(self) -> tuple[str, ...]:
-        return tuple(o for i in self.instrs for o in i.outs)
-
-    def __str__(self) -> str:
-        where = f"one pass over {self.value}" if self.layout else "gathered on the way"
-        return f"statistics of {self.value}, {where}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Torch:
-    """Instructions by torch's operators."""
-
-    program: Program
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(n for n, _ in self.program.inputs)
-
-    @property
-    def makes(self) -> tuple[str, ...]:
-        return self.program.outputs
-
-    def __str__(self) -> str:
-        return " > ".join(i.op for i in self.program.body)
-
-
-@dataclasses.dataclass(frozen=True)
-class Bundle:
-    """Pointwise operators on small tensors, and views, as one kernel that stands for ``program``.
-
-    ``kinds``, ``strides``: of the outputs, none of which shares memory with an input. ``doubtful``: inputs that torch
-    makes, with the strides that the kernel takes them to have; where they have others, torch runs the program.
-    """
-
-    program: Program
-    made: Emitted
-    kinds: tuple[TensorType, ...]
-    strides: tuple[tuple[int, ...], ...]
-    doubtful: tuple[tuple[str, tuple[int, ...]], ...] = ()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return tuple(n for n, _ in self.program.inputs)
-
-    @property
-    def makes(self) -> tuple[str, ...]:
-        return self.program.outputs
-
-    @property
-    def body(self) -> tuple[Instr, ...]:
-        return self.program.body
-
-    def __str__(self) -> str:
-        return f"one kernel on small tensors: {' > '.join(i.op for i in self.body)}"
-
-
-Step = Map | Gather | Torch | Bundle
-
-
-def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = None) -> tuple[Step, ...]:
+def plan(program: Program, values: Mapping[str, Form], gathered: str | None = None) -> tuple[Step, ...]:
     """Cut ``program`` into steps. ``values``: all of its values, without their elements.
 
     ``gathered``: the input whose statistics the kernel that makes it gathers.
@@ -224,7 +34,7 @@ def plan(program: Program, values: Mapping[str, Tensor], gathered: str | None = 
 
 
 class _Planner:
-    def __init__(self, program: Program, values: Mapping[str, Tensor], gathered: str | None) -> None:
+    def __init__(self, program: Program, values: Mapping[str, Form], gathered: str | None) -> None:
         self.program, self.gathered = program, gathered
         self.values = Values(program, values)
         self.there = {n for n, _ in program.inputs}
@@ -442,54 +252,3 @@ class _Planner:
         if not self._readable(value):
             return None, ()
         return Gather(value, kind, layouts_of(kind.shape, self.values.strides[value])[0], instrs), instrs
-
-
-def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
-    """The reduction of a (N, C, *spatial) value over its channels; None for others."""
-    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
-    dims = attributes.get("dims", (attributes.get("dim"),))
-    channels = kind.shape[1]
-    if combine is None or dims != (1,) or not channels:
-        return None
-    return Fold(combine, channels)
-
-
-def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
-    """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
-    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
-    dims = attributes.get("dims", (attributes.get("dim"),))
-    rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
-    if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
-        return None
-    rows = Rows(combine, math.prod(shape[rank - len(dims) :]))
-    count = math.prod(shape) // rows.length
-    return rows if count >= ENOUGH_ROWS or not rows.long else None
-
-
-def window_of(pool: Instr, rank: int) -> Window | None:
-    """The pool over ``rank`` spatial dims as a window; None for one that kernels do not make."""
-    attributes = dict(pool.attributes)
-
-    def three(values: Collection[int], fill: int) -> tuple[int, int, int]:
-        d, h, w = (*[fill] * (3 - len(values)), *values)
-        return d, h, w
-
-    one, zero = (1, 1, 1), (0, 0, 0)
-    combine = "Maximum" if "max" in pool.op else "Sum"
-    if pool.op.startswith("adaptive"):
-        if len(attributes["size"]) != rank:
-            return None  # no dim of samples
-        return Window(combine, one, one, zero, one, 0, adaptive=True)
-    kernel, stride, padding = (attributes[k] for k in ("kernel", "stride", "padding"))
-    if len(kernel) != rank:
-        return None
-    dilation = attributes.get("dilation", (1,) * rank)
-    divisor = 1
-    if combine == "Sum":
-        divisor = attributes["divisor_override"] or (-1 if attributes["count_include_pad"] else 0)
-        if rank == 1 and attributes["divisor_override"]:
-            return None
-        whole = not any(padding) and not attributes["ceil_mode"]
-        if whole and divisor <= 0:
-            divisor = math.prod(kernel)
-    return Window(combine, three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), divisor)

@@ -20,7 +20,7 @@ from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.operands import Operands, Place
-from fxfuse.kernels.tail import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
 from fxfuse.program import Program
 
 Values = dict[str, Tensor]

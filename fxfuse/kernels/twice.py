@@ -18,7 +18,9 @@ from fxfuse.kernels.chains import needed_by
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
-from fxfuse.kernels.schedule import Schedule, best, cut, observe, program_of, versions
+from fxfuse.kernels.observe import Form, observe
+from fxfuse.kernels.schedule import best, cut, program_of, versions
+from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
 from fxfuse.program import Program
 
@@ -57,7 +59,7 @@ def from_products(made: Schedule, given: Mapping[str, TensorType]) -> tuple[Sche
     return dataclasses.replace(made, measuring=dataclasses.replace(run, correlates=True)), products
 
 
-def _cut(program: Program, given: Mapping[str, Tensor], exact: bool) -> tuple[Schedule, Mapping[str, Tensor]] | None:
+def _cut(program: Program, given: Mapping[str, Form], exact: bool) -> tuple[Schedule, Mapping[str, Form]] | None:
     """A version of the program cut for two runs, and its values; None for one whose first run gathers nothing."""
     first = cut(program, given, exact=exact)
     assert first.kernel is not None
@@ -74,8 +76,8 @@ def _cut(program: Program, given: Mapping[str, Tensor], exact: bool) -> tuple[Sc
 
 
 def _later(
-    program: Program, given: Mapping[str, Tensor], measured: Sequence[Instr]
-) -> tuple[Program, Mapping[str, Tensor]]:
+    program: Program, given: Mapping[str, Form], measured: Sequence[Instr]
+) -> tuple[Program, Mapping[str, Form]]:
     """The program of which the statistics are inputs, and all values of both."""
     types = _types(given)
     inputs = (*program.inputs, *((out, types[out]) for i in measured for out in i.outs))
@@ -85,7 +87,7 @@ def _later(
 
 
 def _together(
-    program: Program, first: Schedule, second: Schedule, measured: Sequence[Instr], values: Mapping[str, Tensor]
+    program: Program, first: Schedule, second: Schedule, measured: Sequence[Instr], values: Mapping[str, Form]
 ) -> Schedule:
     """The schedule of both runs, made of the schedules of each. The second one needs the first one's results."""
     assert first.kernel is not None and second.kernel is not None
@@ -107,5 +109,5 @@ def _together(
     )
 
 
-def _types(values: Mapping[str, Tensor]) -> dict[str, TensorType]:
+def _types(values: Mapping[str, Form]) -> dict[str, TensorType]:
     return {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}

@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,9 @@ FLAGS = (
 PROCESSORS = 3
 #: bytes in front of and behind what is allocated, which nothing may touch
 GUARD = 4096
+
+#: threads of the host that compile or launch take turns: the emulated machine is one
+_one_at_a_time = threading.RLock()
 
 
 class EmulationError(RuntimeError):
@@ -99,9 +103,14 @@ def runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(_folder() / "runtime.so"), mode=ctypes.RTLD_GLOBAL)
 
 
-@functools.lru_cache(maxsize=4096)
 def library(source: str) -> ctypes.CDLL:
     """The kernels of a source: ``emulated_<name>(parameters, grid, block, shared)``."""
+    with _one_at_a_time:
+        return _library(source)
+
+
+@functools.lru_cache(maxsize=4096)
+def _library(source: str) -> ctypes.CDLL:
     runtime()
     folder, text = _folder(), translated(source)
     entries = "\n".join(
@@ -146,11 +155,12 @@ class Device:
         gx, gy, gz, block, _, _, shared, _, at, _ = given
         run, name = function
         grid = (ctypes.c_int * 3)(gx, gy, gz)
-        why = run(ctypes.c_void_p(at), grid, block, shared)
-        if why:
-            raise EmulationError(f"{name}: {why.decode()}")
-        self.launches.append(name)
-        self.check(name)
+        with _one_at_a_time:
+            why = run(ctypes.c_void_p(at), grid, block, shared)
+            if why:
+                raise EmulationError(f"{name}: {why.decode()}")
+            self.launches.append(name)
+            self.check(name)
         return (0,)
 
 

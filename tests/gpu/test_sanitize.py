@@ -14,7 +14,7 @@ from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.tail import Fold, Window
+from fxfuse.kernels.reductions import Fold, Window
 
 
 def test_every_kernel_is_named() -> None:

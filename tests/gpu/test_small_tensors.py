@@ -17,9 +17,9 @@ from fxfuse.compare import relative_error
 from fxfuse.instr import TensorType
 from fxfuse.kernels import execute
 from fxfuse.kernels.emit_bundle import emit_bundle
+from fxfuse.kernels.observe import observe
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.schedule import observe
-from fxfuse.kernels.tail import Bundle
+from fxfuse.kernels.steps import Bundle
 from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
 

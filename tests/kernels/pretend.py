@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxfuse.kernels import execute, kept
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.schedule import Schedule
+from fxfuse.kernels.steps import Schedule
 from fxfuse.program import Program
 
 

@@ -16,12 +16,13 @@ from fxfuse.instr import DTYPES, TensorType
 from fxfuse.kernels import jit
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.bundle import Bundler
+from fxfuse.kernels.candidate import convolution_of
 from fxfuse.kernels.emit_bundle import MOST_ADDRESSES, MOST_ELEMENTS, Emitted, emit_bundle
-from fxfuse.kernels.execute import convolution_of
 from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.observe import examples, observe
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import Schedule, examples, observe, schedule
-from fxfuse.kernels.tail import Bundle, Step, Torch
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Bundle, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
 

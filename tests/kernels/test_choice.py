@@ -11,7 +11,8 @@ import pytest
 from fxfuse.kernels import choice
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
-from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.observe import examples
+from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import seconds
 from fxfuse.program import Program

@@ -12,8 +12,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse.kernels import dump, execute
-from fxfuse.kernels.execute import Candidate
-from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.candidate import Candidate
+from fxfuse.kernels.observe import examples
+from fxfuse.kernels.schedule import schedule
 from fxfuse.region import Region
 
 

@@ -11,8 +11,9 @@ from fxfuse.kernels import execute
 from fxfuse.kernels.engine import KERNELS as KERNELS_OF_A_LAYER
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.observe import examples
 from fxfuse.kernels.sass import sass
-from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.tiling import Store
 from fxfuse.program import Program
 

@@ -15,7 +15,7 @@ from fxfuse.bench import chains
 from fxfuse.kernels.convolution import CONSUMERS, Layer
 from fxfuse.kernels.estimate import works
 from fxfuse.kernels.execute import candidates
-from fxfuse.kernels.schedule import examples
+from fxfuse.kernels.observe import examples
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import CLOCK, PROCESSORS, seconds, tile
 from fxfuse.models import CASES

@@ -153,6 +153,24 @@ def test_a_source_names_its_options(compiled: list[str]) -> None:
         compile_cubin(f"// NVRTC: -I/tmp\n{SOURCE}")
 
 
+@pytest.mark.parametrize(("version", "left_out"), [((12, 8), False), ((12, 9), True), ((13, 0), True), ((14, 0), True)])
+def test_nvrtc_s_own_cache_is_left_out(
+    version: tuple[int, int], left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gives back from there comes without ptxas' words; an NVRTC without a cache refuses the option."""
+    given: list[tuple[str, ...]] = []
+
+    def compile_(source: str, headers: object, flags: tuple[str, ...]) -> tuple[bytes, str]:
+        given.append(flags)
+        return b"", ""
+
+    monkeypatch.setattr(jit, "_numbers", lambda: version)
+    monkeypatch.setattr(jit, "_compile", compile_)
+    compile_cubin(SOURCE)
+    (flags,) = given
+    assert ("--no-cache" in flags) is left_out
+
+
 @pytest.mark.parametrize(
     "option", ["-I/usr/include", "-I", "--include-path=/x", "-include=x.h", "--pre-include=x.h", "-arch=sm_80", "--pch"]
 )

@@ -19,8 +19,9 @@ from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.launch import Kernel, Launch, Packed
+from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.schedule import schedule
 from fxfuse.program import Program
 
 Call = tuple[str, tuple[int, ...], list[bytes]]

@@ -11,7 +11,7 @@ import torch
 from harness import program
 from torch import Tensor
 
-from fxfuse.kernels.tail import Fold, Rows, Window, fold_of, rows_of, window_of
+from fxfuse.kernels.reductions import Fold, Rows, Window, fold_of, rows_of, window_of
 from fxfuse.program import Program
 
 SIZES = {1: (11,), 2: (7, 8), 3: (5, 6, 7)}

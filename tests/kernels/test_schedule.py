@@ -9,8 +9,10 @@ from torch import nn
 import fxfuse
 from fxfuse.kernels import execute
 from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, schedule
-from fxfuse.kernels.tail import Fold
+from fxfuse.kernels.observe import Unscheduled, examples
+from fxfuse.kernels.reductions import Fold
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Schedule
 from fxfuse.program import Program
 from fxfuse.region import Region
 

@@ -18,8 +18,11 @@ from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.schedule import Schedule, Unscheduled, examples, observe, schedule
-from fxfuse.kernels.tail import Fold, Gather, Map, Rows, Torch, Window, plan
+from fxfuse.kernels.observe import Unscheduled, examples, observe
+from fxfuse.kernels.reductions import Fold, Rows, Window
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Gather, Map, Schedule, Torch
+from fxfuse.kernels.tail import plan
 from fxfuse.kernels.tail_engine import prepare
 from fxfuse.program import Program
 

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from fxfuse.bench import chains
 from fxfuse.kernels import execute
 from fxfuse.kernels.account import account_of
-from fxfuse.kernels.execute import Candidate, candidates
+from fxfuse.kernels.candidate import Candidate
+from fxfuse.kernels.execute import candidates
+from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import Schedule, examples, schedule
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.twice import _later, twice
 from fxfuse.models import CASES
 from fxfuse.program import Program

@@ -1,0 +1,82 @@
+"""What the kernels around a convolution take: the structs of ``cuh/`` as ctypes lays them out.
+
+The names of fields are those of the device code; addresses are 64-bit numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+I32, I64 = ctypes.c_int, ctypes.c_int64
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, I64) for name in "ncdhw"]
+
+
+class Geometry(ctypes.Structure):
+    _fields_ = [
+        *((n, I32) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
+        *((n, I32) for n in ("tile_d", "tile_h", "tile_w", "box_d", "box_h", "box_w")),
+        *((n, I32) for n in ("half_d", "half_h", "half_w", "linear")),
+        *((n, I32) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
+        *((n, I32) for n in ("low_d", "low_h", "low_w", "row_group")),
+        ("row_base", I32 * 8),
+        *((n, I32) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
+    ]
+
+
+class Samples(ctypes.Structure):
+    _fields_ = [*((n, I64) for n in ("largest", "above", "marks", "scale")), ("parts", I32), ("every", I32)]
+
+
+class Channels(ctypes.Structure):
+    _fields_ = [(n, I64) for n in ("scale", "reciprocal", "bias", "wrong")]
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [
+        ("stride", Strides),
+        *((n, I32) for n in ("depth", "height", "width", "channels", "padded", "groups")),
+        *((n, I32) for n in ("blocks", "blocks_positions", "span", "quads")),
+    ]
+
+
+class Direct(ctypes.Structure):
+    _fields_ = [
+        ("stride", Strides),
+        *((n, I32) for n in ("depth", "height", "width", "samples")),
+        *((n, I64) for n in ("marks", "wrong", "channels")),
+    ]
+
+
+class Destination(ctypes.Structure):
+    _fields_ = [
+        ("out", I64),
+        ("stride", Strides),
+        *((n, I64) for n in ("bias", "sample_scale", "channel_scale", "parts", "counts")),
+        ("slots", I32),
+        ("all_channels", I32),
+    ]
+
+
+class Arguments(ctypes.Structure):
+    """What changes from call to call, and lies among it; operands of the epilogue follow."""
+
+    _fields_ = [
+        ("map", ctypes.c_ubyte * 128),
+        *((n, I64) for n in ("rows", "packed", "scale")),
+        ("samples", Samples),
+        ("channels", Channels),
+        ("direct", Direct),
+        *((n, I64) for n in ("x", "weight", "bias", "moments")),
+        ("to", Destination),
+    ]
+
+
+#: of :class:`Arguments` from ``x`` on: addresses of x, the weights, the bias, the moments and the output
+ADDRESSES = struct.Struct("<5q")
+ADDRESSES_AT = Arguments.x.offset
+#: the end of a pool's arguments: extents of the result, and the factor of a sum
+POOLED = struct.Struct("<iiif")

@@ -1,0 +1,89 @@
+"""A way to run a region: its schedule, its kernels and their sources. Pure: nothing is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fxfuse.kernels.arithmetic import HEADER
+from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.kept import Choice
+from fxfuse.kernels.steps import Launch, Schedule
+from fxfuse.kernels.tail_engine import kind_of, source_of
+
+ENGINE, TWICE, PRODUCTS, CUDNN, TORCH = "engine", "twice", "products", "cudnn", "torch"
+#: what the estimate says of the ways that have statistics before the convolution's value
+AHEAD = {TWICE: "with two", PRODUCTS: "with statistics from products of its input and one run"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to run a region: by its kernel of the convolution and kernels behind it ("engine"), by the same with a
+    first run of the convolution for statistics ("twice") or with statistics from products of its input ("products"), by
+    kernels behind torch's convolution ("cudnn"), or by torch's operators alone ("torch"), which has no schedule.
+
+    ``measuring``: what makes statistics ahead. ``estimate``: what the estimate says of these ways, where there is a
+    choice. ``refusal``: why the estimate prefers another way to the convolution's kernel. ``choice``: the
+    measurement that chose it.
+    """
+
+    name: str
+    schedule: Schedule | None = None
+    convolution: Convolution | None = None
+    refusal: str | None = None
+    choice: Choice | None = None
+    measuring: Convolution | Correlation | None = None
+    estimate: str | None = None
+
+    def __str__(self) -> str:
+        plan = "torch's operators" if self.schedule is None else str(self.schedule)
+        if self.choice is not None:
+            return f"{plan} (measured: {self.choice})"
+        if self.convolution is not None:
+            return plan if self.estimate is None else f"{plan} ({self.estimate})"
+        if self.refusal is None:
+            return plan
+        return f"{plan}: {self.refusal}" if self.schedule is None else f"{plan} ({self.refusal})"
+
+    def sources(self) -> list[tuple[str, str]]:
+        """A name and the CUDA C++ for each of its sources, in the order in which they run."""
+        made = self.schedule
+        if made is None:
+            return []
+        found = [(kind_of(step), text) for step in made.ahead if (text := source_of(step))]
+        first = "measuring", made.measuring, self.measuring, made.between
+        for name, kernel, convolution, steps in (first, ("convolution", made.kernel, self.convolution, made.steps)):
+            if isinstance(convolution, Correlation):
+                found.append(("correlation", convolution.source()))
+            elif kernel is not None and convolution is not None:
+                found.append((name, convolution.source(convolution.tiling(kernel.sizes)[1])))
+            found += [(kind_of(step), text) for step in steps if (text := source_of(step))]
+        return found
+
+
+def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
+    """The engine's kernel for a launch: its source, not yet compiled. Raises Unsupported.
+
+    ``exact``: float32 convolutions have float32's accuracy, not TF32's.
+    """
+    names = {"before": kernel.before, "after": kernel.after, "behind": kernel.behind}
+    code = "\n".join([f'#include "{HEADER}"', *(e.code for e in names.values() if e is not None)])
+    given = {k: e.name for k, e in names.items() if e is not None}
+    if kernel.squeezed and kernel.behind is not None:
+        given["behind"] = f"fxfuse::WithoutChannels<{kernel.behind.name}, {len(kernel.kind.shape) - 1}>"
+    epilogue = Epilogue(
+        combine=kernel.combine,
+        fold=kernel.fold,
+        code=code if given else "",
+        gathers=kernel.gathers,
+        keeps=kernel.keeps,
+        **given,
+    )
+    dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
+    exact = exact and kernel.dtype is torch.float32
+    made = Convolution.of(kernel.layer, *dtypes, epilogue, kernel.layout, exact, kernel.sizes)
+    made.tiling(kernel.sizes)
+    return made

@@ -1,0 +1,136 @@
+"""What one kernel reduces: windows of a pool, all channels, or rows of last elements. Pure: from instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+from fxfuse.instr import Instr, TensorType
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A pool, per spatial dim (three of them). ``combine``: "Maximum" or "Sum".
+
+    Output o looks at ``kernel`` inputs from ``o*stride - padding`` on, ``dilation`` apart, as far as there are
+    any. A sum is divided by ``divisor``; for 0 by the inputs that it has, for -1 by those that it has with
+    padding. ``adaptive``: windows are ``[o*L // O, ceil((o+1)*L / O))`` instead.
+    """
+
+    combine: str
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    divisor: int = 1
+    adaptive: bool = False
+
+
+#: channels that a thread holds
+MOST_CHANNELS_EACH = 64
+_FOLDS = {
+    "sum": "Sum",
+    "mean": "Mean",
+    "amax": "Maximum",
+    "max": "Maximum",
+    "amin": "Minimum",
+    "min": "Minimum",
+    "logsumexp": "LogSumExp",
+    "softmax": "Softmax",
+    "log_softmax": "LogSoftmax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it."""
+
+    combine: str
+    channels: int
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every channel has a result."""
+        return self.combine.endswith("Softmax")
+
+    def lanes(self, last: bool, last_made: bool) -> int:
+        """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
+        each, most = (4, 32) if last and (last_made or not self.keeps) else (MOST_CHANNELS_EACH, 4)
+        return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
+
+
+#: elements of a row from which on a block takes it, and not a warp; and rows that are enough for blocks
+LONG_ROW, ENOUGH_ROWS = 1024, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A reduction over the last dims of a contiguous value, of ``combine``, as ``cuh/map_rows.cuh`` names it.
+
+    ``length``: elements that are reduced, one behind the other: a row.
+    """
+
+    combine: str
+    length: int
+
+    @property
+    def keeps(self) -> bool:
+        """Whether every element has a result."""
+        return self.combine.endswith("Softmax")
+
+    @property
+    def long(self) -> bool:
+        """Whether a block takes a row, and not a warp."""
+        return self.length >= LONG_ROW
+
+
+def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
+    """The reduction of a (N, C, *spatial) value over its channels; None for others."""
+    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    dims = attributes.get("dims", (attributes.get("dim"),))
+    channels = kind.shape[1]
+    if combine is None or dims != (1,) or not channels:
+        return None
+    return Fold(combine, channels)
+
+
+def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
+    """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
+    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    dims = attributes.get("dims", (attributes.get("dim"),))
+    rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
+    if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
+        return None
+    rows = Rows(combine, math.prod(shape[rank - len(dims) :]))
+    count = math.prod(shape) // rows.length
+    return rows if count >= ENOUGH_ROWS or not rows.long else None
+
+
+def window_of(pool: Instr, rank: int) -> Window | None:
+    """The pool over ``rank`` spatial dims as a window; None for one that kernels do not make."""
+    attributes = dict(pool.attributes)
+
+    def three(values: Collection[int], fill: int) -> tuple[int, int, int]:
+        d, h, w = (*[fill] * (3 - len(values)), *values)
+        return d, h, w
+
+    one, zero = (1, 1, 1), (0, 0, 0)
+    combine = "Maximum" if "max" in pool.op else "Sum"
+    if pool.op.startswith("adaptive"):
+        if len(attributes["size"]) != rank:
+            return None  # no dim of samples
+        return Window(combine, one, one, zero, one, 0, adaptive=True)
+    kernel, stride, padding = (attributes[k] for k in ("kernel", "stride", "padding"))
+    if len(kernel) != rank:
+        return None
+    dilation = attributes.get("dilation", (1,) * rank)
+    divisor = 1
+    if combine == "Sum":
+        divisor = attributes["divisor_override"] or (-1 if attributes["count_include_pad"] else 0)
+        if rank == 1 and attributes["divisor_override"]:
+            return None
+        whole = not any(padding) and not attributes["ceil_mode"]
+        if whole and divisor <= 0:
+            divisor = math.prod(kernel)
+    return Window(combine, three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), divisor)

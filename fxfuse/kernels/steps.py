@@ -1,0 +1,216 @@
+"""What a schedule consists of: the convolution's launch, and the steps in front of it and behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fxfuse.instr import Instr, TensorType
+from fxfuse.kernels.chains import layout_of
+from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.emit_bundle import Emitted
+from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.reductions import Fold, Rows, Window
+from fxfuse.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """The convolution kernel. Names are values of the program.
+
+    ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
+    value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
+    makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
+    expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
+    expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
+    over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
+    makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
+    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`).
+    """
+
+    layer: Layer
+    x: str
+    weight: str
+    bias: str | None
+    dtype: torch.dtype
+    bias_dtype: torch.dtype
+    extents: tuple[int, int, int]
+    stored: str
+    kind: TensorType
+    strides: tuple[int, ...]
+    stages: tuple[str, ...]
+    combine: str = ""
+    factor: float = 1.0
+    before: Expression | None = None
+    after: Expression | None = None
+    fold: Fold | None = None
+    behind: Expression | None = None
+    squeezed: bool = False
+    apart: str | None = None
+    gathers: bool = False
+    keeps: bool = True
+    correlates: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every value that the kernel reads."""
+        operands = [f.value for e in (self.before, self.after, self.behind) if e is not None for f in e.fields]
+        bias = [] if self.bias is None else [self.bias]
+        return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Spatial sizes of the stored value, three of them."""
+        d, h, w = (1, 1, 1, *(s or 0 for s in self.kind.shape[1 if self.squeezed else 2 :]))[-3:]
+        return d, h, w
+
+    @property
+    def layout(self) -> str:
+        """The memory format of the stored value: "contiguous" or "channels_last"."""
+        return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""
+
+    def __str__(self) -> str:
+        if self.correlates:
+            return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
+        made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
+        return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
+
+    Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
+    There is at most one of ``window``, ``fold`` and ``rows``.
+    ``body``: the instructions that it stands for.
+    """
+
+    value: str
+    given: TensorType
+    stored: str
+    kind: TensorType
+    strides: tuple[int, ...]
+    layouts: tuple[str, str]
+    stages: tuple[str, ...]
+    before: Expression | None = None
+    window: Window | None = None
+    fold: Fold | None = None
+    rows: Rows | None = None
+    after: Expression | None = None
+    body: tuple[Instr, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
+        return tuple(dict.fromkeys([self.value, *operands]))
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return (self.stored,)
+
+    def __str__(self) -> str:
+        return f"one kernel: {' > '.join(self.stages)} -> {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """The ``statistics`` of ``value``: of all ``instrs``, from one pass over it.
+
+    ``layout``: the memory format of ``value``; "" where the kernel that makes it gathers on its way.
+    """
+
+    value: str
+    kind: TensorType
+    layout: str
+    instrs: tuple[Instr, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.value,)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return tuple(o for i in self.instrs for o in i.outs)
+
+    def __str__(self) -> str:
+        where = f"one pass over {self.value}" if self.layout else "gathered on the way"
+        return f"statistics of {self.value}, {where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Torch:
+    """Instructions by torch's operators."""
+
+    program: Program
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.program.inputs)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return self.program.outputs
+
+    def __str__(self) -> str:
+        return " > ".join(i.op for i in self.program.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Pointwise operators on small tensors, and views, as one kernel that stands for ``program``.
+
+    ``kinds``, ``strides``: of the outputs, none of which shares memory with an input. ``doubtful``: inputs that torch
+    makes, with the strides that the kernel takes them to have; where they have others, torch runs the program.
+    """
+
+    program: Program
+    made: Emitted
+    kinds: tuple[TensorType, ...]
+    strides: tuple[tuple[int, ...], ...]
+    doubtful: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(n for n, _ in self.program.inputs)
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return self.program.outputs
+
+    @property
+    def body(self) -> tuple[Instr, ...]:
+        return self.program.body
+
+    def __str__(self) -> str:
+        return f"one kernel on small tensors: {' > '.join(i.op for i in self.body)}"
+
+
+Step = Map | Gather | Torch | Bundle
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """``first``, then ``kernel``, if there is one, then ``rest``: the chain's outputs.
+
+    ``ahead``, ``steps``: what ``first`` and ``rest`` are cut into. ``measuring``: the same convolution, run before for
+    the statistics of its value alone, or what makes those without it; ``between``: the steps that make of them what
+    ``kernel`` reads. See :mod:`fxfuse.kernels.twice`.
+    """
+
+    first: Program
+    kernel: Launch | None
+    rest: Program
+    steps: tuple[Step, ...]
+    ahead: tuple[Step, ...] = ()
+    measuring: Launch | None = None
+    between: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        first = [f"first {s}" for s in self.ahead]
+        run = self.measuring
+        measuring = [f"{'three kernels' if run.correlates else 'one kernel'}: {run}"] if run is not None else []
+        again = "one kernel" if run is None else f"then the convolution{'' if run.correlates else ' again'}"
+        kernel = [f"{again}: {self.kernel}"] if self.kernel is not None else []
+        between, steps = ([f"then {s}" for s in each] for each in (self.between, self.steps))
+        return "; ".join([*first, *measuring, *between, *kernel, *steps])
