@@ -271,6 +271,7 @@ extern "C" __global__ void __launch_bounds__(256)
 measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse::ChannelState channels, const {t}* x,
         const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
         int volume, int all_channels) {{
+  fxfuse::begin_dependent();
   if (blockIdx.x < all_channels)
     fxfuse::measure_weights<{t}, {TYPES[bias]}, {scaled}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels,
                                                                              out_channels, volume);
@@ -281,6 +282,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_weights) {{
+  fxfuse::begin_dependent();
   if (blockIdx.x < g.blocks)
     fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
   else
@@ -291,6 +293,7 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
+  fxfuse::begin_dependent();
   fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
 }}
 """ + "".join(
@@ -305,6 +308,7 @@ _AGAIN = """
 extern "C" __global__ void __launch_bounds__(256, 4)
 again(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g) {{
+  fxfuse::begin_dependent();
   fxfuse::to_rows_again<{t}, {half}, Problem::exact>(x, rows, samples, g);
 }}
 """
@@ -312,6 +316,7 @@ _MERGE = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 1)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
       const __grid_constant__ Problem::Epilogue::Arguments arguments, fxfuse::Moments* moments) {{
+  fxfuse::begin_dependent();
   fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, moments);
 }}
 """

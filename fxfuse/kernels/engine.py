@@ -22,7 +22,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsuppo
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Launch, Module, empty, queue, rows_map, stream_of
+from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 
@@ -199,21 +199,22 @@ class Convolution:
         factor: float = 1.0,
         moments: Tensor | None = None,
         calls: Calls | None = None,
+        follows: bool = False,
     ) -> None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         Where the epilogue makes one value of all channels, ``out`` has one of them.
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
         of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
-        statistics; where it does not keep the values, ``out`` is a meta tensor. ``calls``: what the caller
-        keeps for one set of shapes, strides of ``out``, ``factor`` and lengths of operands, empty at first. Everything
-        is queued on the current stream of the current device, x's. Raises Unsupported before anything is queued where
-        sizes exceed what the kernels count.
+        statistics; where it does not keep the values, ``out`` is a meta tensor. ``follows``: as of ``Chain``.
+        ``calls``: what the caller keeps for one set of shapes, strides of ``out``, ``factor``, ``follows`` and lengths
+        of operands, empty at first. Everything is queued on the current stream of the current device, x's. Raises
+        Unsupported before anything is queued where sizes exceed what the kernels count.
         """
         if calls is None:
             key = (
                 x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
-                len(behind), factor,
+                len(behind), factor, follows,
             )  # fmt: skip
             if len(self._calls) > 256:
                 self._calls.clear()
@@ -230,7 +231,8 @@ class Convolution:
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
-            call = _Call(self, x, extents, out, bias is not None, (len(before), len(after), len(behind)), factor)
+            sizes = len(before), len(after), len(behind)
+            call = _Call(self, x, extents, out, bias is not None, sizes, factor, follows)
         call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments)
         free.append(call)
 
@@ -247,6 +249,7 @@ class _Call:
         bias: bool,
         operands: tuple[int, int, int],
         factor: float,
+        follows: bool,
     ) -> None:
         made, shape = layer.made, layer.made.layer
         n, _, *sizes = x.shape
@@ -352,13 +355,14 @@ class _Call:
         if every > 1:
             arguments = [x_at, rows, told.samples, rows_geometry]
             again.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
-        self.launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
+        launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
-            self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
+            launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
         if epilogue.gathers:
             arguments = [x_at, w_at, told.direct, geometry, destination, moments_at]
-            self.launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))
+            launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))
+        self.launch = Chain(launches, follows=follows)
 
     def run(
         self,
@@ -384,7 +388,7 @@ class _Call:
             self.packed_operands = operands
         if self.in_place and at != self.source:
             self._map(at)
-        queue(self.launches, stream_of(self.device))
+        self.launch(stream_of(self.device))
 
     def _place(self, base: int) -> None:
         """Let the arguments point into a workspace at ``base``."""

@@ -57,17 +57,19 @@ class Prepared:
         kept, places, tensors = _without_views(parts, places, outputs)
         last = _last_uses(kept, places)
         steps = []
+        follows = False  # whether a part comes behind one of our kernels
         with torch.cuda.device(device):
             for i, part in enumerate(kept):
                 if isinstance(part, Launch):
                     ours = measuring if part is made.measuring else convolution
                     assert ours is not None
                     if isinstance(ours, Correlation):
-                        run = _correlation(part, ours)
+                        run = _correlation(part, ours, follows)
                     else:
-                        run = _convolution(part, ours, places)
+                        run = _convolution(part, ours, places, follows)
                 else:
-                    run = prepare(part, device, places, tensors)
+                    run = prepare(part, device, places, tensors, follows=follows)
+                follows = not isinstance(part, Torch)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
         written = {p.stored for p in kept if isinstance(p, Launch) and p.keeps}
@@ -151,7 +153,7 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
-def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place]) -> Run:
+def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place], follows: bool) -> Run:
     """The convolution with its epilogue, as a step among others."""
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
@@ -187,12 +189,13 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             factor=kernel.factor,
             moments=moments,
             calls=calls,
+            follows=follows,
         )
 
     return run
 
 
-def _correlation(kernel: Launch, correlation: Correlation) -> Run:
+def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
     moments_of_it = moments_name(kernel.stored)
@@ -201,7 +204,7 @@ def _correlation(kernel: Launch, correlation: Correlation) -> Run:
         x, weight = _three_dims(values[kernel.x]), _three_dims(values[kernel.weight])
         form = x.shape, x.stride()
         if form not in calls:
-            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents)
+            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
         values[moments_of_it] = moments = moments_of(kernel.kind)
         calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
 

@@ -31,18 +31,20 @@ BLOCK, FINISH_BLOCK = 256, 128
 ROWS, MEASURED = 8, 32
 
 
-def prepare(step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str]) -> Run:
+def prepare(
+    step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str], *, follows: bool = False
+) -> Run:
     """Compile and load what ``step`` needs on ``device``, the current one.
 
     ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
-    operands of kernels.
+    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
     """
     if isinstance(step, Map):
-        return _prepare_map(step, device, places)
+        return _prepare_map(step, device, places, follows)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device, tensors)
+        return _prepare_gather(step, device, tensors, follows)
     if isinstance(step, Bundle):
-        return _prepare_bundle(step, device)
+        return _prepare_bundle(step, device, follows)
     return by_torch(step.program)
 
 
@@ -117,7 +119,7 @@ def _laid_out(value: Tensor, layout: str, planned: tuple[int, ...]) -> Tensor:
 
 
 # --- maps -----------------------------------------------------------------------------------------
-def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -> Run:
+def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], follows: bool) -> Run:
     index = device.index
     source = source_of(step)
     size, made = _sizes(step.given), _sizes(step.kind)
@@ -151,7 +153,8 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
     pointwise = step.window is None and step.fold is None and step.rows is None
     operands = [Operands(e, places) for e in (step.before, *([] if pointwise else [step.after]))]
-    launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}")
+    form = f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}"
+    launch = Packed(kernel, grid, BLOCK, form, follows=follows)
 
     planned = dense(step.given.shape, step.layouts[0])
 
@@ -169,14 +172,14 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
 
 
 # --- small tensors --------------------------------------------------------------------------------
-def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
+def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
     kernel = _load(source_of(step), ("bundle",), device)["bundle"]
     reads, makes, index = step.made.reads, step.makes, device.index
     forms = [
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
-    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q")
+    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q", follows=follows)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
@@ -234,11 +237,14 @@ def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], t
     return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
 
 
-def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Run:
+def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool) -> Run:
     kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
-    measure = _prepare_measure(step, kernels, device) if step.layout else None
+    measure = _prepare_measure(step, kernels, device, follows) if step.layout else None
     name = moments_name(step.value)
-    finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device, tensors) for instr in step.instrs]
+    finishes = [
+        _prepare_finish(instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0)
+        for i, instr in enumerate(step.instrs)
+    ]
 
     def run(values: Values) -> None:
         moments = measure(values[step.value]) if measure is not None else values.pop(name)
@@ -249,7 +255,7 @@ def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Ru
 
 
 def _prepare_finish(
-    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str]
+    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str], follows: bool
 ) -> Callable[[Values, Tensor], None]:
     n, c, d, h, w = _sizes(kind)
     attributes = dict(instr.attributes)
@@ -259,7 +265,7 @@ def _prepare_finish(
     index, size = device.index, rows * c * 4
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
     told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
-    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd")
+    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd", follows=follows)
 
     def run(values: Values, moments: Tensor) -> None:
         results = empty(shape, strides, torch.float32)
@@ -272,15 +278,17 @@ def _prepare_finish(
     return run
 
 
-def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.device) -> Callable[[Tensor], Tensor]:
+def _prepare_measure(
+    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool
+) -> Callable[[Tensor], Tensor]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
-    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i")
-    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q")
+    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
+    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q", follows=True)
 
     planned = dense(step.kind.shape, step.layout)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -42,6 +43,9 @@ STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make
 #: the samples that half precision cannot hold; a reduction of 64 channels per thread
 MOST_SPILLED = {"convolution": 384, "direct": 64, "merge": 128, "fold": 96}
+#: instructions that read or write global memory, or end a thread; and those that go to a label
+TOO_EARLY = re.compile(r"\b(LDG?|STG?|LDGSTS|ATOMG?|REDG?|UTMALDG|UBLKCP|EXIT|RET)\b")
+GOES = re.compile(r"\b(?:BRA|JMP)\b.*?(\.L_x_\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +88,25 @@ def check(source: Source, *, disassemble: bool) -> None:
         assert used.spills <= MOST_SPILLED.get(name, 0), (name, used, source.kinds)
     # C7510, C7511: ptxas waits behind every matrix instruction
     assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w], source.kinds
+    for name in cubin.kernels if disassemble else ():
+        check_wait(sass(cubin, name))
     if source.convolution is not None:
         assert cubin.kernels["convolution"].shared + source.convolution.made.dynamic_bytes <= SHARED_BYTES
         assert ("merge" in cubin.kernels) == source.convolution.epilogue.gathers
         if disassemble or cubin.kernels["convolution"].spills:
             check_products(cubin, source)
+
+
+def check_wait(text: str) -> None:
+    """Whichever way a thread goes, it waits for the kernels in front before it touches global memory: a launch may
+    begin while they run."""
+    lines = [line for line in (re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()) if line]
+    (wait,) = (i for i, line in enumerate(lines) if "ACQBULK" in line)
+    assert not lines[wait].startswith("@"), lines[wait]
+    for line in lines[:wait]:
+        assert not TOO_EARLY.search(line), line
+        goes = GOES.search(line)
+        assert goes is None or lines.index(f"{goes[1]}:") <= wait, line
 
 
 def check_products(cubin: Cubin, source: Source) -> None:
