@@ -21,6 +21,7 @@ from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import examples, schedule
+from fxfuse.kernels.tail import Map, Torch
 from fxfuse.program import Program
 
 Call = tuple[str, tuple[int, ...], list[bytes]]
@@ -302,3 +303,15 @@ def test_a_region_says_what_its_outputs_are(
         assert len(results) == len(program.outputs)
         memories = [t.untyped_storage().data_ptr() for t in (*results, *inputs)]
         assert (len({*memories}) == len(memories)) or not ready.apart
+
+
+def test_behind_torchs_operators_a_kernel_waits_as_usual(driver: Driver, memory: list[Tensor], small: None) -> None:
+    softmax = f"softmax(s, dim=2)\n    p = {POOL.replace('(s,', '(o,')}"
+    text = CHAIN.format(softmax, "p", no=(0,) * 3, one=(1,) * 3, two=(2,) * 3)
+    program = Program.parse(text)[1]
+    made = schedule(program, examples(program))
+    assert made.kernel is not None and [type(s) for s in made.steps] == [Torch, Map]
+    ready = Prepared.of(program, made, execute.convolution_of(made.kernel), torch.device("cpu"))
+    ready.run([torch.randn([s or 0 for s in kind.shape]) for _, kind in program.inputs])
+    assert [c[0] for c in driver.calls] == ["measure", "prepare", "convolution", "direct", "pool"]
+    assert driver.overlaps == [False, True, True, True, False]
