@@ -1,9 +1,9 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
-A call queues up to six kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
-packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`, `direct`
-for samples that `prepare` marked, and `merge` where statistics of the output are wanted. What depends on shapes alone
-is computed once, in a :class:`_Call`; a call fills in the pointers.
+A call queues up to six kernels: `measure` (scales of weights and samples of float32), `prepare` (x as rows of
+channels, packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`,
+`direct` for samples that `prepare` marked, and `merge` where statistics of the output are wanted. What depends on
+shapes alone is computed once, in a :class:`_Call`; a call fills in the pointers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 
-KERNELS = ("measure", "prepare", "convolution", "direct")
+KERNELS = ("prepare", "convolution", "direct")
 #: threads of `merge`, and the channels that a block of it takes
 MERGE_BLOCK, MERGED = 512, 8
 BLOCK = 256
@@ -266,7 +266,8 @@ class _Call:
         epilogue = layer.epilogue
         each = math.prod(x.shape[1:])
         every = sampled(n, each) if self.scaled else 1
-        names = (*KERNELS, *(["again"] if every > 1 else []), *(["merge"] if epilogue.gathers else []))
+        more = {"measure": self.scaled, "again": every > 1, "merge": epilogue.gathers}
+        names = (*KERNELS, *(name for name, there in more.items() if there))
         module = _module(layer.source(store), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
@@ -329,15 +330,18 @@ class _Call:
             span,
             quads,
         )
-        measure = Launch(
-            module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
-            [w_at, b_at, told.channels, x_at, told.samples, _L(each), in_c, out_c, volume, _I(couts)],
-        )  # fmt: skip
+        launches = []
+        if self.scaled:
+            arguments = [w_at, b_at, told.channels, x_at, told.samples, _L(each), in_c, out_c, volume, _I(couts)]
+            launches.append(Launch(module.kernels["measure"], couts + n * parts, BLOCK, arguments))
+        wide = _L.from_buffer(self.arguments, _Arguments.channels.offset + _Channels.bias.offset)
         prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
             [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, _I(made.chunks),
-             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_weights)],
+             _I(made.column_tiles), in_c, out_c, volume, _I(made.weight_bytes), _I(blocks_weights),
+             *([] if self.scaled else [b_at, wide, _I(couts)])],
         )  # fmt: skip
+        launches.append(prepare)
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk
         geometry = _Geometry(
@@ -351,11 +355,10 @@ class _Call:
             module.kernels["convolution"], min(total, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        again = []
         if every > 1:
             arguments = [x_at, rows, told.samples, rows_geometry]
-            again.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
-        launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
+            launches.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
+        launches.append(convolution)
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
             launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))

@@ -115,7 +115,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     written = rows + packed + stored + moments
     weight = layer.in_channels * layer.groups * layer.out_channels * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
-    helpers = (scaled or kernel.bias is not None) + (scaled and every > 1) + (scaled and kernel.keeps) + kernel.gathers
+    helpers = scaled + (scaled and every > 1) + (scaled and kernel.keeps) + kernel.gathers
     return Work(
         launches=2 + helpers,
         read=read,
