@@ -198,12 +198,14 @@ class Convolution:
         behind: bytes = b"",
         factor: float = 1.0,
         moments: Tensor | None = None,
+        squeezed: bool = False,
         calls: Calls | None = None,
         follows: bool = False,
     ) -> None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
-        Where the epilogue makes one value of all channels, ``out`` has one of them.
+        All may have fewer of the spatial dims. Where the epilogue makes one value of all channels, ``out`` has one of
+        them, or, ``squeezed``, no dim for them.
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
         of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
         statistics; where it does not keep the values, ``out`` is a meta tensor. ``follows``: as of ``Chain``.
@@ -224,7 +226,7 @@ class Convolution:
         if free is None:
             if out.numel() == 0:
                 return
-            if self.dtype is torch.float32 and not _dense(x):
+            if self.dtype is torch.float32 and not _dense(three_dims(x)):
                 x = x.contiguous()
                 form = x.stride(), x.data_ptr() % 16 == 0
             free = calls.setdefault(form, [])
@@ -232,7 +234,8 @@ class Convolution:
             call = free.pop()  # no other thread has it now
         except IndexError:
             sizes = len(before), len(after), len(behind)
-            call = _Call(self, x, extents, out, bias is not None, sizes, factor, follows)
+            room = three_dims(out.unsqueeze(1) if squeezed else out)
+            call = _Call(self, three_dims(x), extents, room, bias is not None, sizes, factor, follows)
         call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments)
         free.append(call)
 
@@ -296,6 +299,7 @@ class _Call:
                 tail += max(size, 8)
         self.places = tuple(places)
         self.arguments = ctypes.create_string_buffer(tail + _POOLED.size)
+        self.memory = memoryview(self.arguments).cast("B")
         self.told = told = _Arguments.from_buffer(self.arguments)
         rows, packed, scale, x_at, w_at, b_at, moments_at = (
             _L.from_buffer(self.arguments, getattr(_Arguments, name).offset)
@@ -385,9 +389,8 @@ class _Call:
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         if operands != self.packed_operands:
-            arguments = ctypes.addressof(self.arguments)
             for place, packed in zip(self.places, operands, strict=True):
-                ctypes.memmove(arguments + place, packed, len(packed))
+                self.memory[place : place + len(packed)] = packed
             self.packed_operands = operands
         if self.in_place and at != self.source:
             self._map(at)
@@ -398,7 +401,7 @@ class _Call:
         self.base = base
         kept = self.placed.get(base)
         if kept is not None:
-            ctypes.memmove(self.arguments, kept, len(kept))
+            self.memory[: len(kept)] = kept
             self.source = -1  # the map in it may be of another x
             return
         told = self.told
@@ -445,6 +448,13 @@ def _module(source: str, names: tuple[str, ...], device: int) -> Module:
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def three_dims(x: Tensor) -> Tensor:
+    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
+    while x.dim() < 5:
+        x = x.unsqueeze(2)
+    return x
 
 
 def _dense(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.engine import Calls, Convolution
+from fxfuse.kernels.engine import Calls, Convolution, three_dims
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.schedule import Launch, Schedule
@@ -95,12 +95,18 @@ class Prepared:
         return self._run(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = dict(zip(self.names, inputs, strict=True))
+        # loops: dict() and a comprehension take twice as long, and this is on the way of every call
+        values: Values = {}
+        for name, tensor in zip(self.names, inputs):  # noqa: B905 - of as many inputs as it was prepared for
+            values[name] = tensor
         for step, dead in self.steps:
             step(values)
             for name in dead:
                 values.pop(name, None)
-        return [values[name] for name in self.outputs]
+        made = []
+        for name in self.outputs:
+            made.append(values[name])
+        return made
 
 
 # --- what runs, and what need not -----------------------------------------------------------------
@@ -157,26 +163,21 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
     """The convolution with its epilogue, as a step among others."""
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after = Operands(kernel.before, places), Operands(kernel.after, places)
-    behind = None if kernel.behind is None else Operands(kernel.behind, places)
+    before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
+    without = () if any((before.told, after.told, behind.told)) else (b"", b"", b"")
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
-    fewer_dims = len(shape) < 5
 
     def run(values: Values) -> None:
         x, weight = values[kernel.x], values[kernel.weight]
         bias = None if kernel.bias is None else values[kernel.bias].contiguous()
         out = empty(shape, strides, kind.dtype) if not_kept is None else not_kept
-        given = before(values), after(values), b"" if behind is None else behind(values)
+        given = without or (before(values), after(values), behind(values))
         if not_kept is None:
             values[kernel.stored] = out
         moments = None
         if kernel.gathers:
             values[moments_of_it] = moments = moments_of(kind)
-        if kernel.squeezed:
-            out = out.unsqueeze(1)
-        if fewer_dims:
-            x, weight, out = _three_dims(x), _three_dims(weight), _three_dims(out)
         convolution.run(
             x,
             weight,
@@ -188,6 +189,7 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             behind=given[2],
             factor=kernel.factor,
             moments=moments,
+            squeezed=kernel.squeezed,
             calls=calls,
             follows=follows,
         )
@@ -201,7 +203,7 @@ def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run
     moments_of_it = moments_name(kernel.stored)
 
     def run(values: Values) -> None:
-        x, weight = _three_dims(values[kernel.x]), _three_dims(values[kernel.weight])
+        x, weight = three_dims(values[kernel.x]), three_dims(values[kernel.weight])
         form = x.shape, x.stride()
         if form not in calls:
             calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
@@ -209,10 +211,3 @@ def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run
         calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
 
     return run
-
-
-def _three_dims(x: Tensor) -> Tensor:
-    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x
