@@ -365,7 +365,7 @@ class _Call:
         launches.append(convolution)
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
-            launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
+            launches.append(Launch(module.kernels["direct"], processors * 4, BLOCK, arguments))
         if epilogue.gathers:
             arguments = [x_at, w_at, told.direct, geometry, destination, moments_at]
             launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))

@@ -62,9 +62,10 @@ struct Marked {
   // The epilogue multiplies by the product of a sample's and a channel's scale: a float has to hold it.
   template <class Arguments>
   FXFUSE_INLINE bool operator()(const DirectGeometry& s, const Arguments& a, int n) const {
-    if (!scaled) return false;
-    const float scale = a.to.sample_scale[n];
-    return all || s.marks[n] > kFewTiny || !finite(scale * most) || scale * least == 0.f;
+    return scaled && is(s.marks[n], a.to.sample_scale[n]);
+  }
+  FXFUSE_INLINE bool is(uint32_t mark, float scale) const {
+    return all || mark > kFewTiny || !finite(scale * most) || scale * least == 0.f;
   }
 };
 
@@ -151,9 +152,12 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   const Size size = Direct::size(g, a);
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
+  const bool there = Problem::scaled && threadIdx.x < s.samples;  // of its first sample it reads what it needs, at once
+  const uint32_t mark = there ? s.marks[threadIdx.x] : 0;
+  const float scale = there ? a.to.sample_scale[threadIdx.x] : 1.f;
   const Marked<Problem::scaled> marked(s, a);
-  bool some = false;
-  for (int n = threadIdx.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
+  bool some = there && marked.is(mark, scale);
+  for (int n = threadIdx.x + blockDim.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
   if (!__syncthreads_or(some)) return;
   for (int n = 0; n < s.samples; ++n) {
     if (!marked(s, a, n)) continue;
