@@ -79,8 +79,9 @@ class _Config(ctypes.Structure):
     ]
 
 
-#: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin before the one in front of it has ended
-_OVERLAPS = _Attribute(id=6, value=1)
+#: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin before the one in front of it has ended.
+#: Of value 0 no kernel does, from the next launch on: for comparisons.
+OVERLAP = _Attribute(id=6, value=1)
 
 
 @functools.cache
@@ -146,7 +147,7 @@ class Launch:
         if max(grid) > MOST_BLOCKS:  # which ctypes would cut off
             raise CudaError(f"a grid of {grid} blocks: a GPU counts {MOST_BLOCKS} at most")
         self.config = _Config(grid, (block, 1, 1), shared)
-        self.config.attributes = ctypes.pointer(_OVERLAPS)
+        self.config.attributes = ctypes.pointer(OVERLAP)
         #: launches once more, and returns the driver's status; what does not change from call to call is bound here
         self.start = functools.partial(
             _launcher(), ctypes.byref(self.config), kernel.function, ctypes.byref(pointers), None

@@ -83,7 +83,7 @@ def test_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     together = bits(model)
-    monkeypatch.setattr(launch._OVERLAPS, "value", 0)
+    monkeypatch.setattr(launch.OVERLAP, "value", 0)
     model.load_state_dict(state)
     apart = bits(model)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))

@@ -89,7 +89,7 @@ def check(source: Source, *, disassemble: bool) -> None:
     # C7510, C7511: ptxas waits behind every matrix instruction
     assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w], source.kinds
     for name in cubin.kernels if disassemble else ():
-        check_wait(sass(cubin, name))
+        check_wait(name, sass(cubin, name))
     if source.convolution is not None:
         assert cubin.kernels["convolution"].shared + source.convolution.made.dynamic_bytes <= SHARED_BYTES
         assert ("merge" in cubin.kernels) == source.convolution.epilogue.gathers
@@ -97,9 +97,10 @@ def check(source: Source, *, disassemble: bool) -> None:
             check_products(cubin, source)
 
 
-def check_wait(text: str) -> None:
+def check_wait(name: str, text: str) -> None:
     """Whichever way a thread goes, it waits for the kernels in front before it touches global memory: a launch may
     begin while they run."""
+    assert text.count("ACQBULK") == 1, f"{name} does not call fxfuse::begin_dependent(), or not once"
     lines = [line for line in (re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()) if line]
     (wait,) = (i for i, line in enumerate(lines) if "ACQBULK" in line)
     assert not lines[wait].startswith("@"), lines[wait]

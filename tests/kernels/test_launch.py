@@ -103,12 +103,12 @@ def test_structs_are_the_drivers() -> None:
     attribute = theirs.CUlaunchAttribute()
     attribute.id = theirs.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
-    assert ctypes.string_at(attribute.getPtr(), 72) == bytes(launch._OVERLAPS)
+    assert ctypes.string_at(attribute.getPtr(), 72) == bytes(launch.OVERLAP)
     config = theirs.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = 1, 2, 3
     config.blockDimX, config.blockDimY, config.blockDimZ = 4, 5, 6
     config.sharedMemBytes, config.hStream, config.attrs, config.numAttrs = 7, 8, [attribute], 1
-    ours = launch._Config((1, 2, 3), (4, 5, 6), 7, 8, ctypes.pointer(launch._OVERLAPS), 1)
+    ours = launch._Config((1, 2, 3), (4, 5, 6), 7, 8, ctypes.pointer(launch.OVERLAP), 1)
     told = ctypes.string_at(config.getPtr(), ctypes.sizeof(ours))
     place = launch._Config.attributes
     behind = place.offset + place.size
