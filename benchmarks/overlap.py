@@ -20,7 +20,6 @@ from fxfuse.kernels import launch
 from fxfuse.kernels.plan import Path
 from fxfuse.models import CASES, Case
 
-
 #: calls of a graph
 CALLS = 20
 
