@@ -2,8 +2,9 @@
 
 A call queues up to six kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
 packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`, `direct`
-for samples that `prepare` marked, and `merge` where statistics of the output are wanted. What depends on shapes alone
-is computed once, in a :class:`_Call`; a call fills in the pointers.
+for samples that `prepare` marked, and `merge` where statistics of the output are wanted. A second run on the same x
+leaves out what the first one has made for it. What depends on shapes alone is computed once, in a :class:`_Call`; a
+call fills in the pointers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Shared, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Launch, Module, empty, queue, rows_map, stream_of
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
+from fxfuse.kernels.workspace import Workspace
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
 #: threads of `merge`, and the channels that a block of it takes
@@ -198,22 +200,25 @@ class Convolution:
         behind: bytes = b"",
         factor: float = 1.0,
         moments: Tensor | None = None,
+        shares: Shared = Shared.NOTHING,
+        prepared: Tensor | None = None,
         calls: Calls | None = None,
-    ) -> None:
+    ) -> Tensor | None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         Where the epilogue makes one value of all channels, ``out`` has one of them.
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
         of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
-        statistics; where it does not keep the values, ``out`` is a meta tensor. ``calls``: what the caller
-        keeps for one set of shapes, strides of ``out``, ``factor`` and lengths of operands, empty at first. Everything
-        is queued on the current stream of the current device, x's. Raises Unsupported before anything is queued where
-        sizes exceed what the kernels count.
+        statistics; where it does not keep the values, ``out`` is a meta tensor. ``shares``: what of x and the weights
+        another run, on the same tensors, uses as well; ``prepared``: what the first run returned, for the second one.
+        ``calls``: what the caller keeps for one set of shapes, strides of ``out``, ``factor``, ``shares`` and lengths
+        of operands, for a first or a second run, empty at first. Everything is queued on the current stream of the
+        current device, x's. Raises Unsupported before anything is queued where sizes exceed what the kernels count.
         """
         if calls is None:
             key = (
                 x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
-                len(behind), factor,
+                len(behind), factor, shares, prepared is None,
             )  # fmt: skip
             if len(self._calls) > 256:
                 self._calls.clear()
@@ -222,17 +227,19 @@ class Convolution:
         free = calls.get(form)
         if free is None:
             if out.numel() == 0:
-                return
-            if self.dtype is torch.float32 and not _dense(x):
+                return None
+            if self.dtype is torch.float32 and prepared is None and not _dense(x):
                 x = x.contiguous()
                 form = x.stride(), x.data_ptr() % 16 == 0
             free = calls.setdefault(form, [])
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
-            call = _Call(self, x, extents, out, bias is not None, (len(before), len(after), len(behind)), factor)
-        call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments)
+            sizes, given = (len(before), len(after), len(behind)), prepared is not None
+            call = _Call(self, x, extents, out, bias is not None, sizes, factor, shares, given)
+        prepared = call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments, prepared)
         free.append(call)
+        return prepared
 
 
 class _Call:
@@ -247,6 +254,8 @@ class _Call:
         bias: bool,
         operands: tuple[int, int, int],
         factor: float,
+        shares: Shared,
+        given: bool,
     ) -> None:
         made, shape = layer.made, layer.made.layer
         n, _, *sizes = x.shape
@@ -256,7 +265,7 @@ class _Call:
         self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
         self.in_place = not self.scaled and _rows_in_place(x, made)
         self.device = x.device.index
-        self.base = self.source = -1
+        self.bases, self.source = (-1, -1), -1
         self.packed_operands = (b"", b"", b"")
         pooled = bool(layer.epilogue.combine)
         tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
@@ -275,15 +284,14 @@ class _Call:
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
         slots = n * self.slots if epilogue.gathers else 0
-        counts = [n * parts, n, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
         rows_bytes = 0 if self.in_place else n * positions * width * 2
-        sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
-        self.offsets = [0, sections[0]]
-        at = sum(sections)
-        for count in counts:
-            self.offsets.append(at)
-            at += -(-count * 4 // 16) * 16
-        self.workspace = (at,)
+        self.workspace = Workspace.of(
+            [rows_bytes, n * parts * 4, n * 4, n * 4, n * 4],
+            [tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
+            [slots * couts * 8, slots * 4],
+            shares,
+        )
+        self.given = given
 
         tail, places = ctypes.sizeof(_Arguments), []
         for number, size in enumerate(operands):
@@ -297,7 +305,7 @@ class _Call:
             _L.from_buffer(self.arguments, getattr(_Arguments, name).offset)
             for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
         )
-        self.bias, self.placed = bias, dict[int, bytes]()
+        self.bias, self.placed = bias, dict[tuple[int, int], bytes]()
         strides = _Strides(*x.stride())
         told.samples.parts, told.samples.every, told.to.stride = parts, every, _Strides(*out.stride())
         told.direct = _Direct(strides, *sizes, n, channels=couts)
@@ -311,7 +319,7 @@ class _Call:
         quads = self.scaled and _by_quads(x)
         span = (8192 if quads else 4096) // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
-        blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
+        blocks_rows = 0 if self.in_place or given else blocks_positions * -(-width // made.parts // 64) * n
         taps = sum(s.count for p in made.passes for s in p.steps)
         blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
         blocks = blocks_rows + blocks_weights * tiles * made.chunks
@@ -327,7 +335,7 @@ class _Call:
             quads,
         )
         measure = Launch(
-            module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
+            module.kernels["measure"], couts + (n * parts if self.scaled and not given else 0), BLOCK,
             [w_at, b_at, told.channels, x_at, told.samples, _L(each), in_c, out_c, volume, _I(couts)],
         )  # fmt: skip
         prepare = Launch(
@@ -348,11 +356,13 @@ class _Call:
             module.kernels["convolution"], min(total, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        again = []
-        if every > 1:
+        self.launches = []
+        if not given or shares is not Shared.ALL:
+            self.launches += [*([measure] if self.scaled or bias else []), prepare]
+        if every > 1 and not given:
             arguments = [x_at, rows, told.samples, rows_geometry]
-            again.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
-        self.launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
+            self.launches.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
+        self.launches.append(convolution)
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
             self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
@@ -368,11 +378,16 @@ class _Call:
         out: Tensor,
         operands: tuple[bytes, bytes, bytes],
         moments: Tensor | None,
-    ) -> None:
-        workspace = empty(self.workspace, (1,), torch.uint8)
-        base, at = workspace.data_ptr(), x.data_ptr()
-        if base != self.base:
-            self._place(base)
+        prepared: Tensor | None,
+    ) -> Tensor | None:
+        """Queue everything; what of it a second run uses, or what this one was given."""
+        room, at = self.workspace, x.data_ptr()
+        if room.handed and not self.given:
+            prepared = empty((room.handed,), (1,), torch.uint8)
+        own = empty((room.own,), (1,), torch.uint8) if room.own else None
+        bases = 0 if prepared is None else prepared.data_ptr(), 0 if own is None else own.data_ptr()
+        if bases != self.bases:
+            self._place(bases)
         _ADDRESSES.pack_into(
             self.arguments, _X, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
@@ -385,31 +400,32 @@ class _Call:
         if self.in_place and at != self.source:
             self._map(at)
         queue(self.launches, stream_of(self.device))
+        return prepared
 
-    def _place(self, base: int) -> None:
-        """Let the arguments point into a workspace at ``base``."""
-        self.base = base
-        kept = self.placed.get(base)
+    def _place(self, bases: tuple[int, int]) -> None:
+        """Let the arguments point into a workspace whose blocks begin at ``bases``."""
+        self.bases = bases
+        kept = self.placed.get(bases)
         if kept is not None:
             ctypes.memmove(self.arguments, kept, len(kept))
             self.source = -1  # the map in it may be of another x
             return
         told = self.told
-        told.rows, told.packed, *state = [base + offset for offset in self.offsets]
         samples, channels, to = told.samples, told.channels, told.to
-        samples.largest, samples.above, samples.marks, samples.scale = state[:4]
-        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
+        places = self.workspace.addresses(*bases)
+        told.rows, samples.largest, samples.above, samples.marks, samples.scale = places[:5]
+        told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
+        to.parts, to.counts = places[10:]
         told.scale = channels.scale
-        to.parts, to.counts = state[8:]
         to.bias = channels.bias if self.bias else 0
         if self.scaled:
             to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
             told.direct.marks, told.direct.wrong = samples.marks, channels.wrong
         if not self.in_place:
-            self._map(base)
+            self._map(told.rows)
         if len(self.placed) == MOST_PLACES:
             self.placed.clear()
-        self.placed[base] = bytes(told)
+        self.placed[bases] = bytes(told)
 
     def _map(self, source: int) -> None:
         """Let the convolution read rows of channels from ``source`` on."""

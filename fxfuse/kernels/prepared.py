@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
+from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty
@@ -56,6 +57,7 @@ class Prepared:
         places = {} if inputs is None else {n: Place.of(n, t) for n, t in zip(names, inputs, strict=True)}
         kept, places, tensors = _without_views(parts, places, outputs)
         last = _last_uses(kept, places)
+        shares = Shared.NOTHING if made.kernel is None else made.kernel.shares
         steps = []
         with torch.cuda.device(device):
             for i, part in enumerate(kept):
@@ -65,7 +67,7 @@ class Prepared:
                     if isinstance(ours, Correlation):
                         run = _correlation(part, ours)
                     else:
-                        run = _convolution(part, ours, places)
+                        run = _convolution(part, ours, places, first=part is made.measuring, shares=shares)
                 else:
                     run = prepare(part, device, places, tensors)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
@@ -151,8 +153,13 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
-def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place]) -> Run:
-    """The convolution with its epilogue, as a step among others."""
+def _convolution(
+    kernel: Launch, convolution: Convolution, places: Mapping[str, Place], *, first: bool, shares: Shared
+) -> Run:
+    """The convolution with its epilogue, as a step among others.
+
+    ``shares``: what the ``first`` run of two hands on to the second one, in a tensor of its own among the values.
+    """
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
     before, after = Operands(kernel.before, places), Operands(kernel.after, places)
@@ -160,6 +167,7 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
     fewer_dims = len(shape) < 5
+    handed, shared = f"prepared {kernel.x}", shares is not Shared.NOTHING
 
     def run(values: Values) -> None:
         x, weight = values[kernel.x], values[kernel.weight]
@@ -175,7 +183,8 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             out = out.unsqueeze(1)
         if fewer_dims:
             x, weight, out = _three_dims(x), _three_dims(weight), _three_dims(out)
-        convolution.run(
+        prepared = values.pop(handed, None) if shared and not first else None
+        prepared = convolution.run(
             x,
             weight,
             bias,
@@ -186,8 +195,12 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             behind=given[2],
             factor=kernel.factor,
             moments=moments,
+            shares=shares,
+            prepared=prepared,
             calls=calls,
         )
+        if first and prepared is not None:
+            values[handed] = prepared
 
     return run
 

@@ -1,0 +1,198 @@
+"""Two runs of a convolution of which the second one makes no rows of x, on a GPU or an emulated one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from place import DEVICE, kernels_always, needs
+from test_kernels import LAST, made, sample
+from test_tail import NORMS, Stages, check, spread, steps_of
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.kernels import engine, execute
+from fxfuse.kernels.launch import Launch
+
+pytest.importorskip("cuda.bindings")
+pytestmark = needs((9, 0))
+
+ALL, ROWS = "from the first run's rows and packed weights", "from the first run's rows"
+#: behind the norm: of a mean the second run adds up weights, which it packs in a way of its own
+WAYS: dict[str, tuple[list[Callable[[Tensor], Tensor]], str]] = {
+    "all": ([F.hardswish], ALL),
+    "rows": ([lambda y: F.avg_pool3d(y, 2)], ROWS),
+}
+
+
+@pytest.fixture(autouse=True)
+def always_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for part in ("WORTH_TWICE", "HOPELESS"):
+        monkeypatch.setattr(execute, part, math.inf)
+    with kernels_always():
+        yield
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many kernels every run of a convolution queues."""
+    found: list[int] = []
+    queue = engine.queue
+
+    def counted(launches: Sequence[Launch], stream: int) -> None:
+        found.append(len(launches))
+        queue(launches, stream)
+
+    monkeypatch.setattr(engine, "queue", counted)
+    return found
+
+
+def block(
+    way: str, norm: str = "instance", dtype: torch.dtype = torch.float32, *, stride: int = 2, bias: bool = True
+) -> nn.Module:
+    convolution = made(3, 8, 12, 3, stride=stride, padding=1, dtype=dtype, bias=bias)
+    return spread(Stages(convolution, NORMS[norm](12, 3).to(DEVICE, dtype), *WAYS[way][0])).train()
+
+
+def near(model: nn.Module, fast: nn.Module, x: Tensor) -> None:
+    """Sample by sample: a large one hides no other."""
+    with torch.no_grad():
+        got, truth = fast(x), copy.deepcopy(model).double()(x.double())
+    for one, expected in zip(got, truth, strict=True):
+        torch.testing.assert_close(one.double(), expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "last", "a view"])
+@pytest.mark.parametrize(
+    ("way", "dtype", "stride", "launches"),
+    [
+        ("all", torch.float32, 2, [4, 2]),  # measure, prepare, convolution, merge; convolution, direct
+        ("rows", torch.float32, 2, [4, 4]),  # the weights are measured and packed again
+        ("all", torch.float16, 1, [4, 1]),
+        ("all", torch.float16, 2, [4, 3]),  # without zeros in x's place, other residue classes go together
+        ("all", torch.bfloat16, 1, [4, 1]),
+    ],
+    ids=str,
+)
+def test_what_is_queued(
+    queued: list[int], way: str, dtype: torch.dtype, stride: int, launches: list[int], layout: str
+) -> None:
+    x = sample(3, 8, 4, 6, 5, dtype=dtype)
+    x = {"contiguous": x, "last": x.contiguous(memory_format=LAST[5]), "a view": x.transpose(2, 3)[..., ::2]}[layout]
+    check(block(way, dtype=dtype, stride=stride), x, ALL if launches[1] <= 1 + (dtype is torch.float32) else ROWS)
+    assert queued == launches
+
+
+def test_with_the_accuracy_of_float32() -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for way, (_, words) in WAYS.items():
+            check(block(way), sample(2, 8, 4, 6, 5), words)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, 3e38])
+def test_samples_that_half_precision_cannot_hold(way: str, value: float) -> None:
+    """Both runs know them: one value among others, a sample of tiny ones; of a view, too."""
+    torch.manual_seed(0)
+    model = block(way)
+    x = sample(8, 5, 6, 4, 4).permute(3, 0, 1, 2, 4)[..., ::2]
+    x[1, 0, 0, 0, 0], x[2] = value, x[2] * 1e-30
+    fast = fxfuse.optimize(model, (x,))
+    near(model, fast, x)
+    assert WAYS[way][1] in steps_of(fast, x)
+    x[1, 0, 0, 0, 0] = 1.0  # no mark stays
+    near(model, fast, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_not_finite(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = block(way), sample(2, 8, 4, 5, 6)
+    fast = fxfuse.optimize(model, (x,))
+    near(model, fast, x)
+    with torch.no_grad():
+        model.parts[0].weight[3, 5, 1, 1, 1] = math.nan
+    near(model, fast, x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_of_which_some_values_are_looked_at(
+    way: str, monkeypatch: pytest.MonkeyPatch, queued: list[int]
+) -> None:
+    """Rows that are made once more, at another scale, are those of both runs."""
+    for name in ("SAMPLED", "SAMPLED_EACH"):
+        monkeypatch.setattr(engine, name, 2**9)
+    engine.Convolution.of.cache_clear()
+    torch.manual_seed(0)
+    model, x = block(way), sample(3, 8, 8, 16, 8)
+    x[0, 3, 2, 1, 5], x[1, 5, 7, 15, 7] = 300.0, -7000.0
+    fast = fxfuse.optimize(model, (x,))
+    near(model, fast, x)
+    assert queued[-2:] == {"all": [5, 2], "rows": [5, 4]}[way]
+    engine.Convolution.of.cache_clear()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_another_call_is_used(way: str, bias: bool) -> None:
+    """x, the weights and the bias change in place between calls."""
+    torch.manual_seed(0)
+    model, x = block(way, "group", bias=bias), sample(2, 8, 4, 5, 6)
+    fast = fxfuse.optimize(model, (x,))
+    for step in range(4):
+        near(model, fast, x)
+        with torch.no_grad():
+            for p in model.parts[0].parameters():
+                p.mul_(-1.5).add_(0.01 * step)
+            x.mul_(100).add_(step)
+    assert WAYS[way][1] in steps_of(fast, x)
+
+
+def test_other_batches() -> None:
+    model, x = block("all", "group"), sample(3, 8, 4, 5, 6)
+    fast = fxfuse.optimize(model, (x,))
+    for count in (3, 1, 2, 3):
+        near(model, fast, x[:count])
+    with torch.no_grad():
+        assert fast(x[:0]).shape == model(x[:0]).shape
+
+
+def test_two_runs_that_gather() -> None:
+    """Statistics of both runs, from the same rows."""
+    norms = [NORMS[n](12, 3).to(DEVICE) for n in ("instance", "group")]
+    model = spread(Stages(made(3, 8, 12, 3), norms[0], F.relu, norms[1])).train()
+    check(model, sample(2, 8, 4, 5, 6), f"and statistics, {ALL}")
+
+
+def test_rows_go_when_both_runs_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first run hands on is among the values between the runs, and then no longer."""
+    handed: list[weakref.ref[Tensor]] = []
+    empty = engine.empty
+
+    def watched(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        given = empty(shape, strides, dtype)
+        if dtype is torch.uint8:
+            handed.append(weakref.ref(given))
+        return given
+
+    model, x = block("all"), sample(2, 8, 4, 5, 6)
+    fast = fxfuse.optimize(model, (x,))
+    near(model, fast, x)
+    monkeypatch.setattr(engine, "empty", watched)
+    alive: list[list[bool]] = []
+    count = engine.queue
+
+    def look(launches: Sequence[Launch], stream: int) -> None:
+        alive.append([one() is not None for one in handed])
+        count(launches, stream)
+
+    monkeypatch.setattr(engine, "queue", look)
+    with torch.no_grad():
+        fast(x)
+    assert alive == [[True, True], [True, False]]  # what is handed on, and what is the first run's own
+    assert all(one() is None for one in handed)
