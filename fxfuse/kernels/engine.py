@@ -29,8 +29,9 @@ from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 from fxfuse.kernels.workspace import Workspace
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
-#: threads of `merge`, and the channels that a block of it takes
-MERGE_BLOCK, MERGED = 512, 8
+#: threads of `merge`, the channels that a block of it takes, and the slots that it reads at once; and how many blocks
+#: may lie side by side on the GPUs that the sums shall be the same on
+MERGE_BLOCK, MERGED, MERGE_SLOTS, MERGE_BLOCKS = 256, 8, 256, 264
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies
 THREADS = 128 * (CONSUMERS + 1)
@@ -173,6 +174,11 @@ class Convolution:
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
         return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
 
+    def slots(self, stored: Extents) -> int:
+        """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""
+        passes = 1 if self.epilogue.combine else len(self.made.passes)
+        return math.prod(self.tiling(stored)[0].counts) * passes * CONSUMERS
+
     @property
     def stores(self) -> tuple[Store, ...]:
         """The ways to store that sizes may ask for."""
@@ -208,7 +214,7 @@ class Convolution:
 
         Where the epilogue makes one value of all channels, ``out`` has one of them.
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
-        of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
+        of the epilogue's expressions, packed. ``moments``: (N, pieces, Cout, 3) in float64, where the epilogue gathers
         statistics; where it does not keep the values, ``out`` is a meta tensor. ``shares``: what of x and the weights
         another run, on the same tensors, uses as well; ``prepared``: what the first run returned, for the second one.
         ``calls``: what the caller keeps for one set of shapes, strides of ``out``, ``factor``, ``shares`` and lengths
@@ -282,8 +288,8 @@ class _Call:
         rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
         self.map_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else rows_strides
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
-        self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
-        slots = n * self.slots if epilogue.gathers else 0
+        of_sample = layer.slots(tuple(out.shape[2:])) if epilogue.gathers else 0  # type: ignore[arg-type]
+        slots = n * of_sample
         rows_bytes = 0 if self.in_place else n * positions * width * 2
         self.workspace = Workspace.of(
             [rows_bytes, n * parts * 4, n * 4, n * 4, n * 4],
@@ -310,7 +316,7 @@ class _Call:
         told.samples.parts, told.samples.every, told.to.stride = parts, every, _Strides(*out.stride())
         told.direct = _Direct(strides, *sizes, n, channels=couts)
         if epilogue.gathers:
-            told.to.slots, told.to.all_channels = self.slots, couts
+            told.to.slots, told.to.all_channels = of_sample, couts
         if pooled:
             _POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
         to = _Arguments.to.offset  # with the operands behind it
@@ -367,8 +373,10 @@ class _Call:
             arguments = [x_at, w_at, told.direct, geometry, destination]
             self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
         if epilogue.gathers:
-            arguments = [x_at, w_at, told.direct, geometry, destination, moments_at]
-            self.launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))
+            count = pieces(n, couts, of_sample)
+            arguments = [x_at, w_at, told.direct, geometry, destination, _I(count), moments_at]
+            blocks = n * count * -(-couts // MERGED)
+            self.launches.append(Launch(module.kernels["merge"], blocks, MERGE_BLOCK, arguments))
 
     def run(
         self,
@@ -443,6 +451,12 @@ Calls = dict[object, list[_Call]]
 def sampled(samples: int, each: int) -> int:
     """One of how many values of ``samples`` of ``each`` float32 values is looked at before they are scaled."""
     return max(1, min(each // SAMPLED_EACH, samples * each // SAMPLED, 64))
+
+
+def pieces(samples: int, channels: int, slots: int) -> int:
+    """Into how many pieces `merge` adds up the partial statistics of a sample's slots: enough to fill a GPU."""
+    wanted = max(1, min(slots // MERGE_SLOTS, MERGE_BLOCKS // (samples * -(-channels // MERGED))))
+    return -(-slots // -(-slots // wanted))  # without those behind the last slot
 
 
 @functools.lru_cache(maxsize=1024)

@@ -35,6 +35,8 @@ FLOAT_RATE = 3.35e13
 DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.25
 #: seconds that an element of a tile of x takes until it lies in shared memory, and that sums of a class take at least
 TILED, SQUARED = 2.5e-12, 2.3e-5
+#: bytes of the moments of a sample and channel, where the slots of a sample are one piece
+MOMENTS = 24
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
@@ -110,7 +112,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     n, _, *sizes = (s or 0 for s in x.shape)
     rows = n * math.prod(sizes) * made.padded_channels * layer.groups * made.parts * 2
     packed = layer.groups * made.column_tiles * made.weight_bytes
-    moments = n * layer.out_channels * layer.groups * 16 if kernel.gathers else 0
+    moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
     stored = size_of(kernel.kind) if kernel.keeps else 0
     # where samples are scaled, a part of x is read to be measured, all of it to be made rows, and some once more
     every = sampled(n, math.prod(sizes) * (x.shape[1] or 0))
@@ -139,7 +141,7 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     work = made.work(n, _three(sizes), kernel.extents)
     kept = (work.products + work.sums) * torch.float64.itemsize
     read = bytes_of(types, kernel.reads) + kept
-    written = kept + n * made.layer.out_channels * made.layer.groups * 16
+    written = kept + n * made.layer.out_channels * made.layer.groups * MOMENTS
     traffic = (read + written) / BANDWIDTH
     products = work.macs / (DOUBLE_RATE * DOUBLE_PART)
     return Work(

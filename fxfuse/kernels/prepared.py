@@ -11,7 +11,7 @@ from torch import Tensor
 from fxfuse.kernels import correlation_engine
 from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.engine import Calls, Convolution
+from fxfuse.kernels.engine import Calls, Convolution, pieces
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.schedule import Launch, Schedule
@@ -166,6 +166,7 @@ def _convolution(
     behind = None if kernel.behind is None else Operands(kernel.behind, places)
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
+    merged = pieces(shape[0], shape[1], convolution.slots(kernel.sizes)) if kernel.gathers else 0
     fewer_dims = len(shape) < 5
     handed, shared = f"prepared {kernel.x}", shares is not Shared.NOTHING
 
@@ -178,7 +179,7 @@ def _convolution(
             values[kernel.stored] = out
         moments = None
         if kernel.gathers:
-            values[moments_of_it] = moments = moments_of(kind)
+            values[moments_of_it] = moments = moments_of(kind, merged)
         if kernel.squeezed:
             out = out.unsqueeze(1)
         if fewer_dims:

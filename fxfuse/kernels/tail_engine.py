@@ -16,7 +16,7 @@ from torch import Tensor
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
-from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
+from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.operands import Operands, Place
@@ -202,10 +202,11 @@ def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
 PARTIALS = "qqii"
 
 
-def moments_of(kind: TensorType) -> Tensor:
-    """Room on the current device for the moments of every sample and channel of a value."""
+def moments_of(kind: TensorType, count: int = 1) -> Tensor:
+    """Room on the current device for the moments of a value, (N, count, C, 3) for as many pieces of every sample: how
+    many elements, their mean, and the sum of squares around it, of every channel."""
     n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return empty((n, c, 2), (2 * c, 2, 1), torch.float64)
+    return empty((n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64)
 
 
 def moments_name(value: str) -> str:
@@ -251,20 +252,20 @@ def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Ru
 def _prepare_finish(
     instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str]
 ) -> Callable[[Values, Tensor], None]:
-    n, c, d, h, w = _sizes(kind)
+    n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
     shape, strides = _statistics_form(instr, kind)
     rows = shape[1]
     index, size = device.index, rows * c * 4
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
-    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd")
+    told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
+    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid")
 
     def run(values: Values, moments: Tensor) -> None:
         results = empty(shape, strides, torch.float32)
         at = results.data_ptr()
-        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told)
+        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told, moments.shape[1], eps)
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -280,7 +281,8 @@ def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
     first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i")
-    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q")
+    count = pieces(n, c, slots)
+    second = Packed(kernels["merge"], n * count * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "i", "q")
 
     planned = dense(step.kind.shape, step.layout)
 
@@ -288,10 +290,10 @@ def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
-        moments, at, stream = moments_of(step.kind), parts.data_ptr(), stream_of(index)
+        moments, at, stream = moments_of(step.kind, count), parts.data_ptr(), stream_of(index)
         partials = (at, at + n * slots * c * 8, slots, c)
         first(stream, value.data_ptr(), *partials, positions)
-        second(stream, *partials, moments.data_ptr())
+        second(stream, *partials, count, moments.data_ptr())
         return moments
 
     return run
