@@ -98,7 +98,8 @@ def architecture(device: torch.device) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
-def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+def load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+    """The kernels of a source by name, compiled for ``device``, the current one."""
     return _module(source, names, device.index, architecture(device)).kernels
 
 
@@ -123,21 +124,21 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
     size, made = _sizes(step.given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
-        kernel = _load(source, ("pool",), device)["pool"]
+        kernel = load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
-        kernel = _load(source, ("fold",), device)["fold"]
+        kernel = load(source, ("fold",), device)["fold"]
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         sizes = (*size, 0)
     elif step.rows is not None:
         length, count = step.rows.length, vector(DTYPE_NAMES[step.given.dtype])
-        kernel = _load(source, ("whole", "any"), device)["any" if length % count else "whole"]
+        kernel = load(source, ("whole", "any"), device)["any" if length % count else "whole"]
         grid = (-(-math.prod(size) // (length * (1 if step.rows.long else BLOCK // 32))), 1, 1)
         sizes = (*size, length)
     else:
-        kernels = _load(source, ("whole", "any"), device)
+        kernels = load(source, ("whole", "any"), device)
         count = vector(DTYPE_NAMES[step.given.dtype])
         whole = (d * h * w if step.layouts[0] == "contiguous" else c) % count == 0
         kernel = kernels["whole" if whole else "any"]
@@ -170,7 +171,7 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
 
 # --- small tensors --------------------------------------------------------------------------------
 def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
-    kernel = _load(source_of(step), ("bundle",), device)["bundle"]
+    kernel = load(source_of(step), ("bundle",), device)["bundle"]
     reads, makes, index = step.made.reads, step.makes, device.index
     forms = [
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
@@ -236,7 +237,7 @@ def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], t
 
 
 def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Run:
-    kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
+    kernels = load(source_of(step), ("measure", "merge", "finish"), device)
     measure = _prepare_measure(step, kernels, device) if step.layout else None
     name = moments_name(step.value)
     finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device, tensors) for instr in step.instrs]
