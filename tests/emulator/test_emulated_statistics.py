@@ -84,6 +84,21 @@ def test_pieces(device: Device, slots: int, count: int) -> None:
         assert torch.equal(alone[:, 0], got[:, i])
 
 
+def test_a_mean_far_from_zero(device: Device) -> None:
+    """Means of slots that differ in their last bits: float64 alone would lose the squares around a mean."""
+    torch.manual_seed(0)
+    base, (n, slots, c) = 2.0**23, (1, 300, 8)
+    counts = torch.randint(1, 9, (n, slots), dtype=torch.int32)
+    steps = torch.randint(-2, 3, (n, slots, c)).double()
+    parts = torch.stack([(steps + base).float(), torch.rand(n, slots, c)], -1).contiguous()
+    _, mean, squares = whole(merged(parts, counts, 1))
+    k = counts[..., None].double()
+    centre = (k * steps).sum(1) / k.sum(1)
+    torch.testing.assert_close(mean - base, centre, rtol=0, atol=1e-7)
+    around = (parts[..., 1].double() + k * (steps - centre[:, None]).square()).sum(1)
+    torch.testing.assert_close(squares, around, rtol=1e-9, atol=0)
+
+
 def test_values_that_are_not_finite(device: Device) -> None:
     """They stay in their channel; of Inf the mean is Inf."""
     parts, counts = torch.zeros(1, 600, 9, 2), torch.ones(1, 600, dtype=torch.int32)
@@ -116,7 +131,7 @@ def test_what_is_made_of_pieces(device: Device, groups: int, batch: bool, count:
     counts = torch.randint(1, 50, (n, count, 1)).double().expand(n, count, c).contiguous()
     if count > 1:
         counts[0, 1] = 0
-    mean, squares = torch.randn(n, count, c).double() + 100, torch.rand(n, count, c).double() * counts
+    mean, squares = torch.randn(n, count, c).double() + 1e7, torch.rand(n, count, c).double() * counts
     given = torch.stack([counts, mean.where(counts > 0, 0.0), squares], -1).contiguous()
     rows = 1 if batch else n
     found = [torch.full((rows, c), math.nan) for _ in range(3)]
