@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from fxfuse.kernels import execute, recent, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.launch import Packed
+
+log = logging.getLogger(__name__)
 
 BLOCK = 256
 #: parameters of the entry ``running``: addresses, channels, the parts of the batch and of what was there, cumulative
@@ -28,7 +31,7 @@ class Call(NamedTuple):
     device: torch.device
 
 
-_launches: dict[tuple[torch.dtype, torch.dtype, torch.device], Packed] = {}
+_launches: dict[tuple[torch.dtype, torch.dtype, torch.device], Packed | None] = {}  # None where that failed
 _calls: dict[tuple[int, bool, bool], Call] = {}  # that others may be like, by channels, a count, gradients
 
 
@@ -83,11 +86,8 @@ def move(
 def _prepared(tensors: Sequence[Tensor]) -> Call | None:
     """The kernel for such tensors, loaded; None where torch's operators shall run."""
     running_mean, running_var, *numbers, mean, var = tensors
-    device, vectors, kinds = (
-        running_mean.device,
-        (running_mean, running_var, mean, var),
-        (running_mean.dtype, mean.dtype),
-    )
+    device, vectors = running_mean.device, (running_mean, running_var, mean, var)
+    kinds = running_mean.dtype, mean.dtype
     fits = (
         execute._usable(device)
         and all(t.shape == running_mean.shape and t.is_contiguous() and not t.is_neg() for t in vectors)
@@ -102,7 +102,19 @@ def _prepared(tensors: Sequence[Tensor]) -> Call | None:
     if not fits or (key not in _launches and torch.cuda.is_current_stream_capturing()):
         return None
     if key not in _launches:
+        _launches[key] = _loaded(*key)
+    launch = _launches[key]
+    return None if launch is None else Call(recent.guards_of(tensors), launch, device)
+
+
+def _loaded(buffers: torch.dtype, batch: torch.dtype, device: torch.device) -> Packed | None:
+    """The kernel on ``device``; None, with a warning, where that fails."""
+    try:
         with torch.cuda.device(device):
-            kernel = tail_engine.load(source(*kinds), ("running",), device)["running"]
-        _launches[key] = Packed(kernel, 1, BLOCK, *PARAMETERS)
-    return Call(recent.guards_of(tensors), _launches[key], device)
+            kernel = tail_engine.load(source(buffers, batch), ("running",), device)["running"]
+        return Packed(kernel, 1, BLOCK, *PARAMETERS)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch's operators do the same
+        log.warning("a kernel for running statistics could not be loaded; torch's operators move them: %s", error)
+        return None

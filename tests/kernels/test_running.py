@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import running
+from fxfuse.kernels import execute, running, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
 from fxfuse.kernels.jit import compile_cubin
 
@@ -137,6 +138,45 @@ def test_calls_that_torchs_operators_serve(device: Device, monkeypatch: pytest.M
     with torch.inference_mode():
         ops.update_running_statistics(*[t.clone() for t in tensors], 0.1)
     assert device.launches == ["running"] * 3
+
+
+@needs_compiler
+def test_calls_like_one_before(device: Device) -> None:
+    """What differs is looked at again: dtypes, holes, buffers that ask for gradients now; other lengths."""
+    plain = given(4)
+    for other in ({}, {0: torch.ones(8)[::2]}, {}, {1: torch.ones(4, requires_grad=True)}, {3: torch.ones(4).half()}):
+        device.launches.clear()
+        tensors = [other.get(i, t) for i, t in enumerate(plain)]
+        ops.update_running_statistics(*tensors, 0.1)
+        assert device.launches == ([] if other else ["running"])
+    for step in range(2):
+        for channels in (3, 4, 5):
+            tensors = given(channels)
+            tensors[3].requires_grad_(step == 0)
+            expected = by_torch(tensors, 0.1)
+            assert running.move(*tensors, 0.1)
+            assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_a_kernel_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Torch's operators move the buffers, and the reason is told once."""
+    monkeypatch.setattr(execute, "_usable", lambda device: True)
+    monkeypatch.setattr(running, "_launches", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(tail_engine, "load", fail)
+    tensors = given(4)
+    expected = by_torch(tensors, 0.1)
+    for _ in range(2):
+        ops.update_running_statistics(*[t.clone() for t in tensors], 0.1)
+    ops.update_running_statistics(*tensors, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+    assert [r.message for r in caplog.records if "no such thing" in r.message] == caplog.messages
+    assert len(caplog.messages) == 1
 
 
 @needs_compiler
