@@ -91,7 +91,7 @@ def find(text: str, inputs: Sequence[Tensor]) -> Prepared | ByTorch | None:
         or (last.requires_grad and _grad_enabled())
         or (last.tf32 is not None and last.tf32 is not tf32_allowed())
         or _modes()
-        or switched_off()
+        or _environment.get(_KERNELS) == _OFF
     ):
         return None
     return last.runs
