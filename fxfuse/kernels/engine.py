@@ -29,8 +29,8 @@ from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 from fxfuse.kernels.workspace import Workspace
 
 KERNELS = ("measure", "prepare", "convolution", "direct")
-#: threads of `merge`, the channels that a block of it takes, and the slots that it reads at once; and how many blocks
-#: may lie side by side on the GPUs that the sums shall be the same on
+#: threads of `merge`, the channels that a block of it takes, the slots that it reads at once, and blocks at most: two
+#: for every multiprocessor of an H100, on other GPUs as well, so that sums are the same on all
 MERGE_BLOCK, MERGED, MERGE_SLOTS, MERGE_BLOCKS = 256, 8, 256, 264
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, kernels_always, needs
+from place import DEVICE, kernels_always, needs, needs_gpu
 from test_kernels import LAST, made, sample
 from test_tail import NORMS, Stages, check, spread, steps_of
 from torch import Tensor, nn
@@ -227,3 +227,62 @@ def test_rows_go_when_both_runs_are_queued(monkeypatch: pytest.MonkeyPatch) -> N
         ("tail_engine", later),
         ("tail_engine", later),
     ]
+
+
+@needs_gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_peak_memory(way: str) -> None:
+    """The result, and rows of 16 bits of the input; 16 MiB of everything else."""
+    model, x = block(way), sample(4, 8, 64, 96, 96)
+    fast = fxfuse.optimize(model)
+    with torch.no_grad():
+        fast(x), fast(x)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = fast(x)
+        peak = torch.cuda.max_memory_allocated() - before
+    assert WAYS[way][1] in steps_of(fast, x)
+    rows = x.nbytes  # 16 channels with padding, of half as many bytes
+    assert peak <= out.nbytes + rows + (16 << 20)
+    assert torch.cuda.memory_allocated() - before <= out.nbytes + (1 << 20)
+
+
+@needs_gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_two_streams_at_once(way: str) -> None:
+    """Calls that are on their way at the same time share no rows."""
+    model, xs = block(way), [sample(4, 8, 16, 24, 24) for _ in range(2)]
+    fast = fxfuse.optimize(model, (xs[0],))
+    streams = [torch.cuda.Stream() for _ in xs]
+    found: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        expected = [fast(x) for x in xs]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for _ in range(20):
+            for x, stream, results in zip(xs, streams, found, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(fast(x))
+    torch.cuda.synchronize()
+    assert WAYS[way][1] in steps_of(fast, xs[0])
+    for results, right in zip(found, expected, strict=True):
+        assert all(torch.equal(y, right) for y in results)
+
+
+@needs_gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_graphs(way: str) -> None:
+    """What is captured reads x and the weights as they are when it is replayed."""
+    model, x = block(way), sample(2, 8, 8, 12, 12)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        fast(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fast(x)
+        for _ in range(3):
+            x.mul_(-2).add_(1)
+            model.parts[0].weight.mul_(-1.5)
+            graph.replay()
+            assert torch.equal(out, fast(x))

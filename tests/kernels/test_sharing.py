@@ -122,6 +122,8 @@ def test_the_account(name: str) -> None:
         [p for p in account_of(region(name, F32), dataclasses.replace(found, schedule=s)).parts if p.macs][-1]
         for s in (made, alone)
     )
+    assert "made before" not in dict(whole.facts)
+    assert dict(told.facts)["made before"] == f"{shares.value}, by the first run"
     types = dict(region(name, F32).rewritten.inputs)
     n, channels, *sizes = (size or 0 for size in types[made.kernel.x].shape)
     x, rows = (each * n * math.prod(sizes) for each in (4 * channels, 2 * kernel.padded_channels))
