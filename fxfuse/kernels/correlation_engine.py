@@ -23,7 +23,7 @@ MOST = 2**31 - 1
 #: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
 _STRIDES, _DIRECT, _SIZES = struct.Struct("=5q"), struct.Struct("=5q4i3q"), struct.Struct("=3i")
 
-#: fills the moments (N, Cout, 2), in float64, from x (N, Cin, D, H, W), the weights and the bias
+#: fills the moments (N, 1, Cout, 3), in float64, from x (N, Cin, D, H, W), the weights and the bias
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 

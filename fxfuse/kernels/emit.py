@@ -318,10 +318,10 @@ again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
 }}
 """
 _MERGE = """
-extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 1)
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-      const __grid_constant__ Problem::Epilogue::Arguments arguments, fxfuse::Moments* moments) {{
+      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments) {{
   fxfuse::begin_dependent();
-  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, moments);
+  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, pieces, moments);
 }}
 """

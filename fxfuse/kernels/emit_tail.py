@@ -106,18 +106,18 @@ measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positi
   fxfuse::{measure}(x, p, positions);
 }}
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
-merge(const __grid_constant__ fxfuse::Partials p, fxfuse::Moments* out) {{
+merge(const __grid_constant__ fxfuse::Partials p, int pieces, fxfuse::Moments* out) {{
   fxfuse::begin_dependent();
-  fxfuse::merge_partials(p, out, [](int, int, fxfuse::Running&) {{ return false; }});
+  fxfuse::merge_partials(p, pieces, out, fxfuse::NoElements());
 }}
 {FINISH}"""
 
 
 FINISH = """extern "C" __global__ void __launch_bounds__(fxfuse::kFinishThreads)
 finish(const fxfuse::Moments* moments, float* mean, float* var, float* scale, int samples, int channels, int members,
-       int batch, double count, double eps) {
+       int batch, int pieces, double eps) {
   fxfuse::begin_dependent();
-  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, count, eps);
+  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, pieces, eps);
 }
 """
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
+from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.engine import Calls, Convolution, three_dims
+from fxfuse.kernels.engine import Calls, Convolution, pieces, three_dims
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.schedule import Launch, Schedule
@@ -56,6 +57,7 @@ class Prepared:
         places = {} if inputs is None else {n: Place.of(n, t) for n, t in zip(names, inputs, strict=True)}
         kept, places, tensors = _without_views(parts, places, outputs)
         last = _last_uses(kept, places)
+        shares = Shared.NOTHING if made.kernel is None else made.kernel.shares
         steps = []
         follows = False  # whether a part comes behind one of our kernels
         with torch.cuda.device(device):
@@ -66,7 +68,7 @@ class Prepared:
                     if isinstance(ours, Correlation):
                         run = _correlation(part, ours, follows)
                     else:
-                        run = _convolution(part, ours, places, follows)
+                        run = _convolution(part, ours, places, follows, first=part is made.measuring, shares=shares)
                 else:
                     run = prepare(part, device, places, tensors, follows=follows)
                 follows = not isinstance(part, Torch)
@@ -159,14 +161,21 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
-def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place], follows: bool) -> Run:
-    """The convolution with its epilogue, as a step among others."""
+def _convolution(
+    kernel: Launch, convolution: Convolution, places: Mapping[str, Place], follows: bool, *, first: bool, shares: Shared
+) -> Run:
+    """The convolution with its epilogue, as a step among others.
+
+    ``shares``: what the ``first`` run of two hands on to the second one, in a tensor of its own among the values.
+    """
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
     before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
     without = () if any((before.told, after.told, behind.told)) else (b"", b"", b"")
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
+    merged = pieces(shape[0], shape[1], convolution.slots(kernel.sizes)) if kernel.gathers else 0
+    handed, shared = f"prepared {kernel.x}", shares is not Shared.NOTHING
 
     def run(values: Values) -> None:
         x, weight = values[kernel.x], values[kernel.weight]
@@ -177,8 +186,9 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             values[kernel.stored] = out
         moments = None
         if kernel.gathers:
-            values[moments_of_it] = moments = moments_of(kind)
-        convolution.run(
+            values[moments_of_it] = moments = moments_of(kind, merged)
+        prepared = values.pop(handed, None) if shared and not first else None
+        prepared = convolution.run(
             x,
             weight,
             bias,
@@ -190,9 +200,13 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             factor=kernel.factor,
             moments=moments,
             squeezed=kernel.squeezed,
+            shares=shares,
+            prepared=prepared,
             calls=calls,
             follows=follows,
         )
+        if first and prepared is not None:
+            values[handed] = prepared
 
     return run
 

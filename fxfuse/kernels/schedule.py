@@ -23,7 +23,7 @@ from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
-from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution import Layer, Shared, Unsupported
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.specialise import check_holding
@@ -59,7 +59,8 @@ class Launch:
     expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
     over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
     makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
-    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`).
+    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first
+    run has made of x and the weights.
     """
 
     layer: Layer
@@ -84,6 +85,7 @@ class Launch:
     gathers: bool = False
     keeps: bool = True
     correlates: bool = False
+    shares: Shared = Shared.NOTHING
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -107,7 +109,8 @@ class Launch:
         if self.correlates:
             return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
         made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
-        return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
+        given = f", from the first run's {self.shares.value}" if self.shares is not Shared.NOTHING else ""
+        return f"{' > '.join(self.stages)} -> {' and '.join(made)}{given}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
-from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
+from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.operands import Operands, Place
@@ -100,7 +100,8 @@ def architecture(device: torch.device) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
-def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+def load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+    """The kernels of a source by name, compiled for ``device``, the current one."""
     return _module(source, names, device.index, architecture(device)).kernels
 
 
@@ -125,21 +126,21 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     size, made = _sizes(step.given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
-        kernel = _load(source, ("pool",), device)["pool"]
+        kernel = load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
-        kernel = _load(source, ("fold",), device)["fold"]
+        kernel = load(source, ("fold",), device)["fold"]
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         sizes = (*size, 0)
     elif step.rows is not None:
         length, count = step.rows.length, vector(DTYPE_NAMES[step.given.dtype])
-        kernel = _load(source, ("whole", "any"), device)["any" if length % count else "whole"]
+        kernel = load(source, ("whole", "any"), device)["any" if length % count else "whole"]
         grid = (-(-math.prod(size) // (length * (1 if step.rows.long else BLOCK // 32))), 1, 1)
         sizes = (*size, length)
     else:
-        kernels = _load(source, ("whole", "any"), device)
+        kernels = load(source, ("whole", "any"), device)
         count = vector(DTYPE_NAMES[step.given.dtype])
         whole = (d * h * w if step.layouts[0] == "contiguous" else c) % count == 0
         kernel = kernels["whole" if whole else "any"]
@@ -173,7 +174,7 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
 
 # --- small tensors --------------------------------------------------------------------------------
 def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
-    kernel = _load(source_of(step), ("bundle",), device)["bundle"]
+    kernel = load(source_of(step), ("bundle",), device)["bundle"]
     reads, makes, index = step.made.reads, step.makes, device.index
     forms = [
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
@@ -205,10 +206,11 @@ def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
 PARTIALS = "qqii"
 
 
-def moments_of(kind: TensorType) -> Tensor:
-    """Room on the current device for the moments of every sample and channel of a value."""
+def moments_of(kind: TensorType, count: int = 1) -> Tensor:
+    """Room on the current device for the moments of a value, (N, count, C, 3) for as many pieces of every sample: how
+    many elements, their mean, and the sum of squares around it, of every channel."""
     n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return empty((n, c, 2), (2 * c, 2, 1), torch.float64)
+    return empty((n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64)
 
 
 def moments_name(value: str) -> str:
@@ -238,7 +240,7 @@ def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], t
 
 
 def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool) -> Run:
-    kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
+    kernels = load(source_of(step), ("measure", "merge", "finish"), device)
     measure = _prepare_measure(step, kernels, device, follows) if step.layout else None
     name = moments_name(step.value)
     finishes = [
@@ -257,20 +259,20 @@ def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follo
 def _prepare_finish(
     instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str], follows: bool
 ) -> Callable[[Values, Tensor], None]:
-    n, c, d, h, w = _sizes(kind)
+    n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
     shape, strides = _statistics_form(instr, kind)
     rows = shape[1]
     index, size = device.index, rows * c * 4
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
-    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd", follows=follows)
+    told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
+    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
 
     def run(values: Values, moments: Tensor) -> None:
         results = empty(shape, strides, torch.float32)
         at = results.data_ptr()
-        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told)
+        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told, moments.shape[1], eps)
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -288,7 +290,9 @@ def _prepare_measure(
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
     first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
-    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q", follows=True)
+    count = pieces(n, c, slots)
+    blocks_merge = n * count * -(-c // MERGED)
+    second = Packed(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
 
     planned = dense(step.kind.shape, step.layout)
 
@@ -296,10 +300,10 @@ def _prepare_measure(
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
-        moments, at, stream = moments_of(step.kind), parts.data_ptr(), stream_of(index)
+        moments, at, stream = moments_of(step.kind, count), parts.data_ptr(), stream_of(index)
         partials = (at, at + n * slots * c * 8, slots, c)
         first(stream, value.data_ptr(), *partials, positions)
-        second(stream, *partials, moments.data_ptr())
+        second(stream, *partials, count, moments.data_ptr())
         return moments
 
     return run

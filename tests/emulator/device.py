@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import correlation_engine, engine, execute, jit, launch, prepared, recent, tail_engine
+from fxfuse.kernels import correlation_engine, engine, execute, jit, launch, prepared, recent, running, tail_engine
 from fxfuse.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
@@ -201,4 +201,6 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(execute, "_device_name", lambda _: "emulated")
         patch.setattr(execute, "_prepared", {})
         patch.setattr(recent, "_recent", {})
+        patch.setattr(running, "_launches", {})
+        patch.setattr(running, "_calls", {})
         yield device

@@ -37,7 +37,7 @@ ALL = os.environ.get("FXFUSE_CHAINS")
 COUNT = int(ALL or "16")
 #: registers of a multiprocessor, and how many of a kernel's blocks it shall hold
 REGISTERS = 65536
-THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 1), "finish": (FINISH_BLOCK, 1)}
+THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 2), "finish": (FINISH_BLOCK, 1)}
 #: static shared memory that a block has
 STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make

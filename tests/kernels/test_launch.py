@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import engine, execute, launch, prepared, tail_engine
-from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
@@ -213,6 +213,33 @@ def test_kept_arguments_are_those_of_a_first_call(
         wide = dtype is torch.float32
         names = [*(["measure"] if wide else []), "prepare", "convolution", *(["direct"] if wide else [])]
         assert [c[0] for c in told[0]] == names
+        assert told[0] == told[1]
+    assert [len(free) for free in calls.values()] == [1]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("shares", [Shared.ROWS, Shared.ALL], ids=str)
+def test_kept_arguments_follow_both_blocks_of_memory(
+    driver: Driver, memory: list[Tensor], shares: Shared, given: bool
+) -> None:
+    """What is handed on to a second run, and what is a run's own, of which this second one may need nothing."""
+
+    def convolution() -> Convolution:
+        return Convolution.of.__wrapped__(LAYER, *[torch.float32] * 3, Epilogue(gathers=True))
+
+    kept, calls = convolution(), {}
+    x, w, b, out = operands(torch.float32, False)
+    moments = torch.empty(1, 1, 16, 3, dtype=torch.float64)
+    handed, own = ([torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
+    for i, j in ((0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (0, 1)):
+        told = []
+        for made, more in ((kept, {"calls": calls}), (convolution(), {})):
+            memory[:] = [own[j]] if given else [handed[i], own[j]]
+            driver.calls.clear()
+            prepared = handed[i] if given else None
+            made_of = made.run(x, w, b, (7, 7, 7), out, moments=moments, shares=shares, prepared=prepared, **more)
+            assert made_of is handed[i] and not memory
+            told.append(list(driver.calls))
         assert told[0] == told[1]
     assert [len(free) for free in calls.values()] == [1]
 
