@@ -104,7 +104,7 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
     with graph.inserting_before(output):
         calls = [_call(graph, order, rewritten, target) for rewritten in regions]
         for rewritten, (fused, items) in zip(regions, calls, strict=True):
-            updates += _updates(graph, rewritten.draft, items)
+            updates += _updates(graph, rewritten, items)
             first = next(n for n in sequence if n in rewritten.draft.members)
             copies = [n for n in fused.all_input_nodes if n.target is torch.clone and n not in order.before]
             placed[first] = [*copies, fused, *items]
@@ -145,13 +145,14 @@ def _call(
     return fused, [graph.call_function(operator.getitem, (fused, i)) for i in range(count)]
 
 
-def _updates(graph: fx.Graph, draft: Draft, items: Sequence[fx.Node]) -> list[fx.Node]:
+def _updates(graph: fx.Graph, rewritten: Rewritten, items: Sequence[fx.Node]) -> list[fx.Node]:
     """The nodes that update running statistics from the region's last outputs."""
+    draft, kernels = rewritten.draft, rewritten.region.kernels
     values = iter(items[len(draft.outputs) :])
     return [
         graph.call_function(
             update_running_statistics,
-            (buffers.mean, buffers.var, buffers.count, next(values), next(values), buffers.momentum),
+            (buffers.mean, buffers.var, buffers.count, next(values), next(values), buffers.momentum, kernels),
         )
         for buffers, _, _ in draft.statistics
     ]

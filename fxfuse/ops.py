@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.chain import no_autocast
-from fxfuse.kernels import execute, recent
+from fxfuse.kernels import execute, recent, running
 from fxfuse.kernels.plan import Path, choose
 from fxfuse.region import Region
 
@@ -259,12 +259,16 @@ def update_running_statistics(
     mean: Tensor,
     var: Tensor,
     momentum: float | Tensor | None,
+    kernels: bool = True,
 ) -> None:
     """What a training-mode BatchNorm does to its buffers, given the batch's mean and unbiased variance.
 
     ``running = (1 - f)*running + f*batch`` with f the momentum, or 1/count where it is None (the
-    cumulative average); ``count``, where present, grows by one first.
+    cumulative average); ``count``, where present, grows by one first. ``kernels``: one of ours may do it.
     """
+    tensors = (running_mean, running_var, mean, var, *(() if count is None else (count,)))
+    if kernels and _plain(tensors) and running.move(running_mean, running_var, count, mean, var, momentum):
+        return
     # a block without gradients keeps an exported program from being saved; as a rule there are none to switch off
     given = (running_mean, running_var, momentum)
     with torch.no_grad() if any(isinstance(t, Tensor) and t.requires_grad for t in given) else _NOTHING:
@@ -274,5 +278,5 @@ def update_running_statistics(
         if factor is None:
             assert count is not None
             factor = 1.0 / count.to(running_mean.dtype)
-        for running, batch in ((running_mean, mean), (running_var, var)):
-            running.mul_(1 - factor).add_(batch.detach().to(running.dtype) * factor)
+        for moved, batch in ((running_mean, mean), (running_var, var)):
+            moved.mul_(1 - factor).add_(batch.detach().to(moved.dtype) * factor)

@@ -15,7 +15,7 @@ import torch
 
 from fxfuse.kernels import execute
 from fxfuse.kernels.candidate import Candidate
-from fxfuse.kernels.convolution import CONSUMERS, Specialisation
+from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
 from fxfuse.kernels.engine import THREADS, Convolution
@@ -193,6 +193,8 @@ def _arithmetic(kernel: Launch, made: Specialisation) -> str:
 def _results(kernel: Launch) -> Iterator[tuple[str, str]]:
     made = [*([f"{kernel.kind}, {kernel.layout}"] if kernel.keeps else []), *(["statistics"] if kernel.gathers else [])]
     yield "results", " and ".join(made)
+    if kernel.shares is not Shared.NOTHING:
+        yield "made before", f"{kernel.shares.value}, by the first run"
     if kernel.apart is not None:
         yield "reduced by a kernel of its own", kernel.apart
 

@@ -8,6 +8,7 @@ stages; ``specialise.py`` chooses it. What depends on sizes, which a compiled ke
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import math
 
@@ -34,6 +35,14 @@ PROMOTE_EVERY = 128
 
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
     """The engine has no kernel for this; the message is a sentence for the report."""
+
+
+class Shared(enum.Enum):
+    """What a run of a convolution makes of x and the weights, and a second run of it on the same tensors uses."""
+
+    NOTHING = "nothing"
+    ROWS = "rows"
+    ALL = "rows and packed weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +226,16 @@ class Specialisation:
 
     def step_bytes(self, step: Step) -> int:
         return step.count * self.columns * self.chunk * 2
+
+    def shared(self, first: Specialisation) -> Shared:
+        """What of a ``first`` kernel's rows and packed weights this one reads, too, where both are given the same."""
+        how = ("layer", "exact", "padded_channels")
+        if any(getattr(self, name) != getattr(first, name) for name in how):
+            return Shared.NOTHING
+        # what lies in shared memory, and in registers, leaves the packed weights as they are
+        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one")
+        same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
+        return Shared.ALL if same else Shared.ROWS
 
     def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:
         """Steps that share a stage: neighbours of the same run."""

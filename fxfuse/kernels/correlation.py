@@ -230,17 +230,20 @@ struct Problem {{
 extern "C" __global__ void __launch_bounds__(fxfuse::kCorrelationThreads, {blocks})
 correlate(const {types["dtype"]}* x, const __grid_constant__ fxfuse::Strides stride, fxfuse::Size sizes,
           const __grid_constant__ fxfuse::Parts parts, double* products) {{
+  fxfuse::begin_dependent();
   fxfuse::correlate<Problem>(x, stride, sizes, parts, products);
 }}
 extern "C" __global__ void __launch_bounds__(fxfuse::kCorrelationThreads, 1)
 square(const {types["dtype"]}* weight, const __grid_constant__ fxfuse::Parts parts, fxfuse::Size sizes,
        fxfuse::Size out, int out_channels, const double* products, double2* sums) {{
+  fxfuse::begin_dependent();
   fxfuse::square<Problem>(weight, parts, sizes, out, out_channels, products, sums);
 }}
 extern "C" __global__ void __launch_bounds__(fxfuse::kMomentsThreads)
 moments(const {types["dtype"]}* x, const {types["dtype"]}* weight, const {types["bias"]}* bias,
         const __grid_constant__ fxfuse::DirectGeometry s, fxfuse::Size out, int out_channels, const double2* sums,
         fxfuse::Moments* moments) {{
+  fxfuse::begin_dependent();
   fxfuse::moments_of_sums<Problem, {types["output"]}>(x, weight, bias, s, out, out_channels, sums, moments);
 }}
 """

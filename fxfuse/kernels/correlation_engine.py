@@ -23,15 +23,15 @@ MOST = 2**31 - 1
 #: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
 _STRIDES, _DIRECT, _SIZES = struct.Struct("=5q"), struct.Struct("=5q4i3q"), struct.Struct("=3i")
 
-#: fills the moments (N, Cout, 2), in float64, from x (N, Cin, D, H, W), the weights and the bias
+#: fills the moments (N, 1, Cout, 3), in float64, from x (N, Cin, D, H, W), the weights and the bias
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
 
 
-def prepare(made: Correlation, x: Tensor, extents: Extents) -> Run:
+def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = False) -> Run:
     """The launches for x of these sizes and strides, and an output of these ``extents``.
 
-    They are queued on the current stream of the current device, x's. For any thread. Raises Unsupported where there
-    is no plan for the sizes, or more blocks than a grid has.
+    ``follows``: as of ``Chain``. They are queued on the current stream of the current device, x's. For any thread.
+    Raises Unsupported where there is no plan for the sizes, or more blocks than a grid has.
     """
     layer, index = made.layer, x.device.index
     n, _, d, h, w = x.shape
@@ -44,8 +44,12 @@ def prepare(made: Correlation, x: Tensor, extents: Extents) -> Run:
     direct = _DIRECT.pack(*x.stride(), d, h, w, n, 0, 0, layer.out_channels * layer.groups)
     size, cuts = f"{_SIZES.size}s", f"{len(table)}s"
     which = n * layer.groups
-    correlate = Packed(kernels["correlate"], sum(parts.jobs) * which, BLOCK, "q", f"{len(strides)}s", size, cuts, "q")
-    square = Packed(kernels["square"], len(layer.residues) * which, BLOCK, "q", cuts, size, size, "i", "q", "q")
+    correlate = Packed(
+        kernels["correlate"], sum(parts.jobs) * which, BLOCK, "q", f"{len(strides)}s", size, cuts, "q", follows=follows
+    )
+    square = Packed(
+        kernels["square"], len(layer.residues) * which, BLOCK, "q", cuts, size, size, "i", "q", "q", follows=True
+    )
     finish = Packed(
         kernels["moments"],
         which * layer.out_channels,
@@ -58,6 +62,7 @@ def prepare(made: Correlation, x: Tensor, extents: Extents) -> Run:
         "i",
         "q",
         "q",
+        follows=True,
     )
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, moments: Tensor) -> None:

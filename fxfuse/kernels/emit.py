@@ -287,20 +287,12 @@ convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weight
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
 }}
-extern "C" __global__ void __launch_bounds__(256)
-measure(const {t}* w, const {TYPES[bias]}* bias, const __grid_constant__ fxfuse::ChannelState channels, const {t}* x,
-        const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
-        int volume, int all_channels) {{
-  if (blockIdx.x < all_channels)
-    fxfuse::measure_weights<{t}, {TYPES[bias]}, {scaled}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels,
-                                                                             out_channels, volume);
-  else
-    fxfuse::measure_sample(blockIdx.x - all_channels, (const float*)x, samples, size);
-}}
 extern "C" __global__ void __launch_bounds__(256, 4)
 prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
-        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes, int blocks_weights) {{
+        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes,
+        int blocks_weights{_BIAS.format(bias=TYPES[bias]) if scaled == "false" else ""}) {{
+  fxfuse::begin_dependent();{_WIDEN if scaled == "false" else ""}
   if (blockIdx.x < g.blocks)
     fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
   else
@@ -311,27 +303,45 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
+  fxfuse::begin_dependent();
   fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
 }}
 """ + "".join(
         [
-            _AGAIN.format(t=t, half=half) if scaled == "true" else "",
+            _SCALED.format(half=half, bias=TYPES[bias]) if scaled == "true" else "",
             _MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "",
         ]
     )
 
 
-_AGAIN = """
+#: without scales to be measured, `prepare` has what `measure` does of the bias
+_BIAS = ", const {bias}* bias, float* wide, int all_channels"
+_WIDEN = """
+  if (bias) fxfuse::widen(bias, wide, all_channels);"""
+_SCALED = """
+extern "C" __global__ void __launch_bounds__(256)
+measure(const float* w, const {bias}* bias, const __grid_constant__ fxfuse::ChannelState channels, const float* x,
+        const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
+        int volume, int all_channels) {{
+  fxfuse::begin_dependent();
+  if (blockIdx.x < all_channels)
+    fxfuse::measure_weights<{bias}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels, out_channels,
+                                                       volume);
+  else
+    fxfuse::measure_sample(blockIdx.x - all_channels, x, samples, size);
+}}
 extern "C" __global__ void __launch_bounds__(256, 4)
-again(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
+again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g) {{
-  fxfuse::to_rows_again<{t}, {half}, Problem::exact>(x, rows, samples, g);
+  fxfuse::begin_dependent();
+  fxfuse::to_rows_again<float, {half}, Problem::exact>(x, rows, samples, g);
 }}
 """
 _MERGE = """
-extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 1)
+extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-      const __grid_constant__ Problem::Epilogue::Arguments arguments, fxfuse::Moments* moments) {{
-  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, moments);
+      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments) {{
+  fxfuse::begin_dependent();
+  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, pieces, moments);
 }}
 """

@@ -63,6 +63,7 @@ def emit_bundle(program: Program, types: Mapping[str, TensorType], strides: Mapp
         *texts,
         'extern "C" __global__ void __launch_bounds__(fxfuse::kBundleThreads)',
         "bundle(const __grid_constant__ Arguments a) {",
+        "  fxfuse::begin_dependent();",
         f"  fxfuse::bundle<{', '.join(f'Part{i}' for i in range(len(parts)))}>(a);",
         "}",
         "",

@@ -102,19 +102,22 @@ def emit_statistics(dtype: str, layout: str) -> str:
     return f"""#include "map.cuh"
 extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)
 measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positions) {{
+  fxfuse::begin_dependent();
   fxfuse::{measure}(x, p, positions);
 }}
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
-merge(const __grid_constant__ fxfuse::Partials p, fxfuse::Moments* out) {{
-  fxfuse::merge_partials(p, out, [](int, int, fxfuse::Running&) {{ return false; }});
+merge(const __grid_constant__ fxfuse::Partials p, int pieces, fxfuse::Moments* out) {{
+  fxfuse::begin_dependent();
+  fxfuse::merge_partials(p, pieces, out, fxfuse::NoElements());
 }}
 {FINISH}"""
 
 
 FINISH = """extern "C" __global__ void __launch_bounds__(fxfuse::kFinishThreads)
 finish(const fxfuse::Moments* moments, float* mean, float* var, float* scale, int samples, int channels, int members,
-       int batch, double count, double eps) {
-  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, count, eps);
+       int batch, int pieces, double eps) {
+  fxfuse::begin_dependent();
+  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, pieces, eps);
 }
 """
 
@@ -126,5 +129,5 @@ def _head(*expressions: Expression | None) -> list[str]:
 def _entry(name: str, arguments: str, body: str) -> str:
     return (
         f'extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)\n'
-        f"{name}(const __grid_constant__ {arguments} a) {{\n  {body};\n}}"
+        f"{name}(const __grid_constant__ {arguments} a) {{\n  fxfuse::begin_dependent();\n  {body};\n}}"
     )

@@ -1,9 +1,10 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
-A call queues up to six kernels: `measure` (scales of weights and samples), `prepare` (x as rows of channels,
-packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`, `direct`
-for samples that `prepare` marked, and `merge` where statistics of the output are wanted. What depends on shapes alone
-is computed once, in a :class:`_Call`; a call fills in the pointers.
+A call queues up to six kernels: `measure` (scales of weights and samples of float32), `prepare` (x as rows of
+channels, packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`,
+`direct` for samples that `prepare` marked, and `merge` where statistics of the output are wanted. A second run on the
+same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
+:class:`_Call`; a call fills in the pointers.
 """
 
 from __future__ import annotations
@@ -24,22 +25,25 @@ from fxfuse.kernels.arguments import (
     I64,
     POOLED,
     Arguments,
+    Channels,
     Direct,
     Geometry,
     Rows,
     Strides,
 )
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Shared, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Launch, Module, empty, queue, rows_map, stream_of
+from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
+from fxfuse.kernels.workspace import Workspace
 
-KERNELS = ("measure", "prepare", "convolution", "direct")
-#: threads of `merge`, and the channels that a block of it takes
-MERGE_BLOCK, MERGED = 512, 8
+KERNELS = ("prepare", "convolution", "direct")
+#: threads of `merge`, the channels that a block of it takes, the slots that it reads at once, and blocks at most: two
+#: for every multiprocessor of an H100, on other GPUs as well, so that sums are the same on all
+MERGE_BLOCK, MERGED, MERGE_SLOTS, MERGE_BLOCKS = 256, 8, 256, 264
 BLOCK = 256
 #: threads of the convolution: two warpgroups that multiply, one that copies
 THREADS = 128 * (CONSUMERS + 1)
@@ -110,6 +114,11 @@ class Convolution:
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
         return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
 
+    def slots(self, stored: Extents) -> int:
+        """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""
+        passes = 1 if self.epilogue.combine else len(self.made.passes)
+        return math.prod(self.tiling(stored)[0].counts) * passes * CONSUMERS
+
     @property
     def stores(self) -> tuple[Store, ...]:
         """The ways to store that sizes may ask for."""
@@ -139,22 +148,29 @@ class Convolution:
         behind: bytes = b"",
         factor: float = 1.0,
         moments: Tensor | None = None,
+        squeezed: bool = False,
+        shares: Shared = Shared.NOTHING,
+        prepared: Tensor | None = None,
         calls: Calls | None = None,
-    ) -> None:
+        follows: bool = False,
+    ) -> Tensor | None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
-        Where the epilogue makes one value of all channels, ``out`` has one of them.
+        All may have fewer of the spatial dims. Where the epilogue makes one value of all channels, ``out`` has one of
+        them, or, ``squeezed``, no dim for them.
         ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
-        of the epilogue's expressions, packed. ``moments``: (N, Cout, 2) in float64, where the epilogue gathers
-        statistics; where it does not keep the values, ``out`` is a meta tensor. ``calls``: what the caller
-        keeps for one set of shapes, strides of ``out``, ``factor`` and lengths of operands, empty at first. Everything
-        is queued on the current stream of the current device, x's. Raises Unsupported before anything is queued where
-        sizes exceed what the kernels count.
+        of the epilogue's expressions, packed. ``moments``: (N, pieces, Cout, 3) in float64, where the epilogue gathers
+        statistics; where it does not keep the values, ``out`` is a meta tensor. ``shares``: what of x and the weights
+        another run, on the same tensors, uses as well; ``prepared``: what the first run returned, for the second one.
+        ``follows``: as of ``Chain``. ``calls``: what the caller keeps for one set of shapes, strides of ``out``,
+        ``factor``, ``shares``, ``follows`` and lengths of operands, for a first or a second run, empty at first.
+        Everything is queued on the current stream of the current device, x's. Raises Unsupported before anything is
+        queued where sizes exceed what the kernels count.
         """
         if calls is None:
             key = (
                 x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
-                len(behind), factor,
+                len(behind), factor, shares, prepared is None, follows,
             )  # fmt: skip
             if len(self._calls) > 256:
                 self._calls.clear()
@@ -163,17 +179,20 @@ class Convolution:
         free = calls.get(form)
         if free is None:
             if out.numel() == 0:
-                return
-            if self.dtype is torch.float32 and not _dense(x):
+                return None
+            if self.dtype is torch.float32 and prepared is None and not _dense(three_dims(x)):
                 x = x.contiguous()
                 form = x.stride(), x.data_ptr() % 16 == 0
             free = calls.setdefault(form, [])
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
-            call = _Call(self, x, extents, out, bias is not None, (len(before), len(after), len(behind)), factor)
-        call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments)
+            sizes, given = (len(before), len(after), len(behind)), prepared is not None
+            room = three_dims(out.unsqueeze(1) if squeezed else out)
+            call = _Call(self, three_dims(x), extents, room, bias is not None, sizes, factor, shares, given, follows)
+        prepared = call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments, prepared)
         free.append(call)
+        return prepared
 
 
 class _Call:
@@ -188,6 +207,9 @@ class _Call:
         bias: bool,
         operands: tuple[int, int, int],
         factor: float,
+        shares: Shared,
+        given: bool,
+        follows: bool,
     ) -> None:
         made, shape = layer.made, layer.made.layer
         n, _, *sizes = x.shape
@@ -197,14 +219,15 @@ class _Call:
         self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
         self.in_place = not self.scaled and _rows_in_place(x, made)
         self.device = x.device.index
-        self.base = self.source = -1
+        self.bases, self.source = (-1, -1), -1
         self.packed_operands = (b"", b"", b"")
         pooled = bool(layer.epilogue.combine)
         tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
         epilogue = layer.epilogue
         each = math.prod(x.shape[1:])
         every = sampled(n, each) if self.scaled else 1
-        names = (*KERNELS, *(["again"] if every > 1 else []), *(["merge"] if epilogue.gathers else []))
+        more = {"measure": self.scaled, "again": every > 1, "merge": epilogue.gathers}
+        names = (*KERNELS, *(name for name, there in more.items() if there))
         module = _module(layer.source(store), names, x.device.index)
 
         couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
@@ -214,17 +237,16 @@ class _Call:
         rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
         self.map_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else rows_strides
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
-        self.slots = math.prod(tiling.counts) * (1 if pooled else len(made.passes)) * CONSUMERS
-        slots = n * self.slots if epilogue.gathers else 0
-        counts = [n * parts, n, n, n, couts, couts, couts, couts, slots * couts * 2, slots]
+        of_sample = layer.slots(tuple(out.shape[2:])) if epilogue.gathers else 0  # type: ignore[arg-type]
+        slots = n * of_sample
         rows_bytes = 0 if self.in_place else n * positions * width * 2
-        sections = [-(-rows_bytes // 1024) * 1024, -(-tiles * made.weight_bytes // 1024) * 1024 + 1024]
-        self.offsets = [0, sections[0]]
-        at = sum(sections)
-        for count in counts:
-            self.offsets.append(at)
-            at += -(-count * 4 // 16) * 16
-        self.workspace = (at,)
+        self.workspace = Workspace.of(
+            [rows_bytes, n * parts * 4, n * 4, n * 4, n * 4],
+            [tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
+            [slots * couts * 8, slots * 4],
+            shares,
+        )
+        self.given = given
 
         tail, places = ctypes.sizeof(Arguments), []
         for number, size in enumerate(operands):
@@ -233,17 +255,18 @@ class _Call:
                 tail += max(size, 8)
         self.places = tuple(places)
         self.arguments = ctypes.create_string_buffer(tail + POOLED.size)
+        self.memory = memoryview(self.arguments).cast("B")
         self.told = told = Arguments.from_buffer(self.arguments)
         rows, packed, scale, x_at, w_at, b_at, moments_at = (
             I64.from_buffer(self.arguments, getattr(Arguments, name).offset)
             for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
         )
-        self.bias, self.placed = bias, dict[int, bytes]()
+        self.bias, self.placed = bias, dict[tuple[int, int], bytes]()
         strides = Strides(*x.stride())
         told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
         told.direct = Direct(strides, *sizes, n, channels=couts)
         if epilogue.gathers:
-            told.to.slots, told.to.all_channels = self.slots, couts
+            told.to.slots, told.to.all_channels = of_sample, couts
         if pooled:
             POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
         to = Arguments.to.offset  # with the operands behind it
@@ -252,7 +275,7 @@ class _Call:
         quads = self.scaled and _by_quads(x)
         span = (8192 if quads else 4096) // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
         blocks_positions = -(-positions // span)
-        blocks_rows = 0 if self.in_place else blocks_positions * -(-width // made.parts // 64) * n
+        blocks_rows = 0 if self.in_place or given else blocks_positions * -(-width // made.parts // 64) * n
         taps = sum(s.count for p in made.passes for s in p.steps)
         blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
         blocks = blocks_rows + blocks_weights * tiles * made.chunks
@@ -267,15 +290,20 @@ class _Call:
             span,
             quads,
         )
-        measure = Launch(
-            module.kernels["measure"], couts + (n * parts if self.scaled else 0), BLOCK,
-            [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)],
-        )  # fmt: skip
+        launches = []
+        if self.scaled and not (given and shares is Shared.ALL):
+            arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)]
+            blocks_measure = couts + (0 if given else n * parts)
+            launches.append(Launch(module.kernels["measure"], blocks_measure, BLOCK, arguments))
+        wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
         prepare = Launch(
             module.kernels["prepare"], max(blocks, 1), BLOCK,
             [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
-             I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights)],
+             I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights),
+             *([] if self.scaled else [b_at, wide, I32(couts)])],
         )  # fmt: skip
+        if not (given and shares is Shared.ALL):
+            launches.append(prepare)
         total = n * tiles * math.prod(tiling.counts)
         self.box, self.chunk = tiling.region, made.chunk
         geometry = Geometry(
@@ -289,17 +317,19 @@ class _Call:
             module.kernels["convolution"], min(total, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        again = []
-        if every > 1:
+        if every > 1 and not given:
             arguments = [x_at, rows, told.samples, rows_geometry]
-            again.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
-        self.launches = [*([measure] if self.scaled or bias else []), prepare, *again, convolution]
+            launches.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
+        launches.append(convolution)
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
-            self.launches.append(Launch(module.kernels["direct"], processors * 8, BLOCK, arguments))
+            launches.append(Launch(module.kernels["direct"], processors * 4, BLOCK, arguments))
         if epilogue.gathers:
-            arguments = [x_at, w_at, told.direct, geometry, destination, moments_at]
-            self.launches.append(Launch(module.kernels["merge"], n * -(-couts // MERGED), MERGE_BLOCK, arguments))
+            count = pieces(n, couts, of_sample)
+            arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at]
+            blocks = n * count * -(-couts // MERGED)
+            launches.append(Launch(module.kernels["merge"], blocks, MERGE_BLOCK, arguments))
+        self.launch = Chain(launches, follows=follows)
 
     def run(
         self,
@@ -309,48 +339,53 @@ class _Call:
         out: Tensor,
         operands: tuple[bytes, bytes, bytes],
         moments: Tensor | None,
-    ) -> None:
-        workspace = empty(self.workspace, (1,), torch.uint8)
-        base, at = workspace.data_ptr(), x.data_ptr()
-        if base != self.base:
-            self._place(base)
+        prepared: Tensor | None,
+    ) -> Tensor | None:
+        """Queue everything; what of it a second run uses, or what this one was given."""
+        room, at = self.workspace, x.data_ptr()
+        if room.handed and not self.given:
+            prepared = empty((room.handed,), (1,), torch.uint8)
+        own = empty((room.own,), (1,), torch.uint8) if room.own else None
+        bases = 0 if prepared is None else prepared.data_ptr(), 0 if own is None else own.data_ptr()
+        if bases != self.bases:
+            self._place(bases)
         ADDRESSES.pack_into(
             self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         if operands != self.packed_operands:
-            arguments = ctypes.addressof(self.arguments)
             for place, packed in zip(self.places, operands, strict=True):
-                ctypes.memmove(arguments + place, packed, len(packed))
+                self.memory[place : place + len(packed)] = packed
             self.packed_operands = operands
         if self.in_place and at != self.source:
             self._map(at)
-        queue(self.launches, stream_of(self.device))
+        self.launch(stream_of(self.device))
+        return prepared
 
-    def _place(self, base: int) -> None:
-        """Let the arguments point into a workspace at ``base``."""
-        self.base = base
-        kept = self.placed.get(base)
+    def _place(self, bases: tuple[int, int]) -> None:
+        """Let the arguments point into a workspace whose blocks begin at ``bases``."""
+        self.bases = bases
+        kept = self.placed.get(bases)
         if kept is not None:
-            ctypes.memmove(self.arguments, kept, len(kept))
+            self.memory[: len(kept)] = kept
             self.source = -1  # the map in it may be of another x
             return
         told = self.told
-        told.rows, told.packed, *state = [base + offset for offset in self.offsets]
         samples, channels, to = told.samples, told.channels, told.to
-        samples.largest, samples.above, samples.marks, samples.scale = state[:4]
-        channels.scale, channels.reciprocal, channels.bias, channels.wrong = state[4:8]
+        places = self.workspace.addresses(*bases)
+        told.rows, samples.largest, samples.above, samples.marks, samples.scale = places[:5]
+        told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
+        to.parts, to.counts = places[10:]
         told.scale = channels.scale
-        to.parts, to.counts = state[8:]
         to.bias = channels.bias if self.bias else 0
         if self.scaled:
             to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
             told.direct.marks, told.direct.wrong = samples.marks, channels.wrong
         if not self.in_place:
-            self._map(base)
+            self._map(told.rows)
         if len(self.placed) == MOST_PLACES:
             self.placed.clear()
-        self.placed[base] = bytes(told)
+        self.placed[bases] = bytes(told)
 
     def _map(self, source: int) -> None:
         """Let the convolution read rows of channels from ``source`` on."""
@@ -370,6 +405,12 @@ def sampled(samples: int, each: int) -> int:
     return max(1, min(each // SAMPLED_EACH, samples * each // SAMPLED, 64))
 
 
+def pieces(samples: int, channels: int, slots: int) -> int:
+    """Into how many pieces `merge` adds up the partial statistics of a sample's slots: enough to fill a GPU."""
+    wanted = max(1, min(slots // MERGE_SLOTS, MERGE_BLOCKS // (samples * -(-channels // MERGED))))
+    return -(-slots // -(-slots // wanted))  # without those behind the last slot
+
+
 @functools.lru_cache(maxsize=1024)
 def _module(source: str, names: tuple[str, ...], device: int) -> Module:
     with torch.cuda.device(device):
@@ -379,6 +420,13 @@ def _module(source: str, names: tuple[str, ...], device: int) -> Module:
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def three_dims(x: Tensor) -> Tensor:
+    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
+    while x.dim() < 5:
+        x = x.unsqueeze(2)
+    return x
 
 
 def _dense(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import elements
-from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.convolution import Shared, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.engine import Convolution, sampled
@@ -34,6 +34,8 @@ FLOAT_RATE = 3.35e13
 DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.25
 #: seconds that an element of a tile of x takes until it lies in shared memory, and that sums of a class take at least
 TILED, SQUARED = 2.5e-12, 2.3e-5
+#: bytes of the moments of a sample and channel, where the slots of a sample are one piece
+MOMENTS = 24
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
@@ -100,23 +102,30 @@ def works(
 
 # --- the convolution ------------------------------------------------------------------------------
 def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
-    """The kernel and its helpers: x and the weights are written, and read again, as rows of 16-bit numbers."""
+    """The kernel and its helpers: x and the weights are written, and read again, as rows of 16-bit numbers.
+
+    What a first run has written of them is only read.
+    """
     layer, x = made.layer, types[kernel.x]
     scaled = kernel.dtype is torch.float32
     n, _, *sizes = (s or 0 for s in x.shape)
     rows = n * math.prod(sizes) * made.padded_channels * layer.groups * made.parts * 2
     packed = layer.groups * made.column_tiles * made.weight_bytes
-    moments = n * layer.out_channels * layer.groups * 16 if kernel.gathers else 0
+    moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
     stored = size_of(kernel.kind) if kernel.keeps else 0
     # where samples are scaled, a part of x is read to be measured, all of it to be made rows, and some once more
     every = sampled(n, math.prod(sizes) * (x.shape[1] or 0))
-    read = bytes_of(types, kernel.reads) + (size_of(x) // every if scaled else 0) + rows + packed
-    written = rows + packed + stored + moments
+    rows_there, all_there = kernel.shares is not Shared.NOTHING, kernel.shares is Shared.ALL
+    there = {*([kernel.x] if rows_there else []), *([kernel.weight, kernel.bias] if all_there else [])}
+    read = bytes_of(types, (n for n in kernel.reads if n not in there)) + rows + packed
+    read += size_of(x) // every if scaled and not rows_there else 0
+    written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
     weight = layer.in_channels * layer.groups * layer.out_channels * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
-    helpers = (scaled or kernel.bias is not None) + (scaled and every > 1) + (scaled and kernel.keeps) + kernel.gathers
+    prepares = 0 if all_there else 1 + scaled
+    again = scaled and every > 1 and not rows_there
     return Work(
-        launches=2 + helpers,
+        launches=1 + prepares + again + (scaled and kernel.keeps) + kernel.gathers,
         read=read,
         written=written,
         macs=macs,
@@ -131,7 +140,7 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     work = made.work(n, _three(sizes), kernel.extents)
     kept = (work.products + work.sums) * torch.float64.itemsize
     read = bytes_of(types, kernel.reads) + kept
-    written = kept + n * made.layer.out_channels * made.layer.groups * 16
+    written = kept + n * made.layer.out_channels * made.layer.groups * MOMENTS
     traffic = (read + written) / BANDWIDTH
     products = work.macs / (DOUBLE_RATE * DOUBLE_PART)
     return Work(
@@ -148,7 +157,9 @@ def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -
     row = kernel.sizes[2] if kernel.layout == "contiguous" and kernel.keeps else 0
     itemsize = kernel.kind.dtype.itemsize
     epilogue = _epilogue(kernel, merged=made.merged)
-    return seconds(made, batch, sizes, kernel.sizes, row, itemsize, keeps=kernel.keeps, epilogue=epilogue)
+    return seconds(
+        made, batch, sizes, kernel.sizes, row, itemsize, keeps=kernel.keeps, epilogue=epilogue, shares=kernel.shares
+    )
 
 
 def _epilogue(kernel: Launch, *, merged: bool) -> float:

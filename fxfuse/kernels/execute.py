@@ -31,7 +31,7 @@ from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.steps import Launch, Torch
 from fxfuse.kernels.tail_engine import architecture
-from fxfuse.kernels.twice import from_products, twice
+from fxfuse.kernels.twice import from_products, sharing, twice
 from fxfuse.program import Program
 from fxfuse.region import Region
 from fxfuse.tolerance import tf32_allowed
@@ -145,7 +145,7 @@ def _statistics_ahead(
         second, first = (convolution_of(k, exact=exact) for k in (again.kernel, again.measuring))
     except (Unscheduled, Unsupported):
         return
-    yield Candidate(TWICE, again, second, once.refusal, measuring=first)
+    yield Candidate(TWICE, sharing(again, first.made, second.made), second, once.refusal, measuring=first)
     with contextlib.suppress(Unsupported):
         correlated, products = from_products(again, given)
         yield Candidate(PRODUCTS, correlated, second, once.refusal, measuring=products)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ def _driver() -> Any:
     return driver
 
 
+#: blocks of a grid, along its first dim
+MOST_BLOCKS = 2**31 - 1
+
+
 class CudaError(RuntimeError):
     """A call of the CUDA driver failed; the message names it and the driver's reason."""
 
@@ -56,24 +60,65 @@ def _checked(call: str, result: tuple[Any, ...]) -> Any:
     return values[0] if values else None
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: which one, and room for the value of any."""
+
+    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("_room", ctypes.c_int * 15)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+#: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin before the one in front of it has ended.
+#: Of value 0 no kernel does, from the next launch on: for comparisons, and for profiles, where waiting counts as time.
+OVERLAP = _Attribute(id=6, value=1)
+
+
+@functools.cache
+def _launcher() -> Callable[..., int]:
+    """cuLaunchKernelEx by ctypes: of arguments that are C's already, a call takes half of the binding's time."""
+    driver = _driver()
+    streams = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM  # stream 0 is torch's default one
+    found = driver.cuGetProcAddress(b"cuLaunchKernelEx", 12000, streams)
+    address = _checked("cuGetProcAddress", found)
+    if not address:
+        raise CudaError("the driver has no cuLaunchKernelEx: it is older than CUDA 12.0")
+    return ctypes.CFUNCTYPE(ctypes.c_int)(address)
+
+
 class Module:
     """A loaded cubin on the current device; ``kernels`` by name."""
 
     def __init__(self, cubin: bytes, names: Sequence[str]) -> None:
         torch.cuda.current_stream()  # torch makes the context
-        driver = _driver()
-        self._module = _checked("cuModuleLoadData", driver.cuModuleLoadData(cubin))
-        self.kernels = {
-            name: Kernel(_checked("cuModuleGetFunction", driver.cuModuleGetFunction(self._module, name.encode())))
-            for name in names
-        }
+        self._module = _checked("cuModuleLoadData", _driver().cuModuleLoadData(cubin))
+        overlaps = torch.cuda.get_device_capability() == (9, 0)
+        self.kernels = {name: Kernel(self._function(name), overlaps) for name in names}
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        found = _checked("cuModuleGetFunction", _driver().cuModuleGetFunction(self._module, name.encode()))
+        return ctypes.c_void_p(int(found))
 
 
 class Kernel:
-    """A kernel of a loaded module."""
+    """A kernel of a loaded module. ``overlaps``: a launch may begin before the kernel in front of it has ended.
 
-    def __init__(self, function: Any) -> None:
+    All kernels are emitted for that (see ``cuh/dependent.cuh``); Hopper GPUs are where they have run so.
+    """
+
+    def __init__(self, function: ctypes.c_void_p, overlaps: bool = False) -> None:
         self.function = function
+        self.overlaps = overlaps
         self._shared = 0
         self._lock = threading.Lock()
 
@@ -82,68 +127,95 @@ class Kernel:
         with self._lock:
             if size > self._shared:
                 attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self.function, attribute, size))
+                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self.function.value, attribute, size))
                 self._shared = size
 
 
 class Launch:
-    """A kernel with its grid and arguments: call it with a stream. Arguments may be changed in place between calls.
+    """A kernel with its grid and arguments, to be put into a :class:`Chain`.
 
-    ``arguments``: ctypes values, which the launch reads where they lie. Not for several threads at a time.
+    ``arguments``: ctypes values, which a launch reads where they lie: they may be changed in place between launches.
     """
 
     def __init__(
         self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, arguments: Sequence[Any], shared: int = 0
     ) -> None:
         kernel.allow_shared(shared)
-        self._arguments = list(arguments)
-        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        self._address = ctypes.addressof(self._pointers)
-        x, y, z = (grid, 1, 1) if isinstance(grid, int) else grid
-        # what does not change from call to call is bound once: spelt out, it takes a quarter of the time of a launch
-        launch = _driver().cuLaunchKernel
-        self._launch = functools.partial(launch, kernel.function, x, y, z, block, 1, 1, shared)
+        self.kernel, self._arguments = kernel, list(arguments)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        grid = (grid, 1, 1) if isinstance(grid, int) else grid
+        if max(grid) > MOST_BLOCKS:  # which ctypes would cut off
+            raise CudaError(f"a grid of {grid} blocks: a GPU counts {MOST_BLOCKS} at most")
+        self.config = _Config(grid, (block, 1, 1), shared)
+        self.config.attributes = ctypes.pointer(OVERLAP)
+        #: launches once more, and returns the driver's status; what does not change from call to call is bound here
+        self.start = functools.partial(
+            _launcher(), ctypes.byref(self.config), kernel.function, ctypes.byref(pointers), None
+        )
+
+
+class Chain:
+    """Launches one behind the other: call it with a stream. Not for several threads at a time.
+
+    Each may begin before the one in front of it has ended, where its kernel says so; the first one only if it
+    ``follows`` another kernel of ours, of the same call. One of somebody else's may let the next one begin, and end,
+    without having waited for those in front of it.
+    """
+
+    def __init__(self, launches: Sequence[Launch], *, follows: bool = False) -> None:
+        self._launches = tuple(launches)
+        self._starts = [launch.start for launch in launches]
+        self._stream = 0
+        for i, launch in enumerate(launches):
+            launch.config.count = int(launch.kernel.overlaps and (follows or i > 0))
 
     def __call__(self, stream: int) -> None:
-        queue((self,), stream)
+        if stream != self._stream:
+            for launch in self._launches:
+                launch.config.stream = stream
+            self._stream = stream
+        for start in self._starts:
+            status = start()
+            if status:
+                _failed(status)
 
 
-def queue(launches: Iterable[Launch], stream: int) -> None:
-    """Launch these one behind the other."""
-    for launch in launches:
-        (status,) = launch._launch(stream, launch._address, 0)
-        if status:
-            _checked("cuLaunchKernel", (status,))
+def _failed(status: int) -> None:
+    _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
 
 
 class Packed:
     """A kernel with its grid and the forms of its parameters: call it with a stream and values. For any thread.
 
-    ``parameters``: one format of :mod:`struct` for each, without a mark of byte order.
+    ``parameters``: one format of :mod:`struct` for each, without a mark of byte order. ``follows``: as of
+    :class:`Chain`.
     """
 
-    def __init__(self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str) -> None:
-        self._made = kernel, grid, block
+    def __init__(
+        self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str, follows: bool = False
+    ) -> None:
+        self._made, self._follows = (kernel, grid, block), follows
         formats = [f"={p}" for p in parameters]
         sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
         self._offsets = [0, *itertools.accumulate(sizes)]
         padded = (f"{p}{size - struct.calcsize(f)}x" for p, f, size in zip(parameters, formats, sizes, strict=True))
         self._struct = struct.Struct("=" + "".join(padded))
-        self._free: list[tuple[Any, Launch]] = []  # buffers that no call is filling
+        self._free: list[tuple[Any, Chain]] = []  # buffers that no call is filling
 
     def __call__(self, stream: int, *values: float | bytes) -> None:
         try:
             made = self._free.pop()
         except IndexError:
             made = self._make()
-        self._struct.pack_into(made[0], 0, *values)
-        queue(made[1:], stream)  # which reads the values
+        buffer, launch = made
+        self._struct.pack_into(buffer, 0, *values)
+        launch(stream)  # which reads the values
         self._free.append(made)
 
-    def _make(self) -> tuple[Any, Launch]:
+    def _make(self) -> tuple[Any, Chain]:
         buffer = ctypes.create_string_buffer(self._offsets[-1])
         places = [ctypes.c_char.from_buffer(buffer, offset) for offset in self._offsets[:-1]]
-        return buffer, Launch(*self._made, places)
+        return buffer, Chain([Launch(*self._made, places)], follows=self._follows)
 
 
 @functools.lru_cache(maxsize=4096)

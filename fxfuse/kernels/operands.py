@@ -84,16 +84,17 @@ class Operands:
                 operands.append(_Operand(value, 0, axes, None))
             else:
                 operands.append(_Operand(place.base, place.offset, axes, _packed(place.shape, place.strides, axes)))
-        self._operands = tuple(operands)
+        #: what a call fills in; with none of them it makes nothing
+        self.told = tuple(operands)
         self._struct = struct.Struct("<" + "".join(f"q{WORD * len(o.axes)}s" for o in operands))
         #: bytes that a kernel takes for them: C++ has no struct of size 0
         self.size = max(WORD, self._struct.size)
 
     def __call__(self, values: Mapping[str, Tensor]) -> bytes:
-        if not self._operands:
+        if not self.told:
             return b""
         told: list[int | bytes] = []
-        for operand in self._operands:
+        for operand in self.told:
             tensor, strides = values[operand.value], operand.strides
             if strides is None:
                 strides = _packed(tensor.shape, tensor.stride(), operand.axes)

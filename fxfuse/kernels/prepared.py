@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
+from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.engine import Calls, Convolution
+from fxfuse.kernels.engine import Calls, Convolution, pieces, three_dims
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
@@ -55,18 +56,21 @@ class Prepared:
         places = {} if inputs is None else {n: Place.of(n, t) for n, t in zip(names, inputs, strict=True)}
         kept, places, tensors = _without_views(parts, places, outputs)
         last = _last_uses(kept, places)
+        shares = Shared.NOTHING if made.kernel is None else made.kernel.shares
         steps = []
+        follows = False  # whether a part comes behind one of our kernels
         with torch.cuda.device(device):
             for i, part in enumerate(kept):
                 if isinstance(part, Launch):
                     ours = measuring if part is made.measuring else convolution
                     assert ours is not None
                     if isinstance(ours, Correlation):
-                        run = _correlation(part, ours)
+                        run = _correlation(part, ours, follows)
                     else:
-                        run = _convolution(part, ours, places)
+                        run = _convolution(part, ours, places, follows, first=part is made.measuring, shares=shares)
                 else:
-                    run = prepare(part, device, places, tensors)
+                    run = prepare(part, device, places, tensors, follows=follows)
+                follows = not isinstance(part, Torch)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
         written = {p.stored for p in kept if isinstance(p, Launch) and p.keeps}
@@ -92,12 +96,18 @@ class Prepared:
         return self._run(inputs)
 
     def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = dict(zip(self.names, inputs, strict=True))
+        # loops: dict() and a comprehension take twice as long, and this is on the way of every call
+        values: Values = {}
+        for name, tensor in zip(self.names, inputs):  # noqa: B905 - of as many inputs as it was prepared for
+            values[name] = tensor
         for step, dead in self.steps:
             step(values)
             for name in dead:
                 values.pop(name, None)
-        return [values[name] for name in self.outputs]
+        made = []
+        for name in self.outputs:
+            made.append(values[name])
+        return made
 
 
 # --- what runs, and what need not -----------------------------------------------------------------
@@ -150,31 +160,34 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
-def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, Place]) -> Run:
-    """The convolution with its epilogue, as a step among others."""
+def _convolution(
+    kernel: Launch, convolution: Convolution, places: Mapping[str, Place], follows: bool, *, first: bool, shares: Shared
+) -> Run:
+    """The convolution with its epilogue, as a step among others.
+
+    ``shares``: what the ``first`` run of two hands on to the second one, in a tensor of its own among the values.
+    """
     kind, calls = kernel.kind, Calls()
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after = Operands(kernel.before, places), Operands(kernel.after, places)
-    behind = None if kernel.behind is None else Operands(kernel.behind, places)
+    before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
+    without = () if any((before.told, after.told, behind.told)) else (b"", b"", b"")
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
-    fewer_dims = len(shape) < 5
+    merged = pieces(shape[0], shape[1], convolution.slots(kernel.sizes)) if kernel.gathers else 0
+    handed, shared = f"prepared {kernel.x}", shares is not Shared.NOTHING
 
     def run(values: Values) -> None:
         x, weight = values[kernel.x], values[kernel.weight]
         bias = None if kernel.bias is None else values[kernel.bias].contiguous()
         out = empty(shape, strides, kind.dtype) if not_kept is None else not_kept
-        given = before(values), after(values), b"" if behind is None else behind(values)
+        given = without or (before(values), after(values), behind(values))
         if not_kept is None:
             values[kernel.stored] = out
         moments = None
         if kernel.gathers:
-            values[moments_of_it] = moments = moments_of(kind)
-        if kernel.squeezed:
-            out = out.unsqueeze(1)
-        if fewer_dims:
-            x, weight, out = _three_dims(x), _three_dims(weight), _three_dims(out)
-        convolution.run(
+            values[moments_of_it] = moments = moments_of(kind, merged)
+        prepared = values.pop(handed, None) if shared and not first else None
+        prepared = convolution.run(
             x,
             weight,
             bias,
@@ -185,30 +198,29 @@ def _convolution(kernel: Launch, convolution: Convolution, places: Mapping[str, 
             behind=given[2],
             factor=kernel.factor,
             moments=moments,
+            squeezed=kernel.squeezed,
+            shares=shares,
+            prepared=prepared,
             calls=calls,
+            follows=follows,
         )
+        if first and prepared is not None:
+            values[handed] = prepared
 
     return run
 
 
-def _correlation(kernel: Launch, correlation: Correlation) -> Run:
+def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
     moments_of_it = moments_name(kernel.stored)
 
     def run(values: Values) -> None:
-        x, weight = _three_dims(values[kernel.x]), _three_dims(values[kernel.weight])
+        x, weight = three_dims(values[kernel.x]), three_dims(values[kernel.weight])
         form = x.shape, x.stride()
         if form not in calls:
-            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents)
+            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
         values[moments_of_it] = moments = moments_of(kernel.kind)
         calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
 
     return run
-
-
-def _three_dims(x: Tensor) -> Tensor:
-    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
     runs: Prepared | ByTorch
     inputs: int
-    guards: Any
+    check: Callable[..., bool]  #: of torch's guards of the inputs
     requires_grad: bool  #: one of the inputs does
     tf32: bool | None  #: torch's setting; None where it is of no consequence
 
@@ -68,34 +68,48 @@ if _environment is None:
     _environment, _KERNELS, _OFF = os.environ, "FXFUSE_KERNELS", "0"
 
 
+def guards_of(inputs: Sequence[Tensor]) -> Any:
+    """What has ``check(*tensors)``, True for tensors like these; None where torch has no such guards."""
+    if _guards is None:
+        return None
+    sizes, strides = [list(t.shape) for t in inputs], [list(t.stride()) for t in inputs]
+    return _guards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def switched_off() -> bool:
+    """Whether FXFUSE_KERNELS leaves kernels out."""
+    return bool(_environment.get(_KERNELS) == _OFF)
+
+
 def find(text: str, inputs: Sequence[Tensor]) -> Prepared | ByTorch | None:
     """What ran the last call of the region, if ``inputs`` may go the same way now."""
     last = _recent.get(text)
+    if last is None:
+        return None
+    runs, count, check, requires_grad, tf32 = last
     if (
-        last is None
-        or len(inputs) != last.inputs
-        or not last.guards.check(*inputs)
-        or (last.requires_grad and _grad_enabled())
-        or (last.tf32 is not None and last.tf32 is not tf32_allowed())
+        len(inputs) != count
+        or not check(*inputs)
+        or (requires_grad and _grad_enabled())
+        or (tf32 is not None and tf32 is not tf32_allowed())
         or _modes()
         or _environment.get(_KERNELS) == _OFF
     ):
         return None
-    return last.runs
+    return runs
 
 
 def remember(text: str, inputs: Sequence[Tensor], runs: Prepared | ByTorch) -> None:
     """Let calls like this one, which ``runs`` has run, go the short way: without autocast, as kernels and torch's
     operators want it, or where it is of no consequence to them."""
-    if _guards is None:
+    guards = guards_of(inputs)
+    if guards is None:
         return
     if len(_recent) >= MOST_RECENT:
         forget()
-    sizes, strides = [list(t.shape) for t in inputs], [list(t.stride()) for t in inputs]
-    guards = _guards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     tf32 = tf32_allowed() if any(t.dtype is torch.float32 for t in inputs) else None
     requires_grad = any(t.requires_grad for t in inputs)
-    _recent[text] = Call(runs, len(inputs), guards, requires_grad, tf32)
+    _recent[text] = Call(runs, len(inputs), guards.check, requires_grad, tf32)
 
 
 def forget() -> None:

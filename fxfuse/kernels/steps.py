@@ -8,7 +8,7 @@ import torch
 
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import layout_of
-from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.reductions import Fold, Rows, Window
@@ -26,7 +26,8 @@ class Launch:
     expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
     over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
     makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
-    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`).
+    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first
+    run has made of x and the weights.
     """
 
     layer: Layer
@@ -51,6 +52,7 @@ class Launch:
     gathers: bool = False
     keeps: bool = True
     correlates: bool = False
+    shares: Shared = Shared.NOTHING
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -74,7 +76,8 @@ class Launch:
         if self.correlates:
             return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
         made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
-        return f"{' > '.join(self.stages)} -> {' and '.join(made)}"
+        given = f", from the first run's {self.shares.value}" if self.shares is not Shared.NOTHING else ""
+        return f"{' > '.join(self.stages)} -> {' and '.join(made)}{given}"
 
 
 @dataclasses.dataclass(frozen=True)

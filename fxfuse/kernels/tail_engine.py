@@ -16,7 +16,7 @@ from torch import Tensor
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
-from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
+from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.operands import Operands, Place
@@ -31,18 +31,20 @@ BLOCK, FINISH_BLOCK = 256, 128
 ROWS, MEASURED = 8, 32
 
 
-def prepare(step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str]) -> Run:
+def prepare(
+    step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str], *, follows: bool = False
+) -> Run:
     """Compile and load what ``step`` needs on ``device``, the current one.
 
     ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
-    operands of kernels.
+    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
     """
     if isinstance(step, Map):
-        return _prepare_map(step, device, places)
+        return _prepare_map(step, device, places, follows)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device, tensors)
+        return _prepare_gather(step, device, tensors, follows)
     if isinstance(step, Bundle):
-        return _prepare_bundle(step, device)
+        return _prepare_bundle(step, device, follows)
     return by_torch(step.program)
 
 
@@ -98,7 +100,8 @@ def architecture(device: torch.device) -> str:
     return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
-def _load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+def load(source: str, names: tuple[str, ...], device: torch.device) -> Mapping[str, Kernel]:
+    """The kernels of a source by name, compiled for ``device``, the current one."""
     return _module(source, names, device.index, architecture(device)).kernels
 
 
@@ -117,27 +120,27 @@ def _laid_out(value: Tensor, layout: str, planned: tuple[int, ...]) -> Tensor:
 
 
 # --- maps -----------------------------------------------------------------------------------------
-def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -> Run:
+def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], follows: bool) -> Run:
     index = device.index
     source = source_of(step)
     size, made = _sizes(step.given), _sizes(step.kind)
     n, c, d, h, w = size
     if step.window is not None:
-        kernel = _load(source, ("pool",), device)["pool"]
+        kernel = load(source, ("pool",), device)["pool"]
         grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
-        kernel = _load(source, ("fold",), device)["fold"]
+        kernel = load(source, ("fold",), device)["fold"]
         lanes = step.fold.lanes(*(layout != "contiguous" for layout in step.layouts))
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         sizes = (*size, 0)
     elif step.rows is not None:
         length, count = step.rows.length, vector(DTYPE_NAMES[step.given.dtype])
-        kernel = _load(source, ("whole", "any"), device)["any" if length % count else "whole"]
+        kernel = load(source, ("whole", "any"), device)["any" if length % count else "whole"]
         grid = (-(-math.prod(size) // (length * (1 if step.rows.long else BLOCK // 32))), 1, 1)
         sizes = (*size, length)
     else:
-        kernels = _load(source, ("whole", "any"), device)
+        kernels = load(source, ("whole", "any"), device)
         count = vector(DTYPE_NAMES[step.given.dtype])
         whole = (d * h * w if step.layouts[0] == "contiguous" else c) % count == 0
         kernel = kernels["whole" if whole else "any"]
@@ -151,7 +154,8 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
     pointwise = step.window is None and step.fold is None and step.rows is None
     operands = [Operands(e, places) for e in (step.before, *([] if pointwise else [step.after]))]
-    launch = Packed(kernel, grid, BLOCK, f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}")
+    form = f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}"
+    launch = Packed(kernel, grid, BLOCK, form, follows=follows)
 
     planned = dense(step.given.shape, step.layouts[0])
 
@@ -169,14 +173,14 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place]) -
 
 
 # --- small tensors --------------------------------------------------------------------------------
-def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
-    kernel = _load(source_of(step), ("bundle",), device)["bundle"]
+def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
+    kernel = load(source_of(step), ("bundle",), device)["bundle"]
     reads, makes, index = step.made.reads, step.makes, device.index
     forms = [
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
-    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q")
+    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q", follows=follows)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
@@ -202,10 +206,11 @@ def _prepare_bundle(step: Bundle, device: torch.device) -> Run:
 PARTIALS = "qqii"
 
 
-def moments_of(kind: TensorType) -> Tensor:
-    """Room on the current device for the moments of every sample and channel of a value."""
+def moments_of(kind: TensorType, count: int = 1) -> Tensor:
+    """Room on the current device for the moments of a value, (N, count, C, 3) for as many pieces of every sample: how
+    many elements, their mean, and the sum of squares around it, of every channel."""
     n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return empty((n, c, 2), (2 * c, 2, 1), torch.float64)
+    return empty((n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64)
 
 
 def moments_name(value: str) -> str:
@@ -234,11 +239,14 @@ def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], t
     return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
 
 
-def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Run:
-    kernels = _load(source_of(step), ("measure", "merge", "finish"), device)
-    measure = _prepare_measure(step, kernels, device) if step.layout else None
+def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool) -> Run:
+    kernels = load(source_of(step), ("measure", "merge", "finish"), device)
+    measure = _prepare_measure(step, kernels, device, follows) if step.layout else None
     name = moments_name(step.value)
-    finishes = [_prepare_finish(instr, step.kind, kernels["finish"], device, tensors) for instr in step.instrs]
+    finishes = [
+        _prepare_finish(instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0)
+        for i, instr in enumerate(step.instrs)
+    ]
 
     def run(values: Values) -> None:
         moments = measure(values[step.value]) if measure is not None else values.pop(name)
@@ -249,22 +257,22 @@ def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str]) -> Ru
 
 
 def _prepare_finish(
-    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str]
+    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str], follows: bool
 ) -> Callable[[Values, Tensor], None]:
-    n, c, d, h, w = _sizes(kind)
+    n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
     shape, strides = _statistics_form(instr, kind)
     rows = shape[1]
     index, size = device.index, rows * c * 4
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    told = (n, c, c // groups, int(batch), float(d * h * w), float(attributes["eps"]))
-    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiidd")
+    told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
+    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
 
     def run(values: Values, moments: Tensor) -> None:
         results = empty(shape, strides, torch.float32)
         at = results.data_ptr()
-        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told)
+        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told, moments.shape[1], eps)
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -272,15 +280,19 @@ def _prepare_finish(
     return run
 
 
-def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.device) -> Callable[[Tensor], Tensor]:
+def _prepare_measure(
+    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool
+) -> Callable[[Tensor], Tensor]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
-    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i")
-    second = Packed(kernels["merge"], n * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "q")
+    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
+    count = pieces(n, c, slots)
+    blocks_merge = n * count * -(-c // MERGED)
+    second = Packed(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
 
     planned = dense(step.kind.shape, step.layout)
 
@@ -288,10 +300,10 @@ def _prepare_measure(step: Gather, kernels: Mapping[str, Kernel], device: torch.
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
-        moments, at, stream = moments_of(step.kind), parts.data_ptr(), stream_of(index)
+        moments, at, stream = moments_of(step.kind, count), parts.data_ptr(), stream_of(index)
         partials = (at, at + n * slots * c * 8, slots, c)
         first(stream, value.data_ptr(), *partials, positions)
-        second(stream, *partials, moments.data_ptr())
+        second(stream, *partials, count, moments.data_ptr())
         return moments
 
     return run

@@ -13,7 +13,16 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from fxfuse.kernels.convolution import CONSUMERS, LINE, LINE_PITCH, MOST_RUNS, ROWS, Specialisation, Unsupported
+from fxfuse.kernels.convolution import (
+    CONSUMERS,
+    LINE,
+    LINE_PITCH,
+    MOST_RUNS,
+    ROWS,
+    Shared,
+    Specialisation,
+    Unsupported,
+)
 
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
@@ -21,9 +30,9 @@ CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 #: clock cycles of a multiprocessor that an accumulator costs where it becomes a part of a pool, outside the matrix
 #: units: read off chains on an H100
 POOLED = 0.2
-#: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take: read off
-#: runs on an H100
-ROWS_RATE, LAUNCHES = 2.6e12, 1.5e-5
+#: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take, of what
+#: prepares x, of what prepares the weights, and the rest: read off runs on an H100
+ROWS_RATE, LAUNCHES_X, LAUNCHES_WEIGHTS, LAUNCHES = 2.6e12, 6e-6, 4e-6, 5e-6
 #: bytes of a run that are worth the way through shared memory
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
@@ -299,10 +308,12 @@ def seconds(
     *,
     keeps: bool = True,
     epilogue: float = 0.0,
+    shares: Shared = Shared.NOTHING,
 ) -> float:
     """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
 
     ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
+    ``shares``: what of x and the weights is prepared.
     """
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
@@ -315,6 +326,10 @@ def seconds(
     one = max(multiply, multiply / CONSUMERS + accumulators * epilogue) / CLOCK
     if keeps:
         one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
-    position = made.layer.in_channels * 4 + made.padded_channels * made.parts * 2
-    moved = batch * made.layer.groups * math.prod(sizes) * position
-    return waves * one + moved / ROWS_RATE + LAUNCHES
+    total = waves * one + LAUNCHES
+    if shares is not Shared.ALL:
+        total += LAUNCHES_WEIGHTS
+    if shares is Shared.NOTHING:
+        position = made.layer.in_channels * 4 + made.padded_channels * made.parts * 2
+        total += batch * made.layer.groups * math.prod(sizes) * position / ROWS_RATE + LAUNCHES_X
+    return total

@@ -2,8 +2,9 @@
 
 A normalisation needs the value before its first element is ready. A schedule that runs the convolution once writes
 the value and reads it again. This one never writes it: the first run stores statistics alone, the second one has
-the normalisation in its pointwise chain, and a pool behind that where residue classes make it. Of few input channels
-the statistics may come without a first run. Pure.
+the normalisation in its pointwise chain, and a pool behind that where residue classes make it. What the first run has
+made of x and the weights, the second one uses as well, as far as both multiply it in the same form. Of few input
+channels the statistics may come without a first run. Pure.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import needed_by
-from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
 from fxfuse.kernels.observe import Form, observe
@@ -40,6 +41,19 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
         if made is not None:
             return best(program, observed, [made])
     return None
+
+
+def sharing(made: Schedule, first: Specialisation, second: Specialisation) -> Schedule:
+    """The schedule, of these kernels, whose second run uses what the first one has made of x and the weights."""
+    early, late = made.measuring, made.kernel
+    assert early is not None and late is not None
+    if (early.x, early.dtype) != (late.x, late.dtype):
+        return made
+    shares = second.shared(first)
+    weights = [(k.weight, k.bias, k.bias_dtype) for k in (early, late)]
+    if shares is Shared.ALL and weights[0] != weights[1]:
+        shares = Shared.ROWS
+    return dataclasses.replace(made, kernel=dataclasses.replace(late, shares=shares))
 
 
 def from_products(made: Schedule, given: Mapping[str, TensorType]) -> tuple[Schedule, Correlation]:

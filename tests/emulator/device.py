@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import correlation_engine, engine, execute, jit, launch, prepared, recent, tail_engine
+from fxfuse.kernels import correlation_engine, engine, execute, jit, launch, prepared, recent, running, tail_engine
 from fxfuse.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
@@ -82,7 +82,7 @@ def _folder() -> Path:
     path = Path(folder.name)
     for header in jit.HEADERS.glob("*.cuh"):
         (path / header.name).write_text(translated(header.read_text("utf-8")), "utf-8")
-    for own in ("ptx.cuh", "emulated.h", "runtime.cpp"):
+    for own in ("ptx.cuh", "dependent.cuh", "emulated.h", "runtime.cpp"):
         shutil.copy(HERE / own, path / own)
     _compile(path / "runtime.cpp", path / "runtime.so", "-O2")
     return path
@@ -150,18 +150,18 @@ class Device:
                 if not bool((guard == 0xFF).all()):
                     raise EmulationError(f"{kernel} wrote {where} {kept.numel() - 2 * GUARD} bytes that it was given")
 
-    # --- the driver's functions that a launch calls
-    def cuLaunchKernel(self, function: Any, *given: int) -> tuple[int]:  # noqa: N802 - the driver's name
-        gx, gy, gz, block, _, _, shared, _, at, _ = given
-        run, name = function
-        grid = (ctypes.c_int * 3)(gx, gy, gz)
+    # --- the driver's function that a launch calls
+    def start(self, config: Any, function: Any, pointers: Any, _: None) -> int:
+        told, (run, name) = config._obj, function
         with _one_at_a_time:
-            why = run(ctypes.c_void_p(at), grid, block, shared)
+            why = run(pointers, (ctypes.c_int * 3)(*told.grid), told.block[0], told.shared)
             if why:
                 raise EmulationError(f"{name}: {why.decode()}")
+            if told.count and runtime().emulated_left_early():
+                raise EmulationError(f"{name}: a thread ends without begin_dependent(), and the launch overlaps others")
             self.launches.append(name)
             self.check(name)
-        return (0,)
+        return 0
 
 
 def _module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
@@ -169,7 +169,7 @@ def _module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
     for name in names:
         run = getattr(library(source), f"emulated_{name}")
         run.restype = ctypes.c_char_p
-        made[name] = Kernel((run, name))
+        made[name] = Kernel((run, name), overlaps=True)
     return SimpleNamespace(kernels=made)
 
 
@@ -202,7 +202,7 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(engine, "_processors", lambda _: PROCESSORS)
         patch.setattr(engine, "rows_map", rows_map)
         patch.setattr(prepared, "_current_device", lambda: None)
-        patch.setattr(launch, "_driver", lambda: device)
+        patch.setattr(launch, "_launcher", lambda: device.start)
         patch.setattr(Kernel, "allow_shared", lambda *_: None)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -211,4 +211,6 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(execute, "_device_name", lambda _: "emulated")
         patch.setattr(execute, "_prepared", {})
         patch.setattr(recent, "_recent", {})
+        patch.setattr(running, "_launches", {})
+        patch.setattr(running, "_calls", {})
         yield device

@@ -1,5 +1,6 @@
 // The names of fxfuse/kernels/cuh/ptx.cuh, on the emulated machine.
 #pragma once
+#include "dependent.cuh"
 #include "pointwise.cuh"
 
 #define FXFUSE_INLINE inline
@@ -34,6 +35,7 @@ inline void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, 
   emulated_copy_box(to, map, b, at);
 }
 inline void copy_bytes(void* to, const void* from, uint32_t bytes, uint64_t* b) { emulated_copy(to, from, (int)bytes, b); }
+inline void bulk_after_stores() {}
 inline void prefetch_map(const TensorMap*) {}
 
 template <int row_bytes>

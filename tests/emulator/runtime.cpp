@@ -28,7 +28,7 @@ constexpr int kShared = 256 << 10, kBarriers = 16, kWarpgroup = 128;
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
-  bool begun, done;
+  bool begun, done, dependent;  // dependent: has called begin_dependent()
   const char* waits;
   int exchanges;            // with its warp, so far
   long issued;              // matrix instructions, so far
@@ -96,8 +96,11 @@ uint8_t* shared_memory() {
   return memory;
 }
 
+int left_early;  // threads
+
 void enter() {
   body(parameters);
+  if (!fibers[current].dependent) ++left_early;
   fibers[current].done = moved = true;
   --alive;
   _longjmp(scheduler, 1);
@@ -350,9 +353,13 @@ void emulated_wgmma_wait(int pending) {
   f.groups.erase(f.groups.begin(), f.groups.end() - pending);
 }
 
+void emulated_begin_dependent() { fibers[current].dependent = true; }
+int emulated_left_early() { return left_early; }
+
 const char* emulated_run(void (*entry)(void**), void** given, const int* grid, int block, int bytes) {
   if (block > 1024 || block % 32) return "blocks of up to 1024 threads, in whole warps";
   if (bytes > 227 << 10) return "more than 227 KiB of shared memory";
+  left_early = 0;
   body = entry, parameters = given, dynamic_bytes = bytes;
   const int offset = 16 * (int)(chance() % 64);
   dynamic = shared_memory() + (bytes + offset <= kShared ? offset : 0);

@@ -16,7 +16,7 @@ from fxfuse.kernels import jit
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.launch import Launch
+from fxfuse.kernels.launch import Chain, Launch
 
 pytestmark = needs_compiler
 
@@ -31,9 +31,11 @@ turn(float* out, const float* x, int count) {
 """
 
 
-def launch(given: Device, source: str, name: str, grid: int, block: int, *arguments: object) -> None:
+def launch(
+    given: Device, source: str, name: str, grid: int, block: int, *arguments: object, follows: bool = False
+) -> None:
     kernel = device._module(source, [name]).kernels[name]
-    Launch(kernel, grid, block, arguments)(0)
+    Chain([Launch(kernel, grid, block, arguments)], follows=follows)(0)
 
 
 def pointer(t: Tensor) -> ctypes.c_int64:
@@ -47,6 +49,18 @@ def reverse(count: int, room: int = 0, source: str = REVERSED) -> Tensor:
         assert given.launches == ["turn"]
         assert torch.equal(out.view(3, count), x.view(3, count).flip(1))
         return out
+
+
+def test_an_overlapping_kernel_waits_in_every_thread() -> None:
+    always = REVERSED.replace("  __shared__", "  fxfuse::begin_dependent();\n  __shared__")
+    some = REVERSED.replace("  __shared__", "  if (threadIdx.x < count) fxfuse::begin_dependent();\n  __shared__")
+    with emulated() as given:
+        x, out = torch.arange(120.0), given.empty((120,), (1,), torch.float32)
+        arguments = pointer(out), pointer(x), ctypes.c_int(40)
+        launch(given, some, "turn", 3, 64, *arguments)
+        launch(given, always, "turn", 3, 64, *arguments, follows=True)
+        with pytest.raises(EmulationError, match="turn: a thread ends without begin_dependent"):
+            launch(given, some, "turn", 3, 64, *arguments, follows=True)
 
 
 def test_threads_share_memory() -> None:

@@ -23,7 +23,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
-KERNELS = ("measure", "prepare", "again", "convolution", "direct", "merge", "finish", "whole", "any", "pool", "fold")
+KERNELS = (
+    "measure", "prepare", "again", "convolution", "direct", "merge", "finish", "running", "whole", "any", "pool",
+    "fold",
+)  # fmt: skip
 PACKAGES = ("nvidia-cuda-sanitizer-api", "nvidia-cuda-sanitizer-api-cu12")
 #: exit status of a run in which a tool found something
 FOUND = 99

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from unittest import mock
 
@@ -36,12 +37,15 @@ ALL = os.environ.get("FXFUSE_CHAINS")
 COUNT = int(ALL or "16")
 #: registers of a multiprocessor, and how many of a kernel's blocks it shall hold
 REGISTERS = 65536
-THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 1), "finish": (FINISH_BLOCK, 1)}
+THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 2), "finish": (FINISH_BLOCK, 1)}
 #: static shared memory that a block has
 STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make
 #: the samples that half precision cannot hold; a reduction of 64 channels per thread
 MOST_SPILLED = {"convolution": 448, "direct": 64, "merge": 128, "fold": 96}
+#: instructions that read or write global memory, or end a thread; and those that go to a label
+TOO_EARLY = re.compile(r"\b(LDG?|STG?|LDGSTS|ATOMG?|REDG?|UTMALDG|UBLKCP|EXIT|RET)\b")
+GOES = re.compile(r"\b(?:BRA|JMP)\b.*?(\.L_x_\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +88,26 @@ def check(source: Source, *, disassemble: bool) -> None:
         assert used.spills <= MOST_SPILLED.get(name, 0), (name, used, source.kinds)
     # C7510, C7511: ptxas waits behind every matrix instruction
     assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w], source.kinds
+    for name in cubin.kernels if disassemble else ():
+        check_wait(name, sass(cubin, name))
     if source.convolution is not None:
         assert cubin.kernels["convolution"].shared + source.convolution.made.dynamic_bytes <= SHARED_BYTES
         assert ("merge" in cubin.kernels) == source.convolution.epilogue.gathers
         if disassemble or cubin.kernels["convolution"].spills:
             check_products(cubin, source)
+
+
+def check_wait(name: str, text: str) -> None:
+    """Whichever way a thread goes, it waits for the kernels in front before it touches global memory: a launch may
+    begin while they run."""
+    assert text.count("ACQBULK") == 1, f"{name} does not call fxfuse::begin_dependent(), or not once"
+    lines = [line for line in (re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()) if line]
+    (wait,) = (i for i, line in enumerate(lines) if "ACQBULK" in line)
+    assert not lines[wait].startswith("@"), lines[wait]
+    for line in lines[:wait]:
+        assert not TOO_EARLY.search(line), line
+        goes = GOES.search(line)
+        assert goes is None or lines.index(f"{goes[1]}:") <= wait, line
 
 
 def check_products(cubin: Cubin, source: Source) -> None:

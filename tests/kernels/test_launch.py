@@ -15,34 +15,40 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import engine, execute, launch, prepared, tail_engine
-from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.engine import Convolution
-from fxfuse.kernels.launch import Kernel, Launch, Packed
+from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Map, Torch
 from fxfuse.program import Program
 
 Call = tuple[str, tuple[int, ...], list[bytes]]
 
 
 class Driver:
-    """Keeps what is launched: the function, the grid, and the bytes of every argument as they lie at that moment."""
+    """Keeps what is launched: the function, the grid, and the bytes of every argument as they lie at that moment.
+
+    ``overlaps``: of each launch, whether it may begin before the one in front of it has ended.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.overlaps: list[bool] = []
         self.delay = 0.0
         self.sizes: dict[int, list[int]] = {}
 
-    def cuLaunchKernel(self, function: Any, *given: int) -> tuple[int]:  # noqa: N802 - the driver's name
-        *grid, _, _, _, _, stream, at, _ = given
-        assert stream == 77
+    def start(self, config: Any, function: Any, pointers: Any, _: None) -> int:
+        config, pointers = config._obj, pointers._obj
+        assert config.stream == 77
         time.sleep(self.delay)  # a thread that fills the same buffer shows
-        pointers = (ctypes.c_void_p * len(self.sizes[at])).from_address(at)
-        told = [ctypes.string_at(p, s) for p, s in zip(pointers, self.sizes[at], strict=True)]
-        self.calls.append((function, tuple(grid), told))
-        return (0,)
+        sizes = self.sizes[ctypes.addressof(pointers)]
+        told = [ctypes.string_at(p, s) for p, s in zip(pointers, sizes, strict=True)]
+        self.calls.append((function, tuple(config.grid), told))
+        self.overlaps.append(bool(config.count))
+        return 0
 
 
 @pytest.fixture
@@ -50,12 +56,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     made = Driver()
     started = Launch.__init__
 
-    def start(self: Launch, kernel: Kernel, grid: Any, block: int, arguments: Any, shared: int = 0) -> None:
+    def make(self: Launch, kernel: Kernel, grid: Any, block: int, arguments: Any, shared: int = 0) -> None:
         started(self, kernel, grid, block, arguments, shared)
-        made.sizes[self._address] = getattr(kernel, "sizes", None) or [ctypes.sizeof(a) for a in arguments]
+        at = ctypes.addressof(self.start.args[2]._obj)
+        made.sizes[at] = getattr(kernel, "sizes", None) or [ctypes.sizeof(a) for a in arguments]
 
-    monkeypatch.setattr(Launch, "__init__", start)
-    monkeypatch.setattr(launch, "_driver", lambda: made)
+    monkeypatch.setattr(Launch, "__init__", make)
+    monkeypatch.setattr(launch, "_launcher", lambda: made.start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda self, size: None)
     for where in (engine, tail_engine):
         monkeypatch.setattr(where, "stream_of", lambda device: 77)
@@ -64,7 +71,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 # --- parameters side by side ----------------------------------------------------------------------
 def kernel(*sizes: int) -> Kernel:
-    made = Kernel("kernel")
+    made = Kernel("kernel", overlaps=True)  # type: ignore[arg-type]
     made.sizes = list(sizes)  # type: ignore[attr-defined]
     return made
 
@@ -91,6 +98,58 @@ def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
     assert sorted(seen) == sorted(n for n in range(6) for _ in range(20))
 
 
+# --- what the driver is told ------------------------------------------------------------------------
+def test_structs_are_the_drivers() -> None:
+    theirs = pytest.importorskip("cuda.bindings.driver")
+    attribute = theirs.CUlaunchAttribute()
+    attribute.id = theirs.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    assert ctypes.string_at(attribute.getPtr(), 72) == bytes(launch.OVERLAP)
+    config = theirs.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = 1, 2, 3
+    config.blockDimX, config.blockDimY, config.blockDimZ = 4, 5, 6
+    config.sharedMemBytes, config.hStream, config.attrs, config.numAttrs = 7, 8, [attribute], 1
+    ours = launch._Config((1, 2, 3), (4, 5, 6), 7, 8, ctypes.pointer(launch.OVERLAP), 1)
+    told = ctypes.string_at(config.getPtr(), ctypes.sizeof(ours))
+    place = launch._Config.attributes
+    behind = place.offset + place.size
+    assert (told[: place.offset], told[behind : behind + 4]) == (bytes(ours)[: place.offset], b"\1\0\0\0")
+
+
+def test_only_what_follows_our_own_kernels_overlaps(driver: Driver) -> None:
+    first, second = (Launch(kernel(), 1, 32, []) for _ in range(2))
+    stays = Launch(Kernel("stays"), 1, 32, [])  # type: ignore[arg-type]
+    Chain([first, stays, second])(77)
+    Chain([first, second], follows=True)(77)
+    Packed(kernel(8), 1, 32, "q")(77, 1)
+    Packed(kernel(8), 1, 32, "q", follows=True)(77, 1)
+    assert driver.overlaps == [False, False, True, True, True, False, True]
+
+
+def test_a_chain_goes_to_the_stream_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[int | None] = []
+
+    def start(config: Any, *_: object) -> int:
+        streams.append(config._obj.stream)
+        return 0
+
+    monkeypatch.setattr(launch, "_launcher", lambda: start)
+    made = Chain([Launch(kernel(), 1, 32, []) for _ in range(2)])
+    for stream in (0, 5, 5, 6, 0):
+        made(stream)
+    assert streams == [None, None, 5, 5, 5, 5, 6, 6, None, None]
+
+
+def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = SimpleNamespace(CUresult=int, cuGetErrorString=lambda status: (0, f"status {status}".encode()))
+    monkeypatch.setattr(launch, "_launcher", lambda: lambda *_: 701)
+    monkeypatch.setattr(launch, "_driver", lambda: told)
+    with pytest.raises(CudaError, match=r"^cuLaunchKernelEx: status 701$"):
+        Chain([Launch(kernel(), 1, 32, [])])(0)
+    with pytest.raises(CudaError, match=r"a grid of \(2147483648, 1, 1\) blocks"):
+        Launch(kernel(), 2**31, 32, [])
+
+
 # --- the convolution ------------------------------------------------------------------------------
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -104,7 +163,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
     def module(*_: Any) -> SimpleNamespace:
-        return SimpleNamespace(kernels={n: Kernel(n) for n in (*engine.KERNELS, "merge", *TAIL)})
+        return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*engine.KERNELS, "merge", *TAIL)})
 
     for where in (engine, tail_engine, prepared):
         monkeypatch.setattr(where, "empty", empty)
@@ -152,8 +211,36 @@ def test_kept_arguments_are_those_of_a_first_call(
             driver.calls.clear()
             made.run(x, w, b, (7, 7, 7), out, **more)
             told.append(list(driver.calls))
-        names = ["measure", "prepare", "convolution", *(["direct"] if dtype is torch.float32 else [])]
+        wide = dtype is torch.float32
+        names = [*(["measure"] if wide else []), "prepare", "convolution", *(["direct"] if wide else [])]
         assert [c[0] for c in told[0]] == names
+        assert told[0] == told[1]
+    assert [len(free) for free in calls.values()] == [1]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("shares", [Shared.ROWS, Shared.ALL], ids=str)
+def test_kept_arguments_follow_both_blocks_of_memory(
+    driver: Driver, memory: list[Tensor], shares: Shared, given: bool
+) -> None:
+    """What is handed on to a second run, and what is a run's own, of which this second one may need nothing."""
+
+    def convolution() -> Convolution:
+        return Convolution.of.__wrapped__(LAYER, *[torch.float32] * 3, Epilogue(gathers=True))
+
+    kept, calls = convolution(), {}
+    x, w, b, out = operands(torch.float32, False)
+    moments = torch.empty(1, 1, 16, 3, dtype=torch.float64)
+    handed, own = ([torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
+    for i, j in ((0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (0, 1)):
+        told = []
+        for made, more in ((kept, {"calls": calls}), (convolution(), {})):
+            memory[:] = [own[j]] if given else [handed[i], own[j]]
+            driver.calls.clear()
+            prepared = handed[i] if given else None
+            made_of = made.run(x, w, b, (7, 7, 7), out, moments=moments, shares=shares, prepared=prepared, **more)
+            assert made_of is handed[i] and not memory
+            told.append(list(driver.calls))
         assert told[0] == told[1]
     assert [len(free) for free in calls.values()] == [1]
 
@@ -238,9 +325,22 @@ def test_a_region_says_what_its_outputs_are(
     ready = Prepared.of(program, made, execute.convolution_of(made.kernel), torch.device("cpu"))
     assert (ready.asks_torch, ready.apart) == (asks_torch, apart)
     for _ in range(2):
-        driver.calls.clear()
+        driver.calls.clear(), driver.overlaps.clear()
         results = ready.run(inputs)
         assert [c[0] for c in driver.calls] == ["measure", "prepare", "convolution", "direct", *kernels]
+        assert driver.overlaps == [False, *[True] * (len(driver.calls) - 1)]
         assert len(results) == len(program.outputs)
         memories = [t.untyped_storage().data_ptr() for t in (*results, *inputs)]
         assert (len({*memories}) == len(memories)) or not ready.apart
+
+
+def test_behind_torchs_operators_a_kernel_waits_as_usual(driver: Driver, memory: list[Tensor], small: None) -> None:
+    softmax = f"softmax(s, dim=2)\n    p = {POOL.replace('(s,', '(o,')}"
+    text = CHAIN.format(softmax, "p", no=(0,) * 3, one=(1,) * 3, two=(2,) * 3)
+    program = Program.parse(text)[1]
+    made = schedule(program, examples(program))
+    assert made.kernel is not None and [type(s) for s in made.steps] == [Torch, Map]
+    ready = Prepared.of(program, made, execute.convolution_of(made.kernel), torch.device("cpu"))
+    ready.run([torch.randn([s or 0 for s in kind.shape]) for _, kind in program.inputs])
+    assert [c[0] for c in driver.calls] == ["measure", "prepare", "convolution", "direct", "pool"]
+    assert driver.overlaps == [False, True, True, True, False]

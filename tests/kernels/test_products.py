@@ -167,7 +167,7 @@ def test_the_account() -> None:
     jobs = sum(correlation().parts((32, 32, 32), (63, 63, 63)).jobs)
     kept = 8 * (64 * jobs * 168 + 64 * 8 * 16 * 2)
     x, w = 4 * 64 * 3 * 32**3, 4 * 3 * 16 * 27
-    assert first.read == x + w + kept and first.written == kept + 64 * 16 * 16
+    assert first.read == x + w + kept and first.written == kept + 64 * 16 * 24
     assert first.macs == 64 * 32**3 * 48 * 8
     assert first.floor == max((first.read + first.written) / BANDWIDTH, first.macs / DOUBLE_RATE) < first.seconds
     assert first.source == correlation().source()

@@ -187,9 +187,9 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
     monkeypatch.undo()  # what passes for a prepared region
     launched: list[str] = []
 
-    def start(function: str, *_: int) -> tuple[int]:
+    def start(_config: object, function: str, *_: object) -> int:
         launched.append(function)
-        return (0,)
+        return 0
 
     workspaces: dict[tuple[int, ...], Tensor] = {}  # which lie where they lay
 
@@ -210,7 +210,7 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
     monkeypatch.setattr(engine, "_processors", lambda _: 132)
     monkeypatch.setattr(engine, "rows_map", lambda *_: bytes(128))
     monkeypatch.setattr(prepared, "_current_device", lambda: None)
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernel=start))
+    monkeypatch.setattr(launch, "_launcher", lambda: start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -1,5 +1,6 @@
 // Pointwise operators on small tensors, many of them in one launch: a thread per element, one output behind the other.
 #pragma once
+#include "dependent.cuh"
 #include "pointwise.cuh"
 
 namespace fxfuse {

@@ -42,7 +42,7 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
   return sum;
 }
 
-// Which samples the direct kernel makes. To be made by all threads of a block at once.
+// Which samples the direct kernel makes. To be made by all threads of a block at once, and once in a kernel.
 template <bool scaled>
 struct Marked {
   bool all;           // some weight is not finite
@@ -51,20 +51,31 @@ struct Marked {
   template <class Arguments>
   FXFUSE_INLINE Marked(const DirectGeometry& s, const Arguments& a) : all(false), most(1.f), least(1.f) {
     if (!scaled) return;
-    float largest = 0.f, reciprocal = 0.f;
+    __shared__ float2 found[32];  // of a warp: the largest scale, and the largest reciprocal of one
+    float2 mine = {0.f, 0.f};
     for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
       const float scale = a.to.channel_scale[c];
-      all |= s.wrong[c] != 0, largest = fmaxf(largest, scale), reciprocal = fmaxf(reciprocal, reciprocal_of_power(scale));
+      all |= s.wrong[c] != 0, mine = larger(mine, {scale, reciprocal_of_power(scale)});
     }
+    mine = warp_largest(mine);
+    if ((threadIdx.x & 31) == 0) found[threadIdx.x >> 5] = mine;
     all = __syncthreads_or(all);
-    most = block_maximum(largest), least = reciprocal_of_power(block_maximum(reciprocal));
+    mine = warp_largest((threadIdx.x & 31) < blockDim.x / 32 ? found[threadIdx.x & 31] : float2{0.f, 0.f});
+    most = mine.x, least = reciprocal_of_power(mine.y);
+  }
+  static FXFUSE_INLINE float2 larger(const float2& a, const float2& b) { return {fmaxf(a.x, b.x), fmaxf(a.y, b.y)}; }
+  static FXFUSE_INLINE float2 warp_largest(float2 v) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1) v = larger(v, {__shfl_xor_sync(~0u, v.x, o), __shfl_xor_sync(~0u, v.y, o)});
+    return v;
   }
   // The epilogue multiplies by the product of a sample's and a channel's scale: a float has to hold it.
   template <class Arguments>
   FXFUSE_INLINE bool operator()(const DirectGeometry& s, const Arguments& a, int n) const {
-    if (!scaled) return false;
-    const float scale = a.to.sample_scale[n];
-    return all || s.marks[n] > kFewTiny || !finite(scale * most) || scale * least == 0.f;
+    return scaled && is(s.marks[n], a.to.sample_scale[n]);
+  }
+  FXFUSE_INLINE bool is(uint32_t mark, float scale) const {
+    return all || mark > kFewTiny || !finite(scale * most) || scale * least == 0.f;
   }
 };
 
@@ -151,9 +162,12 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   const Size size = Direct::size(g, a);
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
+  const bool there = Problem::scaled && threadIdx.x < s.samples;  // of its first sample it reads what it needs, at once
+  const uint32_t mark = there ? s.marks[threadIdx.x] : 0;
+  const float scale = there ? a.to.sample_scale[threadIdx.x] : 1.f;
   const Marked<Problem::scaled> marked(s, a);
-  bool some = false;
-  for (int n = threadIdx.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
+  bool some = there && marked.is(mark, scale);
+  for (int n = threadIdx.x + blockDim.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
   if (!__syncthreads_or(some)) return;
   for (int n = 0; n < s.samples; ++n) {
     if (!marked(s, a, n)) continue;
@@ -173,21 +187,31 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   }
 }
 
-// Merges partial statistics; those of marked samples are made from their elements.
+// The elements of marked samples, for their statistics.
 template <class Direct, class Out, bool scaled, class T, class Arguments>
-FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
-                                     const Arguments& a, Moments* moments) {
-  const Marked<scaled> marked(s, a);
-  merge_partials(a.to.partials, moments, [&](int n, int c, Running& mine) {
-    if (!marked(s, a, n)) return false;
+struct DirectElements {
+  const T *x, *w;
+  const DirectGeometry& s;
+  const Geometry& g;
+  const Arguments& a;
+  FXFUSE_INLINE bool wanted(int n) const { return Marked<scaled>(s, a)(s, a, n); }
+  FXFUSE_INLINE Running of(int n, int c, int thread, int threads) const {
     const Size size = Direct::size(g, a);
-    for (int64_t i = threadIdx.x; i < (int64_t)size.d * size.h * size.w; i += blockDim.x) {
+    Running mine;
+    for (int64_t i = thread; i < (int64_t)size.d * size.h * size.w; i += threads) {
       const int64_t rest = i / size.w;
       const int at_w = (int)(i - rest * size.w), at_h = (int)(rest % size.h), at_d = (int)(rest / size.h);
       mine.add(to_float(from_float<Out>(Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w))));
     }
-    return true;
-  });
+    return mine;
+  }
+};
+
+// Merges partial statistics; those of marked samples are made from their elements.
+template <class Direct, class Out, bool scaled, class T, class Arguments>
+FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+                                     const Arguments& a, int pieces, Moments* moments) {
+  merge_partials(a.to.partials, pieces, moments, DirectElements<Direct, Out, scaled, T, Arguments>{x, w, s, g, a});
 }
 
 }  // namespace fxfuse

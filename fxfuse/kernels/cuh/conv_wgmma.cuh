@@ -108,7 +108,7 @@ template <class Problem>
 FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const Geometry& g, uint8_t* x, uint8_t* stages,
                              Barriers<Problem>& barriers) {
   Ring xs, ws;
-  prefetch_map(map);
+  bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at(g, index);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
@@ -306,6 +306,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   float* rest = (float*)(x + Problem::x_buffers * g.region_stride);
   auto outbox = [&](int group) { return Outbox{rest + group * Outbox::size, out[group]}; };
   if (threadIdx.x == 0) {
+    prefetch_map(map);
     barriers.init(), table.init();
     for (int group = 0; group < kConsumers; ++group) out[group].init();
     barrier_init_fence();
@@ -316,6 +317,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
     steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | (s.batch ? kBegins : 0) | (s.last ? kEnds : 0)};
   }
   __syncthreads();
+  begin_dependent();
   if (threadIdx.x < 128) {
     registers_down<Problem::outbox ? 72 : 24>();
     if (Problem::outbox && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);

@@ -243,7 +243,7 @@ FXFUSE_INLINE void moments_of_sums(const T* x, const T* w, const Bias* bias, con
   // no output is further from zero than the root of this; the comparison fails where something is NaN
   if (squares + shift * (2 * sum + shift * count) < kLargest<Out> * kLargest<Out>) {
     const double around = squares - sum * mean;
-    if (threadIdx.x == 0) moments[blockIdx.x] = {mean + shift, around < 0 ? 0 : around};
+    if (threadIdx.x == 0) moments[blockIdx.x] = {count, mean + shift, around < 0 ? 0 : around};
     return;
   }
   Geometry g = {};
@@ -255,7 +255,7 @@ FXFUSE_INLINE void moments_of_sums(const T* x, const T* w, const Bias* bias, con
     const float y = direct_value<Problem>(x, w, s, g, n, group, column, at_d, at_h, at_w) + shift;
     mine.add(to_float(from_float<Out>(y)));
   }
-  __shared__ double room[4 * kMomentsThreads];
+  __shared__ double room[3 * kMomentsThreads];
   const Moments made = block_moments<kMomentsThreads>(mine, room);
   if (threadIdx.x == 0) moments[blockIdx.x] = made;
 }

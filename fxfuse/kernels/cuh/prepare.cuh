@@ -52,23 +52,21 @@ struct ChannelState {
 constexpr uint32_t kMarked = 1u << 30;
 
 // One block per output channel: its scale, with `headroom` bits for sums of its weights, and its bias.
-template <class T, class B, bool scaled, int headroom>
-FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const ChannelState& out, int in_channels,
+template <class B, int headroom>
+FXFUSE_INLINE void measure_weights(int channel, const float* w, const B* bias, const ChannelState& out, int in_channels,
                                    int out_channels, int volume) {
   const int group = channel / out_channels, column = channel - group * out_channels;
   float largest = 0.f;
   bool wrong = false;
-  if (scaled) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
-      const int c = i / volume, k = i - c * volume;
-      const float v = fabsf(to_float(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + k]));
-      if (finite(v)) largest = fmaxf(largest, v);
-      else wrong = true;
-    }
-    wrong = __syncthreads_or(wrong);
-    largest = block_maximum(largest);
+  for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
+    const int c = i / volume, k = i - c * volume;
+    const float v = fabsf(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + k]);
+    if (finite(v)) largest = fmaxf(largest, v);
+    else wrong = true;
   }
+  wrong = __syncthreads_or(wrong);
+  largest = block_maximum(largest);
   if (threadIdx.x == 0) {
     const float s = scale_for(largest) / (1 << headroom);
     out.scale[channel] = s;
@@ -76,6 +74,12 @@ FXFUSE_INLINE void measure_weights(int channel, const T* w, const B* bias, const
     out.bias[channel] = bias ? to_float(bias[channel]) : 0.f;
     out.wrong[channel] = wrong;
   }
+}
+
+// The bias of all output channels in float32, by all blocks.
+template <class B>
+FXFUSE_INLINE void widen(const B* bias, float* to, int channels) {
+  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < channels; c += gridDim.x * blockDim.x) to[c] = to_float(bias[c]);
 }
 
 // One block per part of a dense sample of `size` floats. A warp reads runs of 32 units, of 4 floats or one.

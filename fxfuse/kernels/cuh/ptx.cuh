@@ -1,5 +1,6 @@
 // What CUDA C++ has no words for: barriers, bulk copies, warpgroup matrix instructions, conversions. sm_90a.
 #pragma once
+#include "dependent.cuh"
 
 #ifdef __CUDACC_RTC__
 typedef unsigned char uint8_t;
@@ -76,6 +77,8 @@ FXFUSE_INLINE void copy_bytes(void* to, const void* from, uint32_t bytes, uint64
                "l"(from), "r"(bytes), "r"(shared_address(b))
                : "memory");
 }
+// What kernels in front stored in global memory is there for this thread's copies.
+FXFUSE_INLINE void bulk_after_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 FXFUSE_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- wgmma ---------------------------------------------------------------------------------------------
