@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from fxfuse.kernels import execute
+from fxfuse.kernels.collapsed import Contraction, Sums
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
@@ -207,5 +208,12 @@ def _step(step: Step, work: Work, exact: bool) -> Part:
     if isinstance(step, Gather):
         what, by = ("statistics", "kernel") if step.layout else ("statistics, added up", "helper")
         return Part(**vars(work), what=what, by=by, source=source)
-    facts = (("stores", f"{step.kind}, {step.layouts[1]}"),)
-    return Part(**vars(work), what=" > ".join(step.stages), by="kernel", facts=facts, source=source)
+    if isinstance(step, Sums):
+        facts = ("blocks", f"{step.blocks}"), ("slots", f"{step.slots}"), ("cells of a block", f"{step.cells}")
+        return Part(**vars(work), what="tap_sums", by="kernel", facts=facts, source=source)
+    if isinstance(step, Contraction):
+        blocks = f"{step.blocks}, each of {step.rows} samples and {step.across} output channels"
+        what = " > ".join(i.op for i in step.chain)
+        return Part(**vars(work), what=what, by="kernel", facts=(("blocks", blocks),), source=source)
+    stores = ("stores", f"{step.kind}, {step.layouts[1]}")
+    return Part(**vars(work), what=" > ".join(step.stages), by="kernel", facts=(stores,), source=source)

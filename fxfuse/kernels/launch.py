@@ -122,8 +122,10 @@ class Packed:
     ``parameters``: one format of :mod:`struct` for each, without a mark of byte order.
     """
 
-    def __init__(self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str) -> None:
-        self._made = kernel, grid, block
+    def __init__(
+        self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str, shared: int = 0
+    ) -> None:
+        self._made, self._shared = (kernel, grid, block), shared
         formats = [f"={p}" for p in parameters]
         sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
         self._offsets = [0, *itertools.accumulate(sizes)]
@@ -143,7 +145,7 @@ class Packed:
     def _make(self) -> tuple[Any, Launch]:
         buffer = ctypes.create_string_buffer(self._offsets[-1])
         places = [ctypes.c_char.from_buffer(buffer, offset) for offset in self._offsets[:-1]]
-        return buffer, Launch(*self._made, places)
+        return buffer, Launch(*self._made, places, self._shared)
 
 
 @functools.lru_cache(maxsize=4096)

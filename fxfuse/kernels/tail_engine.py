@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
+from fxfuse.kernels.collapsed import Contraction, Sums
+from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
+from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED
 from fxfuse.kernels.jit import compile_cubin
@@ -43,6 +46,10 @@ def prepare(step: Step, device: torch.device, places: Mapping[str, Place], tenso
         return _prepare_gather(step, device, tensors)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device)
+    if isinstance(step, Sums):
+        return prepare_sums(step, device, _load(source_of(step), ("tap_sums", "add_slots"), device))
+    if isinstance(step, Contraction):
+        return prepare_contraction(step, device, _load(source_of(step), ("contract_taps",), device), places)
     return by_torch(step.program)
 
 
@@ -54,6 +61,11 @@ def source_of(step: Step) -> str:
         return ""
     if isinstance(step, Bundle):
         return step.made.text
+    if isinstance(step, Sums):
+        return emit_sums(DTYPE_NAMES[step.given.dtype], step.count, keeps=step.keeps)
+    if isinstance(step, Contraction):
+        dtypes = DTYPE_NAMES[step.weights.dtype], DTYPE_NAMES[step.kind.dtype]
+        return emit_contraction(*dtypes, step.after, rows=step.rows, across=step.across, taps=len(step.table))
     dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
     if step.window is not None:
         return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
@@ -72,6 +84,8 @@ def kind_of(step: Step) -> str:
         return "torch"
     if isinstance(step, Bundle):
         return "bundle"
+    if isinstance(step, (Sums, Contraction)):
+        return "sums" if isinstance(step, Sums) else "contraction"
     kinds = {"pool": step.window, "fold": step.fold, "rows": step.rows}
     return next((kind for kind, how in kinds.items() if how is not None), "map")
 
