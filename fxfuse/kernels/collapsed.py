@@ -35,12 +35,16 @@ MOST_SHARED = 48 * 1024
 ENOUGH_BLOCKS, LEAST_SLOT = 1024, 8192
 #: taps of a contraction, of which a launch's parameters hold a table; numbers of 16 bits there
 MOST_TAPS, MOST_PLACE = 832, 2**16
+#: bytes of a launch's parameters, and those that are neither the table nor of operands
+MOST_PARAMETERS, OTHERS = 4096, 80
 #: bytes per second that contractions read from the L2 cache; products per second of float32, of ours and of torch's
 CACHED, PRODUCTS, MATRIX_PRODUCTS = 4e12, 1.5e13, 3e13
 #: launches of torch's operators for a contraction
 BY_TORCH = 4
-#: seconds of one more kernel in a queue
+#: seconds of one more kernel in a queue; of a block of sums, of which a GPU runs so many at a time; and how much torch
+#: takes for sums beyond reading the value
 LAUNCH = 2e-6
+BLOCK_SECONDS, RESIDENT, SUMS_BY_TORCH = 1.5e-6, 396, 2e-5
 
 Box = tuple[int, int]
 
@@ -71,8 +75,8 @@ class Sums:
     slot of ``outer``, which are its segments, and all of ``b``, ``c`` and the inner dim, which has ``size``
     elements one behind the other: the result ``keeps`` it, ``inner_out`` apart, or it is summed as ``inner`` says.
     ``count`` elements are read at once; ``2**across`` threads take neighbours, ``2**team`` warps a row. ``units``:
-    how many of their reads are a line, if it need not be cut. ``slot``: results of each slot, of which ``behind`` lie
-    behind the outer dim.
+    how many of their reads are a line, if it need not be cut. ``slot``: results of each slot. The result is dense: as
+    the value, where it has some of its positions, or else contiguous.
     """
 
     instr: Instr
@@ -96,7 +100,6 @@ class Sums:
     team: int
     units: int
     slot: int
-    behind: int
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -109,6 +112,10 @@ class Sums:
     @property
     def body(self) -> tuple[Instr, ...]:
         return (self.instr,)
+
+    @property
+    def made_layout(self) -> str:
+        return _made_layout(self.instr, self.given, self.layout)
 
     @property
     def slots(self) -> int:
@@ -214,7 +221,6 @@ class _Axis:
     stride: int
     out_stride: int
     boxes: tuple[Box, ...] | None
-    behind: int
 
     def over(self, inner: _Axis) -> _Axis | None:
         """This axis and ``inner``, the next one in memory, as one; None where they are two."""
@@ -239,29 +245,42 @@ def sums_of(instr: Instr, value: TensorType, strides: Sequence[int], kind: Tenso
     boxes = {d: tuple(b) for d, b in zip(attributes["dims"], attributes["boxes"], strict=True)}
     if any(len(b) > MOST_BOXES for b in boxes.values()):
         return None
-    axes = _axes(value, kind, layout, boxes)
+    axes = _axes(value, kind, (layout, _made_layout(instr, value, layout)), boxes)
     last = axes.pop()
     kept, summed = [a for a in axes if a.boxes is None], [a for a in axes if a.boxes is not None]
     if len(kept) > 2 or len(summed) > 3:
         return None
     found = _Drawing(instr, value, layout, kind, kept, summed, last)
-    return next((made for made in found.ways() if made is not None), None)
+    made = next((made for made in found.ways() if made is not None), None)
+    return made if made is not None and _worth_sums(made) else None
 
 
-def _axes(value: TensorType, kind: TensorType, layout: str, boxes: dict[int, tuple[Box, ...]]) -> list[_Axis]:
+def _worth_sums(made: Sums) -> bool:
+    """Whether the blocks have enough to do: many short rows are a matter of how many start in a second."""
+    read = elements(made.given) * made.given.dtype.itemsize / MACHINES["cuda"].bandwidth
+    return made.blocks / RESIDENT * BLOCK_SECONDS <= read + SUMS_BY_TORCH
+
+
+def _made_layout(instr: Instr, value: TensorType, layout: str) -> str:
+    return layout if len(dict(instr.attributes)["dims"]) < len(value.shape) - 2 else "contiguous"
+
+
+def _axes(
+    value: TensorType, kind: TensorType, layouts: tuple[str, str], boxes: dict[int, tuple[Box, ...]]
+) -> list[_Axis]:
     """The axes of a dense value in the order in which they lie in memory, the slowest first."""
     sizes, results = ([s or 0 for s in k.shape] for k in (value, kind))
-    strides, out_strides = dense(sizes, layout), dense(results, "contiguous")
-    order = [*range(len(sizes))] if layout == "contiguous" else [0, *range(2, len(sizes)), 1]
+    strides, out_strides = dense(sizes, layouts[0]), dense(results, layouts[1])
+    order = [*range(len(sizes))] if layouts[0] == "contiguous" else [0, *range(2, len(sizes)), 1]
     found: list[_Axis] = []
     for d in reversed(order):
         ranges = None if d not in boxes else boxes[d] if results[d] > 1 else boxes[d][:1]
         if sizes[d] == 1 and (ranges is None or len(ranges) == 1):
             continue
-        axis = _Axis(sizes[d], strides[d], out_strides[d], ranges, math.prod(results[d + 1 :]))
+        axis = _Axis(sizes[d], strides[d], out_strides[d], ranges)
         merged = axis.over(found[0]) if found else None
         found = [axis, *found] if merged is None else [merged, *found[1:]]
-    return found or [_Axis(1, 1, 1, ((0, 1),), 1)]
+    return found or [_Axis(1, 1, 1, ((0, 1),))]
 
 
 def _segments(boxes: Sequence[Box], stride: int, out_stride: int) -> Summed:
@@ -311,7 +330,7 @@ class _Drawing:
             return None
         size = self.last.size // parts
         inner = dataclasses.replace(self.last, size=size, boxes=((0, size),))
-        outer = _Axis(parts, size, 1, ((0, parts),), elements(self.kind))
+        outer = _Axis(parts, size, elements(self.kind), ((0, parts),))
         return self.made(outer, [], inner, parts)
 
     def _count(self, size: int) -> int:
@@ -359,7 +378,6 @@ class _Drawing:
             team=_team(first.bounds, cut, min(reads, 1 << across) if keeps else reads),
             units=units,
             slot=elements(self.kind) // len(first.firsts),
-            behind=1 if outer is None else outer.behind,
         )
         return _per_slot(made) if made.slots > 1 else made
 
@@ -434,6 +452,9 @@ def contraction_of(
     scale, factor = _factor(instr, values)
     body = [instr, *scale]
     chain = values.longest(body[-1].outs[0], "After", missing, there=there, small=1)
+    fields = 0 if chain.expression is None else len(chain.expression.fields)
+    if OTHERS + 4 * len(table) + 8 * fields > MOST_PARAMETERS:
+        return None
     made, reshaped = _reshaped(chain, values)
     stored = made if values.storable(chain.result) else None
     if stored is None:

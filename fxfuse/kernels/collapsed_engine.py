@@ -23,12 +23,12 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
     """The launches of a :class:`Sums`, for any thread."""
     index, packed = device.index, _sums(step)
     shape = tuple(s or 0 for s in step.kind.shape)
-    strides, planned = dense(shape, "contiguous"), dense(step.given.shape, step.layout)
+    strides, planned = dense(shape, step.made_layout), dense(step.given.shape, step.layout)
     aligned = step.count * step.given.dtype.itemsize
     first = Packed(kernels["tap_sums"], step.blocks, SUM_BLOCK, f"qq{len(packed)}s", shared=step.cells * WARPS * 4)
     several, boxes = step.slots > 1, len(step.outer.firsts)
     elements = step.slot * boxes
-    told = struct.pack("=3i4x", step.slot, step.behind, elements) + _boxes(step.outer)
+    told = struct.pack("=3i4x", step.slot, max(step.outer.out_stride, 1), elements) + _boxes(step.outer)
     second = Packed(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, f"qq{len(told)}s")
 
     def run(values: Values) -> None:

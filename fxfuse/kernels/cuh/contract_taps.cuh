@@ -5,7 +5,7 @@
 
 namespace fxfuse {
 
-constexpr int kContractThreads = 512;
+constexpr int kContractThreads = 512, kContractLoads = 4;
 
 // `channels`, `columns`: input and output channels of a group. `width`: sums per sample and channel. `table`: of each
 // tap its number among the weights and, 16 bits higher, that of its sum.
@@ -41,21 +41,30 @@ FXFUSE_INLINE void contract_taps(const ContractArguments<Weight, Out, After, tap
   for (int r = 0; r < rows; ++r)
 #pragma unroll
     for (int o = 0; o < across; ++o) total[r][o] = 0.f;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < a.channels * taps; i += kContractThreads) {
-    const int c = i / taps;
-    const unsigned places = table[i - c * taps];
-    const Weight* w = weight + c * a.channel_stride + (places & 0xffff) * a.tap_stride;
-    const float* s = sums + (int64_t)c * a.width + (places >> 16);
-    float ws[across], ss[rows];
+  const int products = a.channels * taps;
+  for (int first = threadIdx.x; first < products; first += kContractThreads * kContractLoads) {
+    const float* from[kContractLoads];
+    float ws[kContractLoads][across];
 #pragma unroll
-    for (int o = 0; o < across; ++o) ws[o] = o < of_them ? to_float(w[o * a.column_stride]) : 0.f;
+    for (int k = 0; k < kContractLoads; ++k) {  // weights come from further away than sums
+      const int i = first + k * kContractThreads, c = i / taps;
+      const bool one = i < products;
+      const unsigned places = one ? table[i - c * taps] : 0;
+      const Weight* w = weight + c * a.channel_stride + (places & 0xffff) * a.tap_stride;
+      from[k] = one ? sums + ((int64_t)c * a.width + (places >> 16)) : nullptr;
 #pragma unroll
-    for (int r = 0; r < rows; ++r) ss[r] = r < there ? s[r * plane] : 0.f;
+      for (int o = 0; o < across; ++o) ws[k][o] = one && o < of_them ? to_float(w[o * a.column_stride]) : 0.f;
+    }
 #pragma unroll
-    for (int r = 0; r < rows; ++r)
+    for (int k = 0; k < kContractLoads; ++k) {
+      float ss[rows];
 #pragma unroll
-      for (int o = 0; o < across; ++o) total[r][o] = fmaf(ss[r], ws[o], total[r][o]);
+      for (int r = 0; r < rows; ++r) ss[r] = from[k] && r < there ? from[k][r * plane] : 0.f;
+#pragma unroll
+      for (int r = 0; r < rows; ++r)
+#pragma unroll
+        for (int o = 0; o < across; ++o) total[r][o] = fmaf(ss[r], ws[k][o], total[r][o]);
+    }
   }
 #pragma unroll
   for (int r = 0; r < rows; ++r)

@@ -46,6 +46,21 @@ struct SumsArguments {
   Summed b, c, inner;
 };
 
+// Neighbours as they are read: words, which take fewer registers than the elements until those are summed.
+template <int bytes>
+struct alignas(bytes) Words {
+  unsigned word[bytes / 4];
+};
+template <>
+struct alignas(2) Words<2> {
+  unsigned short word[1];
+};
+template <class In, int count>
+union Neighbours {
+  Words<sizeof(In) * count> words;
+  Vector<In, count> v;
+};
+
 // What a warp sums of each cell of one round: of neighbours from `low` on, of which this thread has `count` from `w0`.
 template <int count, bool keeps, class In>
 FXFUSE_INLINE void sum_cells(const SumsArguments<In>& a, const In* from, int deep, int low, int units, int member, float* cells) {
@@ -66,23 +81,22 @@ FXFUSE_INLINE void sum_cells(const SumsArguments<In>& a, const In* from, int dee
 #pragma unroll
       for (int k = 0; k < count; ++k) sums[k] = 0.f;
       for (int turn = first; turn < total; turn += kSumLoads << a.team) {
-        Vector<In, count> v[kSumLoads];
+        Neighbours<In, count> read[kSumLoads];
 #pragma unroll
         for (int i = 0; i < kSumLoads; ++i) {
           const int t = turn + i, group = a.by_units.of(t), line = group * together + sub;
           const int w = w0 + (t - group * units) * columns, slab = by_c.of(line), deeper = by_b.of(slab);
           if (line < lines && w < a.size) {
             const int place = deeper * outer + (slab - deeper * size_b) * stride_b + (line - slab * size_c) * stride_c + w;
-            v[i] = *(const Vector<In, count>*)(start + place);
+            read[i].words = *(const Words<sizeof(In) * count>*)(start + place);
           } else {
-#pragma unroll
-            for (int k = 0; k < count; ++k) v[i].v[k] = from_float<In>(0.f);
+            read[i].words = {};
           }
         }
 #pragma unroll
         for (int i = 0; i < kSumLoads; ++i)
 #pragma unroll
-          for (int k = 0; k < count; ++k) sums[k] += to_float(v[i].v[k]);
+          for (int k = 0; k < count; ++k) sums[k] += to_float(read[i].v.v[k]);
       }
       if (keeps) {
 #pragma unroll
@@ -154,7 +168,7 @@ FXFUSE_INLINE void tap_sums(const SumsArguments<In>& a) {
   }
 }
 
-// Sums of boxes of the outer dim from those of its slots: `numbers` of each, of which `behind` lie behind that dim.
+// Sums of boxes of the outer dim from those of its slots: `numbers` of each, `behind` of them between two boxes.
 struct SlotsArguments {
   const float* slots;
   float* out;
