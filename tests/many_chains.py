@@ -42,6 +42,7 @@ from fxfuse.kernels import estimate, execute, schedule, tail
 from fxfuse.kernels.execute import Candidate
 from fxfuse.kernels.plan import Path
 from fxfuse.kernels.schedule import Schedule
+from fxfuse.kernels.tail_engine import kind_of
 from fxfuse.region import Region
 from fxfuse.vocabulary import Kind
 
@@ -212,8 +213,8 @@ def kinds_of(made: Schedule) -> Iterator[str]:
         elif isinstance(step, tail.Torch):
             others = {i.op for i in step.program.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE}
             yield from (f"torch, {op}" for op in sorted(others))
-        elif isinstance(step, tail.Bundle):
-            yield "bundle"
+        elif isinstance(step, (tail.Bundle, tail.Sums, tail.Contraction)):
+            yield kind_of(step)
         elif step.window is not None:
             yield f"{'adaptive ' if step.window.adaptive else ''}pool, {' to '.join(step.layouts)}"
         elif step.fold is not None:

@@ -114,7 +114,8 @@ def account_of(region: Region, plan: Candidate) -> Account:
     given, made = (bytes_of(types, dict.fromkeys(names)) for names in (dict(program.inputs), program.outputs))
     rate = HALF_RATE / 3 if exact else HALF_RATE
     floor = max((given + made) / BANDWIDTH, min(after.macs, sum(p.macs for p in parts)) / rate)
-    return Account(before, tuple(p for p in parts if p.launches), plan.refusal, given, made, floor)
+    refusal = plan.refusal if any(p.by == "torch" for p in parts) else None
+    return Account(before, tuple(p for p in parts if p.launches), refusal, given, made, floor)
 
 
 def _parts(program: Program, plan: Candidate, exact: bool) -> Iterator[Part]:
