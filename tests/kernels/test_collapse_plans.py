@@ -224,6 +224,8 @@ def test_kernels_compile_without_spills(dtype: str, counts: tuple[int, ...], arc
     sources = [emit_sums(dtype, count, keeps=keeps) for count in counts for keeps in (False, True)]
     forms = ((8, 2), (4, 8), (1, 1)) if dtype == "f32" else ((8, 2),)
     sources += [emit_contraction(dtype, dtype, None, rows=r, across=a, taps=125) for r, a in forms]
+    if dtype == "f32":
+        sources.append(source_of(steps("f32[16, 64, 16, 32, 32]", "f32[64, 128, 3, 3, 3]", PADDED, CHAIN)[1]))
     for source in sources:
         cubin = compile_cubin(source, arch)
         assert not {name: used.spills for name, used in cubin.kernels.items() if used.spills}
