@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 
 from fxfuse.kernels import execute
-from fxfuse.kernels.collapsed import Contraction, Sums
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.chains import elements, needed_by
-from fxfuse.kernels.collapsed import Contraction
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Contraction, Summed, Sums
+from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Summed, Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.launch import Kernel, Packed, empty, stream_of
 from fxfuse.kernels.operands import Operands, Place
 

@@ -14,7 +14,8 @@ import torch
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import elements
-from fxfuse.kernels.collapsed import Contraction, Sums
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
-from fxfuse.kernels.collapsed import Contraction, Sums
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.engine import Calls, Convolution
 from fxfuse.kernels.launch import empty

@@ -14,7 +14,8 @@ from torch import Tensor
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
-from fxfuse.kernels.collapsed import Contraction, Sums, contraction_of, sums_of
+from fxfuse.kernels.collapsed import Sums, sums_of
+from fxfuse.kernels.contraction import Contraction, contraction_of
 from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
-from fxfuse.kernels.collapsed import Contraction, Sums
+from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED

@@ -12,8 +12,9 @@ from harness import program
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels import collapsed
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.collapsed import Contraction, Sums, sums_of
+from fxfuse.kernels.collapsed import Sums, sums_of
 from fxfuse.kernels.collapsed_engine import _divisor
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.estimate import works
 from fxfuse.kernels.jit import compile_cubin
