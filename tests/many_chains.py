@@ -40,8 +40,11 @@ from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
 from fxfuse.kernels import estimate, execute, schedule, tail
 from fxfuse.kernels.candidate import Candidate
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.plan import Path
 from fxfuse.kernels.steps import Bundle, Gather, Schedule, Torch
+from fxfuse.kernels.tail_engine import kind_of
 from fxfuse.region import Region
 from fxfuse.vocabulary import Kind
 
@@ -212,8 +215,8 @@ def kinds_of(made: Schedule) -> Iterator[str]:
         elif isinstance(step, Torch):
             others = {i.op for i in step.program.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE}
             yield from (f"torch, {op}" for op in sorted(others))
-        elif isinstance(step, Bundle):
-            yield "bundle"
+        elif isinstance(step, (Bundle, Sums, Contraction)):
+            yield kind_of(step)
         elif step.window is not None:
             yield f"{'adaptive ' if step.window.adaptive else ''}pool, {' to '.join(step.layouts)}"
         elif step.fold is not None:

@@ -15,6 +15,8 @@ import torch
 
 from fxfuse.kernels import execute
 from fxfuse.kernels.candidate import Candidate
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
@@ -113,7 +115,8 @@ def account_of(region: Region, plan: Candidate) -> Account:
     given, made = (bytes_of(types, dict.fromkeys(names)) for names in (dict(program.inputs), program.outputs))
     rate = HALF_RATE / 3 if exact else HALF_RATE
     floor = max((given + made) / BANDWIDTH, min(after.macs, sum(p.macs for p in parts)) / rate)
-    return Account(before, tuple(p for p in parts if p.launches), plan.refusal, given, made, floor)
+    refusal = plan.refusal if any(p.by == "torch" for p in parts) else None
+    return Account(before, tuple(p for p in parts if p.launches), refusal, given, made, floor)
 
 
 def _parts(program: Program, plan: Candidate, exact: bool) -> Iterator[Part]:
@@ -209,5 +212,12 @@ def _step(step: Step, work: Work, exact: bool) -> Part:
     if isinstance(step, Gather):
         what, by = ("statistics", "kernel") if step.layout else ("statistics, added up", "helper")
         return Part(**vars(work), what=what, by=by, source=source)
-    facts = (("stores", f"{step.kind}, {step.layouts[1]}"),)
-    return Part(**vars(work), what=" > ".join(step.stages), by="kernel", facts=facts, source=source)
+    if isinstance(step, Sums):
+        facts = ("blocks", f"{step.blocks}"), ("slots", f"{step.slots}"), ("cells of a block", f"{step.cells}")
+        return Part(**vars(work), what="tap_sums", by="kernel", facts=facts, source=source)
+    if isinstance(step, Contraction):
+        blocks = f"{step.blocks}, each of {step.rows} samples and {step.across} output channels"
+        what = " > ".join(i.op for i in step.chain)
+        return Part(**vars(work), what=what, by="kernel", facts=(("blocks", blocks),), source=source)
+    stores = ("stores", f"{step.kind}, {step.layouts[1]}")
+    return Part(**vars(work), what=" > ".join(step.stages), by="kernel", facts=(stores,), source=source)

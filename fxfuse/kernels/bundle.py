@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.chains import elements, needed_by
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of
@@ -65,12 +66,15 @@ class Bundler:
     # --- views in kernels ---------------------------------------------------------------------------
     def see_through(self, step: Step) -> Step:
         """The step, with the operands that are views read where their sources lie."""
-        if not isinstance(step, Map):
+        if isinstance(step, Map):
+            before, after = (self.direct(e) for e in (step.before, step.after))
+            made: Map | Contraction = dataclasses.replace(step, before=before, after=after)
+        elif isinstance(step, Contraction):
+            made = dataclasses.replace(step, after=self.direct(step.after))
+        else:
             return step
-        before, after = (self.direct(e) for e in (step.before, step.after))
-        made = dataclasses.replace(step, before=before, after=after)
         seen = needed_by(list(self.views.values()), {*step.reads} - {*made.reads})
-        return dataclasses.replace(made, body=(*seen, *step.body))
+        return dataclasses.replace(made, body=(*seen, *made.body))
 
     def direct(self, expression: Expression | None) -> Expression | None:
         """The expression, with its operands that are views of others read where those lie."""

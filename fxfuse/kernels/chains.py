@@ -48,31 +48,42 @@ class Values:
         return kind.dtype in STORED and layout_of(kind.shape, self.strides[name]) is not None
 
     def longest(
-        self, value: str, name: str, missing: Collection[str], *, there: Collection[str] = (), kept: bool = False
+        self,
+        value: str,
+        name: str,
+        missing: Collection[str],
+        *,
+        there: Collection[str] = (),
+        kept: bool = False,
+        small: int = SMALL,
     ) -> Chain:
         """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use.
 
         ``missing``: values that are not there when the chain runs, unless it makes them. ``name``: of the
-        expression. ``kept``: ``value`` is in memory, for others to read. Small operands that are pointwise
-        themselves are computed in the chain, too, unless they are ``there``.
+        expression. ``kept``: ``value`` is in memory, for others to read. Operands that are smaller by the factor
+        ``small`` and pointwise themselves are computed in the chain, too, unless they are ``there``.
         """
-        reached, small = {value}, set[str]()
+        reached, operands = {value}, set[str]()
         behind = []
         for instr in self.program.body:
             reads = set(instr.reads())
             if reads & reached:
-                made_here = reads.intersection(missing) <= reached | small and not {*instr.outs}.isdisjoint(missing)
+                made_here = reads.intersection(missing) <= reached | operands and not {*instr.outs}.isdisjoint(missing)
                 if made_here and self._same_place(instr, value):
                     reached.update(instr.outs)
                     behind.append(instr)
-            elif reads.intersection(missing) <= small and self._small(instr, value) and not {*instr.outs} <= {*there}:
-                small.update(instr.outs)
+            elif (
+                self._small(instr, value, small)
+                and reads.intersection(missing) <= operands
+                and not {*instr.outs} <= {*there}
+            ):
+                operands.update(instr.outs)
                 behind.append(instr)
         for last in reversed(behind):
-            if last.outs[0] in small:
+            if last.outs[0] in operands:
                 continue
             body = needed(behind, last)
-            inside = [i for i in body if i.outs[0] not in small]
+            inside = [i for i in body if i.outs[0] not in operands]
             between = [*([] if kept else [value]), *(i.outs[0] for i in inside[:-1])]
             if any(self._escapes(v, inside) for v in between) or not self.storable(last.outs[0]):
                 continue
@@ -87,9 +98,9 @@ class Values:
         pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE
         return pointwise and self.types[instr.outs[0]].shape == self.types[value].shape
 
-    def _small(self, instr: Instr, value: str) -> bool:
+    def _small(self, instr: Instr, value: str, factor: int) -> bool:
         size, own = (elements(self.types[n]) for n in (instr.outs[0], value))
-        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * SMALL <= own
+        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * factor <= own
 
     def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
         """Whether something else than ``body`` reads ``value``."""

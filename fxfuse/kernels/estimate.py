@@ -14,6 +14,8 @@ import torch
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import elements
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared, Specialisation
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
@@ -177,13 +179,30 @@ def _flops(expression: Expression | None) -> int:
 
 
 # --- the steps around it --------------------------------------------------------------------------
-def _by_kernel(step: Map | Gather | Bundle, types: Types) -> Work:
+def _by_kernel(step: Map | Gather | Bundle | Sums | Contraction, types: Types) -> Work:
+    if isinstance(step, Sums):
+        return _sums(step)
+    if isinstance(step, Contraction):
+        return _contraction(step, types)
     if isinstance(step, Bundle):
         return _memory_bound(1, bytes_of(types, step.made.reads), sum(map(size_of, step.kinds)))
     if isinstance(step, Map):
         return _memory_bound(1, bytes_of(types, step.reads), size_of(step.kind))
     read = size_of(step.kind) if step.layout else 0
     return _memory_bound(len(step.instrs) + (2 if step.layout else 0), read, bytes_of(_made(step), step.makes))
+
+
+def _sums(step: Sums) -> Work:
+    """x is read once; the results of slots are written, and read again."""
+    apart = step.slots * step.slot * 4 if step.slots > 1 else 0
+    return _memory_bound(step.launches, size_of(step.given) + apart, size_of(step.kind) + apart)
+
+
+def _contraction(step: Contraction, types: Types) -> Work:
+    read, written = bytes_of(types, step.reads), size_of(step.kind)
+    macs = step.samples * step.channels * step.groups * len(step.table) * step.columns
+    floor = max((read + written) / BANDWIDTH, macs / FLOAT_RATE)
+    return Work(1, read, written, macs, floor + LAUNCH, floor)
 
 
 def _memory_bound(launches: int, read: int, written: int) -> Work:
@@ -232,7 +251,7 @@ def _made(step: Step) -> dict[str, TensorType]:
     if isinstance(step, Torch):
         types = types_of(step.program)
         return {name: types[name] for name in step.makes}
-    if isinstance(step, Map):
+    if isinstance(step, (Map, Sums, Contraction)):
         return {step.stored: step.kind}
     if isinstance(step, Bundle):
         return dict(zip(step.makes, step.kinds, strict=True))

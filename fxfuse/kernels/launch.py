@@ -192,9 +192,15 @@ class Packed:
     """
 
     def __init__(
-        self, kernel: Kernel, grid: int | tuple[int, int, int], block: int, *parameters: str, follows: bool = False
+        self,
+        kernel: Kernel,
+        grid: int | tuple[int, int, int],
+        block: int,
+        *parameters: str,
+        shared: int = 0,
+        follows: bool = False,
     ) -> None:
-        self._made, self._follows = (kernel, grid, block), follows
+        self._made, self._shared, self._follows = (kernel, grid, block), shared, follows
         formats = [f"={p}" for p in parameters]
         sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
         self._offsets = [0, *itertools.accumulate(sizes)]
@@ -215,7 +221,7 @@ class Packed:
     def _make(self) -> tuple[Any, Chain]:
         buffer = ctypes.create_string_buffer(self._offsets[-1])
         places = [ctypes.c_char.from_buffer(buffer, offset) for offset in self._offsets[:-1]]
-        return buffer, Chain([Launch(*self._made, places)], follows=self._follows)
+        return buffer, Chain([Launch(*self._made, places, self._shared)], follows=self._follows)
 
 
 @functools.lru_cache(maxsize=4096)

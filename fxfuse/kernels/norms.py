@@ -39,6 +39,7 @@ class _Splitter:
     def __init__(self, program: Program, types: Mapping[str, TensorType]) -> None:
         self.types = types
         self.taken = {*types}
+        self.casts = {i.outs[0]: i for i in program.body if i.op == "cast"}
         self.body: list[Instr] = []
         #: value -> the value and the steps per channel that it is made of
         self.mapped: dict[str, tuple[str, tuple[tuple[str, Operand], ...]]] = {}
@@ -77,8 +78,10 @@ class _Splitter:
         """A vector of channels in the place of ``value``'s channels."""
         if not isinstance(operand, Ref):
             return operand
-        spatial = len(self.types[value].shape) - 2
-        return Ref(self.call("reshape", operand, shape=(-1, *(1 for _ in range(spatial)))))
+        spatial, cast = len(self.types[value].shape) - 2, self.casts.get(operand.name)
+        source = operand if cast is None else cast.operands[0]  # a view of an input is no operator's affair
+        made = self.call("reshape", source, shape=(-1, *(1 for _ in range(spatial))))
+        return Ref(made if cast is None else self.call("cast", Ref(made), **dict(cast.attributes)))
 
     def affine(self, instr: Instr, value: str, mean: str, scale: str, weight: Operand, bias: Operand) -> None:
         """``(value - mean) * scale * weight + bias``, as the first result of ``instr``."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import correlation_engine
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.engine import Calls, Convolution, pieces, three_dims
@@ -74,7 +76,7 @@ class Prepared:
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
         written = {p.stored for p in kept if isinstance(p, Launch) and p.keeps}
-        written.update(n for p in kept if isinstance(p, (Map, Bundle)) for n in p.makes)
+        written.update(n for p in kept if isinstance(p, (Map, Bundle, Sums, Contraction)) for n in p.makes)
         return Prepared(
             names=names,
             outputs=outputs,
@@ -148,6 +150,8 @@ def _tensors(part: Part) -> set[str]:
     """What a part reads as tensors; the rest are operands of a kernel."""
     if isinstance(part, Launch):
         return {part.x, part.weight, *([part.bias] if part.bias is not None else [])}
+    if isinstance(part, Contraction):
+        return {part.value, part.weight}
     return {*part.reads} if isinstance(part, (Torch, Bundle)) else {part.value}
 
 

@@ -162,11 +162,17 @@ def _reads(kernel: Launch | None) -> tuple[str, ...]:
 
 
 def _split(program: Program, values: Mapping[str, Form]) -> Program:
-    """The program with the norms of large values taken apart."""
+    """The program with the norms of large values taken apart, and those of given statistics behind collapsed means."""
+    behind = {i.outs[0] for i in program.body if i.op == "contract_taps"}
+    for instr in program.body:
+        behind.update(() if behind.isdisjoint(instr.reads()) else instr.outs)
+    collapsed = behind & {next(i.reads()) for i in program.body if i.op == "batch_norm"}
 
     def wanted(name: str) -> bool:
         value = values[name]
-        return value.numel() >= LEAST_ELEMENTS and layout_of(value.shape, value.stride()) is not None
+        return (value.numel() >= LEAST_ELEMENTS or name in collapsed) and layout_of(
+            value.shape, value.stride()
+        ) is not None
 
     return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
 

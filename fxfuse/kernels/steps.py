@@ -8,6 +8,8 @@ import torch
 
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import layout_of
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
@@ -189,7 +191,7 @@ class Bundle:
         return f"one kernel on small tensors: {' > '.join(i.op for i in self.body)}"
 
 
-Step = Map | Gather | Torch | Bundle
+Step = Map | Gather | Torch | Bundle | Sums | Contraction
 
 
 @dataclasses.dataclass(frozen=True)

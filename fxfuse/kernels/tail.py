@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
+from fxfuse.kernels.collapsed import sums_of
+from fxfuse.kernels.contraction import contraction_of
 from fxfuse.kernels.observe import Form
 from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, rows_of, window_of
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
@@ -103,6 +105,8 @@ class _Planner:
         op = vocabulary.lookup(instr.op)
         if op.name == "statistics":
             return self._gather(instr)
+        if op.name in ("tap_sums", "contract_taps"):
+            return self._collapsed(instr)
         if op.kind is Kind.POOL:
             value = instr.operands[0]
             assert isinstance(value, Ref)
@@ -141,6 +145,16 @@ class _Planner:
         first, second = (layouts_of(self.values.types[n].shape, self.values.strides[n]) for n in (value, stored))
         both = [layout for layout in first if layout in second]
         return (both[0], both[0]) if both else (first[0], second[0])
+
+    def _collapsed(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:
+        """A part of a collapsed mean."""
+        if instr.op == "contract_taps":
+            made = contraction_of(instr, self.values, self._missing(), self.there)
+            return made, () if made is None else made.chain  # its operands stay: others may need them
+        (name,) = instr.reads()
+        return sums_of(instr, self.values.types[name], self.values.strides[name], self.values.types[instr.outs[0]]), [
+            instr
+        ]
 
     # --- maps -----------------------------------------------------------------------------------------
     def _map(self, value: str, first: Instr) -> tuple[Step, Sequence[Instr]] | None:

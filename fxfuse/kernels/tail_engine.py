@@ -15,6 +15,10 @@ from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
 from fxfuse.kernels.chains import dense, layouts_of
+from fxfuse.kernels.collapsed import Sums
+from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
+from fxfuse.kernels.contraction import Contraction
+from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
 from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.jit import compile_cubin
@@ -45,6 +49,11 @@ def prepare(
         return _prepare_gather(step, device, tensors, follows)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device, follows)
+    if isinstance(step, Sums):
+        return prepare_sums(step, device, load(source_of(step), ("tap_sums", "add_slots"), device), follows)
+    if isinstance(step, Contraction):
+        kernels = load(source_of(step), ("contract_taps",), device)
+        return prepare_contraction(step, device, kernels, places, follows)
     return by_torch(step.program)
 
 
@@ -56,6 +65,11 @@ def source_of(step: Step) -> str:
         return ""
     if isinstance(step, Bundle):
         return step.made.text
+    if isinstance(step, Sums):
+        return emit_sums(DTYPE_NAMES[step.given.dtype], step.count, keeps=step.keeps)
+    if isinstance(step, Contraction):
+        dtypes = DTYPE_NAMES[step.weights.dtype], DTYPE_NAMES[step.kind.dtype]
+        return emit_contraction(*dtypes, step.after, rows=step.rows, across=step.across, taps=len(step.table))
     dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
     if step.window is not None:
         return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
@@ -74,6 +88,8 @@ def kind_of(step: Step) -> str:
         return "torch"
     if isinstance(step, Bundle):
         return "bundle"
+    if isinstance(step, (Sums, Contraction)):
+        return "sums" if isinstance(step, Sums) else "contraction"
     kinds = {"pool": step.window, "fold": step.fold, "rows": step.rows}
     return next((kind for kind, how in kinds.items() if how is not None), "map")
 

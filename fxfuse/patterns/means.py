@@ -217,9 +217,9 @@ def _widened(value: Any, wide: torch.dtype, build: Builder) -> Any:
 
 def _narrowed(total: fx.Node, reduce: fx.Node, build: Builder) -> fx.Node:
     """``total``, which has kept all dims, in the shape and the dtype of ``reduce``."""
-    if not attributes(reduce)["keepdim"]:
-        total = build.call("reshape", total, shape=sizes(reduce))
-    return total if dtype(total) is dtype(reduce) else build.call("cast", total, dtype=dtype(reduce))
+    if dtype(total) is not dtype(reduce):
+        total = build.call("cast", total, dtype=dtype(reduce))
+    return total if attributes(reduce)["keepdim"] else build.call("reshape", total, shape=sizes(reduce))
 
 
 def _collapse_refusal(conv: fx.Node, reduce: fx.Node) -> Reject | None:
@@ -262,12 +262,8 @@ def _boxes(conv: fx.Node) -> list[list[tuple[int, int]]]:
 
 
 def _collapsed(conv: fx.Node, reduce: fx.Node, build: Builder) -> fx.Node:
-    """The mean or sum over the outputs of ``conv``, all dims kept; in float32 at least.
-
-    Sums of 16-bit values overflow: as torch, they are accumulated in float32.
-    """
-    wide = torch.promote_types(dtype(conv), torch.float32)
-    x, weight, bias = (_widened(o, wide, build) for o in operands(conv))
+    """The mean or sum over the outputs of ``conv``, all dims kept; in float32 at least."""
+    x, weight, bias = operands(conv)
     dims, boxes = attributes(reduce)["dims"], _boxes(conv)
     live = tuple(tuple(t for t, (low, high) in enumerate(boxes[d - 2]) if high > low) for d in dims)
     kept = tuple(tuple(boxes[d - 2][t] for t in taps) for d, taps in zip(dims, live, strict=True))
@@ -280,5 +276,5 @@ def _collapsed(conv: fx.Node, reduce: fx.Node, build: Builder) -> fx.Node:
         total = build.call("mul", total, 1.0 / count)
     if bias is None:
         return total
-    column = build.call("reshape", bias, shape=(-1, *(1 for _ in boxes)))
+    column = _widened(build.call("reshape", bias, shape=(-1, *(1 for _ in boxes))), dtype(total), build)
     return build.call("add", total, column if op_name(reduce) == "mean" else build.call("mul", column, count))

@@ -41,11 +41,14 @@ def to_channels(value: Tensor | float, like: Tensor, *, channels: int) -> Tensor
 def tap_sums(x: Tensor, *, dims: tuple[int, ...], boxes: tuple[tuple[tuple[int, int], ...], ...]) -> Tensor:
     """Along each of ``dims``, position a of the result is the sum of x over ``boxes[..][a]``, a half-open range.
 
-    x: (N, C, *spatial). A dim whose ranges are all the same has size 1 in the result.
+    x: (N, C, *spatial). A dim whose ranges are all the same has size 1 in the result, which is float32 at least:
+    sums of 16-bit values overflow.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)
     for dim, ranges in zip(dims, boxes, strict=True):
         sums = {
-            (low, high): x.narrow(dim, low, high - low).sum(dim, keepdim=True) for low, high in dict.fromkeys(ranges)
+            (low, high): x.narrow(dim, low, high - low).sum(dim, keepdim=True, dtype=wide)
+            for low, high in dict.fromkeys(ranges)
         }
         x = next(iter(sums.values())) if len(sums) == 1 else torch.cat([sums[r] for r in ranges], dim)
     return x
@@ -68,8 +71,10 @@ def contract_taps(
 
     ``taps``: per dim of ``dims`` the taps of ``weight`` that take part, in order. They are summed one
     by one, never their weights first: an Inf meets every weight, as in the convolution. Along the
-    other spatial dims it is a transposed convolution, whose geometry the other attributes give.
+    other spatial dims it is a transposed convolution, whose geometry the other attributes give. The
+    result has the dtype of ``sums``.
     """
+    weight = weight.to(sums.dtype)
     for dim, kept in zip(dims, taps, strict=True):
         if len(kept) < weight.shape[dim]:
             weight = torch.cat([weight.narrow(dim, tap, 1) for tap in kept], dim)

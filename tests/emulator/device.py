@@ -28,7 +28,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import correlation_engine, engine, execute, jit, launch, prepared, recent, running, tail_engine
+from fxfuse.kernels import (
+    collapsed_engine,
+    correlation_engine,
+    engine,
+    execute,
+    jit,
+    launch,
+    prepared,
+    recent,
+    running,
+    tail_engine,
+)
 from fxfuse.kernels.launch import Kernel
 
 HERE = Path(__file__).parent
@@ -193,10 +204,11 @@ def emulated(seed: int = 0) -> Iterator[Device]:
     device = Device()
     runtime().emulated_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        for where in (correlation_engine, engine, tail_engine, prepared):
+        for where in (collapsed_engine, correlation_engine, engine, tail_engine, prepared):
             patch.setattr(where, "empty", device.empty)
         for where in (correlation_engine, engine, tail_engine):
             patch.setattr(where, "_module", functools.lru_cache(maxsize=None)(_module))
+        for where in (collapsed_engine, correlation_engine, engine, tail_engine):
             patch.setattr(where, "stream_of", lambda _: 0)
         patch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
         patch.setattr(engine, "_processors", lambda _: PROCESSORS)

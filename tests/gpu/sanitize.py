@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 KERNELS = (
     "measure", "prepare", "again", "convolution", "direct", "merge", "finish", "running", "whole", "any", "pool",
-    "fold",
+    "fold", "tap_sums", "add_slots", "contract_taps",
 )  # fmt: skip
 PACKAGES = ("nvidia-cuda-sanitizer-api", "nvidia-cuda-sanitizer-api-cu12")
 #: exit status of a run in which a tool found something
@@ -71,9 +71,14 @@ def run(device: str) -> None:
 
 
 def _run_each(device: str) -> Iterator[str]:
+    import test_collapsed
     import test_limits
     import torch
 
+    for name in test_collapsed.CASES:
+        for last in (False, True):
+            test_collapsed.check_case(name, torch.float16 if last else torch.float32, last=last)
+            yield f"{name}, {'channels last' if last else 'contiguous'}"
     for kind, way in test_limits.CASES:
         case = test_limits.Case.of(kind, way)
         x = case.input()

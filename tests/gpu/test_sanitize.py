@@ -12,6 +12,7 @@ import torch
 
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.reductions import Fold, Window
@@ -28,6 +29,8 @@ def test_every_kernel_is_named() -> None:
         emit_pool("f32", "f32", both, None, Window("Sum", three, three, (0, 0, 0), one), None),
         emit_fold("f32", "f32", both, None, Fold("Sum", 8), None),
         emit_statistics("f32", "contiguous"),
+        emit_sums("f32", 4, keeps=False),
+        emit_contraction("f32", "f32", None, rows=8, across=2, taps=27),
     ]
     names = {name for text in texts for name in re.findall(r"__global__ void __launch_bounds__.*\n(\w+)\(", text)}
     assert names == set(sanitize.KERNELS)

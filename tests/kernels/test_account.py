@@ -186,7 +186,9 @@ def test_all_by_torch() -> None:
 def test_algebra_that_leaves_no_convolution() -> None:
     report = explained(CASES[3].make().eval(), CASES[3].shape)
     plan = known(report.regions[0].region)
-    assert plan.refusal == "nothing of the convolution is left"
+    assert plan.refusal is None and (plan.kernels, plan.launches) == (2, 2)
+    assert [p.what.split(" > ")[0] for p in plan.parts] == ["tap_sums", "contract_taps"]
+    assert plan.bytes < 1.1 * (plan.given + plan.made)
     assert plan.macs < plan.before.macs / 1000
     assert plan.unwritten > 6e8
 
@@ -209,7 +211,7 @@ def test_estimates_next_to_measurements(file: str) -> None:
         plan, measured = known(report.regions[0].region), row["ms"]["fxfuse"] / 1e3
         assert plan.floor < measured, row["model"]
         assert plan.before.floor < row["ms"]["eager"] / 1e3
-        if plan.refusal is None:
+        if plan.refusal is None and plan.seconds > 1e-4:
             assert math.isclose(plan.seconds, measured, rel_tol=0.4), row["model"]
             compared += 1
     assert compared == 5

@@ -444,14 +444,14 @@ def test_what_a_16_bit_mean_of_a_map_leaves() -> None:
     result = rewrite(_narrow_mean("mul({}, 2.0)", BATCH_NORM, keepdim=False), DEFAULT_RULES)
     assert result.rules == ["CollapseNarrowMean"]
     assert result.text == (
-        "v0 = cast(x0, dtype=f32)\nv1 = tap_sums(v0, dims=(2,), boxes=(((0, 9), (0, 9), (0, 9)),))\n"
-        "v2 = cast(x1, dtype=f32)\nv3 = contract_taps(v1, v2, dims=(2,), taps=((0, 1, 2),), stride=(), padding=(), "
+        "v0 = tap_sums(x0, dims=(2,), boxes=(((0, 9), (0, 9), (0, 9)),))\n"
+        "v1 = contract_taps(v0, x1, dims=(2,), taps=((0, 1, 2),), stride=(), padding=(), "
         "output_padding=(), dilation=(), groups=1)\n"
-        "v4 = mul(v3, 0.05263157894736842)\nv5 = cast(x2, dtype=f32)\nv6 = reshape(v5, shape=(-1, 1))\n"
-        "v7 = add(v4, v6)\nv8 = mul(v7, 2.0)\n"
-        "v9 = cast(x3, dtype=f32)\nv10 = cast(x4, dtype=f32)\nv11 = cast(x5, dtype=f32)\nv12 = cast(x6, dtype=f32)\n"
-        "v13 = batch_norm(v8, v9, v10, v11, v12, eps=0.125)\n"
-        "v14 = reshape(v13, shape=(2, 2))\nv15 = cast(v14, dtype=f16)\nv15"
+        "v2 = mul(v1, 0.05263157894736842)\nv3 = reshape(x2, shape=(-1, 1))\nv4 = cast(v3, dtype=f32)\n"
+        "v5 = add(v2, v4)\nv6 = mul(v5, 2.0)\n"
+        "v7 = cast(x3, dtype=f32)\nv8 = cast(x4, dtype=f32)\nv9 = cast(x5, dtype=f32)\nv10 = cast(x6, dtype=f32)\n"
+        "v11 = batch_norm(v6, v7, v8, v9, v10, eps=0.125)\n"
+        "v12 = cast(v11, dtype=f16)\nv13 = reshape(v12, shape=(2, 2))\nv13"
     )
     agree(result)
     again = rewrite(result.rewritten, DEFAULT_RULES)

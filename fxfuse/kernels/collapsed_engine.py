@@ -1,0 +1,120 @@
+"""Run the kernels of a collapsed mean on a CUDA GPU: what :mod:`fxfuse.kernels.collapsed` plans, packed once."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.chains import dense
+from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Summed, Sums
+from fxfuse.kernels.contraction import Contraction
+from fxfuse.kernels.launch import Kernel, Packed, empty, stream_of
+from fxfuse.kernels.operands import Operands, Place
+
+Values = dict[str, Tensor]
+Run = Callable[[Values], None]
+
+SUM_BLOCK, CONTRACT_BLOCK = 256, 512
+
+
+def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel], follows: bool) -> Run:
+    """The launches of a :class:`Sums`, for any thread. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`."""
+    index, packed = device.index, _sums(step)
+    shape = tuple(s or 0 for s in step.kind.shape)
+    strides, planned = dense(shape, step.made_layout), dense(step.given.shape, step.layout)
+    aligned = step.count * step.given.dtype.itemsize
+    first = Packed(
+        kernels["tap_sums"], step.blocks, SUM_BLOCK, f"qq{len(packed)}s", shared=step.cells * WARPS * 4, follows=follows
+    )
+    several, boxes = step.slots > 1, len(step.outer.firsts)
+    elements = step.slot * boxes
+    told = struct.pack("=3i4x", step.slot, max(step.outer.out_stride, 1), elements) + _boxes(step.outer)
+    second = Packed(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, f"qq{len(told)}s", follows=True)
+
+    def run(values: Values) -> None:
+        value, stream = _as_planned(values[step.value], planned), stream_of(index)
+        if value.data_ptr() % aligned:
+            value = value.clone()
+        values[step.stored] = out = empty(shape, strides, torch.float32)
+        if several:
+            slots = empty((step.slots * step.slot,), (1,), torch.float32)
+            first(stream, value.data_ptr(), slots.data_ptr(), packed)
+            second(stream, slots.data_ptr(), out.data_ptr(), told)
+        else:
+            first(stream, value.data_ptr(), out.data_ptr(), packed)
+
+    return run
+
+
+def prepare_contraction(
+    step: Contraction, device: torch.device, kernels: Mapping[str, Kernel], places: Mapping[str, Place], follows: bool
+) -> Run:
+    """The launch of a :class:`Contraction`, for any thread. ``places``: where operands lie, as far as it is known.
+
+    ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
+    """
+    index = device.index
+    planned = dense(step.weights.shape, step.layout)
+    taps = dense(step.weights.shape, step.layout)[-1] if len(step.table) > 1 else 0
+    sizes = step.samples, step.channels, step.columns, step.groups, step.width
+    table = [tap | number << 16 for tap, number in step.table]
+    packed = struct.pack(f"=3q5if{len(table)}I", *planned[:2], taps, *sizes, step.factor, *table)
+    packed += bytes(-len(packed) % 8)
+    shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), step.strides, step.kind.dtype
+    after = Operands(step.after, places)
+    launch = Packed(
+        kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.size}s", follows=follows
+    )
+
+    def run(values: Values) -> None:
+        sums, weight = values[step.value].contiguous(), _as_planned(values[step.weight], planned)
+        values[step.stored] = out = empty(shape, strides, dtype)
+        launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), packed, after(values))
+
+    return run
+
+
+def _as_planned(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``value`` with these strides, wherever it has more than one element."""
+    found = value.stride()
+    if found == strides or all(s == 1 or a == b for s, a, b in zip(value.shape, found, strides, strict=True)):
+        return value
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+# --- parameters, as the structs of cuh/tap_sums.cuh ---------------------------------------------------
+def _sums(step: Sums) -> bytes:
+    """``SumsArguments`` without the addresses."""
+    numbers = *step.strides, *step.out_strides, step.outer.stride, step.slot, step.inner_out
+    rows = step.rows[0] * step.rows[1]
+    sizes = rows, step.rows[1], step.slots, step.tiles, step.size, step.team, step.across, step.units
+    begins = _filled(step.outer.bounds, MOST_SLOTS + 1)
+    head = struct.pack(
+        f"=7q8i4I{len(begins)}i", *numbers, *sizes, *_divisor(step.rows[1]), *_divisor(step.units), *begins
+    )
+    return head + bytes(-len(head) % 8) + b"".join(map(_summed, (step.b, step.c, step.inner)))
+
+
+def _summed(dim: Summed) -> bytes:
+    sizes = [_divisor(high - low) for low, high in zip(dim.bounds, dim.bounds[1:], strict=False)]
+    flat = _filled([n for pair in sizes for n in pair], 2 * MOST_SEGMENTS)
+    bounds = _filled(dim.bounds, MOST_SEGMENTS + 1)
+    return struct.pack(f"=qi{len(bounds)}i{len(flat)}I", dim.stride, dim.segments, *bounds, *flat) + _boxes(dim)
+
+
+def _boxes(dim: Summed) -> bytes:
+    firsts, lasts = (_filled(v, MOST_BOXES) for v in (dim.firsts, dim.lasts))
+    return struct.pack(f"=qi{MOST_BOXES}B{MOST_BOXES}B4x", dim.out_stride, len(dim.firsts), *firsts, *lasts)
+
+
+def _filled(values: Sequence[int], size: int) -> list[int]:
+    return [*values, *[0] * (size - len(values))]
+
+
+def _divisor(by: int) -> tuple[int, int]:
+    """``Divisor``: n * multiplier >> shift is n // by for n below 2**31."""
+    shift = 31 + (max(by, 1) - 1).bit_length()
+    return (1 << shift) // max(by, 1) + 1, shift
