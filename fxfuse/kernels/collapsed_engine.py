@@ -50,11 +50,12 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
 
 
 def prepare_contraction(
-    step: Contraction, device: torch.device, kernels: Mapping[str, Kernel], places: Mapping[str, Place], follows: bool
+    step: Contraction, device: torch.device, kernels: Mapping[str, Kernel], places: Mapping[str, Place]
 ) -> Run:
     """The launch of a :class:`Contraction`, for any thread. ``places``: where operands lie, as far as it is known.
 
-    ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
+    It does not begin before the sums are there: blocks that wait take the place of some that read x, and a call took
+    46 us instead of 37 on an H100.
     """
     index = device.index
     planned = dense(step.weights.shape, step.layout)
@@ -65,9 +66,7 @@ def prepare_contraction(
     packed += bytes(-len(packed) % 8)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), step.strides, step.kind.dtype
     after = Operands(step.after, places)
-    launch = Packed(
-        kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.size}s", follows=follows
-    )
+    launch = Packed(kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.size}s")
 
     def run(values: Values) -> None:
         sums, weight = values[step.value].contiguous(), _as_planned(values[step.weight], planned)

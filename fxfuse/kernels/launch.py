@@ -96,10 +96,25 @@ def _launcher() -> Callable[..., int]:
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)
 
 
+#: the driver's status where a thread has no context, which CUDA's runtime makes at a thread's first call of it
+NO_CONTEXT = 201
+
+
+def bind_context() -> None:
+    """Let the calling thread use the context that torch has on its current device."""
+    _checked("cuCtxSetCurrent", _driver().cuCtxSetCurrent(_context(torch.cuda.current_device())))
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    return _checked("cuDevicePrimaryCtxRetain", _driver().cuDevicePrimaryCtxRetain(device))
+
+
 class Module:
     """A loaded cubin on the current device; ``kernels`` by name."""
 
     def __init__(self, cubin: bytes, names: Sequence[str]) -> None:
+        bind_context()
         torch.cuda.current_stream()  # torch makes the context
         self._module = _checked("cuModuleLoadData", _driver().cuModuleLoadData(cubin))
         overlaps = torch.cuda.get_device_capability() == (9, 0)
@@ -176,12 +191,11 @@ class Chain:
             self._stream = stream
         for start in self._starts:
             status = start()
+            if status == NO_CONTEXT:  # this thread's first call of CUDA
+                bind_context()
+                status = start()
             if status:
-                _failed(status)
-
-
-def _failed(status: int) -> None:
-    _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
+                _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
 
 
 class Packed:

@@ -53,7 +53,7 @@ def prepare(
         return prepare_sums(step, device, load(source_of(step), ("tap_sums", "add_slots"), device), follows)
     if isinstance(step, Contraction):
         kernels = load(source_of(step), ("contract_taps",), device)
-        return prepare_contraction(step, device, kernels, places, follows)
+        return prepare_contraction(step, device, kernels, places)
     return by_torch(step.program)
 
 

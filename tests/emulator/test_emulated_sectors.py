@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from emulator import device
 from emulator.device import EmulationError, needs_compiler
+from orientation import by_channel_always
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, Then, assert_near, layer, run_prepared, samples
 from torch import nn
 
-from fxfuse.kernels import jit, specialise
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels import jit
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.tiling import Store, Tiling
 
@@ -28,23 +26,6 @@ pytestmark = needs_compiler
 def by_channel() -> Iterator[None]:
     with by_channel_always():
         yield
-
-
-@contextlib.contextmanager
-def by_channel_always() -> Iterator[None]:
-    """Channels are rows wherever they may be, whether that is expected to be the faster or not."""
-    usual = specialise._seconds
-
-    def seconds(made: specialise.Specialisation, *rest: object) -> float:
-        return usual(made, *rest) * (1 if made.by_channel else 1e6)  # type: ignore[arg-type]
-
-    def forget() -> None:
-        specialise.specialise.cache_clear(), Convolution.of.cache_clear()
-
-    forget()
-    with mock.patch.object(specialise, "_seconds", seconds):
-        yield
-    forget()
 
 
 def tiling_of(made: Prepared) -> Tiling:
@@ -172,7 +153,7 @@ def test_what_is_broken_shows(why: str, monkeypatch: pytest.MonkeyPatch) -> None
     whole = (jit.HEADERS / "conv_sectors.cuh").read_text("utf-8")
     assert whole.count(text) == 1, text
     source = device._folder() / "conv_sectors.cuh"
-    anew: Callable[[str], ctypes.CDLL] = device.library.__wrapped__
+    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
     library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
     monkeypatch.setattr(device, "library", library)
     kept = source.read_text("utf-8")

@@ -162,7 +162,7 @@ def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch:
     assert whole.count(text) == 1, text
     rest = "if (before" if "if (before" in text else ""
     source = device._folder() / header
-    anew: Callable[[str], ctypes.CDLL] = device.library.__wrapped__
+    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
     library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
     monkeypatch.setattr(device, "library", library)
     kept = source.read_text("utf-8")

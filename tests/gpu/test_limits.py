@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from drawn import CLASSES
 from many_chains import errors, kernels_always, kinds_of
+from orientation import by_channel_always, by_channel_never
 from torch import Tensor, nn
 
 import fxfuse
@@ -190,6 +191,8 @@ STORES = [
     ("PLANES", (2, 2, 2), (3, 3, 3), (7, 10, 9)),
     ("ROWS", (1, 1, 1), (3, 3, 3), (2, 2, 250)),
     ("ROWS", (2, 2, 2), (3, 3, 3), (2, 2, 250)),
+    ("SECTORS", (1, 1, 1), (3, 3, 3), (7, 10, 9)),
+    ("SECTORS", (2, 2, 2), (2, 2, 2), (4, 8, 32)),
 ]
 
 
@@ -213,7 +216,8 @@ def check_store(
     dtype = CLASSES[numerics][0]
     eager = Stages(F.silu, layer=nn.ConvTranspose3d(32, 48, kernel, stride)).to(DEVICE).to(dtype)
     fast, x = fxfuse.optimize(copy.deepcopy(eager)), torch.randn(2, 32, *sizes, device=DEVICE).to(dtype)
-    fast(x)
+    with by_channel_always() if store == "SECTORS" else by_channel_never():
+        fast(x)
     with ops.watch() as runs:
         got = fast(x)
     assert DEVICE == "cpu" or [r.path for r in runs] == [Path.KERNEL]

@@ -10,6 +10,7 @@ import pytest
 import sanitize
 import torch
 
+from fxfuse.kernels import running
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
@@ -31,6 +32,7 @@ def test_every_kernel_is_named() -> None:
         emit_statistics("f32", "contiguous"),
         emit_sums("f32", 4, keeps=False),
         emit_contraction("f32", "f32", None, rows=8, across=2, taps=27),
+        running.source(f32, f32),
     ]
     names = {name for text in texts for name in re.findall(r"__global__ void __launch_bounds__.*\n(\w+)\(", text)}
     assert names == set(sanitize.KERNELS)

@@ -18,8 +18,9 @@ from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.estimate import works
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.schedule import examples, schedule
-from fxfuse.kernels.tail import Step, Torch
+from fxfuse.kernels.observe import examples
+from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.steps import Step, Torch
 from fxfuse.kernels.tail_engine import kind_of, source_of
 from fxfuse.vocabulary import lookup
 

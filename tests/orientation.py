@@ -1,0 +1,43 @@
+"""Whether rows of a convolution's matrix instructions are output channels, for tests of either way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from fxfuse.kernels import specialise
+from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.engine import Convolution
+
+
+@contextlib.contextmanager
+def by_channel_always() -> Iterator[None]:
+    """Channels are rows wherever they may be, whether that is expected to be the faster or not."""
+    usual: Callable[..., float] = specialise._seconds
+
+    def seconds(made: Specialisation, *rest: Any) -> float:
+        return usual(made, *rest) * (1 if made.by_channel else 1e6)
+
+    with _chosen_anew(), mock.patch.object(specialise, "_seconds", seconds):
+        yield
+
+
+@contextlib.contextmanager
+def by_channel_never() -> Iterator[None]:
+    """Positions are rows, as for all other layers."""
+    with _chosen_anew(), mock.patch.object(specialise, "_by_channel", return_value=[]):
+        yield
+
+
+@contextlib.contextmanager
+def _chosen_anew() -> Iterator[None]:
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    specialise.specialise.cache_clear()
+    Convolution.of.cache_clear()
