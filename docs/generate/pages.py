@@ -33,6 +33,7 @@ def first_report() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "counters": results.counters,
+    "orientation": results.orientation,
     "cpu": results.cpu,
     "errors": results.errors,
     "first_report": first_report,

@@ -188,6 +188,14 @@ def counters() -> str:
     return f"{table([*head, 'bytes stored', 'stalls'], body)}\n\n*{measured_on(data['machine'])}.*"
 
 
+def orientation() -> str:
+    """Convolution kernels whose matrix rows are positions, and those whose rows are channels."""
+    data = json.loads((RESULTS / "h100_orientation.json").read_text())
+    body = [[r["layer"], r["dtype"], f"{r['us']['positions']}", f"{r['us']['channels']}"] for r in data["rows"]]
+    made = table(["layer", "dtype", "positions are rows, us", "channels are rows, us"], body)
+    return f"{made}\n\n*{measured_on(data['machine'])}.*"
+
+
 # --- numerics ---------------------------------------------------------------------------------------
 def errors() -> str:
     """Relative L2 errors against float64 of the five models, per class."""

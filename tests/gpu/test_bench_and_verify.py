@@ -66,5 +66,5 @@ def test_measure() -> None:
     )  # fmt: skip
     ways = {"eager", "channels_last_3d", "fxfuse", "fxfuse channels_last_3d"}
     assert not row.failed and {*row.ms} == {*row.peak} == {*row.first} == ways
-    assert all(p > 0 for p in row.peak.values()) and row.peak["fxfuse"] < row.peak["eager"]
+    assert all(p > 0 for p in row.peak.values()) and row.peak["fxfuse"] <= row.peak["eager"]
     assert 0 < row.floor < min(row.ms.values()) and "one kernel" in row.plan["fxfuse"]

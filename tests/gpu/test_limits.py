@@ -218,8 +218,8 @@ def check_store(
     fast, x = fxfuse.optimize(copy.deepcopy(eager)), torch.randn(2, 32, *sizes, device=DEVICE).to(dtype)
     with by_channel_always() if store == "SECTORS" else by_channel_never():
         fast(x)
-    with ops.watch() as runs:
-        got = fast(x)
+        with ops.watch() as runs:
+            got = fast(x)
     assert DEVICE == "cpu" or [r.path for r in runs] == [Path.KERNEL]
     near(got, eager(x), copy.deepcopy(eager).double()(x.double()), numerics)
     return fast, x, got

@@ -36,10 +36,10 @@ template <class Problem>
 struct SectorTable {
   static constexpr int positions = Problem::m_tiles * 64, turns = positions / Problem::at_once;
   struct Group {
-    alignas(8) int at[positions];                                       // where a position's results go in a line, in bytes
+    alignas(8) int at[positions];                                // where a position's results go in a line, in bytes
     int packed[positions];                                       // the position in the box, ten bits per dim
     unsigned char inside[positions];                             // one bit per class
-    int offset[kMostAlign + Problem::places + 2 * kMostAlign];  // of a place in memory; -1 where there is nothing
+    int offset[kMostAlign + Problem::places + 2 * kMostAlign];   // of a place in memory; -1 where there is nothing
     int begin[turns + 1];                                        // the first place of each turn
     int known[4];                                                // what all of it is made for
   };

@@ -12,8 +12,8 @@
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
-// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i), step(i), run_begin(pass, i) and
-// residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
+// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i),
+// step(i), run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "ptx.cuh"
 
