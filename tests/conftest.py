@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 
+from fxfuse.kernels.account import account
+
 with contextlib.suppress(ImportError):  # it loads a hypothesis profile of its own, when torch's test tools import it
     importlib.import_module("torch.testing._internal.common_utils")
 
@@ -51,3 +53,9 @@ def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
     log.removeHandler(handler)
     if request.node.get_closest_marker("defective") is None:
         assert not handler.messages
+
+
+@pytest.fixture(autouse=True)
+def no_accounts() -> None:
+    """What reports tell of a region is kept, and must not be what another test's patches made of an equal one."""
+    account.cache_clear()
