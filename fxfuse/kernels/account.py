@@ -172,7 +172,8 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     yield "tile", f"{shape}; {100 * tiling.fit((d, h, w)):.0f} % of the rows are used"
     yield "tiles", f"{count}"
     yield "stores", store.value
-    yield "output channels", f"{made.columns} per tile, {made.column_tiles} of them per group"
+    where = "rows" if made.by_channel else "columns"
+    yield "output channels", f"{made.columns} per tile, {where} of instructions; {made.column_tiles} tiles per group"
     yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
     yield "residue classes", _classes(made)
     yield "threads", f"{THREADS} per block: {CONSUMERS} warpgroups that multiply, one that copies"
