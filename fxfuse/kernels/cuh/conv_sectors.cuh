@@ -63,8 +63,8 @@ struct Sectors {
   int size_d, size_h, size_w;  // positions of the box that are in the tensor; of w, elements
 
   FXFUSE_INLINE Sectors(const Destination<Out>& to, const Geometry& g, const Tile& t, const Residue& residue, int group)
-      : g(g), t(t), stride_d((int)to.stride.d), stride_h((int)to.stride.h) {
-    merged = Problem::stride_h == 1 && g.tiles_w == 1 && g.half_w == 0 && stride_h == g.out_w && g.box_w * Problem::stride_w == g.out_w;
+      : g(g), t(t), stride_d((int)to.stride.d), stride_h(g.out_w) {  // of a tensor with one row, its stride may be any
+    merged = Problem::stride_h == 1 && g.tiles_w == 1 && g.half_w == 0 && g.box_w * Problem::stride_w == g.out_w;
     rows = g.row_base[group * Problem::m_tiles] - group * g.part_rows + t.skip;
     auto left = [](int out, int at, int step, int box) {  // of `box` positions those whose element is one of `out`
       const int n = (out - at + step - 1) / step;
