@@ -89,13 +89,17 @@ class Arithmetic:
         """The operand as C++ text of ``dtype``'s type; ``rounded``: a number as ``dtype`` holds it, not float32."""
         if not isinstance(operand, Value):
             assert operand is not None
-            return literal(operand, dtype if rounded or not dtype.is_floating_point else torch.float32)
+            return self.number(operand, dtype if rounded or not dtype.is_floating_point else torch.float32)
         if self.round_each and dtype in (torch.float16, torch.bfloat16) and operand.dtype is not dtype:
             return _cast(operand, dtype)  # torch casts what it promotes, and then computes
         want, have = c_type(dtype), c_type(operand.dtype)
         if want == have:
             return operand.code
         return f"({operand.code} != 0)" if want == "bool" else f"({want}){operand.code}"
+
+    def number(self, number: float | int | bool, dtype: torch.dtype) -> str:
+        """An operand that is a number, as ``dtype`` holds it."""
+        return literal(number, dtype)
 
     # --- formulas -----------------------------------------------------------------------------------
     def _formula(self, instr: Instr, operands: Sequence[Given], dtype: torch.dtype) -> tuple[str, bool]:
@@ -208,6 +212,11 @@ def _common(operands: Sequence[Given]) -> torch.dtype:
     return torch.result_type(a, b)
 
 
+def held(number: float | int | bool, dtype: torch.dtype) -> float:
+    """``number`` as ``dtype``, of floats, holds it."""
+    return float(torch.tensor(number, dtype=torch.int64 if type(number) is int else torch.float64).to(dtype))
+
+
 def literal(number: float | int | bool, dtype: torch.dtype) -> str:
     """``number`` as ``dtype`` holds it, as a C++ constant that is read back to the same bits."""
     if dtype is torch.bool:
@@ -216,14 +225,14 @@ def literal(number: float | int | bool, dtype: torch.dtype) -> str:
         if number == -(1 << 63):
             return f"({int(number) + 1}LL - 1)"
         return f"({int(number)}LL)" if number < 0 else f"{int(number)}LL"
-    held = float(torch.tensor(number, dtype=torch.int64 if type(number) is int else torch.float64).to(dtype))
-    if math.isnan(held):
+    value = held(number, dtype)
+    if math.isnan(value):
         return "fxfuse::pw::not_a_number()"
-    if math.isinf(held):
-        return "fxfuse::pw::infinity()" if held > 0 else "(-fxfuse::pw::infinity())"
+    if math.isinf(value):
+        return "fxfuse::pw::infinity()" if value > 0 else "(-fxfuse::pw::infinity())"
     for digits in range(1, 10):
-        text = f"{held:.{digits}g}"
-        if float(torch.tensor(float(text), dtype=torch.float32)) == held:
+        text = f"{value:.{digits}g}"
+        if float(torch.tensor(float(text), dtype=torch.float32)) == value:
             break
     if not any(mark in text for mark in ".en"):
         text += ".0"

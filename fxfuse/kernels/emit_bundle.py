@@ -1,27 +1,31 @@
 """CUDA C++ of a program of pointwise operators and views as one kernel: every output from the inputs. Pure.
 
 The text is made from the outputs backwards: an element of an output asks for the elements that it is made of, views
-only say where those lie. What two outputs share is computed for each of them. Sizes and strides are constants of the
-text; its parameters are addresses alone.
+only say where those lie. What two outputs share is computed for each of them. Addresses, sizes, strides and numbers are
+parameters of the text: it is the same one for another batch, or for another layer of the same form.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import struct
 from collections.abc import Mapping, Sequence
+
+import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Ref, TensorType
-from fxfuse.kernels.arithmetic import STORED_AS, Arithmetic, Given, NotEmittable, Value, literal, stored_name
-from fxfuse.kernels.indices import ZERO, Indices, broadcast
+from fxfuse.kernels.arithmetic import STORED_AS, Arithmetic, Given, NotEmittable, Value, held, stored_name
+from fxfuse.kernels.indices import ZERO, Indices, Size, broadcast
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
 #: elements of an output; and how far an element may be from its tensor's first one
 MOST_ELEMENTS, MOST_OFFSET = 2**20, 2**31 - 1
-#: tensors that a launch may name: it has 4 KB for parameters
-MOST_ADDRESSES = 400
+#: bytes of a launch's parameters
+MOST_PARAMETERS = 4096
 #: the same elements at the same places, or the first of them
 _SAME_PLACE = ("lay_out", "crop", "detach")
 
@@ -29,11 +33,52 @@ _SAME_PLACE = ("lay_out", "crop", "detach")
 @dataclasses.dataclass(frozen=True)
 class Emitted:
     """``text``: with the entry ``bundle``, whose parameter is a struct of the addresses of ``reads`` and then of the
-    outputs, 8 bytes each. ``elements``: threads that it takes."""
+    outputs, 8 bytes each, and of ``numbers``, packed. ``elements``: threads that it takes."""
 
     text: str
     reads: tuple[str, ...]
+    numbers: bytes
     elements: int
+
+
+class _Numbers:
+    """The sizes, strides and numbers that are parameters, 4 bytes each."""
+
+    def __init__(self) -> None:
+        self.fields: list[str] = []
+        self.packed = b""
+        self._names: dict[tuple[str, str, int], str] = {}
+
+    def size(self, value: int, of: tuple[str, str, int]) -> int:
+        """What a size or a stride is called where it is used; 0 and 1 are constants of the text.
+
+        ``of``: a tensor, what of it, and a dim.
+        """
+        return value if value in (0, 1) else Size.of(value, functools.partial(self._named, value, of))
+
+    def _named(self, value: int, of: tuple[str, str, int]) -> str:
+        if of not in self._names:
+            self._names[of] = self.add("unsigned", "I", value)
+        return self._names[of]
+
+    def add(self, kind: str, form: str, value: float) -> str:
+        name = f"n{len(self.fields)}"
+        self.fields.append(f"{kind} {name};")
+        self.packed += struct.pack(f"<{form}", value)
+        return f"a.{name}"
+
+
+class _Arithmetic(Arithmetic):
+    """Floating-point numbers are parameters: what was made of sizes is among them."""
+
+    def __init__(self, numbers: _Numbers) -> None:
+        super().__init__(round_each=True)
+        self.numbers = numbers
+
+    def number(self, number: float | int | bool, dtype: torch.dtype) -> str:
+        if not dtype.is_floating_point:
+            return super().number(number, dtype)
+        return self.numbers.add("float", "f", held(number, dtype))
 
 
 def emit_bundle(program: Program, types: Mapping[str, TensorType], strides: Mapping[str, Sequence[int]]) -> Emitted:
@@ -47,13 +92,16 @@ def emit_bundle(program: Program, types: Mapping[str, TensorType], strides: Mapp
         shape = _sizes(types[name])
         parts.setdefault((shape, _wide(shape, strides[name])), []).append(name)
     addresses: dict[str, str] = {}
+    numbers = _Numbers()
     texts = [
-        _Part(program, types, strides, addresses).text(f"Part{i}", names) for i, names in enumerate(parts.values())
+        _Part(program, types, strides, addresses, numbers).text(f"Part{i}", names)
+        for i, names in enumerate(parts.values())
     ]
-    if len(addresses) + len(program.outputs) > MOST_ADDRESSES:
-        raise NotEmittable(f"more than {MOST_ADDRESSES} tensors")
     fields = [_declared(types[n], a, "const ") for n, a in addresses.items()]
     fields += [_declared(types[n], f"q{i}") for i, n in enumerate(program.outputs)]
+    if 8 * len(fields) + len(numbers.packed) > MOST_PARAMETERS:
+        raise NotEmittable(f"tensors and numbers that take more than {MOST_PARAMETERS} bytes of parameters")
+    fields += numbers.fields
     text = "\n".join([
         "// NVRTC: --fmad=false",
         '#include "bundle.cuh"',
@@ -68,7 +116,7 @@ def emit_bundle(program: Program, types: Mapping[str, TensorType], strides: Mapp
         "}",
         "",
     ])  # fmt: skip
-    return Emitted(text, tuple(addresses), sum(math.prod(shape) for shape, _ in parts))
+    return Emitted(text, tuple(addresses), numbers.packed, sum(math.prod(shape) for shape, _ in parts))
 
 
 def _declared(kind: TensorType, name: str, const: str = "") -> str:
@@ -100,15 +148,17 @@ class _Part:
         types: Mapping[str, TensorType],
         strides: Mapping[str, Sequence[int]],
         addresses: dict[str, str],
+        numbers: _Numbers,
     ) -> None:
         self.program, self.types, self.strides, self.addresses = program, types, strides, addresses
         self.made = {out: instr for instr in program.body for out in instr.outs}
-        self.indices, self.arithmetic = Indices(), Arithmetic(round_each=True)
+        self.numbers, self.indices, self.arithmetic = numbers, Indices(), _Arithmetic(numbers)
         self.found: dict[tuple[str, tuple[str, ...]], Value] = {}
 
     def text(self, name: str, outputs: Sequence[str]) -> str:
-        shape = _sizes(self.types[outputs[0]])
-        at, to = self._places(shape, self.strides[outputs[0]])
+        shape = self._shape(outputs[0])
+        at, to = self._places(shape, self._strides(outputs[0]))
+        elements = self.indices.product([self.numbers.size(math.prod(shape), (outputs[0], "elements", 0))])
         stores = []
         for output in outputs:
             value, kind = self.element(output, at), self.types[output]
@@ -119,7 +169,7 @@ class _Part:
             stores.append(f"fxfuse::pw::store_{stored_name(kind.dtype)}({address}, {value.code});")
         return "\n".join([
             f"struct {name} {{",
-            f"  static constexpr unsigned elements = {math.prod(shape)};",
+            f"  static FXFUSE_DEVICE unsigned elements(const Arguments& a) {{ return {elements}; }}",
             "  static FXFUSE_DEVICE void make(const Arguments& a, unsigned i) {",
             *(f"    {line}" for line in (*self.indices.lines, *self.arithmetic.lines, *stores)),
             "  }",
@@ -152,7 +202,7 @@ class _Part:
         return self.found[name, at]
 
     def _load(self, name: str, at: tuple[str, ...]) -> Value:
-        kind, strides = self.types[name], self.strides[name]
+        kind, strides = self.types[name], self._strides(name)
         stored_name(kind.dtype)
         if _reach([s or 0 for s in kind.shape], strides) > MOST_OFFSET:
             raise NotEmittable(f"{name}: too far from end to end")
@@ -186,7 +236,10 @@ class _Part:
         return self.element(operand.name, broadcast(at, shape))
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(s or 0 for s in self.types[name].shape)
+        return tuple(self.numbers.size(s or 0, (name, "size", d)) for d, s in enumerate(self.types[name].shape))
+
+    def _strides(self, name: str) -> tuple[int, ...]:
+        return tuple(self.numbers.size(s, (name, "stride", d)) for d, s in enumerate(self.strides[name]))
 
     # --- operators that are not pointwise -------------------------------------------------------------
     def _reshape(self, instr: Instr, at: tuple[str, ...]) -> Value:
@@ -217,7 +270,8 @@ class _Part:
             else:
                 given, columns, *_ = self._shape(_source(instr))
                 groups = dict(instr.attributes)["groups"]
-                group = [self.indices.name(f"{at[0]} / {given // groups}u")] if groups > 1 and given > groups else at
+                each = self.numbers.size(given // groups, (_source(instr), "input channels", 0))
+                group = [self.indices.split(at[0], [groups, each])[0]] if groups > 1 else at
                 channel = [self.indices.join([group[0], at[1]], [groups, columns])] if groups > 1 else [at[1]]
             place = self.indices.regrouped(channel, (math.prod(shape),), shape)
             value = self.element(scale.name, place)
@@ -231,7 +285,7 @@ class _Part:
         if not isinstance(value, Ref):
             if not dtype.is_floating_point or dtype.itemsize > 4 or value is None:
                 raise NotEmittable(f"`{instr}`: {dtype} of a number")
-            return Value(literal(value, dtype), dtype, 1)
+            return Value(self.arithmetic.number(value, dtype), dtype, 1)
         shape = self._shape(value.name)
         whole = math.prod(shape)
         found = self.element(value.name, self.indices.regrouped(at if whole > 1 else [ZERO], (whole,), shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fxfuse.instr import Instr
 
@@ -48,8 +48,20 @@ def axes_of(view: Instr, made: Shape, source: Shape) -> dict[int, int] | None:
     return {d: d for d in wide}
 
 
+class Size(int):
+    """A size or a stride that is no constant of the text: ``named`` gives what stands for it, where it is needed."""
+
+    named: Callable[[], str]
+
+    @staticmethod
+    def of(value: int, named: Callable[[], str]) -> Size:
+        made = Size(value)
+        made.named = named
+        return made
+
+
 class Indices:
-    """Lines that compute indices, each of them once."""
+    """Lines that compute indices, each of them once. Sizes are constants of the text, but for each :class:`Size`."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -69,17 +81,28 @@ class Indices:
         found = ZERO
         for index, size in zip(at, sizes, strict=True):
             if size > 1:
-                found = index if found == ZERO else self.name(f"{found} * {size}u + {index}")
+                found = index if found == ZERO else self.name(f"{found} * {self.product([size])} + {index}")
         return found
 
     def split(self, index: str, sizes: Shape) -> list[str]:
         """The other way round."""
-        found, inner = [], math.prod(sizes)
-        for size in sizes:
-            inner //= size
-            found.append(self.name(f"{index} / {inner}u") if inner > 1 else index)
-            index = self.name(f"{index} - {found[-1]} * {inner}u") if inner > 1 else index
+        found = []
+        for d in range(len(sizes)):
+            behind = sizes[d + 1 :]
+            if math.prod(behind) == 1:
+                found.append(index)
+                continue
+            inner = self.product(behind)
+            found.append(self.name(f"{index} / {inner}"))
+            index = self.name(f"{index} - {found[-1]} * {inner}")
         return found
+
+    def product(self, sizes: Shape) -> str:
+        """The product of sizes as C++."""
+        named = [size.named() for size in sizes if isinstance(size, Size) and size != 1]
+        known = math.prod(size for size in sizes if not isinstance(size, Size))
+        terms = [*named, *([f"{known}u"] if known != 1 or not named else [])]
+        return terms[0] if len(terms) == 1 else self.name(" * ".join(terms))
 
     def regrouped(self, at: Sequence[str], made: Shape, source: Shape) -> tuple[str, ...]:
         """The place in a tensor of the shape ``source`` that is ``at`` in its reshape to ``made``."""
@@ -96,7 +119,7 @@ class Indices:
     def offset(self, at: Sequence[str], strides: Mapping[int, int] | Sequence[int]) -> str:
         """How many elements behind the first one: an expression."""
         terms = [
-            place if strides[d] == 1 else f"{place} * {strides[d]}u"
+            place if strides[d] == 1 else f"{place} * {self.product([strides[d]])}"
             for d, place in enumerate(at)
             if place != ZERO and strides[d]
         ]

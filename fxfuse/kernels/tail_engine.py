@@ -196,7 +196,8 @@ def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
-    launch = Packed(kernel, -(-step.made.elements // BLOCK), BLOCK, f"{len(reads) + len(makes)}q", follows=follows)
+    numbers, blocks = step.made.numbers, -(-step.made.elements // BLOCK)
+    launch = Packed(kernel, blocks, BLOCK, f"{len(reads) + len(makes)}q{len(numbers)}s", follows=follows)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
@@ -212,7 +213,7 @@ def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
         for name, shape, strides, dtype in forms:
             values[name] = made = empty(shape, strides, dtype)
             addresses.append(made.data_ptr())
-        launch(stream_of(index), *addresses)
+        launch(stream_of(index), *addresses, numbers)
 
     return run
 

@@ -17,7 +17,7 @@ from fxfuse.kernels import jit
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.bundle import Bundler
 from fxfuse.kernels.candidate import convolution_of
-from fxfuse.kernels.emit_bundle import MOST_ADDRESSES, MOST_ELEMENTS, Emitted, emit_bundle
+from fxfuse.kernels.emit_bundle import MOST_ELEMENTS, MOST_PARAMETERS, Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import examples, observe
 from fxfuse.kernels.prepared import Prepared
@@ -210,10 +210,43 @@ def test_refusals_of_layouts() -> None:
         emitted(program("x: f32[4, 4]", "y = exp(x)\nz = reshape(y, shape=(16,))\nz"), [far])
 
 
-def test_as_many_tensors_as_a_launch_has_room_for() -> None:
-    lines = [f"y{i} = add(x, {i})" for i in range(MOST_ADDRESSES)]
-    with pytest.raises(NotEmittable, match=f"more than {MOST_ADDRESSES} tensors"):
-        emitted(program("x: f32[4]", "\n".join([*lines, ", ".join(f"y{i}" for i in range(MOST_ADDRESSES))])))
+def test_as_many_parameters_as_a_launch_has_room_for() -> None:
+    """Of every output an address and a number; of the input an address, and how many elements there are."""
+
+    def sums(count: int) -> Program:
+        lines = [f"y{i} = add(x, {i}.5)" for i in range(count)]
+        return program("x: f32[4]", "\n".join([*lines, ", ".join(f"y{i}" for i in range(count))]))
+
+    most = (MOST_PARAMETERS - 8 - 4) // (8 + 4)
+    assert len(emitted(sums(most)).numbers) == 4 * (most + 1)
+    with pytest.raises(NotEmittable, match=f"more than {MOST_PARAMETERS} bytes of parameters"):
+        emitted(sums(most + 1))
+
+
+@needs_compiler
+def test_sizes_are_not_compiled_in() -> None:
+    """Nor are strides, and numbers that were made of sizes."""
+
+    def chain(n: int, c: int) -> Program:
+        return program(
+            f"m: f32[{n}, {c}, 1, 1, 1], k: f32[{n}, {c}, 3, 1, 1], w: f32[{2 * n}, {c // 2}, 3, {n}, 2], b: f16[{c}]",
+            f"""f = scale_weight(w, b, groups=2)
+y = mul(m, {1 / (n * c)})
+z = add(y, k)
+t = permute(z, dims=(1, 0, 2, 3, 4))
+r = reshape(t, shape=({c * n}, 3))
+v = to_channels({n}.5, b, channels={c})
+f, r, v""",
+        )
+
+    texts = set()
+    for n, c in ((2, 6), (3, 8), (6, 20)):
+        made = chain(n, c)
+        inputs = [tensor(*t.shape, dtype=t.dtype, seed=i) for i, t in enumerate(examples(made))]
+        inputs[1] = torch.randn(3, n, c + 1, 2, 2)[:, :, 1:, :1, 1:].permute(1, 2, 0, 3, 4)
+        check(made, inputs)
+        texts.add(emitted(made, inputs).text)
+    assert len(texts) == 1
 
 
 # --- random programs ------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
 import pytest
+from many_chains import kernels_always, plan
+from reports import explained
+from torch import nn
 
 from fxfuse.kernels import execute
 from fxfuse.kernels.engine import KERNELS as KERNELS_OF_A_LAYER
@@ -186,3 +190,27 @@ def test_sizes_are_not_compiled_in() -> None:
     ]
     found = [execute.convolution_of(schedule(m, examples(m)).kernel) for m in made]
     assert sources(found[0]) == sources(found[1])
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [nn.BatchNorm3d(16), nn.ReLU()],
+        [nn.BatchNorm3d(16).eval(), nn.ReLU()],
+        [nn.BatchNorm3d(16).eval(), nn.AdaptiveAvgPool3d(1), nn.Flatten()],
+        [nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Sigmoid()],
+        [nn.InstanceNorm3d(16), nn.LeakyReLU(), nn.AvgPool3d(2)],
+        [nn.GroupNorm(4, 16), nn.SiLU()],
+        [nn.Softmax(1), nn.AdaptiveMaxPool3d(2)],
+    ],
+    ids=lambda tail: " > ".join(type(m).__name__ for m in tail),
+)
+def test_sizes_are_not_compiled_in_around_convolutions(tail: list[nn.Module]) -> None:
+    def texts(*shape: int) -> set[str]:
+        model = nn.Sequential(nn.ConvTranspose3d(8, 16, 3, stride=2), *copy.deepcopy(tail))
+        (region,) = (r.region for r in explained(model, shape).regions)
+        with kernels_always():
+            made = plan(region, examples(region.rewritten), exact=False)
+        return {text for name, text in made.sources() if name not in ("measuring", "convolution")}
+
+    assert texts(5, 8, 12, 12, 12) == texts(6, 8, 13, 12, 14)

@@ -7,13 +7,14 @@ namespace fxfuse {
 
 constexpr int kBundleThreads = 256;
 
-// `Part`: outputs of one size and layout; `elements` of each, and `make`, which stores those at position i.
+// `Part`: outputs of one size and layout; `elements(a)` of each, and `make`, which stores those at position i.
 template <class Part, class... Others, class Arguments>
 FXFUSE_DEVICE void bundle_at(const Arguments& a, unsigned i) {
-  if (i < Part::elements) {
+  const unsigned elements = Part::elements(a);
+  if (i < elements) {
     Part::make(a, i);
   } else if constexpr (sizeof...(Others) > 0) {
-    bundle_at<Others...>(a, i - Part::elements);
+    bundle_at<Others...>(a, i - elements);
   }
 }
 
