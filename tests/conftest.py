@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -56,6 +57,19 @@ def no_defects(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_accounts() -> None:
-    """What reports tell of a region is kept, and must not be what another test's patches made of an equal one."""
+def no_patches_left() -> Iterator[None]:
+    """A test leaves the compiler as it found it, and does not find what another one's patches made of a region."""
     account.cache_clear()
+    before = {name: dict(vars(sys.modules[name])) for name in _own_modules()}
+    yield
+    left = [
+        f"{name}.{key}"
+        for name in _own_modules()
+        for key, value in before.get(name, {}).items()
+        if getattr(sys.modules[name], key, None) is not value
+    ]
+    assert not left, f"patches are left: {left}"
+
+
+def _own_modules() -> list[str]:
+    return [n for n in sys.modules if n.partition(".")[0] == "fxfuse"]
