@@ -63,10 +63,15 @@ class CallForm:
         classes = (type(c).__name__ for _, c in self.constants if not (is_plain(c) or isinstance(c, enum.Enum)))
         return next(classes, None)
 
+    @property
+    def positional(self) -> bool:
+        """Of tensors by position alone, not nested."""
+        return self is _positional(len(self.tensors))
+
     @functools.cached_property
     def key(self) -> Any:
         """What two calls of the same form have in common; 0.0 is not -0.0, and 1 is not True."""
-        if self is _positional(len(self.tensors)):
+        if self.positional:
             return len(self.tensors)  # a spec takes long to hash
         return self.spec, tuple(
             (i, type(c), repr(c) if isinstance(c, (float, complex)) else c) for i, c in self.constants

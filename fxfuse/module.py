@@ -90,10 +90,15 @@ class OptimizedModule(View):
     def fxfuse_report(self) -> Report:
         return self._fxfuse_runtime.report  # type: ignore[no-any-return]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._fxfuse_call(args, kwargs)
+        return self._fxfuse_runtime(args, kwargs)
+
     @torch.compiler.disable(  # type: ignore[untyped-decorator]
         reason="fxfuse has captured it already; to export it: torch.export.export(..., strict=False)"
     )
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _fxfuse_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._fxfuse_runtime(args, kwargs)
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
 from fxfuse import capture as capturing
+from fxfuse.again import Again
 from fxfuse.capture import CallForm, Capture, graph_module
 from fxfuse.compare import disagreement, edges, fresh, gradient_disagreement
 from fxfuse.guards import Guards
@@ -80,11 +81,21 @@ class Runtime:
         self._entries: dict[Any, list[Entry]] = {}
         self._lock = threading.RLock()
         self._served = self._captured = 0
+        self._last: tuple[Entry, Specialisation, Again | None] | None = None  # what served the call before
         if overrides_call(type(model)):
             self._note(f"left alone: {type(model).__name__} overrides __call__, which runs before forward")
 
     # --- calls --------------------------------------------------------------------------------
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        last = self._last
+        if last is not None and last[2] is not None and not kwargs:
+            given = last[2].given(args)
+            if given is not None:
+                self._served += 1
+                return self._run(last[0], last[1], given, args, kwargs)
+        return self._long_way(args, kwargs)
+
+    def _long_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form, tensors = CallForm.of(args, kwargs)
         reason = _unsupported(form, tensors)
         if reason is not None:
@@ -108,13 +119,31 @@ class Runtime:
         if entry.capture is None:
             return self.model.forward(*args, **kwargs)
         special = self._specialisation(entry, tensors, lifted)
-        if special.run is None:
+        last, again = self._last, None
+        second = last is not None and last[1] is special  # of its kind in a row
+        if second and form.positional and self._needs_no_more(entry.capture, special, key, (*tensors, *lifted)):
+            again = Again.of(entry.capture, entry.guards, special.kept, tensors, lifted)
+        self._last = entry, special, again
+        return self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
+
+    def _needs_no_more(self, capture: Capture, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether calls like this one need nothing that :class:`Again` does not do."""
+        *_, same, _dtype, autocast = key
+        verified = special.verified or not self.verify
+        return same is None and autocast is None and verified and not capture.exact and not _tracing(tensors)
+
+    def _run(
+        self,
+        entry: Entry,
+        special: Specialisation,
+        given: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if special.run is None or (special.written and _shared(given, special.written)):
             return self.model.forward(*args, **kwargs)
-        given = [*tensors, *[lifted[i] for i in special.kept]]
-        if special.written and _shared(given, special.written):
-            return self.model.forward(*args, **kwargs)
-        flat = special.run(*given)
-        spec = entry.capture.out_spec
+        assert entry.capture is not None
+        flat, spec = special.run(*given), entry.capture.out_spec
         return flat[0] if spec.is_leaf() else pytree.tree_unflatten(flat, spec)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,15 +7,19 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from agreement import F64, Block, assert_agree, assert_follows, assert_same, data, optimized_block
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse.kernels import recent
 from fxfuse.ops import watch
+from fxfuse.runtime import Runtime
 
 
 # --- state is shared ------------------------------------------------------------------------------
@@ -220,7 +224,8 @@ def test_changes_are_followed(name: str, training: bool) -> None:
     model = Block().train(training)
     with torch.no_grad():
         optimized = fxfuse.optimize(model, data())
-        before = optimized(data())
+        for _ in range(3):  # the last of them goes the short way
+            before = optimized(data())
         CHANGES[name](model, optimized)
         for _ in range(2):
             x, twin = data(), copy.deepcopy(model)
@@ -229,6 +234,100 @@ def test_changes_are_followed(name: str, training: bool) -> None:
             assert_same(got, twin(x))
             assert_same(dict(model.state_dict()), dict(twin.state_dict()))
     assert bool(runs) == (name != "weight norm"), before.shape
+
+
+class Asks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(2, 4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z: Tensor = self.up(x) + y.mean()
+        return z.relu() if torch.is_grad_enabled() else z.exp()
+
+
+def test_calls_like_the_one_before_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Asks()
+    fast = fxfuse.optimize(model)
+    x, y = torch.randn(1, 2, 3, 4, 5), torch.randn(1, 2, 3, 4, 5)
+    long: list[int] = []
+    usual = Runtime._long_way
+
+    def way(*args: Any) -> Any:
+        long.append(1)
+        return usual(*args)
+
+    monkeypatch.setattr(Runtime, "_long_way", way)
+
+    def expect(short: bool, *args: Any, **kwargs: Any) -> None:
+        long.clear()
+        got, expected = fast(*args, **kwargs), model(*args, **kwargs)
+        assert type(got) is type(expected) and got.dtype is expected.dtype
+        torch.testing.assert_close(got, expected)
+        assert (not long) == short
+
+    def settle() -> None:
+        for _ in range(3):
+            fast(x, y)
+        expect(True, x, y)
+
+    settle()
+    expect(True, torch.randn_like(x), torch.randn_like(y))
+    for other in (x[:, :, :2], x.transpose(3, 4).contiguous().transpose(3, 4), x.double().float().requires_grad_()):
+        expect(False, other, y)
+        settle()
+    expect(False, x, x)
+    settle()
+    expect(False, x, y=y)
+    settle()
+    for around in (
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: nn.modules.module.register_module_forward_hook(lambda m, a, r: None),
+        fwAD.dual_level,
+        torch.no_grad,
+    ):
+        with around():
+            expect(False, x, y)
+        settle()
+    torch.set_default_dtype(torch.float64)
+    try:
+        expect(False, x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    settle()
+    long.clear()
+    torch.func.vmap(lambda s: fast(s, y))(x[None])
+    torch.func.vmap(lambda s: fast(x, y) + s)(x.new_zeros(2))  # the model's tensors are none of vmap's
+    torch.jit.trace(lambda s: fast(s, y), (x,), check_trace=False)
+    assert len(long) == 3
+    settle()
+    model.up.weight.data = model.up.weight.detach().clone()
+    expect(True, x, y)
+    model.up.bias = None
+    expect(False, x, y)
+
+
+def test_the_short_way_of_training() -> None:
+    """Gradients, running statistics and the counter, as ever."""
+    model = Block()
+    twin, optimized = copy.deepcopy(model), fxfuse.optimize(model)
+    with mock.patch.object(Runtime, "_long_way", autospec=True, side_effect=Runtime._long_way) as long:
+        for _ in range(5):
+            x = data()
+            assert_same(optimized(x), twin(x))
+            optimized(x).sum().backward()
+            twin(x).sum().backward()
+        assert long.call_count == 3  # captured; served; and served again
+    assert_same({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()})
+    assert_same(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+def test_without_torchs_guards_there_is_no_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "_guards", None)
+    model, optimized = optimized_block()
+    for _ in range(4):
+        assert_follows(optimized, model)
+    assert optimized._fxfuse_runtime._last[2] is None
 
 
 def test_hooks_are_honoured() -> None:
