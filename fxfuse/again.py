@@ -1,7 +1,8 @@
 """The short way of a call of a model that is like the one before: as :mod:`fxfuse.kernels.recent` has it for a region.
 
 What :mod:`fxfuse.runtime` asks of the call's tensors and the model's one by one is compared at once, by the guards
-that torch.compile puts in front of its code.
+that torch.compile puts in front of its code. They do not hold for a tensor that comes twice either, nor under
+torch.func's transforms and torch.jit.trace.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from fxfuse.kernels.recent import guards_of
 # asked on every call
 _default_dtype = torch.get_default_dtype
 _grad_enabled = torch.is_grad_enabled
-_functorch_level = torch._C._functorch.maybe_current_level
-_jit_tracing_state = torch._C._get_tracing_state
 
 
 class Again(NamedTuple):
@@ -62,11 +61,8 @@ class Again(NamedTuple):
             lifted.append(tensor)
         if (
             not check(*args, *lifted)
-            or (inputs > 1 and len({*map(id, args)}) < inputs)
             or (grad is not None and grad is not _grad_enabled())
             or dtype is not _default_dtype()
-            or _functorch_level() is not None
-            or _jit_tracing_state() is not None
             or forward_ad._current_level >= 0
             or _has_any_global_hook()
         ):
