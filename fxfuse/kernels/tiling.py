@@ -11,7 +11,9 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from fxfuse.kernels.convolution import (
     CONSUMERS,
@@ -92,10 +94,10 @@ class Tiling:
 
 
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
-    """Those whose region fits into shared memory. ``linear``: such tiles as well."""
-    room = _room(made)
+    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well."""
+    room, by_channel = _room(made), made.by_channel
     ways = _ways(made.m_tiles, made.halo, extents, linear)
-    return (found for rows, found in ways if rows <= room and (found.uniform or not made.by_channel))
+    return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
 
 
 def _room(made: Specialisation) -> int:
@@ -103,36 +105,78 @@ def _room(made: Specialisation) -> int:
     return made.region_bytes // (made.chunk * 2)
 
 
+class _Way(NamedTuple):
+    """A tiling that need not have been made yet. ``rows``: of shared memory, that it needs; ``tiles``: of it."""
+
+    tiles: int
+    rows: int
+    uniform: bool
+    tiling: Callable[[], Tiling]
+
+
 # a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
 @functools.lru_cache(maxsize=64)
-def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[tuple[int, Tiling], ...]:
-    """Tilings, each with the rows of shared memory that it needs."""
-    ways = _boxes(m_tiles, halo, extents), _linear(m_tiles, halo, extents) if linear else ()
-    return tuple((t.rows_needed(halo), t) for t in itertools.chain(*ways) if max(t.region) <= MOST_COPIED)
+def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[_Way, ...]:
+    """Tilings, those of the fewest tiles first."""
+    found = [*_boxes(m_tiles, halo, extents)]
+    for made in _linear(m_tiles, halo, extents) if linear else ():
+        if max(made.region) <= MOST_COPIED:
+            tiles = math.prod(made.counts)
+            found.append(_Way(tiles, made.rows_needed(halo), made.uniform, functools.partial(_itself, made)))
+    return tuple(sorted(found, key=operator.attrgetter("tiles")))
 
 
-def _boxes(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
+def _itself(made: Tiling) -> Tiling:
+    return made
+
+
+def _boxes(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
     """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim."""
     for box, blocks in _box_sizes(m_tiles, extents, halo):
         d, h, w = box
         for axis in range(3):
-            size = [d, h, w]
-            size[axis] *= CONSUMERS
-            region = (size[0] + halo[0], size[1] + halo[1], size[2] + halo[2])
+            size, region = _with_halo(box, axis, halo)
             _, rh, rw = region
-            step = (d * rh * rw, h * rw, w)[axis]
+            # consecutive rows of the region: as many as the box spans in it
+            if max(region) > MOST_COPIED or (not blocks and (d - 1) * rh * rw + (h - 1) * rw + w > m_tiles * 64):
+                continue
+            make = functools.partial(_box, m_tiles, halo, extents, box, axis, blocks)
+            uniform, last = True, (m_tiles - 1) * 64 + (d * rh * rw, h * rw, w)[axis]
             if blocks:
-                inside = itertools.product(range(d), range(0, h, 8), range(0, w, 8))
-                base = [(z * rh + y) * rw + x for z, y, x in inside]
-            else:
-                # consecutive rows of the region: as many as the box spans in it
-                if (d - 1) * rh * rw + (h - 1) * rw + w > m_tiles * 64:
-                    continue
-                base = list(range(0, m_tiles * 64, 64))
-            rows = tuple(part * step + at for part in range(CONSUMERS) for at in base)
-            half = tuple(b if i == axis else 0 for i, b in enumerate(box))
-            counts = tuple(-(-e // t) for e, t in zip(extents, size, strict=True))
-            yield Tiling(tuple(size), box, half, region, rw if blocks else 8, rows, step, counts)  # type: ignore[arg-type]
+                made = make()
+                uniform, last = made.uniform, max(made.row_base)
+            shift = (halo[0] * rh + halo[1]) * rw + halo[2]
+            rows = max(math.prod(region), last + 7 * (rw if blocks else 8) + 8 + shift)
+            yield _Way(math.prod(_counts(extents, size)), rows, uniform, make)
+
+
+def _with_halo(box: Extents, axis: int, halo: Extents) -> tuple[Extents, Extents]:
+    """The size of two boxes along ``axis``, and that of the region that they read."""
+    size = [*box]
+    size[axis] *= CONSUMERS
+    d, h, w = size
+    return (d, h, w), (d + halo[0], h + halo[1], w + halo[2])
+
+
+def _counts(extents: Extents, size: Extents) -> Extents:
+    (a, b, c), (d, h, w) = extents, size
+    return -(-a // d), -(-b // h), -(-c // w)
+
+
+@functools.lru_cache(maxsize=4096)
+def _box(m_tiles: int, halo: Extents, extents: Extents, box: Extents, axis: int, blocks: bool) -> Tiling:
+    d, h, w = box
+    size, region = _with_halo(box, axis, halo)
+    _, rh, rw = region
+    step = (d * rh * rw, h * rw, w)[axis]
+    if blocks:
+        inside = itertools.product(range(d), range(0, h, 8), range(0, w, 8))
+        base = [(z * rh + y) * rw + x for z, y, x in inside]
+    else:
+        base = [*range(0, m_tiles * 64, 64)]
+    rows = tuple(part * step + at for part in range(CONSUMERS) for at in base)
+    half = (d if axis == 0 else 0, h if axis == 1 else 0, w if axis == 2 else 0)
+    return Tiling(size, box, half, region, rw if blocks else 8, rows, step, _counts(extents, size))
 
 
 def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[Extents, bool]]:
@@ -180,9 +224,8 @@ def best_fit(made: Specialisation, extents: Extents) -> float:
 @functools.lru_cache(maxsize=256)
 def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: bool) -> tuple[tuple[float, int], ...]:
     """Of every tiling the part of the rows that are positions, the best first, and the rows that it needs."""
-    ways = _ways(m_tiles, halo, extents, linear)
-    fits = ((t.fit(extents), rows) for rows, t in ways if t.uniform or not uniform)
-    return tuple(sorted(fits, key=lambda f: f[0], reverse=True))
+    positions, ways = math.prod(extents), _ways(m_tiles, halo, extents, linear)
+    return tuple((positions / (w.tiles * CONSUMERS * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
 
 
 def _dense(made: Specialisation) -> bool:
@@ -198,10 +241,11 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     neighbours in memory.
     """
     best: tuple[tuple[float, int], Tiling] | None = None
+    whole = _stored(made, extents, itemsize) / STORE_RATE
     for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
-        if best is not None and multiply > best[0][0]:  # however it is stored
-            continue
+        if best is not None and multiply + whole > best[0][0]:  # however it is stored; nor will those be that follow
+            break
         if made.by_channel and row and not sectors_fit(made, found, row, itemsize):
             continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
@@ -286,8 +330,13 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
 
 def store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
     """Of one multiprocessor, for one sample, group and tile of output channels."""
-    stored = math.prod(extents) * made.stored_columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
-    return stored / STORE_RATE * (1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize))
+    sectors = 1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize)
+    return _stored(made, extents, itemsize) / STORE_RATE * sectors
+
+
+def _stored(made: Specialisation, extents: Extents, itemsize: int) -> int:
+    """Bytes of one sample, group and tile of output channels."""
+    return math.prod(extents) * made.stored_columns * (1 if made.pooled else math.prod(made.layer.stride)) * itemsize
 
 
 def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
