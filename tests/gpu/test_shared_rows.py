@@ -189,7 +189,7 @@ def test_two_runs_that_gather() -> None:
     check(model, sample(2, 8, 4, 5, 6), f"and statistics, {ALL}")
 
 
-def test_rows_go_when_both_runs_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_go_when_both_runs_are_queued() -> None:
     """What the first run hands on is among the values between the runs, and no longer where others are made."""
     given: list[weakref.ref[Tensor]] = []
     alive: list[tuple[str, list[bool]]] = []
@@ -212,9 +212,9 @@ def test_rows_go_when_both_runs_are_queued(monkeypatch: pytest.MonkeyPatch) -> N
 
         return watched
 
-    for where in (engine, prepared, tail_engine):
-        monkeypatch.setattr(where, "empty", allocates(where))
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for where in (engine, prepared, tail_engine):
+            patch.setattr(where, "empty", allocates(where))
         fast(x)
     between, later = [True, False], [False, False, False]  # what is handed on, and what is the runs' own
     assert alive == [
