@@ -1,7 +1,7 @@
 """The short way of a call of a model that is like the one before: as :mod:`fxfuse.kernels.recent` has it for a region.
 
 What :mod:`fxfuse.runtime` asks of the call's tensors and the model's one by one is compared at once, by the guards
-that torch.compile puts in front of its code. They do not hold for a tensor that comes twice either, nor under
+that torch.compile puts in front of its code. They do not hold where a tensor comes twice either, nor under
 torch.func's transforms and torch.jit.trace.
 """
 
@@ -39,9 +39,10 @@ class Again(NamedTuple):
     def of(
         capture: Capture, guards: Guards, kept: tuple[int, ...], tensors: Sequence[Tensor], lifted: Sequence[Tensor]
     ) -> Again | None:
-        """Of a call with ``tensors`` that ``capture`` has just served, without autocast; None where torch has no such
-        guards."""
-        made = guards_of([*tensors, *lifted])
+        """Of a call with ``tensors`` that ``capture`` serves, without autocast; None where torch has no such guards, or
+        none that would hold: a tensor comes twice."""
+        given = [*tensors, *lifted]
+        made = guards_of(given) if len({*map(id, given)}) == len(given) else None
         if made is None:
             return None
         places = tuple((t.holder, t.name) for t in capture.lifted)

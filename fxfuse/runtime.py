@@ -87,12 +87,12 @@ class Runtime:
 
     # --- calls --------------------------------------------------------------------------------
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        last = self._last
-        if last is not None and last[2] is not None and not kwargs:
-            given = last[2].given(args)
+        if self._last is not None and not kwargs:
+            entry, special, again = self._last
+            given = None if again is None else again.given(args)
             if given is not None:
                 self._served += 1
-                return self._run(last[0], last[1], given, args, kwargs)
+                return self._run(entry, special, given, args, kwargs)
         return self._long_way(args, kwargs)
 
     def _long_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,9 +128,9 @@ class Runtime:
 
     def _needs_no_more(self, capture: Capture, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether calls like this one need nothing that :class:`Again` does not do."""
-        *_, same, _dtype, autocast = key
+        *_, autocast = key
         verified = special.verified or not self.verify
-        return same is None and autocast is None and verified and not capture.exact and not _tracing(tensors)
+        return autocast is None and verified and not capture.exact and not _tracing(tensors)
 
     def _run(
         self,

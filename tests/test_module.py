@@ -322,6 +322,16 @@ def test_the_short_way_of_training() -> None:
     assert_same(dict(model.state_dict()), dict(twin.state_dict()))
 
 
+def test_tied_weights_take_the_long_way() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(2, 2, 3), nn.ReLU(), nn.ConvTranspose3d(2, 2, 3))
+    model[2].weight = model[0].weight
+    optimized = fxfuse.optimize(model)
+    for _ in range(4):
+        x = torch.randn(1, 2, 3, 3, 3)
+        assert_same(optimized(x), model(x))
+    assert optimized._fxfuse_runtime._last[2] is None
+
+
 def test_without_torchs_guards_there_is_no_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recent, "_guards", None)
     model, optimized = optimized_block()
