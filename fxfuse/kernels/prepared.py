@@ -135,6 +135,9 @@ def _without_views(
         elif isinstance(part, Gather):
             for instr in part.instrs:
                 known |= statistics_places(instr, part.kind)
+        elif isinstance(part, Bundle):
+            forms = zip(part.makes, part.kinds, part.strides, strict=True)
+            known |= {n: Place(n, 0, k.dtype, tuple(s or 0 for s in k.shape), tuple(at)) for n, k, at in forms}
     kept, tensors = [], {*outputs}
     for i, part in reversed([*enumerate(parts)]):
         if looks.get(i) and tensors.isdisjoint(looks[i]):

@@ -245,6 +245,11 @@ def python_calls(call: Callable[[], object]) -> list[str]:
 COSTS = {
     "a convolution": ([nn.LeakyReLU()], ["measure", "prepare", "convolution", "direct"], 12),
     "a pool": ([nn.LeakyReLU(), nn.MaxPool3d(2)], ["measure", "prepare", "convolution", "direct"], 12),
+    "a folded norm": (
+        [nn.BatchNorm3d(16), nn.ReLU()],
+        ["bundle", "measure", "prepare", "convolution", "direct"],
+        16,
+    ),
     "statistics": (
         [nn.GroupNorm(4, 16), nn.SiLU()],
         ["measure", "prepare", "convolution", "direct", "merge", "finish", "whole"],
