@@ -40,7 +40,7 @@ class Guards:
         self._contents: list[tuple[Any, Any, str]] = []
         self._absent: list[tuple[_State, frozenset[str]]] = []
         self._empty: list[_State] = []
-        self._full: list[tuple[_State, list[Any]]] = []
+        self._full: list[tuple[_State, list[Any], list[Any]]] = []
         self._none: list[tuple[_State, str]] = []
         for module in modules_of(model):
             state = module.__dict__
@@ -49,9 +49,11 @@ class Guards:
                 names = set(state)
             elif names:
                 registered = {*state["_modules"], *state["_parameters"], *state["_buffers"]}
-                self._absent.append((state, frozenset(names - _OWN - state.keys() - registered)))
+                absent = frozenset(names - _OWN - state.keys() - registered)
+                self._absent += [(state, absent)] if absent else []
             self._watch(state, sorted(({"training"} | (names - _OWN)) & state.keys()))
             self._watch_tree(module, hooks=module is not model)
+        self._expected = [value for _, _, values, _ in self._fixed for value in values]
 
     def _watch(self, state: _State, names: list[str], nested: bool = True) -> None:
         """Watch attributes: by identity, containers by what they hold, objects of plain attributes by these."""
@@ -76,7 +78,7 @@ class Guards:
             if not isinstance(part, dict):  # of a ScriptModule, which is fixed
                 continue
             if part:
-                self._full.append((part, elements(part)))
+                self._full.append((part, [*part], [*part.values()]))
             else:
                 self._empty.append(part)
         for part in _TENSORS:
@@ -86,12 +88,13 @@ class Guards:
         """Whether the model is still as it was. On the way of every call, hence the loops."""
         if any(self._empty):
             return False
+        values: list[Any] = []
         try:
-            for state, getter, expected, _ in self._fixed:
-                values = getter(state)
-                if not all(map(operator.is_, values, expected)) and not all(map(_equal, values, expected)):
-                    return False
+            for state, getter, _, _ in self._fixed:
+                values += getter(state)
         except KeyError:
+            return False
+        if not all(map(operator.is_, values, self._expected)) and not all(map(_equal, values, self._expected)):
             return False
         for state, names in self._absent:
             if not state.keys().isdisjoint(names):
@@ -99,8 +102,8 @@ class Guards:
         for state, name in self._none:
             if state.get(name) is not None:
                 return False
-        for part, modules in self._full:
-            if not _identical(elements(part), modules):
+        for part, keys, held in self._full:
+            if [*part] != keys or not all(map(operator.is_, part.values(), held)):
                 return False
         return not self._contents or all(_holds(value, contents) for value, contents, _ in self._contents)
 
@@ -116,7 +119,9 @@ class Guards:
         yield from (name for state, name in self._none if state.get(name) is not None)
         yield from (name for value, expected, name in self._contents if not _holds(value, expected))
         yield from ("its hooks" for state in self._empty if state)
-        yield from ("its submodules" for state, expected in self._full if not _identical(elements(state), expected))
+        yield from (
+            "its submodules" for state, keys, held in self._full if not _identical(elements(state), [*keys, *held])
+        )
 
 
 def _equal(value: Any, expected: Any) -> bool:
