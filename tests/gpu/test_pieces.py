@@ -14,7 +14,7 @@ from test_kernels import made, sample
 from test_tail import NORMS, Stages, check, spread, steps_of
 
 import fxfuse
-from fxfuse.kernels import engine, execute
+from fxfuse.kernels import execute, merge
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -23,15 +23,15 @@ pytestmark = needs((9, 0))
 @pytest.fixture(autouse=True)
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Two slots are worth a block; how many pieces there were."""
-    monkeypatch.setattr(engine, "MERGE_SLOTS", 2)
+    monkeypatch.setattr(merge, "MERGE_SLOTS", 2)
     found: list[int] = []
-    count = engine.pieces
+    count = merge.pieces
 
     def spy(*sizes: int) -> int:
         found.append(count(*sizes))
         return found[-1]
 
-    for where in ("engine", "prepared", "tail_engine"):
+    for where in ("convolution_engine", "prepared", "tail_engine"):
         monkeypatch.setattr(f"fxfuse.kernels.{where}.pieces", spy)
     with kernels_always():
         yield found

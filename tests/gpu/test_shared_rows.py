@@ -17,7 +17,7 @@ from test_tail import NORMS, Stages, check, spread, steps_of
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import engine, execute, prepared, tail_engine
+from fxfuse.kernels import convolution_engine, convolution_kernels, execute, prepared, tail_engine
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -43,12 +43,12 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many kernels every run of a convolution queues."""
     found: list[int] = []
 
-    class Counted(engine.Chain):
+    class Counted(convolution_engine.Chain):
         def __call__(self, stream: int) -> None:
             found.append(len(self._launches))
             super().__call__(stream)
 
-    monkeypatch.setattr(engine, "Chain", Counted)
+    monkeypatch.setattr(convolution_engine, "Chain", Counted)
     return found
 
 
@@ -146,15 +146,15 @@ def test_samples_of_which_some_values_are_looked_at(
 ) -> None:
     """Rows that are made once more, at another scale, are those of both runs."""
     for name in ("SAMPLED", "SAMPLED_EACH"):
-        monkeypatch.setattr(engine, name, 2**9)
-    engine.Convolution.of.cache_clear()
+        monkeypatch.setattr(convolution_kernels, name, 2**9)
+    execute.forget()
     torch.manual_seed(0)
     model, x = block(way), sample(3, 8, 8, 16, 8)
     x[0, 3, 2, 1, 5], x[1, 5, 7, 15, 7] = 300.0, -7000.0
     fast = fxfuse.optimize(model, (x,))
     near(model, fast, x)
     assert queued[-2:] == {"all": [5, 2], "rows": [5, 4]}[way]
-    engine.Convolution.of.cache_clear()
+    execute.forget()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -213,7 +213,7 @@ def test_rows_go_when_both_runs_are_queued() -> None:
         return watched
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for where in (engine, prepared, tail_engine):
+        for where in (convolution_engine, prepared, tail_engine):
             patch.setattr(where, "empty", allocates(where))
         fast(x)
     between, later = [True, False], [False, False, False]  # what is handed on, and what is the runs' own

@@ -4,7 +4,7 @@ A call queues up to six kernels: `measure` (scales of weights and samples of flo
 channels, packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`,
 `direct` for samples that `prepare` marked, and `merge` where statistics of the output are wanted. A second run on the
 same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
-:class:`_Call`; a call fills in the pointers.
+:class:`_Call`, which :class:`Calls` keep; a call fills in the pointers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import ctypes
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.arguments import (
     ADDRESSES,
     ADDRESSES_AT,
@@ -31,24 +31,15 @@ from fxfuse.kernels.arguments import (
     Rows,
     Strides,
 )
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Shared, Specialisation, Unsupported
-from fxfuse.kernels.emit import Epilogue, emit
+from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
+from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
+from fxfuse.kernels.tiling import Extents
 from fxfuse.kernels.workspace import Workspace
 
-KERNELS = ("prepare", "convolution", "direct")
-#: threads of `merge`, the channels that a block of it takes, the slots that it reads at once, and blocks at most: two
-#: for every multiprocessor of an H100, on other GPUs as well, so that sums are the same on all
-MERGE_BLOCK, MERGED, MERGE_SLOTS, MERGE_BLOCKS = 256, 8, 256, 264
-BLOCK = 256
-#: threads of the convolution: two warpgroups that multiply, one that copies
-THREADS = 128 * (CONSUMERS + 1)
-#: values of float32 x that `measure` looks at: of a sample, and of all of them
-SAMPLED_EACH, SAMPLED = 2**14, 2**21
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
 #: places of a workspace for which the arguments are kept
@@ -56,161 +47,71 @@ MOST_PLACES = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Convolution:
-    """A layer with its epilogue: call :meth:`run`. Made by :meth:`of`, once per layer and epilogue."""
+class Calls:
+    """Runs of a layer's kernels for one set of shapes, strides of ``out`` and lengths of operands: call :meth:`run`.
 
-    made: Specialisation
-    dtype: torch.dtype
-    output: torch.dtype
-    bias: torch.dtype
-    epilogue: Epilogue
-    layout: str
-    _calls: dict[object, Calls] = dataclasses.field(default_factory=dict, repr=False)
+    ``extents``: sizes of the convolution's output that are wanted. ``factor``: of a pool that sums. ``squeezed``:
+    where the epilogue makes one value of all channels, ``out`` has no dim for them. ``shares``: what of x and the
+    weights another run, on the same tensors, uses as well; each of the two has Calls of its own. ``follows``: as of
+    ``Chain``.
+    """
 
-    @staticmethod
-    @functools.lru_cache(maxsize=1024)
-    def of(
-        layer: Layer,
-        dtype: torch.dtype,
-        output: torch.dtype,
-        bias: torch.dtype,
-        epilogue: Epilogue,
-        layout: str = "contiguous",
-        exact: bool = False,
-        extents: Extents | None = None,
-    ) -> Convolution:
-        """The kernels for a layer; Unsupported where there are none.
-
-        ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
-        sizes of the stored tensor, for a choice between a few kernels; any of them takes any size.
-        """
-        before = epilogue.before != Epilogue.before
-        layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
-        made = specialise(
-            layer,
-            pooled=bool(epilogue.combine),
-            exact=exact,
-            before=before,
-            summed=epilogue.combine == "Sum" and not before,
-            contiguous=layout == "contiguous",
-            finite=dtype is torch.float32,
-            folded=epilogue.fold is not None,
-            one=epilogue.fold is not None and not epilogue.fold.keeps,
-            stored=extents,
-            itemsize=output.itemsize,
-        )
-        return Convolution(made, dtype, output, bias, epilogue, layout)
-
-    def tiling(self, stored: Extents) -> tuple[Tiling, Store]:
-        """The tiles of an output of these sizes, and how they are stored. Raises Unsupported where there are none."""
-        stride = (1, 1, 1) if self.made.pooled else self.made.layer.stride
-        d, h, w = (-(-o // s) for o, s in zip(stored, stride, strict=True))
-        row = 0 if self.layout == "channels_last" else stored[2]
-        found = tile(self.made, (d, h, w), row, self.output.itemsize)
-        return found, store_of(self.made, found, (d, h, w), row, self.output.itemsize)[0]
-
-    def source(self, store: Store | None = None) -> str:
-        """The kernels' text. ``store``: one of :attr:`stores`; by default the one for outputs of some size."""
-        dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
-        return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
-
-    def slots(self, stored: Extents) -> int:
-        """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""
-        passes = 1 if self.epilogue.combine else len(self.made.passes)
-        return math.prod(self.tiling(stored)[0].counts) * passes * CONSUMERS
-
-    @property
-    def stores(self) -> tuple[Store, ...]:
-        """The ways to store that sizes may ask for."""
-        if self.made.one:
-            return (Store.ONE,)
-        if self.layout == "channels_last":
-            return (Store.CHANNELS,)
-        if self.made.by_channel:
-            return (Store.SECTORS,)
-        if self.made.pooled and not self.made.merged:
-            return (Store.DIRECT,)
-        _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride
-        classes = self.made.stored_classes
-        runs = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
-        return (*runs, Store.DIRECT)
+    convolution: Convolution
+    extents: Extents
+    factor: float = 1.0
+    squeezed: bool = False
+    shares: Shared = Shared.NOTHING
+    follows: bool = False
+    #: those that no thread is filling in, by strides and alignment of x
+    free: dict[object, list[_Call]] = dataclasses.field(default_factory=dict, repr=False)
 
     def run(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        extents: tuple[int, int, int],
         out: Tensor,
         *,
-        before: bytes = b"",
-        after: bytes = b"",
-        behind: bytes = b"",
-        factor: float = 1.0,
+        operands: tuple[bytes, bytes, bytes] = (b"", b"", b""),
         moments: Tensor | None = None,
-        squeezed: bool = False,
-        shares: Shared = Shared.NOTHING,
         prepared: Tensor | None = None,
-        calls: Calls | None = None,
-        follows: bool = False,
     ) -> Tensor | None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
         All may have fewer of the spatial dims. Where the epilogue makes one value of all channels, ``out`` has one of
-        them, or, ``squeezed``, no dim for them.
-        ``extents``: sizes of the convolution's output that are wanted. ``before``, ``after``, ``behind``: the operands
-        of the epilogue's expressions, packed. ``moments``: (N, pieces, Cout, 3) in float64, where the epilogue gathers
-        statistics; where it does not keep the values, ``out`` is a meta tensor. ``shares``: what of x and the weights
-        another run, on the same tensors, uses as well; ``prepared``: what the first run returned, for the second one.
-        ``follows``: as of ``Chain``. ``calls``: what the caller keeps for one set of shapes, strides of ``out``,
-        ``factor``, ``shares``, ``follows`` and lengths of operands, for a first or a second run, empty at first.
+        them, or, ``squeezed``, no dim for them. ``operands``: of the epilogue's expressions, packed. ``moments``:
+        (N, pieces, Cout, 3) in float64, where the epilogue gathers statistics; where it does not keep the values,
+        ``out`` is a meta tensor. ``prepared``: what the first run returned, for the second one.
         Everything is queued on the current stream of the current device, x's. Raises Unsupported before anything is
         queued where sizes exceed what the kernels count.
         """
-        if calls is None:
-            key = (
-                x.shape, extents, out.shape, out.stride(), x.device.index, bias is None, len(before), len(after),
-                len(behind), factor, shares, prepared is None, follows,
-            )  # fmt: skip
-            if len(self._calls) > 256:
-                self._calls.clear()
-            calls = self._calls.setdefault(key, {})
         form = x.stride(), x.data_ptr() % 16 == 0
-        free = calls.get(form)
+        free = self.free.get(form)
         if free is None:
             if out.numel() == 0:
                 return None
-            if self.dtype is torch.float32 and prepared is None and not _dense(three_dims(x)):
+            if self.convolution.dtype is torch.float32 and prepared is None and not _dense(three_dims(x)):
                 x = x.contiguous()
                 form = x.stride(), x.data_ptr() % 16 == 0
-            free = calls.setdefault(form, [])
+            free = self.free.setdefault(form, [])
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
-            sizes, given = (len(before), len(after), len(behind)), prepared is not None
-            room = three_dims(out.unsqueeze(1) if squeezed else out)
-            call = _Call(self, three_dims(x), extents, room, bias is not None, sizes, factor, shares, given, follows)
-        prepared = call.run(x, weight.contiguous(), bias, out, (before, after, behind), moments, prepared)
+            room = three_dims(out.unsqueeze(1) if self.squeezed else out)
+            call = _Call(self, three_dims(x), room, bias is not None, [*map(len, operands)], prepared is not None)
+        prepared = call.run(x, weight.contiguous(), bias, out, operands, moments, prepared)
         free.append(call)
         return prepared
 
 
 class _Call:
-    """The launches of one layer for given shapes and strides, for one thread at a time."""
+    """The launches of one layer for given shapes and strides, for one thread at a time.
 
-    def __init__(
-        self,
-        layer: Convolution,
-        x: Tensor,
-        extents: tuple[int, int, int],
-        out: Tensor,
-        bias: bool,
-        operands: tuple[int, int, int],
-        factor: float,
-        shares: Shared,
-        given: bool,
-        follows: bool,
-    ) -> None:
+    ``operands``: lengths of those of a call. ``given``: it is the second one on the same tensors.
+    """
+
+    def __init__(self, of: Calls, x: Tensor, out: Tensor, bias: bool, operands: Sequence[int], given: bool) -> None:
+        layer, extents, shares = of.convolution, of.extents, of.shares
         made, shape = layer.made, layer.made.layer
         n, _, *sizes = x.shape
         if max(math.prod(sizes), math.prod(extents), n * math.prod(sizes) // 64 * shape.groups) > MOST:
@@ -268,7 +169,7 @@ class _Call:
         if epilogue.gathers:
             told.to.slots, told.to.all_channels = of_sample, couts
         if pooled:
-            POOLED.pack_into(self.arguments, tail, *out.shape[2:], factor)
+            POOLED.pack_into(self.arguments, tail, *out.shape[2:], of.factor)
         to = Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
         (in_c, out_c, volume) = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
@@ -329,7 +230,7 @@ class _Call:
             arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at]
             blocks = n * count * -(-couts // MERGED)
             launches.append(Launch(module.kernels["merge"], blocks, MERGE_BLOCK, arguments))
-        self.launch = Chain(launches, follows=follows)
+        self.launch = Chain(launches, follows=of.follows)
 
     def run(
         self,
@@ -394,21 +295,6 @@ class _Call:
         )
         ctypes.memmove(self.told.map, box, 128)
         self.source = source
-
-
-#: the launches of a layer that no thread is filling in, by strides and alignment of x
-Calls = dict[object, list[_Call]]
-
-
-def sampled(samples: int, each: int) -> int:
-    """One of how many values of ``samples`` of ``each`` float32 values is looked at before they are scaled."""
-    return max(1, min(each // SAMPLED_EACH, samples * each // SAMPLED, 64))
-
-
-def pieces(samples: int, channels: int, slots: int) -> int:
-    """Into how many pieces `merge` adds up the partial statistics of a sample's slots: enough to fill a GPU."""
-    wanted = max(1, min(slots // MERGE_SLOTS, MERGE_BLOCKS // (samples * -(-channels // MERGED))))
-    return -(-slots // -(-slots // wanted))  # without those behind the last slot
 
 
 @functools.lru_cache(maxsize=1024)
