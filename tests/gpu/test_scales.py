@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import ops
 from fxfuse.compare import relative_error
-from fxfuse.kernels import convolution_kernels, execute
+from fxfuse.kernels import convolution_kernels
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
@@ -28,10 +28,8 @@ ROUNDED, FLOAT = 1e-3, 2e-6
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(convolution_kernels, "SAMPLED", 2**9)
     monkeypatch.setattr(convolution_kernels, "SAMPLED_EACH", 2**9)  # one run of values in 64
-    execute.forget()  # what is prepared is for other samples
     with kernels_always():
         yield
-    execute.forget()
 
 
 def layouts() -> dict[str, Callable[[Tensor], Tensor]]:
