@@ -13,7 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,13 +31,14 @@ from fxfuse.kernels.arguments import (
     Rows,
     Strides,
 )
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiling import Extents
+from fxfuse.kernels.tiling import Extents, Store, Tiling
 from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
@@ -111,126 +112,107 @@ class _Call:
     """
 
     def __init__(self, of: Calls, x: Tensor, out: Tensor, bias: bool, operands: Sequence[int], given: bool) -> None:
-        layer, extents, shares = of.convolution, of.extents, of.shares
-        made, shape = layer.made, layer.made.layer
+        layer = of.convolution
+        made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
         n, _, *sizes = x.shape
-        if max(math.prod(sizes), math.prod(extents), n * math.prod(sizes) // 64 * shape.groups) > MOST:
+        positions, each = math.prod(sizes), math.prod(x.shape[1:])
+        if max(positions, math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
             raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
+        stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
+        tiling, store = layer.tiling(stored)
+        self.device, self.bias, self.given = x.device.index, bias, given
         self.scaled = layer.dtype is torch.float32
         self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
         self.in_place = not self.scaled and _rows_in_place(x, made)
-        self.device = x.device.index
-        self.bases, self.source = (-1, -1), -1
-        self.packed_operands = (b"", b"", b"")
-        pooled = bool(layer.epilogue.combine)
-        tiling, store = layer.tiling(tuple(out.shape[2:]))  # type: ignore[arg-type]
-        epilogue = layer.epilogue
-        each = math.prod(x.shape[1:])
-        every = sampled(n, each) if self.scaled else 1
-        more = {"measure": self.scaled, "again": every > 1, "merge": epilogue.gathers}
-        names = (*KERNELS, *(name for name, there in more.items() if there))
-        module = _module(layer.source(store), names, x.device.index)
-
-        couts, tiles = shape.out_channels * shape.groups, shape.groups * made.column_tiles
-        width, positions = made.padded_channels * shape.groups * made.parts, math.prod(sizes)
-        _, height, row_width = sizes
+        width = made.padded_channels * shape.groups * made.parts
         self.rows_shape = (n, *sizes, width)
-        rows_strides = (positions * width, height * row_width * width, row_width * width, width, 1)
-        self.map_strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else rows_strides
+        of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
+        self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
+        self.box, self.chunk = tiling.region, made.chunk
+        every = sampled(n, each) if self.scaled else 1
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
-        of_sample = layer.slots(tuple(out.shape[2:])) if epilogue.gathers else 0  # type: ignore[arg-type]
-        slots = n * of_sample
-        rows_bytes = 0 if self.in_place else n * positions * width * 2
+        slots = layer.slots(stored) if epilogue.gathers else 0
+        couts = shape.out_channels * shape.groups
         self.workspace = Workspace.of(
-            [rows_bytes, n * parts * 4, n * 4, n * 4, n * 4],
-            [tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
-            [slots * couts * 8, slots * 4],
-            shares,
+            [0 if self.in_place else n * positions * width * 2, n * parts * 4, n * 4, n * 4, n * 4],
+            [shape.groups * made.column_tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
+            [n * slots * couts * 8, n * slots * 4],
+            of.shares,
         )
-        self.given = given
+        self.bases, self.source = (-1, -1), -1
+        self.placed = dict[tuple[int, int], bytes]()
+        self.packed_operands = (b"", b"", b"")
+        end = self._lay_out(operands, pooled=bool(epilogue.combine))
+        told = self.told
+        told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
+        told.direct = Direct(Strides(*x.stride()), *sizes, n, channels=couts)
+        if epilogue.gathers:
+            told.to.slots, told.to.all_channels = slots, couts
+        if epilogue.combine:
+            POOLED.pack_into(self.arguments, end, *stored, of.factor)
+        self.launch = Chain([*self._launches(of, x, tiling, store)], follows=of.follows)
 
-        tail, places = ctypes.sizeof(Arguments), []
-        for number, size in enumerate(operands):
-            places.append(tail)
+    def _lay_out(self, lengths: Sequence[int], *, pooled: bool) -> int:
+        """Make room for the arguments, with operands of these lengths behind them; where these end."""
+        end, places = ctypes.sizeof(Arguments), []
+        for number, length in enumerate(lengths):
+            places.append(end)
             if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
-                tail += max(size, 8)
+                end += max(length, 8)
         self.places = tuple(places)
-        self.arguments = ctypes.create_string_buffer(tail + POOLED.size)
+        self.arguments = ctypes.create_string_buffer(end + POOLED.size)
         self.memory = memoryview(self.arguments).cast("B")
-        self.told = told = Arguments.from_buffer(self.arguments)
+        self.told = Arguments.from_buffer(self.arguments)
+        return end
+
+    def _launches(self, of: Calls, x: Tensor, tiling: Tiling, store: Store) -> Iterator[Launch]:
+        """The kernels of a call in the order in which they run."""
+        layer, told, given = of.convolution, self.told, self.given
+        made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
+        n, each, couts = x.shape[0], math.prod(x.shape[1:]), told.direct.channels
+        guesses = told.samples.every > 1
+        more = {"measure": self.scaled, "again": guesses, "merge": epilogue.gathers}
+        names = (*KERNELS, *(name for name, there in more.items() if there))
+        kernels, processors = _module(layer.source(store), names, self.device).kernels, _processors(self.device)
+
         rows, packed, scale, x_at, w_at, b_at, moments_at = (
             I64.from_buffer(self.arguments, getattr(Arguments, name).offset)
             for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
         )
-        self.bias, self.placed = bias, dict[tuple[int, int], bytes]()
-        strides = Strides(*x.stride())
-        told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
-        told.direct = Direct(strides, *sizes, n, channels=couts)
-        if epilogue.gathers:
-            told.to.slots, told.to.all_channels = of_sample, couts
-        if pooled:
-            POOLED.pack_into(self.arguments, tail, *out.shape[2:], of.factor)
         to = Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
-        (in_c, out_c, volume) = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
-        quads = self.scaled and _by_quads(x)
-        span = (8192 if quads else 4096) // max(16, min(64, 1 << (width // made.parts - 1).bit_length()))
-        blocks_positions = -(-positions // span)
-        blocks_rows = 0 if self.in_place or given else blocks_positions * -(-width // made.parts // 64) * n
-        taps = sum(s.count for p in made.passes for s in p.steps)
-        blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
-        blocks = blocks_rows + blocks_weights * tiles * made.chunks
-        rows_geometry = Rows(
-            strides,
-            *sizes,
-            shape.in_channels,
-            made.padded_channels,
-            shape.groups,
-            blocks_rows,
-            blocks_positions,
-            span,
-            quads,
-        )
-        launches = []
-        if self.scaled and not (given and shares is Shared.ALL):
-            arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)]
-            blocks_measure = couts + (0 if given else n * parts)
-            launches.append(Launch(module.kernels["measure"], blocks_measure, BLOCK, arguments))
-        wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
-        prepare = Launch(
-            module.kernels["prepare"], max(blocks, 1), BLOCK,
-            [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
-             I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights),
-             *([] if self.scaled else [b_at, wide, I32(couts)])],
-        )  # fmt: skip
-        if not (given and shares is Shared.ALL):
-            launches.append(prepare)
-        total = n * tiles * math.prod(tiling.counts)
-        self.box, self.chunk = tiling.region, made.chunk
-        geometry = Geometry(
-            n, shape.groups, made.column_tiles, *tiling.counts, total, *tiling.tile, *tiling.box, *tiling.half,
-            tiling.linear, *tiling.region[1:],
-            math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(shape.residues)[0], tiling.row_group,
-            (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, shape.out_channels, made.weight_bytes,
-        )  # fmt: skip
-        processors = _processors(x.device.index)
-        convolution = Launch(
-            module.kernels["convolution"], min(total, processors), THREADS,
+        in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
+
+        if not (given and of.shares is Shared.ALL):
+            if self.scaled:
+                arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)]
+                blocks = couts + (0 if given else n * told.samples.parts)
+                yield Launch(kernels["measure"], blocks, BLOCK, arguments)
+            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given, scaled=self.scaled)
+            wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
+            taps = sum(s.count for p in made.passes for s in p.steps)
+            blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
+            blocks = rows_geometry.blocks + blocks_weights * shape.groups * made.column_tiles * made.chunks
+            yield Launch(
+                kernels["prepare"], max(blocks, 1), BLOCK,
+                [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
+                 I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights),
+                 *([] if self.scaled else [b_at, wide, I32(couts)])],
+            )  # fmt: skip
+            if guesses and not given:
+                yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
+        geometry = _geometry(n, of.extents, made, tiling)
+        yield Launch(
+            kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        if every > 1 and not given:
-            arguments = [x_at, rows, told.samples, rows_geometry]
-            launches.append(Launch(module.kernels["again"], processors * 4, BLOCK, arguments))
-        launches.append(convolution)
         if self.scaled and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
-            launches.append(Launch(module.kernels["direct"], processors * 4, BLOCK, arguments))
+            yield Launch(kernels["direct"], processors * 4, BLOCK, arguments)
         if epilogue.gathers:
-            count = pieces(n, couts, of_sample)
+            count = pieces(n, couts, told.to.slots)
             arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at]
-            blocks = n * count * -(-couts // MERGED)
-            launches.append(Launch(module.kernels["merge"], blocks, MERGE_BLOCK, arguments))
-        self.launch = Chain(launches, follows=of.follows)
+            yield Launch(kernels["merge"], n * count * -(-couts // MERGED), MERGE_BLOCK, arguments)
 
     def run(
         self,
@@ -295,6 +277,30 @@ class _Call:
         )
         ctypes.memmove(self.told.map, box, 128)
         self.source = source
+
+
+def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled: bool) -> Rows:
+    """What `prepare` and `again` are told of the rows of x; without blocks where they are ``made_before``."""
+    n, _, *sizes = x.shape
+    groups, width = made.layer.groups, made.padded_channels * made.layer.groups
+    quads = scaled and _by_quads(x)
+    span = (8192 if quads else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
+    blocks_positions = -(-math.prod(sizes) // span)
+    blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
+    channels = made.layer.in_channels, made.padded_channels, groups
+    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
+
+
+def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling) -> Geometry:
+    """What all kernels behind `prepare` are told of sizes and tiles."""
+    layer = made.layer
+    tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
+    return Geometry(
+        samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
+        tiling.linear, *tiling.region[1:],
+        math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(layer.residues)[0], tiling.row_group,
+        (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels, made.weight_bytes,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
