@@ -29,8 +29,9 @@ from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution_engine import Calls
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
@@ -127,14 +128,15 @@ def measure(case: Case, name: str) -> dict[str, Any]:
         result[f"eager {layout}"] = median(peer)
         made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents)
         out = torch.full_like(expected, math.nan, dtype=dtype).contiguous(memory_format=form)
-        made.run(xs[0], weight, bias, case.extents, out)
+        calls = Calls(made, case.extents)
+        calls.run(xs[0], weight, bias, out)
         error = ((out.double() - expected).norm() / expected.norm()).item()
         result[f"error {layout}"] = error
         if not error < LIMIT[name]:
             raise Wrong(f"{case} {name} {layout}: a relative error of {error:.1e}")
 
-        def ours(i: int, xs: list[Tensor] = xs, out: Tensor = out, made: Convolution = made) -> None:
-            made.run(xs[i % copies], weight, bias, case.extents, out)
+        def ours(i: int, xs: list[Tensor] = xs, out: Tensor = out, calls: Calls = calls) -> None:
+            calls.run(xs[i % copies], weight, bias, out)
 
         result[f"fxfuse {layout}"] = median(ours)
         row = 0 if layout == "channels_last" else case.extents[2]

@@ -255,12 +255,13 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
 
 # --- switches -------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def kernels_always(anchored: bool = True, *, twice: bool = False) -> Iterator[None]:
+def kernels_always(anchored: bool = True, *, twice: bool = False, any_size: bool = True) -> Iterator[None]:
     """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``, or once
-    behind statistics from products of its input where there are such."""
+    behind statistics from products of its input where there are such. ``any_size``: behind it, on the smallest values.
+    """
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
-        for module in (tail, schedule):
+        for module in (tail, schedule) if any_size else ():
             stack.enter_context(mock.patch.object(module, "LEAST_ELEMENTS", 1))
         stack.enter_context(mock.patch.object(execute, "slower", slower))
         for part in ("WORTH_TWICE", "HOPELESS") if twice else ():

@@ -9,7 +9,7 @@ from unittest import mock
 
 from fxfuse.kernels import specialise
 from fxfuse.kernels.convolution import Specialisation
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.convolution_kernels import Convolution
 
 
 @contextlib.contextmanager

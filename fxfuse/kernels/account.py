@@ -18,9 +18,9 @@ from fxfuse.kernels.candidate import Candidate
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
+from fxfuse.kernels.convolution_kernels import THREADS, Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
-from fxfuse.kernels.engine import THREADS, Convolution
 from fxfuse.kernels.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
 from fxfuse.kernels.execute import Strides
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Step, Torch

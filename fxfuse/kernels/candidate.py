@@ -7,9 +7,9 @@ import dataclasses
 import torch
 
 from fxfuse.kernels.arithmetic import HEADER
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.steps import Launch, Schedule
 from fxfuse.kernels.tail_engine import kind_of, source_of

@@ -17,9 +17,9 @@ from fxfuse.kernels.chains import elements
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared, Specialisation
+from fxfuse.kernels.convolution_kernels import Convolution, sampled
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
-from fxfuse.kernels.engine import Convolution, sampled
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tiling import POOLED, Extents, seconds

@@ -12,9 +12,11 @@ from fxfuse.kernels import correlation_engine
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared
+from fxfuse.kernels.convolution_engine import Calls, three_dims
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.engine import Calls, Convolution, pieces, three_dims
 from fxfuse.kernels.launch import empty
+from fxfuse.kernels.merge import pieces
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import Run, Values, moments_name, moments_of, prepare, statistics_places
@@ -174,7 +176,8 @@ def _convolution(
 
     ``shares``: what the ``first`` run of two hands on to the second one, in a tensor of its own among the values.
     """
-    kind, calls = kernel.kind, Calls()
+    calls = Calls(convolution, kernel.extents, kernel.factor, kernel.squeezed, shares, follows)
+    kind = kernel.kind
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
     before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
     without = () if any((before.told, after.told, behind.told)) else (b"", b"", b"")
@@ -194,23 +197,7 @@ def _convolution(
         if kernel.gathers:
             values[moments_of_it] = moments = moments_of(kind, merged)
         prepared = values.pop(handed, None) if shared and not first else None
-        prepared = convolution.run(
-            x,
-            weight,
-            bias,
-            kernel.extents,
-            out,
-            before=given[0],
-            after=given[1],
-            behind=given[2],
-            factor=kernel.factor,
-            moments=moments,
-            squeezed=kernel.squeezed,
-            shares=shares,
-            prepared=prepared,
-            calls=calls,
-            follows=follows,
-        )
+        prepared = calls.run(x, weight, bias, out, operands=given, moments=moments, prepared=prepared)
         if first and prepared is not None:
             values[handed] = prepared
 

@@ -20,9 +20,9 @@ from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
-from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
+from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.operands import Operands, Place
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
 from fxfuse.program import Program

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fxfuse.kernels import (
     collapsed_engine,
+    convolution_engine,
     correlation_engine,
-    engine,
     execute,
     jit,
     launch,
@@ -204,15 +204,15 @@ def emulated(seed: int = 0) -> Iterator[Device]:
     device = Device()
     runtime().emulated_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        for where in (collapsed_engine, correlation_engine, engine, tail_engine, prepared):
+        for where in (collapsed_engine, convolution_engine, correlation_engine, tail_engine, prepared):
             patch.setattr(where, "empty", device.empty)
-        for where in (correlation_engine, engine, tail_engine):
+        for where in (convolution_engine, correlation_engine, tail_engine):
             patch.setattr(where, "_module", functools.lru_cache(maxsize=None)(_module))
-        for where in (collapsed_engine, correlation_engine, engine, tail_engine):
+        for where in (collapsed_engine, convolution_engine, correlation_engine, tail_engine):
             patch.setattr(where, "stream_of", lambda _: 0)
         patch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
-        patch.setattr(engine, "_processors", lambda _: PROCESSORS)
-        patch.setattr(engine, "rows_map", rows_map)
+        patch.setattr(convolution_engine, "_processors", lambda _: PROCESSORS)
+        patch.setattr(convolution_engine, "rows_map", rows_map)
         patch.setattr(prepared, "_current_device", lambda: None)
         patch.setattr(launch, "_launcher", lambda: device.start)
         patch.setattr(Kernel, "allow_shared", lambda *_: None)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fxfuse.kernels import tail_engine
 from fxfuse.kernels.emit_tail import emit_statistics
-from fxfuse.kernels.engine import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.launch import Kernel, Packed
+from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tail_engine import FINISH_BLOCK, PARTIALS
 
 pytestmark = needs_compiler

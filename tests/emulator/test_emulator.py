@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fxfuse.kernels import jit
 from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.convolution_engine import Calls
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.launch import Chain, Launch
 
 pytestmark = needs_compiler
@@ -114,7 +115,7 @@ def convolve(seed: int, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Ten
     made = Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue())
     with emulated(seed) as given:
         out = given.empty((2, 48, 6, 7, 9), (48 * 378, 378, 63, 9, 1), dtype)
-        made.run(x, w, None, (6, 7, 9), out)
+        Calls(made, (6, 7, 9)).run(x, w, None, out)
     expected = torch.nn.functional.conv_transpose3d(x.float(), w.float(), padding=1)
     return out.float(), expected
 

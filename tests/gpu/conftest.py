@@ -17,6 +17,7 @@ LINES = 40
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    pytest.register_assert_rewrite("stages")
     config.addinivalue_line("markers", "serial: needs the GPU for itself: most of its memory, its time, all processes")
 
 

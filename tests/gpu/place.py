@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import many_chains
 import pytest
 import torch
 from emulator.device import emulated, needs_compiler
+
+from fxfuse.kernels import execute
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -23,14 +26,14 @@ def needs(capability: tuple[int, int]) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def kernels_always(*, any_size: bool = True) -> Iterator[None]:
-    """TF32 is allowed; kernels run whether they are the faster or not, behind convolutions on values of any size."""
-    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+def kernels_always(*, twice: bool = False, any_size: bool = True) -> Iterator[None]:
+    """As :func:`many_chains.kernels_always`; TF32 is allowed, and nothing is prepared before or stays so afterwards."""
+    with contextlib.ExitStack() as stack:
         if not CUDA:
             stack.enter_context(emulated())
-        for module in ("tail", "schedule") if any_size else ():
-            patch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
-        patch.setattr("fxfuse.kernels.execute.slower", lambda *_: None)
+        execute.forget()
+        stack.callback(execute.forget)
+        stack.enter_context(many_chains.kernels_always(twice=twice, any_size=any_size))
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=True))
         yield
 

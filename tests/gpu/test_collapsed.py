@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs
-from test_kernels import LIMIT, made, sample
-from test_tail import Stages, check, steps_of
+from stages import LIMIT, Stages, check, made, sample, steps_run
 from torch import Tensor, nn
 
 import fxfuse
@@ -32,8 +31,7 @@ NAN, INF = math.nan, math.inf
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(execute, "_prepared", {})
+def kernels() -> Iterator[None]:
     with kernels_always():
         yield
 
@@ -230,7 +228,7 @@ def test_values_that_are_not_finite(where: str, value: float) -> None:
     with torch.no_grad():
         expected = fxfuse.optimize(model, (x,), kernels=False)(x)
         got = fxfuse.optimize(model, (x,))(x)
-    assert "one kernel: contract_taps" in steps_of(model, x)
+    assert "one kernel: contract_taps" in steps_run()
     assert 0 < (~expected.isfinite()).sum() < expected.numel()
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.isposinf(), expected.isposinf()) and torch.equal(got.isneginf(), expected.isneginf())
@@ -264,7 +262,7 @@ def test_one_module_used_twice() -> None:
     model, x = Twice().eval(), sample(2, 4, 3, 4, 5)
     with torch.no_grad():
         got, expected = fxfuse.optimize(model, (x,))(x), copy.deepcopy(model).double()(x.double())
-    assert steps_of(model, x).count("one kernel: contract_taps") == 2
+    assert steps_run().count("one kernel: contract_taps") == 2
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -283,7 +281,7 @@ def test_what_else_reads_the_mean() -> None:
     model, x = Both().eval(), sample(2, 4, 3, 4, 5)
     with torch.no_grad():
         got, expected = fxfuse.optimize(model, (x,))(x), copy.deepcopy(model).double()(x.double())
-    assert "one kernel: contract_taps" in steps_of(model, x)
+    assert "one kernel: contract_taps" in steps_run()
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from emulator.device import emulated
 from place import CUDA, DEVICE, kernels_always, needs
-from test_kernels import LAST, made, sample
-from test_tail import NORMS, Stages, check, spread, steps_of
+from stages import LAST, Stages, check, made, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import correlation_engine, execute
+from fxfuse.kernels import correlation_engine
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.correlation import Correlation
 
@@ -26,14 +25,12 @@ pytestmark = needs((9, 0))
 
 FIRST = "from products of x"
 THEN = "; then the convolution: conv_transpose"
-ORDER = {execute.PRODUCTS: 0.0, execute.TWICE: 0.5, execute.ENGINE: 1.0}
 
 
 @pytest.fixture(autouse=True)
-def always_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The estimate prefers statistics from products of the input."""
-    monkeypatch.setattr(execute, "_seconds", lambda given, plan, exact: ORDER[plan.name])
-    with kernels_always():
+def always_products() -> Iterator[None]:
+    """Statistics come from products of the input where there are such, or from a first run."""
+    with kernels_always(twice=True):
         yield
 
 
@@ -176,9 +173,8 @@ def test_a_value_that_nothing_reads() -> None:
 
 
 # --- chains ---------------------------------------------------------------------------------------
-def block(norm: str, *behind: Callable[[Tensor], Tensor], dtype: torch.dtype, **layer: Any) -> Stages:
-    convolution = made(3, 3, 8, 3, dtype=dtype, **layer)
-    return spread(Stages(convolution, NORMS[norm](8, 3).to(DEVICE, dtype), *behind)).train()  # type: ignore[return-value]
+def block(*stages: str | Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float32, **layer: Any) -> Stages:
+    return trained(made(3, 3, 8, 3, stride=2, dtype=dtype, **layer), *stages)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +190,7 @@ def block(norm: str, *behind: Callable[[Tensor], Tensor], dtype: torch.dtype, **
 )
 def test_norms(norm: str, dtype: torch.dtype, layout: str) -> None:
     torch.manual_seed(1)
-    model, x = block(norm, F.hardswish, dtype=dtype, stride=2, padding=1), sample(3, 3, 4, 5, 6, dtype=dtype)
+    model, x = block(norm, F.hardswish, dtype=dtype, padding=1), sample(3, 3, 4, 5, 6, dtype=dtype)
     if layout == "last":
         x, model = x.contiguous(memory_format=LAST[5]), model.to(memory_format=LAST[5])
     check(model, x, FIRST, THEN, "hardswish -> ")
@@ -204,14 +200,14 @@ def test_norms(norm: str, dtype: torch.dtype, layout: str) -> None:
 def test_a_norm_and_two_pools(allow_tf32: bool) -> None:
     """batch_norm_pools of the benchmark."""
     pools = [lambda y: F.avg_pool3d(y, 2)] * 2
-    model, x = block("batch", *pools, dtype=torch.float32, stride=2, padding=1), sample(4, 3, 6, 6, 6)
+    model, x = block("batch", *pools, padding=1), sample(4, 3, 6, 6, 6)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32):
         check(model, x, FIRST, f"{THEN} > avg_pool 2x2x2")
 
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_fewer_dims(dims: int) -> None:
-    model = spread(Stages(made(dims, 3, 8, 3, stride=2), NORMS["instance"](8, dims).to(DEVICE), F.hardswish)).train()
+    model = trained(made(dims, 3, 8, 3, stride=2), "instance", F.hardswish)
     check(model, sample(3, 3, *(5, 6)[:dims]), FIRST, THEN)
 
 
@@ -219,7 +215,7 @@ def test_fewer_dims(dims: int) -> None:
 def test_a_mean_far_from_zero(of: str) -> None:
     """A mean of 100 standard deviations, in the accuracy of float32; of GroupNorm the bias stays."""
     torch.manual_seed(0)
-    model = block("group", dtype=torch.float32, stride=2, padding=2)
+    model = block("group", padding=2)
     x = sample(2, 3, 6, 7, 9)
     if of == "x":
         x += 100
@@ -231,40 +227,40 @@ def test_a_mean_far_from_zero(of: str) -> None:
 
 
 def test_groups_and_dilation() -> None:
-    check(block("group", dtype=torch.float32, stride=2, dilation=3), sample(2, 3, 4, 5, 6), FIRST, THEN)
-    model = spread(Stages(made(3, 4, 8, 3, stride=2, groups=2), NORMS["group"](8, 3).to(DEVICE))).train()
+    check(block("group", dilation=3), sample(2, 3, 4, 5, 6), FIRST, THEN)
+    model = trained(made(3, 4, 8, 3, stride=2, groups=2), "group")
     check(model, sample(2, 4, 4, 5, 6), FIRST, THEN)
 
 
 def test_what_it_is_not_for() -> None:
     """Something pointwise in front of the norm, and many channels: the convolution runs twice."""
-    model = spread(Stages(made(3, 3, 8, 3, stride=2), F.silu, NORMS["batch"](8, 3).to(DEVICE))).train()
+    model = block(F.silu, "batch")
     check(model, sample(2, 3, 4, 5, 6), "then the convolution again")
-    model = spread(Stages(made(3, 8, 8, 3, stride=2), NORMS["batch"](8, 3).to(DEVICE))).train()
+    model = trained(made(3, 8, 8, 3, stride=2), "batch")
     check(model, sample(2, 8, 4, 5, 6), "then the convolution again")
 
 
 def test_an_empty_batch() -> None:
-    model, x = block("group", dtype=torch.float32, stride=2), sample(2, 3, 4, 5, 6)
+    model, x = block("group"), sample(2, 3, 4, 5, 6)
     with torch.no_grad():
         fast = fxfuse.optimize(model, (x,))
         fast(x)
-        assert FIRST in steps_of(fast, x)
+        assert FIRST in steps_run()
         assert fast(x[:0]).shape == model(x[:0]).shape
 
 
 def test_the_same_bits_again() -> None:
-    model, x = block("batch", dtype=torch.float32, stride=2), sample(2, 3, 4, 5, 6)
+    model, x = block("batch"), sample(2, 3, 4, 5, 6)
     fast = fxfuse.optimize(model, (x,))
     with torch.no_grad():
         first = fast(x)
         assert all(torch.equal(fast(x), first) for _ in range(2))
-    assert FIRST in steps_of(fast, x)
+    assert FIRST in steps_run()
 
 
 def test_other_weights_and_shapes() -> None:
     """Nothing of a call is kept."""
-    model = block("instance", dtype=torch.float32, stride=2)
+    model = block("instance")
     check(model, sample(2, 3, 4, 5, 6), FIRST)
     fast = fxfuse.optimize(model, (sample(2, 3, 4, 5, 6),))
     for size in ((4, 5, 6), (3, 7, 5), (4, 5, 6)):

@@ -14,13 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs
-from test_kernels import made, sample
-from test_tail import NORMS, Stages, spread
+from stages import made, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
@@ -35,26 +33,23 @@ def softmax(y: Tensor) -> Tensor:
     return y.softmax(1).sigmoid()
 
 
-def block(channels: int, norm: str | None, *behind: Callable[[Tensor], Tensor]) -> nn.Module:
-    convolution = made(3, channels, 8, 3, stride=2, padding=1)
-    norms = [] if norm is None else [NORMS[norm](8, 3).to(DEVICE)]
-    return spread(Stages(convolution, *norms, *behind)).train()
+def block(channels: int, *stages: str | Callable[[Tensor], Tensor]) -> nn.Module:
+    return trained(made(3, channels, 8, 3, stride=2, padding=1), *stages)
 
 
 #: a model for x (N, C, D, H, W), C, and a word of the schedule
 WAYS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
-    "means": (lambda: block(4, None, halved), 4, "avg_pool 2x2x2"),
+    "means": (lambda: block(4, halved), 4, "avg_pool 2x2x2"),
     "products": (lambda: block(3, "batch", halved), 3, "from products of x"),
-    "softmax": (lambda: block(4, None, softmax), 4, "conv_transpose > softmax > sigmoid"),
+    "softmax": (lambda: block(4, softmax), 4, "conv_transpose > softmax > sigmoid"),
     "twice": (lambda: block(8, "instance", F.hardswish), 8, "the convolution again"),
 }
-PREFERRED = {execute.PRODUCTS: 0.0, execute.TWICE: 0.5, execute.ENGINE: 1.0}
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(execute, "_seconds", lambda given, plan, exact: PREFERRED[plan.name])
-    with kernels_always():
+def always_twice() -> Iterator[None]:
+    """Statistics come from products of x where there are such, or from a first run."""
+    with kernels_always(twice=True):
         yield
 
 
@@ -83,7 +78,7 @@ class Used:
                     got = fast(x)
                 close(got, self.eager(x))
                 assert [r.path for r in runs] == ([Path.KERNEL] if turn == new else [])
-        assert any(self.word in str(p.schedule) for p in execute._prepared.values() if p is not None)
+        assert self.word in steps_run()
         for a, b in zip(fast.buffers(), self.eager.buffers(), strict=True):
             close(a, b)
         return got

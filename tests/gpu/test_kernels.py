@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs, needs_gpu, what_torch_has
+from stages import LIMIT, made, sample
 from torch import Tensor, nn
 
 import fxfuse
@@ -21,11 +21,6 @@ from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
-
-#: relative L2 error against float64 that the dtype's rounding (TF32 for float32) explains
-LIMIT = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-CONVOLUTIONS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +61,6 @@ def check(model: nn.Module, x: Tensor, path: Path = Path.KERNEL) -> Tensor:
     assert got.stride() == expected.stride()
     assert relative_error(got, truth) <= max(2 * relative_error(expected, truth), LIMIT[x.dtype])
     return got
-
-
-def made(dims: int, *args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> nn.Module:
-    module: nn.Module = CONVOLUTIONS[dims](*args, **more).to(DEVICE).to(dtype)
-    return module
-
-
-def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 # --- what the schedule's parts are for ------------------------------------------------------------

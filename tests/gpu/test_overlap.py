@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from place import CUDA, DEVICE, kernels_always, needs, needs_gpu
-from test_kernels import LAST, made
-from test_tail import NORMS, Stages, spread
+from stages import LAST, NORMS, Stages, made, spread
 from torch import Tensor, nn
 
 import fxfuse

@@ -9,12 +9,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, kernels_always, needs
-from test_kernels import made, sample
-from test_tail import NORMS, Stages, check, spread, steps_of
+from place import kernels_always, needs
+from stages import NORMS, check, made, near, sample, steps_run, trained
 
 import fxfuse
-from fxfuse.kernels import engine, execute
+from fxfuse.kernels import execute, merge
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -23,15 +22,15 @@ pytestmark = needs((9, 0))
 @pytest.fixture(autouse=True)
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Two slots are worth a block; how many pieces there were."""
-    monkeypatch.setattr(engine, "MERGE_SLOTS", 2)
+    monkeypatch.setattr(merge, "MERGE_SLOTS", 2)
     found: list[int] = []
-    count = engine.pieces
+    count = merge.pieces
 
     def spy(*sizes: int) -> int:
         found.append(count(*sizes))
         return found[-1]
 
-    for where in ("engine", "prepared", "tail_engine"):
+    for where in ("convolution_engine", "prepared", "tail_engine"):
         monkeypatch.setattr(f"fxfuse.kernels.{where}.pieces", spy)
     with kernels_always():
         yield found
@@ -40,7 +39,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize("norm", NORMS)
 def test_on_the_way(norm: str, counts: list[int]) -> None:
     torch.manual_seed(0)
-    model = spread(Stages(made(3, 4, 20, 3), F.silu, NORMS[norm](20, 3).to(DEVICE), F.hardswish)).train()
+    model = trained(made(3, 4, 20, 3), F.silu, norm, F.hardswish)
     check(model, sample(2, 4, 6, 24, 25), "gathered on the way")
     assert min(counts) > 1
 
@@ -48,7 +47,7 @@ def test_on_the_way(norm: str, counts: list[int]) -> None:
 @pytest.mark.parametrize(("norm", "layout"), [("batch", "contiguous"), ("batch", "last"), ("one_group", "contiguous")])
 def test_behind_torchs_convolution(norm: str, layout: str, counts: list[int]) -> None:
     torch.manual_seed(0)
-    model = spread(Stages(made(3, 2, 2, 3), NORMS[norm](2, 3).to(DEVICE))).train()
+    model = trained(made(3, 2, 2, 3), norm)
     x = sample(2, 2, *((32, 32, 32) if layout == "contiguous" else (10, 11, 12)))
     if layout == "last":
         model, x = (t.to(memory_format=torch.channels_last_3d) for t in (model, x))
@@ -60,10 +59,7 @@ def test_behind_torchs_convolution(norm: str, layout: str, counts: list[int]) ->
 def test_samples_that_half_precision_cannot_hold(counts: list[int]) -> None:
     """Of those, every piece has a part of the elements."""
     torch.manual_seed(0)
-    model, x = spread(Stages(made(3, 4, 12, 3), NORMS["instance"](12, 3).to(DEVICE))), sample(3, 4, 6, 24, 25)
+    model, x = trained(made(3, 4, 12, 3), "instance"), sample(3, 4, 6, 24, 25)
     x[1, 0, 2, 3, 4] = 1e12
-    with torch.no_grad():
-        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-        got, truth = fast(x), copy.deepcopy(model).double()(x.double())
-    assert "gathered on the way" in steps_of(fast, x) and min(counts) > 1
-    torch.testing.assert_close(got.double(), truth, rtol=2e-2, atol=2e-2)
+    near(model, fxfuse.optimize(copy.deepcopy(model), (x,)), x)
+    assert "gathered on the way" in steps_run() and min(counts) > 1

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from place import kernels_always, needs
-from test_kernels import made, sample
-from test_tail import Stages, check
+from stages import Stages, check, made, sample
 from torch import Tensor
 
 pytest.importorskip("cuda.bindings")

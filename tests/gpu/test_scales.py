@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import ops
 from fxfuse.compare import relative_error
-from fxfuse.kernels import engine, execute
+from fxfuse.kernels import convolution_kernels
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
@@ -26,13 +26,10 @@ ROUNDED, FLOAT = 1e-3, 2e-6
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(engine, "SAMPLED", 2**9)
-    monkeypatch.setattr(engine, "SAMPLED_EACH", 2**9)  # one run of values in 64
-    execute.forget()
-    engine.Convolution.of.cache_clear()  # its calls are for other samples
+    monkeypatch.setattr(convolution_kernels, "SAMPLED", 2**9)
+    monkeypatch.setattr(convolution_kernels, "SAMPLED_EACH", 2**9)  # one run of values in 64
     with kernels_always():
         yield
-    engine.Convolution.of.cache_clear()
 
 
 def layouts() -> dict[str, Callable[[Tensor], Tensor]]:

@@ -11,13 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, kernels_always, needs, needs_gpu
-from test_kernels import LAST, made, sample
-from test_tail import NORMS, Stages, check, spread, steps_of
-from torch import Tensor, nn
+from place import kernels_always, needs, needs_gpu
+from stages import LAST, Stages, check, made, near, sample, steps_run, trained
+from torch import Tensor
 
 import fxfuse
-from fxfuse.kernels import engine, execute, prepared, tail_engine
+from fxfuse.kernels import convolution_engine, convolution_kernels, prepared, tail_engine
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -31,10 +30,8 @@ WAYS: dict[str, tuple[list[Callable[[Tensor], Tensor]], str]] = {
 
 
 @pytest.fixture(autouse=True)
-def always_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for part in ("WORTH_TWICE", "HOPELESS"):
-        monkeypatch.setattr(execute, part, math.inf)
-    with kernels_always():
+def always_twice() -> Iterator[None]:
+    with kernels_always(twice=True):
         yield
 
 
@@ -43,28 +40,19 @@ def queued(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many kernels every run of a convolution queues."""
     found: list[int] = []
 
-    class Counted(engine.Chain):
+    class Counted(convolution_engine.Chain):
         def __call__(self, stream: int) -> None:
             found.append(len(self._launches))
             super().__call__(stream)
 
-    monkeypatch.setattr(engine, "Chain", Counted)
+    monkeypatch.setattr(convolution_engine, "Chain", Counted)
     return found
 
 
 def block(
     way: str, norm: str = "instance", dtype: torch.dtype = torch.float32, *, stride: int = 2, bias: bool = True
-) -> nn.Module:
-    convolution = made(3, 8, 12, 3, stride=stride, padding=1, dtype=dtype, bias=bias)
-    return spread(Stages(convolution, NORMS[norm](12, 3).to(DEVICE, dtype), *WAYS[way][0])).train()
-
-
-def near(model: nn.Module, fast: nn.Module, x: Tensor) -> None:
-    """Sample by sample: a large one hides no other."""
-    with torch.no_grad():
-        got, truth = fast(x), copy.deepcopy(model).double()(x.double())
-    for one, expected in zip(got, truth, strict=True):
-        torch.testing.assert_close(one.double(), expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+) -> Stages:
+    return trained(made(3, 8, 12, 3, stride=stride, padding=1, dtype=dtype, bias=bias), norm, *WAYS[way][0])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "last", "a view"])
@@ -104,7 +92,7 @@ def test_samples_that_half_precision_cannot_hold(way: str, value: float) -> None
     x[1, 0, 0, 0, 0], x[2] = value, x[2] * 1e-30
     fast = fxfuse.optimize(model, (x,))
     near(model, fast, x)
-    assert WAYS[way][1] in steps_of(fast, x)
+    assert WAYS[way][1] in steps_run()
     x[1, 0, 0, 0, 0] = 1.0  # no mark stays
     near(model, fast, x)
 
@@ -123,7 +111,7 @@ def test_marks_reach_the_second_run(way: str) -> None:
     fast = fxfuse.optimize(model, (x,))
     with torch.no_grad():
         got, truth = fast(x).double(), copy.deepcopy(model).double()(x.double())
-    assert WAYS[way][1] in steps_of(fast, x)
+    assert WAYS[way][1] in steps_run()
     small = truth[1].abs() < 100
     assert small.sum() > 100
     torch.testing.assert_close(got[1][small], truth[1][small], rtol=1e-5, atol=1e-5)
@@ -146,15 +134,13 @@ def test_samples_of_which_some_values_are_looked_at(
 ) -> None:
     """Rows that are made once more, at another scale, are those of both runs."""
     for name in ("SAMPLED", "SAMPLED_EACH"):
-        monkeypatch.setattr(engine, name, 2**9)
-    engine.Convolution.of.cache_clear()
+        monkeypatch.setattr(convolution_kernels, name, 2**9)
     torch.manual_seed(0)
     model, x = block(way), sample(3, 8, 8, 16, 8)
     x[0, 3, 2, 1, 5], x[1, 5, 7, 15, 7] = 300.0, -7000.0
     fast = fxfuse.optimize(model, (x,))
     near(model, fast, x)
     assert queued[-2:] == {"all": [5, 2], "rows": [5, 4]}[way]
-    engine.Convolution.of.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -170,7 +156,7 @@ def test_nothing_of_another_call_is_used(way: str, bias: bool) -> None:
             for p in model.parts[0].parameters():
                 p.mul_(-1.5).add_(0.01 * step)
             x.mul_(100).add_(step)
-    assert WAYS[way][1] in steps_of(fast, x)
+    assert WAYS[way][1] in steps_run()
 
 
 def test_other_batches() -> None:
@@ -184,8 +170,7 @@ def test_other_batches() -> None:
 
 def test_two_runs_that_gather() -> None:
     """Statistics of both runs, from the same rows."""
-    norms = [NORMS[n](12, 3).to(DEVICE) for n in ("instance", "group")]
-    model = spread(Stages(made(3, 8, 12, 3), norms[0], F.relu, norms[1])).train()
+    model = trained(made(3, 8, 12, 3), "instance", F.relu, "group")
     check(model, sample(2, 8, 4, 5, 6), f"and statistics, {ALL}")
 
 
@@ -193,8 +178,7 @@ def test_rows_go_when_both_runs_are_queued() -> None:
     """What the first run hands on is among the values between the runs, and no longer where others are made."""
     given: list[weakref.ref[Tensor]] = []
     alive: list[tuple[str, list[bool]]] = []
-    norms = [NORMS[n](12, 3).to(DEVICE) for n in ("instance", "group")]
-    model = spread(Stages(made(3, 8, 12, 3), norms[0], F.relu, norms[1])).train()
+    model = trained(made(3, 8, 12, 3), "instance", F.relu, "group")
     x = sample(2, 8, 4, 5, 6)
     fast = fxfuse.optimize(model, (x,))
     near(model, fast, x)
@@ -213,7 +197,7 @@ def test_rows_go_when_both_runs_are_queued() -> None:
         return watched
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        for where in (engine, prepared, tail_engine):
+        for where in (convolution_engine, prepared, tail_engine):
             patch.setattr(where, "empty", allocates(where))
         fast(x)
     between, later = [True, False], [False, False, False]  # what is handed on, and what is the runs' own
@@ -241,7 +225,7 @@ def test_peak_memory(way: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         out = fast(x)
         peak = torch.cuda.max_memory_allocated() - before
-    assert WAYS[way][1] in steps_of(fast, x)
+    assert WAYS[way][1] in steps_run()
     rows = x.nbytes  # 16 channels with padding, of half as many bytes
     assert peak <= out.nbytes + rows + (16 << 20)
     assert torch.cuda.memory_allocated() - before <= out.nbytes + (1 << 20)
@@ -264,7 +248,7 @@ def test_two_streams_at_once(way: str) -> None:
                 with torch.cuda.stream(stream):
                     results.append(fast(x))
     torch.cuda.synchronize()
-    assert WAYS[way][1] in steps_of(fast, xs[0])
+    assert WAYS[way][1] in steps_run()
     for results, right in zip(found, expected, strict=True):
         assert all(torch.equal(y, right) for y in results)
 

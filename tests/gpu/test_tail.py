@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from place import CUDA, DEVICE, kernels_always, needs, needs_gpu, what_torch_has
-from test_kernels import LAST, LIMIT, made, sample
+from place import CUDA, DEVICE, kernels_always, needs, needs_gpu
+from stages import LAST, NORMS, Stages, check, made, sample, spread
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse import ops
 from fxfuse.compare import relative_error
-from fxfuse.kernels import execute
-from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((8, 0))
@@ -27,61 +24,6 @@ pytestmark = needs((8, 0))
 def kernels() -> Iterator[None]:
     with kernels_always():
         yield
-
-
-def steps_of(fast: nn.Module, x: Tensor) -> str:
-    """The schedule that ran last."""
-    return "; ".join(str(p.schedule) for p in execute._prepared.values() if p is not None)
-
-
-def check(model: nn.Module, x: Tensor, *expected: str) -> None:
-    """As near to float64 as the dtype's rounding explains; ``expected`` words are in the schedule."""
-    execute.forget()
-    eager, truth = copy.deepcopy(model), copy.deepcopy(model).double()
-    exact = truth(x.double())
-    with torch.no_grad(), what_torch_has():
-        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-        with ops.watch() as runs:
-            got, like = fast(x), eager(x)
-    assert [r.path for r in runs] == [Path.KERNEL], fast.fxfuse_report
-    for word in expected:
-        assert word in steps_of(fast, x), steps_of(fast, x)
-    assert got.shape == like.shape and got.dtype is like.dtype and got.stride() == like.stride()
-    assert relative_error(got, exact) <= max(2 * relative_error(like, exact), LIMIT[x.dtype]), steps_of(fast, x)
-    for (name, a), b, c in zip(fast.named_buffers(), eager.buffers(), truth.buffers(), strict=True):
-        assert a.dtype is b.dtype
-        assert relative_error(a, c) <= max(2 * relative_error(b, c), 1e-3), name
-
-
-NORMS: dict[str, Callable[[int, int], nn.Module]] = {
-    "batch": lambda c, d: {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[d](c),
-    "instance": lambda c, d: {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[d](c, affine=True),
-    "group": lambda c, d: nn.GroupNorm(2, c),
-    "one_group": lambda c, d: nn.GroupNorm(1, c, affine=False),
-}
-
-
-class Stages(nn.Module):
-    def __init__(self, *stages: nn.Module | Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList([s for s in stages if isinstance(s, nn.Module)])
-        self.order = [s if not isinstance(s, nn.Module) else None for s in stages]
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = iter(self.parts)
-        for stage in self.order:
-            x = next(parts)(x) if stage is None else stage(x)
-        return x
-
-
-def spread(model: nn.Module) -> nn.Module:
-    """Random affine parameters and statistics: those of a fresh module hide what is left out."""
-    with torch.no_grad():
-        for module in model.modules():
-            if hasattr(module, "num_groups") or "Norm" in type(module).__name__:
-                for p in module.parameters():
-                    p.uniform_(0.5, 1.5)
-    return model
 
 
 @pytest.mark.parametrize("by_torch", [False, True], ids=["kernel", "by_torch"])

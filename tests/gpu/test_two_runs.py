@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs
-from test_kernels import LAST, made, sample
-from test_tail import NORMS, Stages, check, spread, steps_of
+from stages import LAST, NORMS, Stages, check, made, near, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import execute
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -24,18 +21,15 @@ AGAIN = "then the convolution again: conv_transpose"
 
 
 @pytest.fixture(autouse=True)
-def always_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def always_twice() -> Iterator[None]:
     """Two runs of the convolution are worth it, whatever the estimate says."""
-    for part in ("WORTH_TWICE", "HOPELESS"):
-        monkeypatch.setattr(execute, part, math.inf)
-    with kernels_always():
+    with kernels_always(twice=True):
         yield
 
 
 def block(norm: str, channels: int, *behind: Callable[[Tensor], Tensor], dtype: torch.dtype, **layer: int) -> Stages:
     """A convolution, something pointwise, a norm, and what is behind it; to be trained."""
-    convolution = made(3, 8, channels, 3, dtype=dtype, **layer)
-    return spread(Stages(convolution, F.silu, NORMS[norm](channels, 3).to(DEVICE, dtype), *behind)).train()  # type: ignore[return-value]
+    return trained(made(3, 8, channels, 3, dtype=dtype, **layer), F.silu, norm, *behind)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "last"])
@@ -76,8 +70,7 @@ def test_a_mean_of_normalised_values_is_pooled_first() -> None:
 
 def test_two_norms() -> None:
     """The second run gathers statistics for the next one."""
-    norms = [NORMS[n](12, 3).to(DEVICE) for n in ("instance", "group")]
-    model = spread(Stages(made(3, 8, 12, 3), norms[0], F.relu, norms[1])).train()
+    model = trained(made(3, 8, 12, 3), "instance", F.relu, "group")
     check(model, sample(2, 8, 4, 5, 6), f"{AGAIN} > sub > mul > mul > add > relu -> f32[2, 12, 6, 7, 8] and statistics")
 
 
@@ -87,9 +80,8 @@ def test_a_mean_far_from_zero() -> None:
     with torch.no_grad():
         assert convolution.bias is not None
         convolution.bias.add_(100 * convolution(sample(2, 8, 6, 7, 9)).std())
-    model = spread(Stages(convolution, NORMS["group"](12, 3).to(DEVICE))).train()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        check(model, sample(2, 8, 6, 7, 9), AGAIN)
+        check(trained(convolution, "group"), sample(2, 8, 6, 7, 9), AGAIN)
 
 
 def test_samples_that_half_precision_cannot_hold() -> None:
@@ -97,12 +89,8 @@ def test_samples_that_half_precision_cannot_hold() -> None:
     x = sample(3, 8, 4, 5, 6)
     x[1, 0, 0, 0, 0], x[2] = 1e30, x[2] * 1e-30
     model = block("instance", 12, dtype=torch.float32)
-    with torch.no_grad():
-        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
-        got, truth = fast(x), copy.deepcopy(model).double()(x.double())
-    assert AGAIN in steps_of(fast, x)
-    for sample_of, expected in zip(got, truth, strict=True):
-        torch.testing.assert_close(sample_of.double(), expected, rtol=2e-2, atol=2e-2)
+    near(model, fxfuse.optimize(copy.deepcopy(model), (x,)), x)
+    assert AGAIN in steps_run()
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -114,7 +102,7 @@ def test_running_statistics_move_once(momentum: float | None) -> None:
     with torch.no_grad():
         for _ in range(3):
             fast(x), eager(x)
-    assert AGAIN in steps_of(fast, x)
+    assert AGAIN in steps_run()
     for (name, a), b in zip(model.named_buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
     assert int(norm.num_batches_tracked) == 3
@@ -136,4 +124,4 @@ def test_the_same_bits_again() -> None:
         with torch.no_grad():
             first = fast(x)
             assert all(torch.equal(fast(x), first) for _ in range(2))
-        assert AGAIN in steps_of(fast, x)
+        assert AGAIN in steps_run()

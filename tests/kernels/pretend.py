@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import execute, kept
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.steps import Schedule
 from fxfuse.program import Program
 

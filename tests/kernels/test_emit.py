@@ -12,8 +12,8 @@ from reports import explained
 from torch import nn
 
 from fxfuse.kernels import execute
-from fxfuse.kernels.engine import KERNELS as KERNELS_OF_A_LAYER
-from fxfuse.kernels.engine import Convolution
+from fxfuse.kernels.convolution_kernels import KERNELS as KERNELS_OF_A_LAYER
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.sass import sass

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse.bench import chains
 from fxfuse.kernels.convolution import SHARED_BYTES
-from fxfuse.kernels.engine import BLOCK, MERGE_BLOCK, THREADS, Convolution
+from fxfuse.kernels.convolution_kernels import BLOCK, THREADS, Convolution
 from fxfuse.kernels.jit import Cubin, compile_cubin
+from fxfuse.kernels.merge import MERGE_BLOCK
 from fxfuse.kernels.sass import sass
 from fxfuse.kernels.tail_engine import FINISH_BLOCK
 from fxfuse.models import Case

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import engine, execute, launch, prepared, tail_engine
+from fxfuse.kernels import convolution_engine, execute, launch, prepared, tail_engine
 from fxfuse.kernels.convolution import Layer, Shared
+from fxfuse.kernels.convolution_engine import Calls
+from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.engine import Convolution
 from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
@@ -64,7 +65,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(Launch, "__init__", make)
     monkeypatch.setattr(launch, "_launcher", lambda: made.start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda self, size: None)
-    for where in (engine, tail_engine):
+    for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "stream_of", lambda device: 77)
     return made
 
@@ -163,15 +164,15 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
     def module(*_: Any) -> SimpleNamespace:
-        return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*engine.KERNELS, "merge", *TAIL)})
+        return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*KERNELS, "merge", *TAIL)})
 
-    for where in (engine, tail_engine, prepared):
+    for where in (convolution_engine, tail_engine, prepared):
         monkeypatch.setattr(where, "empty", empty)
-    for where in (engine, tail_engine):
+    for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "_module", module)
     monkeypatch.setattr(tail_engine, "architecture", lambda device: "sm_90a")
-    monkeypatch.setattr(engine, "_processors", lambda device: 132)
-    monkeypatch.setattr(engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
+    monkeypatch.setattr(convolution_engine, "_processors", lambda device: 132)
+    monkeypatch.setattr(convolution_engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
     monkeypatch.setattr(prepared, "_current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     return given
@@ -181,8 +182,10 @@ TAIL = ("pool", "fold", "whole", "any", "measure", "finish", "bundle")
 LAYER = Layer(16, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 
-def convolution(dtype: torch.dtype) -> Convolution:
-    return Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue())
+def calls_of(dtype: torch.dtype, *, gathers: bool = False, shares: Shared = Shared.NOTHING) -> Calls:
+    """Runs of a convolution that nothing else has run."""
+    made = Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue(gathers=gathers))
+    return Calls(made, (7, 7, 7), shares=shares)
 
 
 def operands(dtype: torch.dtype, last: bool) -> list[Tensor]:
@@ -198,7 +201,7 @@ def test_kept_arguments_are_those_of_a_first_call(
     driver: Driver, memory: list[Tensor], dtype: torch.dtype, last: bool
 ) -> None:
     """Every pointer follows, whichever of the tensors and the workspace moved."""
-    kept, calls = convolution(dtype), {}
+    kept = calls_of(dtype)
     first = operands(dtype, last)
     spaces = [torch.empty(1 << 22, dtype=torch.uint8) for _ in range(2)]
     moved = operands(dtype, last)
@@ -206,16 +209,16 @@ def test_kept_arguments_are_those_of_a_first_call(
     cases += [([*first[:i], moved[i], *first[i + 1 :]], space) for i in range(4) for space in (1, 0)]
     for (x, w, b, out), space in cases:
         told = []
-        for made, more in ((kept, {"calls": calls}), (convolution(dtype), {})):
+        for calls in (kept, calls_of(dtype)):
             memory.append(spaces[space])
             driver.calls.clear()
-            made.run(x, w, b, (7, 7, 7), out, **more)
+            calls.run(x, w, b, out)
             told.append(list(driver.calls))
         wide = dtype is torch.float32
         names = [*(["measure"] if wide else []), "prepare", "convolution", *(["direct"] if wide else [])]
         assert [c[0] for c in told[0]] == names
         assert told[0] == told[1]
-    assert [len(free) for free in calls.values()] == [1]
+    assert [len(free) for free in kept.free.values()] == [1]
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["first", "second"])
@@ -224,47 +227,42 @@ def test_kept_arguments_follow_both_blocks_of_memory(
     driver: Driver, memory: list[Tensor], shares: Shared, given: bool
 ) -> None:
     """What is handed on to a second run, and what is a run's own, of which this second one may need nothing."""
-
-    def convolution() -> Convolution:
-        return Convolution.of.__wrapped__(LAYER, *[torch.float32] * 3, Epilogue(gathers=True))
-
-    kept, calls = convolution(), {}
+    kept = calls_of(torch.float32, gathers=True, shares=shares)
     x, w, b, out = operands(torch.float32, False)
     moments = torch.empty(1, 1, 16, 3, dtype=torch.float64)
     handed, own = ([torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
     for i, j in ((0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (0, 1)):
         told = []
-        for made, more in ((kept, {"calls": calls}), (convolution(), {})):
+        for calls in (kept, calls_of(torch.float32, gathers=True, shares=shares)):
             memory[:] = [own[j]] if given else [handed[i], own[j]]
             driver.calls.clear()
             prepared = handed[i] if given else None
-            made_of = made.run(x, w, b, (7, 7, 7), out, moments=moments, shares=shares, prepared=prepared, **more)
-            assert made_of is handed[i] and not memory
+            assert calls.run(x, w, b, out, moments=moments, prepared=prepared) is handed[i] and not memory
             told.append(list(driver.calls))
         assert told[0] == told[1]
-    assert [len(free) for free in calls.values()] == [1]
+    assert [len(free) for free in kept.free.values()] == [1]
 
 
 def test_other_strides_are_another_call(driver: Driver, memory: list[Tensor]) -> None:
-    made, calls = convolution(torch.float16), {}
+    calls = calls_of(torch.float16)
     for last in (False, True, False, True):
         x, w, b, out = operands(torch.float16, last)
-        made.run(x, w, b, (7, 7, 7), out, calls=calls)
+        calls.run(x, w, b, out)
     x, w, b, out = operands(torch.float16, True)
     odd = torch.empty(x.numel() + 1, dtype=torch.float16)[1:].as_strided(x.shape, x.stride())
-    made.run(odd, w, b, (7, 7, 7), out, calls=calls)
-    assert [len(free) for free in calls.values()] == [1, 1, 1]
+    calls.run(odd, w, b, out)
+    assert [len(free) for free in calls.free.values()] == [1, 1, 1]
 
 
 def test_threads_have_calls_of_their_own(driver: Driver, memory: list[Tensor]) -> None:
-    made, calls = convolution(torch.float32), {}
+    calls = calls_of(torch.float32)
     driver.delay = 1e-3
     tensors = [operands(torch.float32, False) for _ in range(4)]
 
     def work(number: int) -> None:
         x, w, b, out = tensors[number]
         for _ in range(5):
-            made.run(x, w, b, (7, 7, 7), out, calls=calls)
+            calls.run(x, w, b, out)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:

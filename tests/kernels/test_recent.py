@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import engine, execute, launch, prepared, recent, tail_engine
+from fxfuse.kernels import convolution_engine, execute, launch, prepared, recent, tail_engine
 from fxfuse.kernels.launch import Kernel
 from fxfuse.kernels.prepared import Prepared
 
@@ -201,14 +201,14 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
     def module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
         return SimpleNamespace(kernels={n: Kernel(n) for n in names})
 
-    for where in (engine, tail_engine, prepared):
+    for where in (convolution_engine, tail_engine, prepared):
         monkeypatch.setattr(where, "empty", empty)
-    for where in (engine, tail_engine):
+    for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "_module", module)
         monkeypatch.setattr(where, "stream_of", lambda _: 0)
     monkeypatch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
-    monkeypatch.setattr(engine, "_processors", lambda _: 132)
-    monkeypatch.setattr(engine, "rows_map", lambda *_: bytes(128))
+    monkeypatch.setattr(convolution_engine, "_processors", lambda _: 132)
+    monkeypatch.setattr(convolution_engine, "rows_map", lambda *_: bytes(128))
     monkeypatch.setattr(prepared, "_current_device", lambda: None)
     monkeypatch.setattr(launch, "_launcher", lambda: start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda *_: None)

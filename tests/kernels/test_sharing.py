@@ -11,7 +11,7 @@ from test_twice import region, ways
 
 from fxfuse.kernels.account import account_of
 from fxfuse.kernels.convolution import Layer, Shared, Specialisation
-from fxfuse.kernels.engine import Convolution, sampled
+from fxfuse.kernels.convolution_kernels import Convolution, sampled
 from fxfuse.kernels.estimate import bytes_of
 from fxfuse.kernels.execute import Candidate
 from fxfuse.kernels.schedule import Schedule

@@ -1,0 +1,345 @@
+"""Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
+
+A call queues up to six kernels: `measure` (scales of weights and samples of float32), `prepare` (x as rows of
+channels, packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`,
+`direct` for samples that `prepare` marked, and `merge` where statistics of the output are wanted. A second run on the
+same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
+:class:`_Call`, which :class:`Calls` keep; a call fills in the pointers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fxfuse.kernels.arguments import (
+    ADDRESSES,
+    ADDRESSES_AT,
+    I32,
+    I64,
+    POOLED,
+    Arguments,
+    Channels,
+    Direct,
+    Geometry,
+    Rows,
+    Strides,
+)
+from fxfuse.kernels.chains import dense
+from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
+from fxfuse.kernels.geometry import reach
+from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
+from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
+from fxfuse.kernels.tiling import Extents, Store, Tiling
+from fxfuse.kernels.workspace import Workspace
+
+#: sizes that a kernel counts in 32 bits
+MOST = 2**31 - 1
+#: places of a workspace for which the arguments are kept
+MOST_PLACES = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calls:
+    """Runs of a layer's kernels for one set of shapes, strides of ``out`` and lengths of operands: call :meth:`run`.
+
+    ``extents``: sizes of the convolution's output that are wanted. ``factor``: of a pool that sums. ``squeezed``:
+    where the epilogue makes one value of all channels, ``out`` has no dim for them. ``shares``: what of x and the
+    weights another run, on the same tensors, uses as well; each of the two has Calls of its own. ``follows``: as of
+    ``Chain``.
+    """
+
+    convolution: Convolution
+    extents: Extents
+    factor: float = 1.0
+    squeezed: bool = False
+    shares: Shared = Shared.NOTHING
+    follows: bool = False
+    #: those that no thread is filling in, by strides and alignment of x
+    free: dict[object, list[_Call]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        operands: tuple[bytes, bytes, bytes] = (b"", b"", b""),
+        moments: Tensor | None = None,
+        prepared: Tensor | None = None,
+    ) -> Tensor | None:
+        """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
+
+        All may have fewer of the spatial dims. Where the epilogue makes one value of all channels, ``out`` has one of
+        them, or, ``squeezed``, no dim for them. ``operands``: of the epilogue's expressions, packed. ``moments``:
+        (N, pieces, Cout, 3) in float64, where the epilogue gathers statistics; where it does not keep the values,
+        ``out`` is a meta tensor. ``prepared``: what the first run returned, for the second one.
+        Everything is queued on the current stream of the current device, x's. Raises Unsupported before anything is
+        queued where sizes exceed what the kernels count.
+        """
+        form = x.stride(), x.data_ptr() % 16 == 0
+        free = self.free.get(form)
+        if free is None:
+            if out.numel() == 0:
+                return None
+            if self.convolution.dtype is torch.float32 and prepared is None and not _dense(three_dims(x)):
+                x = x.contiguous()
+                form = x.stride(), x.data_ptr() % 16 == 0
+            free = self.free.setdefault(form, [])
+        try:
+            call = free.pop()  # no other thread has it now
+        except IndexError:
+            room = three_dims(out.unsqueeze(1) if self.squeezed else out)
+            call = _Call(self, three_dims(x), room, bias is not None, [*map(len, operands)], prepared is not None)
+        prepared = call.run(x, weight.contiguous(), bias, out, operands, moments, prepared)
+        free.append(call)
+        return prepared
+
+
+class _Call:
+    """The launches of one layer for given shapes and strides, for one thread at a time.
+
+    ``operands``: lengths of those of a call. ``given``: it is the second one on the same tensors.
+    """
+
+    def __init__(self, of: Calls, x: Tensor, out: Tensor, bias: bool, operands: Sequence[int], given: bool) -> None:
+        layer = of.convolution
+        made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
+        n, _, *sizes = x.shape
+        positions, each = math.prod(sizes), math.prod(x.shape[1:])
+        if max(positions, math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
+            raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
+        stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
+        tiling, store = layer.tiling(stored)
+        self.device, self.bias, self.given = x.device.index, bias, given
+        self.scaled = layer.dtype is torch.float32
+        self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
+        self.in_place = not self.scaled and _rows_in_place(x, made)
+        width = made.padded_channels * shape.groups * made.parts
+        self.rows_shape = (n, *sizes, width)
+        of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
+        self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
+        self.box, self.chunk = tiling.region, made.chunk
+        every = sampled(n, each) if self.scaled else 1
+        parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
+        slots = layer.slots(stored) if epilogue.gathers else 0
+        couts = shape.out_channels * shape.groups
+        self.workspace = Workspace.of(
+            [0 if self.in_place else n * positions * width * 2, n * parts * 4, n * 4, n * 4, n * 4],
+            [shape.groups * made.column_tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
+            [n * slots * couts * 8, n * slots * 4],
+            of.shares,
+        )
+        self.bases, self.source = (-1, -1), -1
+        self.placed = dict[tuple[int, int], bytes]()
+        self.packed_operands = (b"", b"", b"")
+        end = self._lay_out(operands, pooled=bool(epilogue.combine))
+        told = self.told
+        told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
+        told.direct = Direct(Strides(*x.stride()), *sizes, n, channels=couts)
+        if epilogue.gathers:
+            told.to.slots, told.to.all_channels = slots, couts
+        if epilogue.combine:
+            POOLED.pack_into(self.arguments, end, *stored, of.factor)
+        self.launch = Chain([*self._launches(of, x, tiling, store)], follows=of.follows)
+
+    def _lay_out(self, lengths: Sequence[int], *, pooled: bool) -> int:
+        """Make room for the arguments, with operands of these lengths behind them; where these end."""
+        end, places = ctypes.sizeof(Arguments), []
+        for number, length in enumerate(lengths):
+            places.append(end)
+            if pooled or number != 1:  # nothing is between a convolution that stores and a reduction
+                end += max(length, 8)
+        self.places = tuple(places)
+        self.arguments = ctypes.create_string_buffer(end + POOLED.size)
+        self.memory = memoryview(self.arguments).cast("B")
+        self.told = Arguments.from_buffer(self.arguments)
+        return end
+
+    def _launches(self, of: Calls, x: Tensor, tiling: Tiling, store: Store) -> Iterator[Launch]:
+        """The kernels of a call in the order in which they run."""
+        layer, told, given = of.convolution, self.told, self.given
+        made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
+        n, each, couts = x.shape[0], math.prod(x.shape[1:]), told.direct.channels
+        guesses = told.samples.every > 1
+        more = {"measure": self.scaled, "again": guesses, "merge": epilogue.gathers}
+        names = (*KERNELS, *(name for name, there in more.items() if there))
+        kernels, processors = _module(layer.source(store), names, self.device).kernels, _processors(self.device)
+
+        rows, packed, scale, x_at, w_at, b_at, moments_at = (
+            I64.from_buffer(self.arguments, getattr(Arguments, name).offset)
+            for name in ("rows", "packed", "scale", "x", "weight", "bias", "moments")
+        )
+        to = Arguments.to.offset  # with the operands behind it
+        destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
+        in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
+
+        if not (given and of.shares is Shared.ALL):
+            if self.scaled:
+                arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)]
+                blocks = couts + (0 if given else n * told.samples.parts)
+                yield Launch(kernels["measure"], blocks, BLOCK, arguments)
+            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given, scaled=self.scaled)
+            wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
+            taps = sum(s.count for p in made.passes for s in p.steps)
+            blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
+            blocks = rows_geometry.blocks + blocks_weights * shape.groups * made.column_tiles * made.chunks
+            yield Launch(
+                kernels["prepare"], max(blocks, 1), BLOCK,
+                [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
+                 I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights),
+                 *([] if self.scaled else [b_at, wide, I32(couts)])],
+            )  # fmt: skip
+            if guesses and not given:
+                yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
+        geometry = _geometry(n, of.extents, made, tiling)
+        yield Launch(
+            kernels["convolution"], min(geometry.tiles, processors), THREADS,
+            [told.map, packed, geometry, destination], made.dynamic_bytes,
+        )  # fmt: skip
+        if self.scaled and epilogue.keeps:
+            arguments = [x_at, w_at, told.direct, geometry, destination]
+            yield Launch(kernels["direct"], processors * 4, BLOCK, arguments)
+        if epilogue.gathers:
+            count = pieces(n, couts, told.to.slots)
+            arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at]
+            yield Launch(kernels["merge"], n * count * -(-couts // MERGED), MERGE_BLOCK, arguments)
+
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        operands: tuple[bytes, bytes, bytes],
+        moments: Tensor | None,
+        prepared: Tensor | None,
+    ) -> Tensor | None:
+        """Queue everything; what of it a second run uses, or what this one was given."""
+        room, at = self.workspace, x.data_ptr()
+        if room.handed and not self.given:
+            prepared = empty((room.handed,), (1,), torch.uint8)
+        own = empty((room.own,), (1,), torch.uint8) if room.own else None
+        bases = 0 if prepared is None else prepared.data_ptr(), 0 if own is None else own.data_ptr()
+        if bases != self.bases:
+            self._place(bases)
+        ADDRESSES.pack_into(
+            self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if moments is None else moments.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        if operands != self.packed_operands:
+            for place, packed in zip(self.places, operands, strict=True):
+                self.memory[place : place + len(packed)] = packed
+            self.packed_operands = operands
+        if self.in_place and at != self.source:
+            self._map(at)
+        self.launch(stream_of(self.device))
+        return prepared
+
+    def _place(self, bases: tuple[int, int]) -> None:
+        """Let the arguments point into a workspace whose blocks begin at ``bases``."""
+        self.bases = bases
+        kept = self.placed.get(bases)
+        if kept is not None:
+            self.memory[: len(kept)] = kept
+            self.source = -1  # the map in it may be of another x
+            return
+        told = self.told
+        samples, channels, to = told.samples, told.channels, told.to
+        places = self.workspace.addresses(*bases)
+        told.rows, samples.largest, samples.above, samples.marks, samples.scale = places[:5]
+        told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
+        to.parts, to.counts = places[10:]
+        told.scale = channels.scale
+        to.bias = channels.bias if self.bias else 0
+        if self.scaled:
+            to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
+            told.direct.marks, told.direct.wrong = samples.marks, channels.wrong
+        if not self.in_place:
+            self._map(told.rows)
+        if len(self.placed) == MOST_PLACES:
+            self.placed.clear()
+        self.placed[bases] = bytes(told)
+
+    def _map(self, source: int) -> None:
+        """Let the convolution read rows of channels from ``source`` on."""
+        box = rows_map(
+            source, self.rows_shape, self.map_strides, self.rows_type is torch.bfloat16, self.box, self.chunk
+        )
+        ctypes.memmove(self.told.map, box, 128)
+        self.source = source
+
+
+def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled: bool) -> Rows:
+    """What `prepare` and `again` are told of the rows of x; without blocks where they are ``made_before``."""
+    n, _, *sizes = x.shape
+    groups, width = made.layer.groups, made.padded_channels * made.layer.groups
+    quads = scaled and _by_quads(x)
+    span = (8192 if quads else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
+    blocks_positions = -(-math.prod(sizes) // span)
+    blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
+    channels = made.layer.in_channels, made.padded_channels, groups
+    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
+
+
+def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling) -> Geometry:
+    """What all kernels behind `prepare` are told of sizes and tiles."""
+    layer = made.layer
+    tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
+    return Geometry(
+        samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
+        tiling.linear, *tiling.region[1:],
+        math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(layer.residues)[0], tiling.row_group,
+        (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels, made.weight_bytes,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _module(source: str, names: tuple[str, ...], device: int) -> Module:
+    with torch.cuda.device(device):
+        return Module(compile_cubin(source).code, names)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def three_dims(x: Tensor) -> Tensor:
+    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
+    while x.dim() < 5:
+        x = x.unsqueeze(2)
+    return x
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether every sample is a block of memory without holes, one behind the other."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _by_quads(x: Tensor) -> bool:
+    """Whether positions of x are neighbours, and every four of them can be read at once."""
+    n, c, d, h, w = x.stride()
+    *_, height, width = x.shape
+    whole = math.prod(x.shape[2:]) % 4 == 0 and x.data_ptr() % 16 == 0
+    return whole and w == 1 and h == width and d == height * width and n % 4 == 0 and c % 4 == 0
+
+
+def _rows_in_place(x: Tensor, made: Specialisation) -> bool:
+    """Whether TMA can read x as rows of channels as it lies."""
+    strides = x.stride()
+    return (
+        strides[1] == 1
+        and made.padded_channels == made.layer.in_channels
+        and all(s % 8 == 0 and s > 0 for i, s in enumerate(strides) if i != 1)
+        and x.data_ptr() % 16 == 0
+    )

@@ -1,0 +1,110 @@
+"""The kernels of a convolution with its epilogue: what is emitted for a layer, its tiles, and how it is stored. Pure.
+
+``convolution_engine.py`` compiles them and queues their launches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
+from fxfuse.kernels.emit import Epilogue, emit
+from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
+
+#: entries that every source has
+KERNELS = ("prepare", "convolution", "direct")
+#: threads of the convolution: two warpgroups that multiply, one that copies; and of the kernels around it, but `merge`
+THREADS, BLOCK = 128 * (CONSUMERS + 1), 256
+#: values of float32 x that `measure` looks at: of a sample, and of all of them
+SAMPLED_EACH, SAMPLED = 2**14, 2**21
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convolution:
+    """A layer with its epilogue. Made by :meth:`of`, once per layer and epilogue."""
+
+    made: Specialisation
+    dtype: torch.dtype
+    output: torch.dtype
+    bias: torch.dtype
+    epilogue: Epilogue
+    layout: str
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(
+        layer: Layer,
+        dtype: torch.dtype,
+        output: torch.dtype,
+        bias: torch.dtype,
+        epilogue: Epilogue,
+        layout: str = "contiguous",
+        exact: bool = False,
+        extents: Extents | None = None,
+    ) -> Convolution:
+        """The kernels for a layer; Unsupported where there are none.
+
+        ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
+        sizes of the stored tensor, for a choice between a few kernels; any of them takes any size.
+        """
+        before = epilogue.before != Epilogue.before
+        layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
+        made = specialise(
+            layer,
+            pooled=bool(epilogue.combine),
+            exact=exact,
+            before=before,
+            summed=epilogue.combine == "Sum" and not before,
+            contiguous=layout == "contiguous",
+            finite=dtype is torch.float32,
+            folded=epilogue.fold is not None,
+            one=epilogue.fold is not None and not epilogue.fold.keeps,
+            stored=extents,
+            itemsize=output.itemsize,
+        )
+        return Convolution(made, dtype, output, bias, epilogue, layout)
+
+    def tiling(self, stored: Extents) -> tuple[Tiling, Store]:
+        """The tiles of an output of these sizes, and how they are stored. Raises Unsupported where there are none."""
+        stride = (1, 1, 1) if self.made.pooled else self.made.layer.stride
+        d, h, w = (-(-o // s) for o, s in zip(stored, stride, strict=True))
+        row = 0 if self.layout == "channels_last" else stored[2]
+        found = tile(self.made, (d, h, w), row, self.output.itemsize)
+        return found, store_of(self.made, found, (d, h, w), row, self.output.itemsize)[0]
+
+    def source(self, store: Store | None = None) -> str:
+        """The kernels' text. ``store``: one of :attr:`stores`; by default the one for outputs of some size."""
+        dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
+        return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
+
+    def slots(self, stored: Extents) -> int:
+        """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""
+        passes = 1 if self.epilogue.combine else len(self.made.passes)
+        return math.prod(self.tiling(stored)[0].counts) * passes * CONSUMERS
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The ways to store that sizes may ask for."""
+        if self.made.one:
+            return (Store.ONE,)
+        if self.layout == "channels_last":
+            return (Store.CHANNELS,)
+        if self.made.by_channel:
+            return (Store.SECTORS,)
+        if self.made.pooled and not self.made.merged:
+            return (Store.DIRECT,)
+        _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride
+        classes = self.made.stored_classes
+        runs = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
+        return (*runs, Store.DIRECT)
+
+
+def sampled(samples: int, each: int) -> int:
+    """One of how many values of ``samples`` of ``each`` float32 values is looked at before they are scaled."""
+    return max(1, min(each // SAMPLED_EACH, samples * each // SAMPLED, 64))
