@@ -47,7 +47,8 @@ def rewrite(
     build = _copy(draft.build, original)
     try:
         applied, rejected = apply_rules(build, rules, settings)
-        _keep_layouts(build, draft.build)
+        if applied:
+            _keep_layouts(build, draft.build)
         rewritten = to_program(build.graph)
     except RewriteError as error:
         log.warning(
@@ -76,10 +77,13 @@ def _copy(build: Builder, program: Any) -> Builder:
 def _keep_layouts(build: Builder, original: Builder) -> None:
     """Give the outputs of a rewritten chain the layouts that they have in the original one."""
     output, before = build.graph.output_node(), original.graph.output_node()
+    inputs = [n.meta["val"] for n in build.graph.nodes if n.op == "placeholder"]
+    # what rules leave in place keeps the layout that was noted for it, whatever comes in front of it now
+    made = to_graph(to_program(build.graph), inputs).graph.output_node()
     kept = []
-    for node, old in zip(output.args[0], before.args[0], strict=True):  # type: ignore[arg-type]
+    for node, new, old in zip(output.args[0], made.args[0], before.args[0], strict=True):  # type: ignore[arg-type]
         order = _order(old.meta["val"])
-        if order is not None and strides(node.meta["val"]) != strides(old.meta["val"]):
+        if order is not None and strides(new.meta["val"]) != strides(old.meta["val"]):
             with build.graph.inserting_before(output):
                 node = build.call("lay_out", node, order=order)
         kept.append(node)

@@ -249,6 +249,24 @@ def test_layout_that_a_rewrite_would_change(layout: str) -> None:
         assert_same(optimized(x), expected)
 
 
+def test_layout_behind_what_a_rewrite_has_made() -> None:
+    """Products group by group have samples as neighbours; what was there before the rewrite comes behind them."""
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose3d(3, 3, 3, groups=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(self.up(x).mean((2, 3, 4)))
+
+    model, x = Mean().eval(), data(5, 3, 2, 3, 4)
+    with torch.no_grad():
+        optimized, expected = fxfuse.optimize(model, x), model(x)
+        assert optimized.fxfuse_report.rules
+        assert_same(optimized(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_models_in_other_dtypes(case: Case, dtype: torch.dtype) -> None:

@@ -59,10 +59,9 @@ def prepare_contraction(
     """
     index = device.index
     planned = dense(step.weights.shape, step.layout)
-    taps = dense(step.weights.shape, step.layout)[-1] if len(step.table) > 1 else 0
     sizes = step.samples, step.channels, step.columns, step.groups, step.width
     table = [tap | number << 16 for tap, number in step.table]
-    packed = struct.pack(f"=3q5if{len(table)}I", *planned[:2], taps, *sizes, step.factor, *table)
+    packed = struct.pack(f"=3q5if{len(table)}I", *planned[:2], planned[-1], *sizes, step.factor, *table)
     packed += bytes(-len(packed) % 8)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), step.strides, step.kind.dtype
     after = Operands(step.after, places)

@@ -19,6 +19,8 @@ WORTH_COMPILING = 1.08
 #: rows of matrix instructions for each that is an output channel, up to which channels are made rows; and the residue
 #: classes along w
 MOST_FILLED, MOST_ALONG = 1.5, 4
+#: residue classes along a dim, which a kernel counts in 8 bits
+MOST_STRIDE = 256
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -74,8 +76,13 @@ def specialise(
     tile holds all of them; ``one``: to one value, which is all that is stored. ``stored``, ``itemsize``: of the stored
     tensor. A layer has few kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
 
-    Raises Unsupported where shared memory, or the accumulators of a reduction, do not suffice.
+    Raises Unsupported where shared memory, or the accumulators of a reduction, do not suffice, and for wider strides
+    than a kernel's tables hold.
     """
+    if max(layer.stride) > MOST_STRIDE:
+        raise Unsupported(
+            f"a stride of {max(layer.stride)} has more residue classes than are told apart ({MOST_STRIDE})"
+        )
     rows, merged = contiguous and not one, summed
 
     def accumulators(merged: bool) -> tuple[int, tuple[Pass, ...]]:

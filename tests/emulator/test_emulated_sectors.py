@@ -53,6 +53,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
     "three classes along w": (lambda: layer(8, 64, 3, F32, 2, stride=(1, 3)), (2, 8, 5, 24), F32, False),
     "classes along w, float16": (lambda: layer(8, 64, 2, F16, stride=2), (2, 8, 3, 5, 32), F16, False),
     "groups, dilation": (lambda: layer(12, 128, 2, groups=2, dilation=(1, 2, 3)), (2, 12, 4, 5, 11), F32, False),
+    "taps far apart": (
+        lambda: layer(8, 64, (1, 1, 3), dilation=(1, 1, 100), padding=(0, 0, 99)), (2, 8, 2, 9, 7), F32, False,
+    ),
+    "rows of which a part has few elements": (
+        lambda: layer(8, 64, (1, 1, 3), dilation=(1, 1, 120), padding=(0, 0, 118)), (2, 8, 2, 9, 13), F32, True,
+    ),
+    "a row whose last part has few elements": (
+        lambda: layer(8, 64, (1, 1, 3), F16, dilation=(1, 1, 120), padding=(0, 0, 118)), (2, 8, 1, 1, 13), F16, False,
+    ),
     "float32's own accuracy": (lambda: layer(24, 64, 3), (3, 24, 3, 5, 9), F32, True),
     "float32's own accuracy, classes": (lambda: layer(24, 64, 2, stride=2), (3, 24, 2, 5, 16), F32, True),
     "numbers per channel": (
@@ -142,7 +151,7 @@ BROKEN = {
     "incomplete sectors are forgotten": ("if (turn + 1 < Table::turns) {", "if (false) {"),
     "elements outside count": (
         "results(y, q, k), inside[q][k / 32] >> (k & 31) & 1)", "results(y, q, k), true)"),
-    "brief runs are forgotten": ("brief = size_h", "brief = false && size_h"),
+    "brief runs are forgotten": ("brief = shortest", "brief = false && shortest"),
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ struct Sectors {
   const Tile& t;
   int stride_d, stride_h;
   bool merged;      // rows of a position in d follow each other in memory
-  bool brief;       // of the only run there may be less than a unit
+  bool brief;       // of a run there may be less than a unit
   int apart, rows;  // places from one run to the next; region rows in front of the part
   int start;        // offset in front of a linear part's first position
   int size_d, size_h, size_w;  // positions of the box that are in the tensor; of w, elements
@@ -74,16 +74,17 @@ struct Sectors {
     size_h = left(g.out_h, t.h * Problem::stride_h + residue.h, Problem::stride_h, g.box_h);
     const int elements = g.out_w - t.w * Problem::stride_w, most = g.box_w * Problem::stride_w;
     size_w = elements < most ? elements : most;
-    int longest = most;
-    start = 0, brief = false;
+    int longest = most, shortest = size_w;
+    start = 0;
     if (merged) {
-      longest = g.box_h * stride_h;
+      longest = shortest = g.box_h * stride_h;
       if (g.linear) {
         start = offset_in_plane(rows);
-        brief = size_h * stride_h - start < 16 / (int)sizeof(Out);
-        longest = offset_in_plane(rows + Problem::m_tiles * 64) - start;
+        const int end = offset_in_plane(rows + Problem::m_tiles * 64), last = size_h * stride_h;
+        longest = end - start, shortest = (end < last ? end : last) - start;
       }
     }
+    brief = shortest < 16 / (int)sizeof(Out);
     apart = (longest + 3 * align - 3) & ~(align - 1);
   }
   // Of the row `at` of a plane of the region, or of the next one that is a position.

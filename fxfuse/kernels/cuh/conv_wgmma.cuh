@@ -21,7 +21,7 @@ namespace fxfuse {
 
 // One tap of one or more residue classes, contiguous among the pass's: from `first`, `count` of them.
 struct Step {
-  signed char d, h, w;           // delta less the least delta
+  unsigned char d, h, w;         // delta less the least delta: below 256, as are sizes of what a copy brings
   unsigned char last;            // of its stage
   unsigned short weights;        // offset in the stage, in units of 16 bytes
   unsigned short batch;          // units of 16 bytes of the stage that starts here; 0: the stage goes on
