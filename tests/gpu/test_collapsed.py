@@ -176,7 +176,7 @@ CASES: dict[str, tuple[Callable[[torch.dtype], nn.Module], Callable[[], Then], t
     ),
     "one dim": (lambda t: made(1, 16, 12, 3, padding=1, dtype=t), lambda: [lambda y: y.mean(-1)], (2, 16, 37)),
     "a kernel larger than x": (lambda t: made(2, 3, 4, 7, padding=3, dtype=t), lambda: [flat_average], (2, 3, 2, 3)),
-    "one tap, which is not the first": (lambda t: made(3, 4, 6, 3, padding=1, dtype=t), lambda: [average], (2, 4, 1, 1, 1)),
+    "a tap in the middle": (lambda t: made(3, 4, 6, 3, padding=1, dtype=t), lambda: [average], (2, 4, 1, 1, 1)),
     "taps that reach nothing": (lambda t: made(2, 3, 4, 5, padding=3, dtype=t), lambda: [flat_average], (2, 3, 3, 4)),
     "many channels, a chain per channel": (
         lambda t: made(3, 40, 70, 3, padding=1, dtype=t),
