@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from orientation import by_channel_always, by_channel_never
 from place import DEVICE, kernels_always, needs, needs_gpu, what_torch_has
 from stages import LIMIT, made, sample
 from torch import Tensor, nn
@@ -117,6 +119,17 @@ def test_folded_weights() -> None:
 
 def test_groups_and_dilation() -> None:
     check(Chain(made(3, 48, 96, 3, dilation=(1, 2, 3), groups=3), torch.tanh), sample(2, 48, 9, 8, 17))
+
+
+@pytest.mark.parametrize("orientation", [by_channel_always, by_channel_never])
+def test_taps_far_apart(orientation: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Further than a signed byte tells."""
+    with orientation():
+        check(Chain(made(1, 64, 64, 3, dilation=64), torch.tanh), sample(2, 64, 300))
+        check(
+            Chain(made(3, 8, 64, (1, 1, 3), dilation=(1, 1, 100), padding=(0, 0, 99)), torch.tanh),
+            sample(2, 8, 2, 9, 7),
+        )
 
 
 @pytest.mark.parametrize(
