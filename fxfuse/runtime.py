@@ -121,16 +121,15 @@ class Runtime:
         special = self._specialisation(entry, tensors, lifted)
         last, again = self._last, None
         second = last is not None and last[1] is special  # of its kind in a row
-        if second and form.positional and self._needs_no_more(entry.capture, special, key, (*tensors, *lifted)):
+        if second and form.positional and self._needs_no_more(special, key, (*tensors, *lifted)):
             again = Again.of(entry.capture, entry.guards, special.kept, tensors, lifted)
         self._last = entry, special, again
         return self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
 
-    def _needs_no_more(self, capture: Capture, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
+    def _needs_no_more(self, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether calls like this one need nothing that :class:`Again` does not do."""
-        *_, autocast = key
-        verified = special.verified or not self.verify
-        return autocast is None and verified and not capture.exact and not _tracing(tensors)
+        *_, autocast = key  # torch's guards tell whether it is on, but not its dtype
+        return autocast is None and (special.verified or not self.verify) and not _tracing(tensors)
 
     def _run(
         self,

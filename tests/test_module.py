@@ -307,6 +307,38 @@ def test_calls_like_the_one_before_go_the_short_way(monkeypatch: pytest.MonkeyPa
     expect(False, x, y)
 
 
+def test_dtypes_of_autocast() -> None:
+    """Torch's guards tell whether it is on, and no more."""
+    model = nn.Sequential(nn.ConvTranspose3d(2, 4, 2), nn.ReLU())
+    fast, x = fxfuse.optimize(model), torch.randn(1, 2, 3, 4, 5)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.bfloat16):
+            with torch.autocast("cpu", dtype=dtype):
+                for _ in range(4):
+                    assert fast(x).dtype is model(x).dtype is dtype
+
+
+def test_what_was_exported_goes_the_short_way_too() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose3d(2, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.up(x).relu()
+            return y if x.shape[0] < 9 else y + 1
+
+    model = Counts()
+    fast = fxfuse.optimize(model)
+    for _ in range(4):
+        x = torch.randn(2, 2, 3, 4, 5)
+        assert_same(fast(x), model(x))
+    assert "torch.export" in fast.fxfuse_report.notes[-1] and fast._fxfuse_runtime._last[2] is not None
+    with torch.no_grad():
+        for other in (torch.randn(9, 2, 3, 4, 5), x.transpose(3, 4), x.clone().requires_grad_()):
+            assert_same(fast(other), model(other))
+
+
 def test_the_short_way_of_training() -> None:
     """Gradients, running statistics and the counter, as ever."""
     model = Block()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import struct
 
+#: bytes of a launch's parameters
+MOST_PARAMETERS = 4096
 I32, I64 = ctypes.c_int, ctypes.c_int64
 
 

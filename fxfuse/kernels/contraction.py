@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.kernels.arguments import MOST_PARAMETERS
 from fxfuse.kernels.chains import STORED, Chain, Values, dense, elements, layout_of
 from fxfuse.kernels.collapsed import MOST_ELEMENTS
 from fxfuse.kernels.cost import MACHINES
@@ -20,8 +21,8 @@ from fxfuse.kernels.expression import Expression
 
 #: taps of a contraction, of which a launch's parameters hold a table; numbers of 16 bits there
 MOST_TAPS, MOST_PLACE = 832, 2**16
-#: bytes of a launch's parameters, and those that are neither the table nor of operands
-MOST_PARAMETERS, OTHERS = 4096, 80
+#: bytes of a launch's parameters that are neither the table nor of operands
+OTHERS = 80
 #: bytes per second that contractions read from the L2 cache; products per second of float32, of ours and of torch's
 CACHED, PRODUCTS, MATRIX_PRODUCTS = 4e12, 1.5e13, 3e13
 #: launches of torch's operators for a contraction

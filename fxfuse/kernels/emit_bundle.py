@@ -17,6 +17,7 @@ import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Ref, TensorType
+from fxfuse.kernels.arguments import MOST_PARAMETERS
 from fxfuse.kernels.arithmetic import STORED_AS, Arithmetic, Given, NotEmittable, Value, held, stored_name
 from fxfuse.kernels.indices import ZERO, Indices, Size, broadcast
 from fxfuse.program import Program
@@ -24,8 +25,6 @@ from fxfuse.vocabulary import Kind
 
 #: elements of an output; and how far an element may be from its tensor's first one
 MOST_ELEMENTS, MOST_OFFSET = 2**20, 2**31 - 1
-#: bytes of a launch's parameters
-MOST_PARAMETERS = 4096
 #: the same elements at the same places, or the first of them
 _SAME_PLACE = ("lay_out", "crop", "detach")
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fxfuse.instr import DTYPES, TensorType
 from fxfuse.kernels import jit
+from fxfuse.kernels.arguments import MOST_PARAMETERS
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.bundle import Bundler
 from fxfuse.kernels.candidate import convolution_of
-from fxfuse.kernels.emit_bundle import MOST_ELEMENTS, MOST_PARAMETERS, Emitted, emit_bundle
+from fxfuse.kernels.emit_bundle import MOST_ELEMENTS, Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import examples, observe
 from fxfuse.kernels.prepared import Prepared
