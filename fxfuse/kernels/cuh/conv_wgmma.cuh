@@ -246,6 +246,10 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   typename Problem::Place place(g, group, warp, lane);
   const uint32_t rows_high = (uint32_t)(descriptor<row_bytes>(0, g.row_group * row_bytes) >> 32);
   const uint32_t weights = (uint32_t)descriptor<row_bytes>(shared_address(stages), 0);
+  auto done_with_x = [&] {  // the next tile's is copied while accumulators become results
+    if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
+    xs.template next<Problem::x_buffers>();
+  };
   uint32_t bases[kRowTiles<Problem>];
 #pragma unroll
   for (int i = 0; i < kRowTiles<Problem>; ++i) {
@@ -273,20 +277,15 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
           conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, barriers.full, barriers.empty, ws, leader);
-          if (!Problem::resident) {
-            if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
-            xs.template next<Problem::x_buffers>();
-          }
+          if (!Problem::resident || pass + 1 == Problem::passes) done_with_x();
         } while (++chunk < g.chunks);
+      } else if (Problem::resident && pass + 1 == Problem::passes) {
+        done_with_x();
       }
       if constexpr (Problem::exact)
         epilogue.pass(sum, pass);
       else
         epilogue.pass(acc, pass);
-    }
-    if (Problem::resident) {
-      if (leader) barrier_arrive(&barriers.x_empty[xs.slot]);
-      xs.template next<Problem::x_buffers>();
     }
     epilogue.finish();
   }
