@@ -36,6 +36,9 @@ inline void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, 
 }
 inline void copy_bytes(void* to, const void* from, uint32_t bytes, uint64_t* b) { emulated_copy(to, from, (int)bytes, b); }
 inline void bulk_after_stores() {}
+inline void bulk_after_shared() {}
+inline void store_bytes(void* to, const void* from, uint32_t bytes) { emulated_store(to, from, (int)bytes); }
+inline void stored_bytes_read() { emulated_stored(); }
 inline void prefetch_map(const TensorMap*) {}
 
 template <int row_bytes>

@@ -25,6 +25,15 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr int kShared = 256 << 10, kBarriers = 16, kWarpgroup = 128;
 
+struct Copy {
+  bool box;
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t* barrier;
+  int at[5];
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
@@ -33,6 +42,7 @@ struct Fiber {
   int exchanges;            // with its warp, so far
   long issued;              // matrix instructions, so far
   std::vector<long> groups;  // how many had been issued at each commit
+  std::vector<Copy> stores;  // out of shared memory, which may be read as late as it is waited for
 };
 
 struct Meeting {  // of threads at a barrier
@@ -53,15 +63,6 @@ struct Product {
 struct Warpgroup {
   std::deque<Product> waiting;
   long finished;
-};
-
-struct Copy {
-  bool box;
-  void* to;
-  const void* from;
-  int bytes;
-  uint64_t* barrier;
-  int at[5];
 };
 
 struct Map {  // as device.py packs it: dims are C, W, H, D, N
@@ -100,6 +101,7 @@ int left_early;  // threads
 
 void enter() {
   body(parameters);
+  if (!fibers[current].stores.empty()) emulated_fail("a thread ends before its stores have read shared memory");
   if (!fibers[current].dependent) ++left_early;
   fibers[current].done = moved = true;
   --alive;
@@ -325,6 +327,18 @@ void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* 
   Copy c = {true, to, map, 0, barrier, {}};
   std::copy(at, at + 5, c.at);
   copies.push_back(c);
+}
+
+void emulated_store(void* to, const void* from, int bytes) {
+  if (bytes % 16 || (uintptr_t)to % 16 || emulated_address(from) % 16) emulated_fail("a store that is not aligned to 16 bytes");
+  check_shared(from, bytes);
+  fibers[current].stores.push_back({false, to, from, bytes, nullptr, {}});
+}
+
+void emulated_stored() {
+  if (chance() % 2) yield("its turn");
+  for (const Copy& c : fibers[current].stores) memcpy(c.to, c.from, c.bytes);
+  fibers[current].stores.clear();
 }
 
 void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat) {

@@ -155,6 +155,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
                     from_float<Out>(results(place, o, residue[q], inside >> ((i * 2 + r) * classes + q) & 1, i, r, q));
           }
     }
+    bulk_after_shared();
     __syncwarp();
     if (place.lane == 0) barrier_arrive(&outbox.shared.full[outbox.ring.slot]);
     outbox.ring.template next<Problem::buffers>();
@@ -162,13 +163,12 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
 }
 
-// Sends what `stage_runs` puts there: a warp, several channels at once, 16 bytes per thread, and so that every sector but
-// the first and the last of a run is written at once.
+// Sends what `stage_runs` puts there: a warp, several channels at once, the whole sectors of a run as one bulk copy and the
+// elements in front of them and behind them one by one.
 template <class Problem, class Runs, class Out, int classes>
 FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Tile& t, const Extent& o,
                              const Residue (&residue)[classes], int group) {
-  constexpr int align = kSector / sizeof(Out), lines = Problem::lines, at_once = 32 / lines, ahead = 3;
-  constexpr int unit = 16 / sizeof(Out);
+  constexpr int align = kSector / sizeof(Out), unit = 16 / sizeof(Out), lines = Problem::lines, at_once = 32 / lines;
   const int lane = threadIdx.x & 31, number = lane / at_once, part = lane % at_once;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
@@ -197,28 +197,18 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
         if (one.length <= 0) continue;
         Out* const begin = out + one.offset;
         const int shift = (int)((uint64_t)begin / sizeof(Out)) & (align - 1);
-        int head = (align - shift) & (align - 1);
+        int head = -shift & (unit - 1);
         head = head < one.length ? head : one.length;
-        const int body = (one.length - head) & ~(align - 1);
-        const Out* const source = from + shift + head;
-        Out* const to_ = begin + head;
+        const int body = (one.length - head) & ~(unit - 1);
+        if (body > 0 && run % at_once == part) store_bytes(begin + head, from + shift + head, body * (uint32_t)sizeof(Out));
 #pragma unroll 1
-        for (int k = part * unit; k < body; k += ahead * at_once * unit) {
-          uint4 v[ahead];
-#pragma unroll
-          for (int i = 0; i < ahead; ++i)
-            if (k + i * at_once * unit < body) v[i] = *(const uint4*)(source + k + i * at_once * unit);
-#pragma unroll
-          for (int i = 0; i < ahead; ++i)
-            if (k + i * at_once * unit < body) *(uint4*)(to_ + k + i * at_once * unit) = v[i];
-        }
-#pragma unroll 1
-        for (int end = part; end < 2 * align - 2; end += at_once) {
+        for (int end = part; end < 2 * unit - 2; end += at_once) {
           const int k = end < head ? end : end + body;
           if (k < one.length) begin[k] = from[shift + k];
         }
       }
     }
+    stored_bytes_read();
     __syncwarp();
     if (lane == 0) barrier_arrive(&outbox.shared.empty[outbox.ring.slot]);
     outbox.ring.template next<Problem::buffers>();

@@ -63,7 +63,7 @@ FXFUSE_INLINE void settle(T*& v) {  // to global memory
 FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 
-// --- bulk copies into shared memory --------------------------------------------------------------------
+// --- bulk copies into shared memory, and out of it --------------------------------------------------------------------
 FXFUSE_INLINE void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6,%7}], "
@@ -79,6 +79,17 @@ FXFUSE_INLINE void copy_bytes(void* to, const void* from, uint32_t bytes, uint64
 }
 // What kernels in front stored in global memory is there for this thread's copies.
 FXFUSE_INLINE void bulk_after_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// What this thread has put into shared memory is there for copies out of it.
+FXFUSE_INLINE void bulk_after_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// From shared to global memory; addresses and `bytes` are multiples of 16.
+FXFUSE_INLINE void store_bytes(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+// Waits until what this thread's store_bytes read may be overwritten.
+FXFUSE_INLINE void stored_bytes_read() {
+  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 FXFUSE_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- wgmma ---------------------------------------------------------------------------------------------
