@@ -19,9 +19,9 @@ SHARED_BYTES = 232448
 #: warpgroups that multiply, of 64 rows per m64 tile each
 CONSUMERS = 2
 STAGE_BYTES = 16384
-#: shared memory that a multiplying warpgroup may use for outputs on their way, where two blocks fit; and floats of
-#: it for statistics
-OUTBOX_BYTES, GATHERED = 19000, 4 + 2 * 128 * 2
+#: shared memory that is kept for outputs of a multiplying warpgroup on their way, where two blocks fit; the most blocks
+#: of them; and floats for statistics
+OUTBOX_BYTES, MOST_BLOCKS, GATHERED = 19000, 8, 4 + 2 * 128 * 2
 #: runs of neighbours in memory that the part of a tile of one warpgroup may have
 MOST_RUNS = 64
 #: rows of a matrix instruction
@@ -140,7 +140,7 @@ class Specialisation:
     def dynamic_bytes(self) -> int:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
-        static = 640 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
+        static = 832 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
         if self.by_channel:  # where positions lie
             static += CONSUMERS * (self.m_tiles * ROWS * 9 + (self.places + 96) * 4)
         return (SHARED_BYTES - static) // 1024 * 1024
@@ -163,8 +163,8 @@ class Specialisation:
         return 8 if self.stored_classes * self.m_tiles <= 4 else 4
 
     @functools.cached_property
-    def buffers(self) -> int:
-        """Such blocks that a warpgroup may have there."""
+    def least_blocks(self) -> int:
+        """Such blocks that a warpgroup has there; with small tiles there is room for more."""
         if self.by_channel:
             return 1
         return 2 if self.pooled and not self.merged else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))
@@ -192,7 +192,7 @@ class Specialisation:
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way, of float32 or less, and for statistics of them."""
         gathered = 0 if self.by_channel else GATHERED
-        return CONSUMERS * (self.buffers * self.lines * self.pitch + gathered) * 4
+        return CONSUMERS * (self.least_blocks * self.lines * self.pitch + gathered) * 4
 
     @functools.cached_property
     def halo(self) -> tuple[int, int, int]:

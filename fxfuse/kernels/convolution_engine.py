@@ -38,7 +38,7 @@ from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiling import Extents, Store, Tiling
+from fxfuse.kernels.tiling import Extents, Store, Tiling, outbox_blocks, region_stride
 from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
@@ -201,7 +201,7 @@ class _Call:
             )  # fmt: skip
             if guesses and not given:
                 yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
-        geometry = _geometry(n, of.extents, made, tiling)
+        geometry = _geometry(n, of.extents, made, tiling, layer.output.itemsize)
         yield Launch(
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
@@ -291,15 +291,16 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
     return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
 
 
-def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling) -> Geometry:
-    """What all kernels behind `prepare` are told of sizes and tiles."""
+def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:
+    """What all kernels behind `prepare` are told of sizes and tiles. ``itemsize``: of results."""
     layer = made.layer
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
-        math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(layer.residues)[0], tiling.row_group,
-        (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels, made.weight_bytes,
+        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *reach(layer.residues)[0],
+        tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
+        made.weight_bytes, outbox_blocks(made, tiling, itemsize),
     )  # fmt: skip
 
 

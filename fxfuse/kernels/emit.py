@@ -13,6 +13,7 @@ from fxfuse.kernels.tiling import Store, positions_at_once
 
 #: C++ types of elements in memory
 TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
+ITEMSIZES = {"f32": 4, "f16": 2, "bf16": 2}
 #: types of matrix operands
 OPERANDS = {"f32": "f16", "f16": "f16", "bf16": "bf16"}
 
@@ -188,8 +189,8 @@ def _problem(
         "packed": len(packed_taps(made)) or 1,
         "headroom": made.headroom,
         "pair": _pair(made),
-        "buffers": made.buffers,
         "lines": made.lines,
+        "itemsize": ITEMSIZES[output],
         "pitch": made.pitch,
         "accumulator_tiles": made.accumulators[0],
         "accumulators": made.accumulators[1],

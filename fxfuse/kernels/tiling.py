@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 from fxfuse.kernels.convolution import (
     CONSUMERS,
+    GATHERED,
     LINE,
     LINE_PITCH,
+    MOST_BLOCKS,
     MOST_RUNS,
     ROWS,
     Shared,
@@ -91,6 +93,21 @@ class Tiling:
     def fit(self, extents: Extents) -> float:
         """Part of the rows that are positions of ``extents``."""
         return math.prod(extents) / (math.prod(self.counts) * len(self.row_base) * 64)
+
+
+def region_stride(made: Specialisation, tiling: Tiling) -> int:
+    """Bytes of shared memory from one buffer of x to the next."""
+    return -(-tiling.rows_needed(made.halo) * made.chunk * 2 // 1024) * 1024
+
+
+def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
+    """Blocks of results on their way that a multiplying warpgroup has, of numbers of ``itemsize`` bytes.
+
+    They have all shared memory that is left: results come in bursts, behind the products of a pass.
+    """
+    given = made.region_bytes - region_stride(made, tiling)
+    free = made.staging_bytes + made.x_buffers * given - CONSUMERS * GATHERED * 4
+    return min(MOST_BLOCKS, free // CONSUMERS // (made.lines * made.pitch * itemsize))
 
 
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:

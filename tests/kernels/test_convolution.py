@@ -17,6 +17,8 @@ from torch import Tensor
 from fxfuse.kernels import tiling
 from fxfuse.kernels.convolution import (
     CONSUMERS,
+    GATHERED,
+    MOST_BLOCKS,
     PROMOTE_EVERY,
     SHARED_BYTES,
     STAGE_BYTES,
@@ -32,6 +34,8 @@ from fxfuse.kernels.tiling import (
     Store,
     Tiling,
     best_fit,
+    outbox_blocks,
+    region_stride,
     seconds,
     store_of,
     store_seconds,
@@ -165,7 +169,7 @@ def test_a_specialisation_holds_its_limits(
             assert not exact or len(batch) == 1 or len(batch) * made.chunk <= PROMOTE_EVERY + made.chunk
     used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
-    assert made.lines * made.buffers and made.pitch % 8 == 0
+    assert made.lines * made.least_blocks and made.pitch % 8 == 0
 
 
 @given(layers(channels=280), st.sampled_from(["", "pooled", "before", "summed"]), *[st.booleans()] * 4)
@@ -232,14 +236,22 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
         return
     halo = made.halo
     for found in tilings(made, extents, linear=True):
-        assert math.prod(found.region) * made.chunk * 2 <= made.region_bytes and max(found.region) <= MOST_COPIED
+        room = region_stride(made, found)
+        assert (
+            math.prod(found.region) * made.chunk * 2 <= room <= made.region_bytes and max(found.region) <= MOST_COPIED
+        )
+        for itemsize in (2, 4):  # results on their way have what is left
+            blocks = outbox_blocks(made, found, itemsize)
+            assert made.least_blocks <= blocks <= MOST_BLOCKS
+            boxes = CONSUMERS * (blocks * made.lines * made.pitch * itemsize + GATHERED * 4)
+            assert 1024 + made.stages * STAGE_BYTES + made.x_buffers * room + boxes <= made.dynamic_bytes
         assert found.counts[0] * found.tile[0] >= extents[0] and found.counts[2] * found.tile[2] >= extents[2]
         shift = (halo[0] * found.region[1] + halo[1]) * found.region[2] + halo[2]
         covered = []
         for number in range(found.counts[1]):
             for group in range(CONSUMERS):
                 for at, place in positions(made, found, extents, group, number):
-                    assert (at + shift + 1) * made.chunk * 2 <= made.region_bytes
+                    assert (at + shift + 1) * made.chunk * 2 <= room
                     if place is not None:
                         covered.append(place)
         expected = itertools.product(range(found.tile[0]), range(extents[1]), range(found.tile[2]))

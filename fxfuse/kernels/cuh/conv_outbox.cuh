@@ -22,7 +22,8 @@ struct Run {
   int offset, length;
 };
 constexpr int kSector = 32;  // bytes; one that is written in part costs about four times a whole one
-constexpr int kRuns = 64;  // that a part of a tile has at most
+constexpr int kRuns = 64;       // that a part of a tile has at most
+constexpr int kMostBlocks = 8;  // of channels on their way to memory
 
 // The runs of one warpgroup's part of a tile: `box`.
 template <class Problem, class Runs>
@@ -74,23 +75,26 @@ struct RunPlan {
   }
 };
 
-// A warpgroup's blocks of `Problem::lines` channels in shared memory.
+// A warpgroup's blocks of `Problem::lines` channels in shared memory: as many as there is room for.
 template <class Problem>
 struct Outbox {
   struct Shared {
-    uint64_t full[Problem::buffers], empty[Problem::buffers];
+    uint64_t full[kMostBlocks], empty[kMostBlocks];
     Run runs[kRuns];  // for the warp that sends them
     FXFUSE_INLINE void init() {
-      for (int i = 0; i < Problem::buffers; ++i) barrier_init(&full[i], 4), barrier_init(&empty[i], 1);
+      for (int i = 0; i < kMostBlocks; ++i) barrier_init(&full[i], 4), barrier_init(&empty[i], 1);
     }
   };
-  static constexpr int size = Problem::buffers * Problem::lines * Problem::pitch;
-  float* memory;  // `size` of it
+  static constexpr int block = Problem::lines * Problem::pitch;  // elements
+  static FXFUSE_INLINE int bytes(const Geometry& g) { return g.outbox_blocks * block * Problem::itemsize; }
+  uint8_t* memory;
   Shared& shared;
+  int blocks;
   Ring ring = {};
+  FXFUSE_INLINE Outbox(const Geometry& g, uint8_t* memory, Shared& shared) : memory(memory), shared(shared), blocks(g.outbox_blocks) {}
   template <class Out>
   FXFUSE_INLINE Out* line(int number) const {
-    return (Out*)(memory + ring.slot * Problem::lines * Problem::pitch) + number * Problem::pitch;
+    return (Out*)memory + ring.slot * block + number * Problem::pitch;
   }
 };
 
@@ -158,7 +162,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
     bulk_after_shared();
     __syncwarp();
     if (place.lane == 0) barrier_arrive(&outbox.shared.full[outbox.ring.slot]);
-    outbox.ring.template next<Problem::buffers>();
+    outbox.ring.next(outbox.blocks);
   }
   named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
 }
@@ -211,7 +215,7 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
     stored_bytes_read();
     __syncwarp();
     if (lane == 0) barrier_arrive(&outbox.shared.empty[outbox.ring.slot]);
-    outbox.ring.template next<Problem::buffers>();
+    outbox.ring.next(outbox.blocks);
   }
 }
 

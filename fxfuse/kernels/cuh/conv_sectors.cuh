@@ -15,9 +15,9 @@ struct Lines {
   struct Shared {
     FXFUSE_INLINE void init() {}
   };
-  static constexpr int size = 32 * Problem::pitch;  // floats
+  static FXFUSE_INLINE int bytes(const Geometry&) { return 32 * Problem::pitch * (int)sizeof(float); }
   float* memory;
-  Shared& shared;
+  FXFUSE_INLINE Lines(const Geometry&, uint8_t* memory, Shared&) : memory((float*)memory) {}
 };
 
 // The warp and lane of a thread, and its warpgroup's part of the tile.

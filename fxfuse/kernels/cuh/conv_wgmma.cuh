@@ -43,6 +43,7 @@ struct Geometry {
   int out_d, out_h, out_w;           // extents of the convolution's output
   int out_channels;                  // per group
   int weight_bytes;                  // of one group and column tile, packed
+  int outbox_blocks;                 // of a multiplying warpgroup
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
@@ -98,9 +99,12 @@ constexpr int kRowTiles = Problem::by_channel ? 1 : Problem::m_tiles;
 
 struct Ring {
   int slot = 0, phase = 0;
+  FXFUSE_INLINE void next(int size) {
+    if (++slot == size) slot = 0, phase ^= 1;
+  }
   template <int size>
   FXFUSE_INLINE void next() {
-    if (++slot == size) slot = 0, phase ^= 1;
+    next(size);
   }
 };
 
@@ -302,8 +306,8 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
-  float* rest = (float*)(x + Problem::x_buffers * g.region_stride);
-  auto outbox = [&](int group) { return Outbox{rest + group * Outbox::size, out[group]}; };
+  uint8_t* rest = x + Problem::x_buffers * g.region_stride;
+  auto outbox = [&](int group) { return Outbox(g, rest + group * Outbox::bytes(g), out[group]); };
   if (threadIdx.x == 0) {
     prefetch_map(map);
     barriers.init(), table.init();
@@ -323,7 +327,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
     if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, barriers);
   } else {
     registers_up<Problem::outbox ? 216 : 240>();
-    conv_consume<Problem>(g, arguments, table, steps, rest + kConsumers * Outbox::size, outbox(threadIdx.x / 128 - 1), x, stages, barriers);
+    conv_consume<Problem>(g, arguments, table, steps, (float*)(rest + kConsumers * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), x, stages, barriers);
   }
 }
 
