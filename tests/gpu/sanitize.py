@@ -1,11 +1,13 @@
 """compute-sanitizer over a small set of kernels: every algorithm, and samples that the direct kernel makes.
 
-    python tests/gpu/sanitize.py [--tools memcheck racecheck initcheck synccheck] [--sanitizer PATH]
+    python tests/gpu/sanitize.py [--tools memcheck racecheck initcheck synccheck] [--kernels NAME ...]
+                                   [--sanitizer PATH]
 
 compute-sanitizer comes with the CUDA toolkit, and in the wheel nvidia-cuda-sanitizer-api (13 MiB;
-``nvidia/cu13/bin/compute-sanitizer`` in site-packages). Only this project's kernels are instrumented, but for
-initcheck, which has to see who wrote what they read. The same chains run without a tool first, which fills the cache
-of kernels and compares results with float64.
+``nvidia/cu13/bin/compute-sanitizer`` in site-packages). Only this project's kernels are instrumented, or those of them
+that are named. The same chains run without a tool first, which fills the cache of kernels and compares results with
+float64. Under initcheck nothing is compared, and all that kernels read is copied from the host: the tool knows what it
+has seen written, by them and by copies.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -50,21 +52,25 @@ def sanitizer() -> str | None:
     return None
 
 
-def command(tool: str, binary: str) -> list[str]:
+def command(tool: str, binary: str, kernels: Sequence[str] = KERNELS) -> list[str]:
     """The command that runs the chains under ``tool``."""
-    filters = [word for name in KERNELS if tool != "initcheck" for word in ("--kernel-name", f"kernel_name={name}")]
+    filters = [word for name in kernels for word in ("--kernel-name", f"kernel_name={name}")]
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20", "--show-backtrace", "device"]
     options += ["--report-api-errors", "no"]  # torch asks the driver for functions that it may not have
-    return [binary, *options, *filters, "--target-processes", "application-only", sys.executable, __file__, "--run"]
+    run = ["--run", *(["--unchecked"] if tool == "initcheck" else [])]
+    return [binary, *options, *filters, "--target-processes", "application-only", sys.executable, __file__, *run]
 
 
-def run(device: str) -> None:
-    """Run the chains, twice each, and check the results of those whose values are ordinary."""
+def run(device: str, *, checked: bool = True) -> None:
+    """Run the chains, twice each, and check the results of those whose values are ordinary.
+
+    Not ``checked``: those of a convolution's kernels alone, on values from the host.
+    """
     import torch
     from many_chains import kernels_always
 
     with kernels_always(), torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        for name in _run_each(device):
+        for name in _run_each(device) if checked else _run_copies(device):
             print(name, flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -102,16 +108,28 @@ def _run_each(device: str) -> Iterator[str]:
         torch.cuda.synchronize()
 
 
+def _run_copies(device: str) -> Iterator[str]:
+    import test_limits
+
+    for kind, way in test_limits.CASES:
+        case = test_limits.Case.of(kind, way)
+        x, fast = case.input().cpu().to(device), case.fast.cpu().to(device)
+        fast(x), fast(x)
+        yield f"{kind}, {way}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--sanitizer", help="the compute-sanitizer to run")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="that are instrumented")
     parser.add_argument("--run", action="store_true", help="run the chains in this process, without a tool")
+    parser.add_argument("--unchecked", action="store_true", help="of these what initcheck can follow")
     given = parser.parse_args()
     if given.run:
         import torch
 
-        run("cuda" if torch.cuda.is_available() else "cpu")
+        run("cuda" if torch.cuda.is_available() else "cpu", checked=not given.unchecked)
         return
     binary = given.sanitizer or sanitizer()
     if binary is None:
@@ -120,7 +138,7 @@ def main() -> None:
     failed = []
     for tool in (None, *given.tools):
         began = time.monotonic()
-        words = [sys.executable, __file__, "--run"] if tool is None else command(tool, binary)
+        words = [sys.executable, __file__, "--run"] if tool is None else command(tool, binary, given.kernels)
         print(f"== {tool or 'without a tool'}: {' '.join(words)}", flush=True)
         status = subprocess.run(words, env=environment, check=False).returncode
         print(f"== {tool or 'without a tool'}: {status}, {time.monotonic() - began:.0f} s", flush=True)

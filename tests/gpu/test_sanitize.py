@@ -59,8 +59,10 @@ def test_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands(tool: str) -> None:
     words = sanitize.command(tool, "compute-sanitizer")
     assert words[:3] == ["compute-sanitizer", "--tool", tool]
-    assert words.count("--kernel-name") == (0 if tool == "initcheck" else len(sanitize.KERNELS))
-    assert words[words.index("--error-exitcode") + 1] == "99" and words[-1] == "--run"
+    assert words.count("--kernel-name") == len(sanitize.KERNELS)
+    assert words[words.index("--error-exitcode") + 1] == "99" and "--run" in words
+    assert ("--unchecked" in words) == (tool == "initcheck")
+    assert sanitize.command(tool, "compute-sanitizer", ["direct"]).count("--kernel-name") == 1
 
 
 @pytest.mark.parametrize(("statuses", "left"), [([1], "the chains themselves"), ([0, 99], "memcheck"), ([0, 0], None)])
