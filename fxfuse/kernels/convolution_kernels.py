@@ -65,6 +65,7 @@ class Convolution:
             finite=dtype is torch.float32,
             folded=epilogue.fold is not None,
             one=epilogue.fold is not None and not epilogue.fold.keeps,
+            keeps=epilogue.keeps,
             stored=extents,
             itemsize=output.itemsize,
         )

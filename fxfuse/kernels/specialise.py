@@ -63,6 +63,7 @@ def specialise(
     finite: bool = False,
     folded: bool = False,
     one: bool = False,
+    keeps: bool = True,
     stored: Extents | None = None,
     itemsize: int = 4,
 ) -> Specialisation:
@@ -73,8 +74,9 @@ def specialise(
     the sum of what was convolved, so that the matrix units may make it.
     ``contiguous``: the output's w varies fastest in memory, not its channels. ``finite``: x has no Inf nor NaN,
     so that it may be multiplied with zeros, and with sums of weights. ``folded``: channels are reduced, so that one
-    tile holds all of them; ``one``: to one value, which is all that is stored. ``stored``, ``itemsize``: of the stored
-    tensor. A layer has few kernels: sizes decide only whether rows fill sectors, and where the usual kernel fits badly.
+    tile holds all of them; ``one``: to one value, which is all that is stored. ``keeps``: something is stored, and not
+    only looked at for statistics. ``stored``, ``itemsize``: of the stored tensor. A layer has few kernels: sizes decide
+    only whether rows fill sectors, and where the usual kernel fits badly.
 
     Raises Unsupported where shared memory, or the accumulators of a reduction, do not suffice, and for wider strides
     than a kernel's tables hold.
@@ -114,7 +116,7 @@ def specialise(
         if stack * columns * chunk * 2 <= STAGE_BYTES
     ]
     usual = _chosen(made, stored, contiguous, itemsize)
-    if stored is not None and contiguous and not (pooled or folded):
+    if stored is not None and (contiguous or not keeps) and not (pooled or folded):
         turned = _chosen(_by_channel(layer, exact=exact), stored, contiguous, itemsize)
         if turned is not None:
             seconds = _seconds(turned, stored, contiguous, itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
@@ -125,6 +126,23 @@ def test_statistics(stride: int, dtype: torch.dtype) -> None:
     tiling_of(made)
     assert "and statistics" in str(made.schedule)
     assert_near(got, expected, 4 * LIMIT[dtype])
+
+
+@pytest.mark.parametrize("sizes", [(3, 8, 3, 5, 16), (2, 8, 4, 7, 9), (2, 8, 2, 3, 41)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_statistics_alone(stride: int, sizes: tuple[int, ...]) -> None:
+    """Nothing is stored: tiles need fill no sectors."""
+    torch.manual_seed(5)
+    mean = Then(layer(8, 100, 4 - stride, stride=stride), lambda y: F.silu(y).mean((2, 3, 4), keepdim=True))
+    norm = nn.Sequential(layer(8, 100, 4 - stride, stride=stride), nn.BatchNorm3d(100), nn.AdaptiveAvgPool3d(1))
+    for model in (mean.eval(), norm.train()):
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            x = torch.randn(sizes).contiguous(memory_format=layout)
+            got, expected, made = run_prepared(copy.deepcopy(model), x)
+            kernel = made.schedule.kernel
+            assert made.convolution is not None and made.convolution.made.by_channel
+            assert kernel is not None and kernel.gathers and not kernel.keeps
+            assert_near(got, expected, 4 * LIMIT[F32])
 
 
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
