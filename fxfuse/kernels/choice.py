@@ -40,7 +40,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     itemsize = kernel.kind.dtype.itemsize
     estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, itemsize)
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
-    if layer.groups > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
+    if layer.groups * layer.joined > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
         return None
     folds = kernel.fold is not None
     little = bool(kernel.combine) or (kernel.fold is not None and not kernel.fold.keeps)  # of it is stored

@@ -29,6 +29,8 @@ ROWS = 64
 #: of results whose matrix rows are channels: elements of a channel that a warp has in shared memory at once, and floats
 #: from one such line to the next, which leaves the banks apart
 LINE, LINE_PITCH = 64, 148
+#: channels of groups that are multiplied together: as many as an instruction has products
+JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
 
@@ -47,7 +49,10 @@ class Shared(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A transposed convolution, channels per group; three spatial dims."""
+    """A transposed convolution, channels per group; three spatial dims.
+
+    ``joined``: how many groups of the model one of these is; between their channels weights are zero.
+    """
 
     in_channels: int
     out_channels: int
@@ -56,6 +61,20 @@ class Layer:
     stride: tuple[int, int, int]
     padding: tuple[int, int, int]
     dilation: tuple[int, int, int]
+    joined: int = 1
+
+    def join(self) -> Layer:
+        """The same with fewer groups, as far as the channels of one leave the least matrix instruction idle. For
+        values that are finite: others times zero are not zero."""
+        most = JOINED // max(self.in_channels, self.out_channels)
+        many = max((f for f in range(1, most + 1) if self.groups % f == 0), default=1)
+        return dataclasses.replace(
+            self,
+            in_channels=self.in_channels * many,
+            out_channels=self.out_channels * many,
+            groups=self.groups // many,
+            joined=self.joined * many,
+        )
 
     @functools.cached_property
     def residues(self) -> tuple[Residue, ...]:

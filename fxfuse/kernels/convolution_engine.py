@@ -185,7 +185,8 @@ class _Call:
 
         if not (given and of.shares is Shared.ALL):
             if self.scaled:
-                arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), in_c, out_c, volume, I32(couts)]
+                ins, outs = (I32(channels.value // shape.joined) for channels in (in_c, out_c))
+                arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
                 blocks = couts + (0 if given else n * told.samples.parts)
                 yield Launch(kernels["measure"], blocks, BLOCK, arguments)
             rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given, scaled=self.scaled)

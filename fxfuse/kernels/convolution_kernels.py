@@ -55,14 +55,15 @@ class Convolution:
         """
         before = epilogue.before != Epilogue.before
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
+        finite = dtype is torch.float32  # what is not is left to the kernel `direct`
         made = specialise(
-            layer,
+            layer.join() if finite else layer,
             pooled=bool(epilogue.combine),
             exact=exact,
             before=before,
             summed=epilogue.combine == "Sum" and not before,
             contiguous=layout == "contiguous",
-            finite=dtype is torch.float32,
+            finite=finite,
             folded=epilogue.fold is not None,
             one=epilogue.fold is not None and not epilogue.fold.keeps,
             keeps=epilogue.keeps,

@@ -183,7 +183,8 @@ def _problem(
             for name in ("stride", "kernel", "padding", "dilation")
             for dim, value in zip("dhw", getattr(layer, name), strict=True)
         },
-        "in_channels": layer.in_channels,
+        "in_channels": layer.in_channels // layer.joined,
+        "joined": layer.joined,
         "runs": len(runs),
         "steps": sum(len(p.steps) for p in made.passes),
         "packed": len(packed_taps(made)) or 1,

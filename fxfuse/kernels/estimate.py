@@ -122,7 +122,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     read = bytes_of(types, (n for n in kernel.reads if n not in there)) + rows + packed
     read += size_of(x) // every if scaled and not rows_there else 0
     written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
-    weight = layer.in_channels * layer.groups * layer.out_channels * made.products
+    weight = layer.in_channels * layer.groups * layer.out_channels // layer.joined * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
     prepares = 0 if all_there else 1 + scaled
     again = scaled and every > 1 and not rows_there

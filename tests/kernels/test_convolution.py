@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import dataclasses
 import itertools
 import math
 from unittest import mock
@@ -18,6 +19,7 @@ from fxfuse.kernels import tiling
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
+    JOINED,
     MOST_BLOCKS,
     PROMOTE_EVERY,
     SHARED_BYTES,
@@ -359,3 +361,17 @@ def test_the_best_fit_is_that_of_the_tiles_that_fit(layer: Layer, extents: tuple
 
             ways = tilings(made, extents, linear=row == 0 or linear)
             assert estimate(found) == min(map(estimate, ways))
+
+
+@given(layers(channels=20), st.integers(1, 48))
+def test_joined_groups_have_the_models_channels(layer: Layer, groups: int) -> None:
+    layer = dataclasses.replace(layer, groups=groups)
+    one = layer.join()
+    assert one.groups * one.joined == layer.groups
+    assert one.in_channels == layer.in_channels * one.joined and one.out_channels == layer.out_channels * one.joined
+    assert one.joined == 1 or max(one.in_channels, one.out_channels) <= JOINED
+    assert one.join() == one
+    # no more of them would fit
+    assert not [
+        f for f in range(2, JOINED + 1) if one.groups % f == 0 and max(one.in_channels, one.out_channels) * f <= JOINED
+    ]

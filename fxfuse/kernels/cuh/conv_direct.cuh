@@ -15,6 +15,12 @@ struct DirectGeometry {
   int64_t channels;        // in all groups
 };
 
+// Output channels of one of the model's groups; `group` and `column` are of those here.
+template <class Problem>
+FXFUSE_INLINE int channels_of(const Geometry& g) {
+  return g.out_channels / Problem::joined;
+}
+
 template <class Problem, class T>
 FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, int n, int group,
                                  int column, int d, int h, int w_) {
@@ -32,10 +38,11 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
                         ud / Problem::stride_d * s.stride.d + uh / Problem::stride_h * s.stride.h +
                         uw / Problem::stride_w * s.stride.w;
         constexpr int volume = Problem::kernel_d * Problem::kernel_h * Problem::kernel_w;
-        const T* weight = w + ((int64_t)group * Problem::in_channels * g.out_channels + column) * volume +
+        const int outs = channels_of<Problem>(g);
+        const T* weight = w + ((int64_t)group * Problem::in_channels * outs + column) * volume +
                           (kd * Problem::kernel_h + kh) * Problem::kernel_w + kw;
         for (int c = 0; c < Problem::in_channels; ++c)
-          sum = fmaf(to_float(from[c * s.stride.c]), to_float(weight[(int64_t)c * g.out_channels * volume]), sum);
+          sum = fmaf(to_float(from[c * s.stride.c]), to_float(weight[(int64_t)c * outs * volume]), sum);
       }
     }
   }
@@ -91,7 +98,7 @@ struct DirectStore {
   template <class Arguments>
   static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int n, int c, int d, int h, int w_) {
-    const int group = c / g.out_channels, column = c - group * g.out_channels;
+    const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
     const float y = direct_value<Problem>(x, w, s, g, n, group, column, d, h, w_) + (a.to.bias ? a.to.bias[c] : 0.f);
     return a.expression(y, n, c, d, h, w_);
   }
@@ -104,7 +111,7 @@ struct DirectPool {
   template <class Arguments>
   static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int n, int c, int d, int h, int w_) {
-    const int group = c / g.out_channels, column = c - group * g.out_channels;
+    const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
     const float bias = a.to.bias ? a.to.bias[c] : 0.f;
     float best = Combine::zero();
     for (int rd = 0; rd < Problem::stride_d; ++rd)

@@ -322,7 +322,8 @@ struct Packed {
 };
 
 // One 16-byte unit per thread: 8 input channels of one output channel at one place. Neighbouring threads read neighbouring
-// taps, and output channels behind those. `blocks` of them for each group, column tile and chunk.
+// taps, and output channels behind those. `blocks` of them for each group, column tile and chunk. Zeros between the
+// channels of the model's groups that are `joined`.
 template <class Problem, class T, class Half16, bool scaled>
 FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
                                 int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
@@ -334,18 +335,20 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
   const bool there = column < out_channels && place.count > 0;
+  const int outs = out_channels / Problem::joined, one = column / outs;  // of the model's groups
   const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
   // of three products of parts the second one has what is left of the weights
   const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
   const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
-  const T* const from = w + ((int64_t)(group * in_channels + first) * out_channels + column) * volume;
+  const T* const from = w + ((int64_t)(group * in_channels + first) * outs + column - one * outs) * volume;
   const int tap = there ? Problem::tap(place.first) : 0;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (Problem::headroom > 0) schedule_barrier();  // sums are made one by one: registers are scarce
-    const T* const at = from + (int64_t)i * out_channels * volume;
-    const bool inside = there && first + i < in_channels;
+    const T* const at = from + (int64_t)i * outs * volume;
+    const bool own = Problem::joined == 1 || (first + i) / Problem::in_channels == one;
+    const bool inside = there && own && first + i < in_channels;
     float v = inside ? to_float(at[tap]) * s : 0.f;
     if (Problem::headroom > 0 && inside)
       for (int k = 1; k < place.count; ++k) v = fmaf(to_float(at[Problem::tap(place.first + k)]), s, v);
