@@ -28,7 +28,7 @@ MOST_RUNS = 64
 ROWS = 64
 #: of results whose matrix rows are channels: elements of a channel that a warp has in shared memory at once, and floats
 #: from one such line to the next, which leaves the banks apart
-LINE, LINE_PITCH = 64, 148
+LINE, LINE_PITCH = 64, 156
 #: channels of groups that are multiplied together: as many as an instruction has products
 JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate

@@ -98,7 +98,7 @@ class Convolution:
         if self.layout == "channels_last":
             return (Store.CHANNELS,)
         if self.made.by_channel:
-            return (Store.SECTORS,)
+            return (Store.SECTORS, Store.STREAM)
         if self.made.pooled and not self.made.merged:
             return (Store.DIRECT,)
         _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride

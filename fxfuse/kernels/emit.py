@@ -195,7 +195,7 @@ def _problem(
         "pitch": made.pitch,
         "accumulator_tiles": made.accumulators[0],
         "accumulators": made.accumulators[1],
-        "at_once": positions_at_once(made) if made.by_channel else 0,
+        "at_once": positions_at_once(made, streams=store is Store.STREAM) if made.by_channel else 0,
         "places": made.places if made.by_channel else 0,
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
@@ -209,7 +209,7 @@ def _problem(
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()}, streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
   using Outbox = fxfuse::{types[2]}<Problem>;

@@ -53,6 +53,7 @@ class Store(enum.Enum):
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
     SECTORS = "w varies fastest: whole sectors, through shared memory of a warp"
+    STREAM = "w varies fastest: one run of whole rows, through shared memory of a warp"
     ONE = "one value of all channels: from registers"
 
 
@@ -286,9 +287,13 @@ def row_runs(made: Specialisation, tiling: Tiling, row: int) -> tuple[int, int]:
     return depth * height, width * step_w
 
 
-def positions_at_once(made: Specialisation) -> int:
-    """Positions, a power of two, whose elements of a channel a warp has in shared memory at once."""
-    return 1 << (LINE // made.layer.stride[2]).bit_length() - 1
+def positions_at_once(made: Specialisation, *, streams: bool = False) -> int:
+    """Positions, a power of two, whose elements of a channel a warp has in shared memory at once.
+
+    ``streams``: they are one run in memory, and lie in shared memory without room between them.
+    """
+    line = min(2 * LINE, made.m_tiles * ROWS * made.layer.stride[2]) if streams else LINE
+    return 1 << (line // made.layer.stride[2]).bit_length() - 1
 
 
 def sectors_fit(made: Specialisation, tiling: Tiling, row: int, itemsize: int) -> bool:
@@ -318,7 +323,8 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     if row == 0:
         return Store.CHANNELS, made.columns
     if made.by_channel:
-        return Store.SECTORS, row_runs(made, tiling, row)[1]
+        runs, longest = row_runs(made, tiling, row)
+        return Store.STREAM if runs == 1 else Store.SECTORS, longest
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     classes, plane = made.stored_classes, stride[1] * stride[2]
     depth, height, width = tiling.box

@@ -34,7 +34,7 @@ def tiling_of(made: Prepared) -> Tiling:
     assert made.convolution is not None and made.schedule.kernel is not None
     assert made.convolution.made.by_channel
     tiling, store = made.convolution.tiling(made.schedule.kernel.sizes)
-    assert store is Store.SECTORS
+    assert store in (Store.SECTORS, Store.STREAM)
     return tiling
 
 
@@ -42,6 +42,7 @@ def tiling_of(made: Prepared) -> Tiling:
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bool]] = {
     "planes, an odd channel size": (lambda: layer(8, 64, 3), (3, 8, 3, 5, 9), F32, False),
     "planes, an even channel size": (lambda: layer(8, 64, 3), (2, 8, 4, 6, 30), F32, False),
+    "several planes of a part": (lambda: layer(8, 64, 3), (2, 8, 3, 3, 9), F32, False),
     "rows that fill no tile": (lambda: layer(20, 48, 5, bias=False), (2, 20, 2, 3, 41), F32, False),
     "many tiles": (lambda: layer(3, 128, (1, 3, 3), padding=(0, 1, 1)), (2, 3, 2, 40, 37), F32, False),
     "float16": (lambda: layer(16, 100, 3, F16), (2, 16, 3, 6, 29), F16, False),
@@ -165,11 +166,18 @@ BROKEN = {
         "__syncwarp();\n          send(sent", "send(sent"),
     "written before it is read": (
         "          }\n          __syncwarp();\n        }\n      }\n  }", "          }\n        }\n      }\n  }"),
-    "places of another tile": (" && known[3] == t.skip) return;", ") return;"),
+    "a run of another tile": (" && known[3] == t.skip) return;", ") return;"),
     "incomplete sectors are forgotten": ("if (turn + 1 < Table::turns) {", "if (false) {"),
     "elements outside count": (
         "results(y, q, k), inside[q][k / 32] >> (k & 31) & 1)", "results(y, q, k), true)"),
-    "brief runs are forgotten": ("brief = shortest", "brief = false && shortest"),
+    "a run is read before it is written": (
+        "          bulk_after_shared();\n          __syncwarp();\n", "          bulk_after_shared();\n"),
+    "a run is written before it is read": (
+        "          stored_bytes_read();\n          __syncwarp();\n          if", "          if"),
+    "what a run's sector has is forgotten": (
+        "          if (turn > 0) ((uint2*)(mine + sector - frame))[part] = rest;\n", ""),
+    "a run begins with its sector": ("from = sector > shift ? sector : shift;", "from = sector;"),
+    "where a run ends is forgotten": ("end < 2 * unit - 2; end += 4", "end < 0; end += 4"),
 }  # fmt: skip
 
 
@@ -196,8 +204,7 @@ def _some(why: str) -> None:
     """Of the tests above those that should see it."""
     if "count" in why:
         test_statistics(1, F32)
-    elif "brief" in why:
-        test_a_part_of_less_than_a_unit(1, F32)
     else:
-        for name in ("many tiles", "planes, an odd channel size", "classes along w, two rows at once"):
+        of_runs = ("many tiles", "planes, an odd channel size", "taps far apart")
+        for name in of_runs if "run" in why else ("several planes of a part", "classes along w, two rows at once"):
             test_sectors(name)

@@ -1,7 +1,8 @@
 // What becomes of accumulators whose matrix rows are output channels (`by_channel`): a thread has two channels of every 64,
 // with up to 64 positions each, so that what belongs to a channel is in registers; a warp has whole channels. It puts
 // some positions of eight of them into shared memory, one line per channel, and sends those sectors of memory that are
-// complete; one that is not waits there for the next positions.
+// complete; one that is not waits there for the next positions. What of a part is one run in memory (`streams`) goes out
+// by bulk copies.
 #pragma once
 #include "conv_gather.cuh"
 
@@ -35,11 +36,12 @@ struct SectorPlace {
 template <class Problem>
 struct SectorTable {
   static constexpr int positions = Problem::m_tiles * 64, turns = positions / Problem::at_once;
+  static constexpr int kOffsets = Problem::streams ? 1 : kMostAlign + Problem::places + 2 * kMostAlign;  // of one run it is the place
   struct Group {
     alignas(8) int at[positions];                                // where a position's results go in a line, in bytes
     int packed[positions];                                       // the position in the box, ten bits per dim
     unsigned char inside[positions];                             // one bit per class
-    int offset[kMostAlign + Problem::places + 2 * kMostAlign];   // of a place in memory; -1 where there is nothing
+    int offset[kOffsets];                                        // of a place in memory; -1 where there is nothing
     int begin[turns + 1];                                        // the first place of each turn
     int known[4];                                                // what all of it is made for
   };
@@ -57,10 +59,10 @@ struct Sectors {
   const Tile& t;
   int stride_d, stride_h;
   bool merged;      // rows of a position in d follow each other in memory
-  bool brief;       // of a run there may be less than a unit
   int apart, rows;  // places from one run to the next; region rows in front of the part
   int start;        // offset in front of a linear part's first position
   int size_d, size_h, size_w;  // positions of the box that are in the tensor; of w, elements
+  int length;                  // elements of the tensor in a part that is one run
 
   FXFUSE_INLINE Sectors(const Destination<Out>& to, const Geometry& g, const Tile& t, const Residue& residue, int group)
       : g(g), t(t), stride_d((int)to.stride.d), stride_h(g.out_w) {  // of a tensor with one row, its stride may be any
@@ -84,7 +86,7 @@ struct Sectors {
         longest = end - start, shortest = (end < last ? end : last) - start;
       }
     }
-    brief = shortest < 16 / (int)sizeof(Out);
+    length = size_d > 0 && shortest > 0 ? min(shortest, size_h * stride_h) : 0;
     apart = (longest + 3 * align - 3) & ~(align - 1);
   }
   // Of the row `at` of a plane of the region, or of the next one that is a position.
@@ -119,8 +121,9 @@ struct Sectors {
     if (known[0] == size_d && known[1] == size_h && known[2] == size_w && known[3] == t.skip) return;
     named_barrier(1 + group, 128);  // it has been read
     const int thread = threadIdx.x & 127;
-    if (Problem::keeps) {
-      for (int i = thread; i < kMostAlign + Problem::places + 2 * kMostAlign; i += 128) table.offset[i] = -1;
+    constexpr bool offsets = Problem::keeps && !Problem::streams;
+    if (offsets) {
+      for (int i = thread; i < SectorTable<Problem>::kOffsets; i += 128) table.offset[i] = -1;
       named_barrier(1 + group, 128);
     }
     for (int p = thread; p < SectorTable<Problem>::positions; p += 128) {
@@ -135,17 +138,20 @@ struct Sectors {
         for (int q = 0; q < Problem::residues; ++q)
           if (x * Problem::stride_w + q < size_w) {
             classes |= 1 << q;
-            if (Problem::keeps) table.offset[kMostAlign + at + q] = to + q;
+            if (offsets) table.offset[kMostAlign + at + q] = to + q;
           }
         table.at[p] = (at - frame) * (int)sizeof(Out);
       }
-      if (!classes) table.at[p] = Problem::pitch * 4 - 2 * kSector;  // what is not stored goes there
+      // what is not stored goes behind all that is
+      if (!classes) table.at[p] = Problem::pitch * 4 - (Problem::streams ? (align + 4) * (int)sizeof(Out) : 2 * kSector);
       table.inside[p] = classes;
       table.packed[p] = z << 20 | y << 10 | x;
     }
-    if (thread <= SectorTable<Problem>::turns)
-      table.begin[thread] = next_place(thread == SectorTable<Problem>::turns ? SectorTable<Problem>::positions - 1 : thread * Problem::at_once) +
-                            (thread == SectorTable<Problem>::turns ? Problem::stride_w : 0);
+    if (thread <= SectorTable<Problem>::turns) {
+      const bool end = thread == SectorTable<Problem>::turns;
+      const int begin = end ? next_place(SectorTable<Problem>::positions - 1) + Problem::stride_w : next_place(thread * Problem::at_once);
+      table.begin[thread] = Problem::streams && (end || begin > length) ? length : begin;
+    }
     if (thread == 0) known[0] = size_d, known[1] = size_h, known[2] = size_w, known[3] = t.skip;
     named_barrier(1 + group, 128);
   }
@@ -227,7 +233,10 @@ struct StoreSectors {
     const Sectors<Problem, Out> sectors(a.to, g, t, residue, group);
     sectors.fill(table, group);
     if constexpr (Problem::gathers) gather(acc, residue, pass);
-    if constexpr (Problem::keeps) keep(acc, residue, sectors.start, sectors.brief);
+    if constexpr (Problem::streams)
+      stream(acc, residue, sectors.start);
+    else if constexpr (Problem::keeps)
+      keep(acc, residue);
     named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
   }
   FXFUSE_INLINE void finish() {}
@@ -306,10 +315,10 @@ struct StoreSectors {
 
   // Stores the results. A warp's eight lines are those of eight channels: four threads with the same accumulators write
   // a line, eight others read it, so that they write whole lines of memory.
-  FXFUSE_INLINE void keep(Accumulators& acc, const Residue& residue, int start, bool brief) {
+  FXFUSE_INLINE void keep(Accumulators& acc, const Residue& residue) {
     const Tile& t = place.box;
     Out* const sample = a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
-                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w + start;
+                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w;
     Out* const lines = (Out*)(this->lines.memory + place.warp * 8 * Problem::pitch);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
@@ -333,23 +342,10 @@ struct StoreSectors {
         Out* const mine = lines + line * kPitch;
 #pragma unroll
         for (int turn = 0; turn < Table::turns; ++turn) {
-          constexpr int each = Problem::at_once / 4;
-          int2 at[each / 2];  // all of them are on their way before the first is used
-#pragma unroll
-          for (int k = 0; k < each; k += 2)
-            at[k / 2] = *(const int2*)&table.at[ChannelResults<Problem, Expression>::position(turn * each + k, place.lane)];
           const int begin = table.begin[turn], until = table.begin[turn + 1];
-          char* const to = (char*)(mine + shift);
-#pragma unroll
-          for (int k = 0; k < each; k += 2)
-#pragma unroll
-            for (int q = 0; q < kClasses; ++q) {
-              float one = of(acc, i, r, q, turn * each + k), two = of(acc, i, r, q, turn * each + k + 1);
-              if (!Problem::gathers) one = results(one, q, turn * each + k), two = results(two, q, turn * each + k + 1);
-              ((Out*)(to + at[k / 2].x))[q] = from_float<Out>(one), ((Out*)(to + at[k / 2].y))[q] = from_float<Out>(two);
-            }
+          put(acc, results, i, r, turn, (char*)(mine + shift));
           __syncwarp();
-          send(sent, begin, until, turn + 1 == Table::turns, brief);
+          send(sent, begin, until, turn + 1 == Table::turns);
           if (turn + 1 < Table::turns) {  // what is there of the next sector goes to where the next turn expects it
             const int end = until + shift & ~(align - 1);
             const uint2 rest = ((const uint2*)(mine + end - (begin & ~(align - 1))))[place.lane & 3];
@@ -357,6 +353,70 @@ struct StoreSectors {
             ((uint2*)(mine + end - (until & ~(align - 1))))[place.lane & 3] = rest;
           }
           __syncwarp();
+        }
+      }
+  }
+
+  // Puts results of the thread's channel into its line, for one turn.
+  FXFUSE_INLINE void put(Accumulators& acc, const ChannelResults<Problem, Expression>& results, int i, int r, int turn, char* to) const {
+    constexpr int each = Problem::at_once / 4;
+    int2 at[each / 2];  // all of them are on their way before the first is used
+#pragma unroll
+    for (int k = 0; k < each; k += 2)
+      at[k / 2] = *(const int2*)&table.at[ChannelResults<Problem, Expression>::position(turn * each + k, place.lane)];
+#pragma unroll
+    for (int k = 0; k < each; k += 2)
+#pragma unroll
+      for (int q = 0; q < kClasses; ++q) {
+        float one = of(acc, i, r, q, turn * each + k), two = of(acc, i, r, q, turn * each + k + 1);
+        if (!Problem::gathers) one = results(one, q, turn * each + k), two = results(two, q, turn * each + k + 1);
+        ((Out*)(to + at[k / 2].x))[q] = from_float<Out>(one), ((Out*)(to + at[k / 2].y))[q] = from_float<Out>(two);
+      }
+  }
+
+  // The same where the part is one run: places are offsets. The four threads of a channel send its line, one by a bulk copy,
+  // and each of them an element of what is in front of 16 bytes or behind them.
+  FXFUSE_INLINE void stream(Accumulators& acc, const Residue& residue, int start) {
+    const Tile& t = place.box;
+    Out* const sample = a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
+                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w + start;
+    Out* const mine = (Out*)(lines.memory + place.warp * 8 * Problem::pitch) + place.lane / 4 * kPitch;
+    const int part = place.lane & 3;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        schedule_barrier();
+        const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
+        Out* const out = sample + (t.group * g.out_channels + t.column * Problem::columns + column(i, r)) * a.to.stride.c;
+        const int shift = (int)((uint64_t)out / sizeof(Out)) & (align - 1);
+        int carried = 0;  // where the last turn left off, in the line
+#pragma unroll
+        for (int turn = 0; turn < Table::turns; ++turn) {
+          const bool last = turn + 1 == Table::turns;
+          const int begin = table.begin[turn], until = table.begin[turn + 1], frame = begin & ~(align - 1);
+          // elements of the line, from the sector on where the run begins: at `shift`
+          const int sector = begin + shift & ~(align - 1), from = sector > shift ? sector : shift;
+          const int to = last ? until + shift : until + shift & ~(align - 1);
+          uint2 rest;  // what is there of a sector that this turn completes
+          if (turn > 0) rest = ((const uint2*)(mine + carried))[part];
+          stored_bytes_read();
+          __syncwarp();
+          if (turn > 0) ((uint2*)(mine + sector - frame))[part] = rest;
+          if (turn > 0) __syncwarp();
+          put(acc, results, i, r, turn, (char*)(mine + shift));
+          bulk_after_shared();
+          __syncwarp();
+          if (there(i, r) && from < to) {
+            const int head = min(-from & (unit - 1), to - from), body = to - from - head & ~(unit - 1);
+            if (part == 0 && body > 0) store_bytes(out - shift + from + head, mine + from + head - frame, body * (uint32_t)sizeof(Out));
+#pragma unroll
+            for (int end = part; end < 2 * unit - 2; end += 4) {
+              const int k = from + (end < head ? end : end + body);
+              if (k < to) out[k - shift] = mine[k - frame];
+            }
+          }
+          carried = to - frame;
         }
       }
   }
@@ -371,7 +431,7 @@ struct StoreSectors {
     bool there;
   };
   // The sectors that places from `begin` until `until` complete; the last turn's incomplete one, too.
-  FXFUSE_INLINE void send(const Sent (&sent)[2], int begin, int until, bool last, bool brief) const {
+  FXFUSE_INLINE void send(const Sent (&sent)[2], int begin, int until, bool last) const {
     const int frame = begin & ~(align - 1), part = (place.lane & 7) * unit;
     int at[2], end[2];  // the thread's unit, and where units end
 #pragma unroll
@@ -383,7 +443,7 @@ struct StoreSectors {
     do {
       uint4 data[2][kAtOnce];
       int from[2][kAtOnce], to[2][kAtOnce];  // offsets of a unit's first and last element
-      bool parts = brief;
+      bool parts = false;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -405,7 +465,7 @@ struct StoreSectors {
         for (int h = 0; h < 2; ++h)
 #pragma unroll
           for (int m = 0; m < kAtOnce; ++m)
-            if ((from[h][m] ^ to[h][m]) < 0 || (brief && at[h] + m * 8 * unit < end[h])) {
+            if ((from[h][m] ^ to[h][m]) < 0) {
 #pragma unroll
               for (int e = 0; e < unit; ++e) {
                 const int one = sent[h].offset[at[h] + m * 8 * unit + e];
