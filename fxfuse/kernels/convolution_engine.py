@@ -34,7 +34,6 @@ from fxfuse.kernels.arguments import (
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
-from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
@@ -202,7 +201,7 @@ class _Call:
             )  # fmt: skip
             if guesses and not given:
                 yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
-        geometry = _geometry(n, of.extents, made, tiling, layer.output.itemsize)
+        geometry = _geometry(n, x.shape[2], of.extents, made, tiling, layer.output.itemsize)
         yield Launch(
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
@@ -292,16 +291,18 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
     return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
 
 
-def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:
-    """What all kernels behind `prepare` are told of sizes and tiles. ``itemsize``: of results."""
+def _geometry(
+    samples: int, depth: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int
+) -> Geometry:
+    """What kernels behind `prepare` are told of sizes and tiles. ``depth``: planes of x; ``itemsize``: of results."""
     layer = made.layer
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
-        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *reach(layer.residues)[0],
+        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
-        made.weight_bytes, outbox_blocks(made, tiling, itemsize),
+        made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
     )  # fmt: skip
 
 

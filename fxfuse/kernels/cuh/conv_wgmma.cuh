@@ -12,8 +12,9 @@
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
-// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i),
-// step(i), run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
+// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
+// apart); static functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma,
+// the instruction for a run of residues.
 #pragma once
 #include "ptx.cuh"
 
@@ -44,6 +45,7 @@ struct Geometry {
   int out_channels;                  // per group
   int weight_bytes;                  // of one group and column tile, packed
   int outbox_blocks;                 // of a multiplying warpgroup
+  int in_d;                          // planes of x
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
@@ -77,6 +79,19 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
 FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
   t.d += group * g.half_d, t.h += group * g.half_h, t.w += group * g.half_w;
   return t;
+}
+
+// Slabs of x that the steps of a tile read, by the d of the steps: those from `begin` to `end` have planes of x, the others
+// are padding. Products with them are left out, where they are told apart.
+struct Slabs {
+  int begin, end;
+};
+
+template <class Problem>
+FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t) {
+  if constexpr (Problem::slabs == 1) return {0, 1};
+  const int first = t.d + g.low_d, begin = 1 - g.tile_d - first, end = g.in_d - first;
+  return {min(max(begin, 0), Problem::slabs), min(max(end, 0), Problem::slabs)};
 }
 
 constexpr int kConsumers = 2;                     // warpgroups that multiply
@@ -115,6 +130,7 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
   bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, t);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
     for (int pass = 0; pass < Problem::passes; ++pass) {
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
@@ -132,13 +148,16 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
           xs.template next<Problem::x_buffers>();
         }
         for (int s = begin; s < end; ++s) {
-          const uint32_t bytes = Problem::step(s).batch * 16u;
+          const Step step = Problem::step(s);
+          const uint32_t bytes = step.batch * 16u;
           if (bytes == 0) continue;
-          barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);
-          barrier_expect(&barriers.full[ws.slot], bytes);
-          copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &barriers.full[ws.slot]);
+          if (Problem::slabs == 1 || (step.d >= slabs.begin && step.d < slabs.end)) {
+            barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);
+            barrier_expect(&barriers.full[ws.slot], bytes);
+            copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &barriers.full[ws.slot]);
+            ws.template next<Problem::stages>();
+          }
           from += bytes;
-          ws.template next<Problem::stages>();
         }
       }
     }
@@ -179,11 +198,12 @@ template <class Problem, int r>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
                             float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
-                            uint32_t stages, int pass, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
+                            uint32_t stages, int pass, Slabs slabs, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
-  const int begin = Problem::run_begin(pass, r), end = Problem::run_begin(pass, r + 1);
-  if ((!Problem::idle && Problem::runs == 1) || begin < end) {
+  int begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
+  if constexpr (Problem::slabs > 1) settle(begin), settle(end);  // read once, not for every step
+  if ((!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
     StepAddress step = steps[begin];
@@ -235,7 +255,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     ring.template next<Problem::stages>();
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, slabs, full, empty, ring, leader);
 }
 
 template <class Problem>
@@ -262,7 +282,9 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    place.move(g, tile_at(g, index), group, warp);
+    const Tile tile = tile_at(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, tile);
+    place.move(g, tile, group, warp);
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
@@ -280,7 +302,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
-          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, barriers.full, barriers.empty, ws, leader);
+          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, slabs, barriers.full, barriers.empty, ws, leader);
           if (!Problem::resident || pass + 1 == Problem::passes) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
