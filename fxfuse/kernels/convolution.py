@@ -174,6 +174,8 @@ class Specialisation:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
         static = 832 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
+        if self.by_slab:  # barriers
+            static += 16 * self.slabs
         if self.by_channel:  # where positions lie
             static += CONSUMERS * (self.m_tiles * ROWS * 9 + (self.places + 96) * 4)
         return (SHARED_BYTES - static) // 1024 * 1024
@@ -283,6 +285,14 @@ class Specialisation:
         apart, together = (sum(len(self._batches(p.steps, n)) for p in self.passes) for n in (slabs, 1))
         padding = 1 - self._multiplied(TYPICAL_PLANES, 1)
         return slabs if padding > 0 and (apart - together) * BATCH <= together * padding else 1
+
+    @functools.cached_property
+    def by_slab(self) -> bool:
+        """Whether x is copied slab by slab: products with the others go on meanwhile, where there is one buffer for
+        several chunks of channels.
+        """
+        runs = {(s.first, s.count) for p in self.passes for s in p.steps}
+        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and len(runs) == 1
 
     def multiplied(self, planes: int, each: int) -> float:
         """Part of the products that is not left out in tiles of ``each`` of an output's ``planes`` of positions."""

@@ -37,7 +37,7 @@ from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolut
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiling import Extents, Store, Tiling, outbox_blocks, region_stride
+from fxfuse.kernels.tiling import Extents, Store, Tiling, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
@@ -127,7 +127,8 @@ class _Call:
         self.rows_shape = (n, *sizes, width)
         of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
         self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
-        self.box, self.chunk = tiling.region, made.chunk
+        planes, *plane = tiling.region
+        self.box, self.chunk = (planes if first_planes(made, tiling) == planes else 1, *plane), made.chunk
         every = sampled(n, each) if self.scaled else 1
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         slots = layer.slots(stored) if epilogue.gathers else 0
@@ -302,7 +303,7 @@ def _geometry(
         tiling.linear, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
-        made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
+        made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth, first_planes(made, tiling),
     )  # fmt: skip
 
 

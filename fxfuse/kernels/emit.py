@@ -213,7 +213,7 @@ def _problem(
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()}, by_slab = {str(made.by_slab).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
   using Outbox = fxfuse::{types[2]}<Problem>;

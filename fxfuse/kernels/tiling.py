@@ -41,6 +41,8 @@ ROWS_RATE, LAUNCHES_X, LAUNCHES_WEIGHTS, LAUNCHES = 2.6e12, 6e-6, 4e-6, 5e-6
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
 MOST_COPIED = 256
+#: rows of shared memory after which the order of their units repeats: copies begin there
+SWIZZLED = 8
 
 Extents = tuple[int, int, int]
 
@@ -276,6 +278,15 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     if best is None:
         raise Unsupported(f"no tile of {extents} positions fits into shared memory")
     return best[1]
+
+
+def first_planes(made: Specialisation, tiling: Tiling) -> int:
+    """Planes of the region that are copied together, before others come one by one: all, where these do not begin where
+    copies may.
+    """
+    planes, *plane = tiling.region
+    apart = made.by_slab and math.prod(plane) % SWIZZLED == 0
+    return tiling.tile[0] if apart else planes
 
 
 def multiply_seconds(made: Specialisation, tiling: Tiling, extents: Extents) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.tiling import Tiling
+from fxfuse.kernels.tiling import Tiling, first_planes
 
 pytestmark = needs_compiler
 
@@ -37,25 +38,38 @@ def slabs_always() -> Iterator[None]:
         yield
 
 
-def made_for(layer: Layer, x: Tensor, *, exact: bool, by_channel: bool) -> tuple[Convolution, tuple[int, ...]]:
-    """The kernels, and the sizes of what they give."""
+def made_for(
+    layer: Layer, x: Tensor, *, exact: bool, by_channel: bool, by_slab: bool = False
+) -> tuple[Convolution, tuple[int, ...]]:
+    """The kernels, and the sizes of what they give. ``by_slab``: x has one buffer, and is copied slab by slab."""
     geometry = zip(x.shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel, strict=True)
     extents = tuple((n - 1) * s - 2 * p + e * (k - 1) + 1 for n, s, p, e, k in geometry)
     with by_channel_always() if by_channel else by_channel_never():
         made = Convolution.of(layer, x.dtype, x.dtype, x.dtype, Epilogue(), exact=exact, extents=extents)
-    assert made.made.by_channel == by_channel and made.made.slabs > 1
+    if by_slab:
+        made = dataclasses.replace(made, made=dataclasses.replace(made.made, x_buffers=1))
+    assert made.made.by_channel == by_channel and made.made.slabs > 1 and (made.made.by_slab or not by_slab)
     return made, extents
 
 
-def check(layer: Layer, sizes: tuple[int, ...], dtype: torch.dtype, *, exact: bool, by_channel: bool) -> None:
+def check(
+    layer: Layer,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    exact: bool = False,
+    by_channel: bool = False,
+    by_slab: bool = False,
+    seed: int = 7,
+) -> tuple[Specialisation, Tiling]:
     """What the kernels give is torch's, of no more products than that needs."""
     torch.manual_seed(0)
     x = torch.randn(2, layer.in_channels * layer.groups, *sizes).to(dtype)
     w = torch.randn(layer.in_channels * layer.groups, layer.out_channels, *layer.kernel).to(dtype)
     b = torch.randn(layer.out_channels * layer.groups).to(dtype)
-    made, extents = made_for(layer, x, exact=exact, by_channel=by_channel)
+    made, extents = made_for(layer, x, exact=exact, by_channel=by_channel, by_slab=by_slab)
     shape = (2, layer.out_channels * layer.groups, *extents)
-    with emulated(seed=7) as given:
+    with emulated(seed) as given:
         out = given.empty(shape, torch.empty(shape, device="meta").stride(), dtype)
         Calls(made, extents).run(x, w, b, out)
     how = layer.stride, layer.padding, 0, layer.groups, layer.dilation
@@ -66,6 +80,7 @@ def check(layer: Layer, sizes: tuple[int, ...], dtype: torch.dtype, *, exact: bo
     wanted, every = products(made.made, tiling, sizes[0])
     assert given.products == 2 * layer.groups * made.made.column_tiles * wanted
     assert wanted < every
+    return made.made, tiling
 
 
 def products(made: Specialisation, tiling: Tiling, depth: int) -> tuple[int, int]:
@@ -111,7 +126,28 @@ def test_padding_is_not_multiplied(name: str, by_channel: bool) -> None:
 @pytest.mark.parametrize("name", STRIDED)
 def test_padding_is_not_multiplied_in_passes(name: str) -> None:
     layer, sizes, dtype, exact = STRIDED[name]
-    check(layer, sizes, dtype, exact=exact, by_channel=False)
+    check(layer, sizes, dtype, exact=exact)
+
+
+#: layer of several chunks of channels, sizes of x, dtype, whether channels are rows, planes that come together
+APART: dict[str, tuple[Layer, tuple[int, int, int], torch.dtype, bool, int]] = {
+    "planes": (Layer(48, 64, 1, (5, 3, 3), ONE, NONE, ONE), (6, 14, 20), F16, True, 1),
+    "two planes at once": (Layer(48, 136, 1, (3, 3, 2), ONE, NONE, ONE), (5, 6, 22), F16, True, 2),
+    "positions": (Layer(48, 24, 1, (5, 3, 3), ONE, NONE, ONE), (3, 6, 20), F16, False, 1),
+    "float32's own accuracy": (Layer(24, 64, 1, (5, 2, 2), ONE, NONE, ONE), (3, 5, 10), F32, True, 2),
+    "passes, groups": (Layer(48, 64, 2, (5, 2, 3), (2, 1, 1), NONE, ONE), (3, 5, 20), F16, True, 2),
+    "dilation": (Layer(48, 64, 1, (3, 2, 2), ONE, NONE, (3, 1, 1)), (4, 4, 19), F16, True, 2),
+    "positions that read nothing": (Layer(48, 64, 1, (2, 2, 2), ONE, NONE, (5, 1, 1)), (2, 4, 18), F16, True, 2),
+    "planes that begin anywhere": (Layer(48, 64, 1, (3, 1, 4), ONE, NONE, ONE), (4, 5, 19), F16, True, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", APART)
+def test_slabs_are_copied_one_by_one(name: str, seed: int) -> None:
+    layer, sizes, dtype, by_channel, together = APART[name]
+    made, tiling = check(layer, sizes, dtype, exact=dtype is F32, by_channel=by_channel, by_slab=True, seed=seed)
+    assert first_planes(made, tiling) == together
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool3d(2), nn.MaxPool3d(2)], ids=str)
@@ -138,6 +174,10 @@ BROKEN = {
     "a slab behind x is left out too early": ("end = g.in_d - first", "end = g.in_d - first - 1"),
     "a slab behind x is read": ("end = g.in_d - first", "end = g.in_d - first + 1"),
     "no product at all": (" && Problem::slabs == 1) || begin < end) {", ") || begin < end) {"),
+    "x, by slab, is not waited for": ("barrier_wait(&barriers.x_full[came], apart.phase(came))", ""),
+    "x, by slab, is overwritten": ("barrier_wait(&barriers.x_empty[k], ring.phase(k) ^ 1);", ""),
+    "x, by slab, is given back early": ("gone + g.first_planes <= slab;", "gone + g.first_planes <= slab + 1;"),
+    "phases, by slab, of what was left out": ("next(SlabRing::first(g, slabs), came);", "next(0, Problem::slabs);"),
 }  # fmt: skip
 
 
@@ -152,9 +192,19 @@ def test_what_is_broken_shows(why: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(device, "library", library)
     kept = source.read_text("utf-8")
     source.write_text(device.translated(whole.replace(text, instead)), "utf-8")
-    name = "positions that read nothing" if "no product" in why else "float32, padded"
     try:
         with pytest.raises((AssertionError, EmulationError)):
-            test_padding_is_not_multiplied(name, True)
+            _some(why)
     finally:
         source.write_text(kept, "utf-8")
+
+
+def _some(why: str) -> None:
+    """Of the tests above those that should see it."""
+    if "by slab" in why:
+        for seed in range(8):
+            test_slabs_are_copied_one_by_one("planes", seed)
+    else:
+        test_padding_is_not_multiplied(
+            "positions that read nothing" if "no product" in why else "float32, padded", True
+        )
