@@ -20,19 +20,20 @@ def by_channel_always() -> Iterator[None]:
     def seconds(made: Specialisation, *rest: Any) -> float:
         return usual(made, *rest) * (1 if made.by_channel else 1e6)
 
-    with _chosen_anew(), mock.patch.object(specialise, "_seconds", seconds):
+    with chosen_anew(), mock.patch.object(specialise, "_seconds", seconds):
         yield
 
 
 @contextlib.contextmanager
 def by_channel_never() -> Iterator[None]:
     """Positions are rows, as for all other layers."""
-    with _chosen_anew(), mock.patch.object(specialise, "_by_channel", return_value=[]):
+    with chosen_anew(), mock.patch.object(specialise, "_by_channel", return_value=[]):
         yield
 
 
 @contextlib.contextmanager
-def _chosen_anew() -> Iterator[None]:
+def chosen_anew() -> Iterator[None]:
+    """No layer has a kernel yet, nor has one afterwards."""
     _forget()
     yield
     _forget()

@@ -26,7 +26,7 @@ class Geometry(ctypes.Structure):
         *((n, I32) for n in ("low_d", "low_h", "low_w", "row_group")),
         ("row_base", I32 * 8),
         *((n, I32) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
-        ("outbox_blocks", I32),
+        *((n, I32) for n in ("outbox_blocks", "in_d", "first_planes")),
     ]
 
 

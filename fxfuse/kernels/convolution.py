@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 
 from fxfuse.kernels.geometry import Residue, Step, reach, residues_of
@@ -33,6 +34,9 @@ LINE, LINE_PITCH = 64, 156
 JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
+#: slabs of x along d that may be told apart; planes of positions of which that should pay, and what part of the time of
+#: a full batch of weights one batch more takes: a guess
+MOST_SLABS, TYPICAL_PLANES, BATCH = 16, 32, 0.1
 
 
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
@@ -79,6 +83,16 @@ class Layer:
     @functools.cached_property
     def residues(self) -> tuple[Residue, ...]:
         return residues_of(self.kernel, self.stride, self.padding, self.dilation)
+
+    @functools.cached_property
+    def reach(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """The least and the greatest delta per dim."""
+        return reach(self.residues)
+
+    def planes_read(self, planes: int) -> int:
+        """Planes of x of which an output has so many planes of positions, about."""
+        kernel, stride, padding, dilation = (of[0] for of in (self.kernel, self.stride, self.padding, self.dilation))
+        return (stride * planes + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
     @property
     def volume(self) -> int:
@@ -160,6 +174,8 @@ class Specialisation:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
         static = 832 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
+        if self.by_slab:  # barriers
+            static += 16 * self.slabs
         if self.by_channel:  # where positions lie
             static += CONSUMERS * (self.m_tiles * ROWS * 9 + (self.places + 96) * 4)
         return (SHARED_BYTES - static) // 1024 * 1024
@@ -216,16 +232,18 @@ class Specialisation:
     @functools.cached_property
     def halo(self) -> tuple[int, int, int]:
         """Positions of x per dim that taps reach beyond those of the output."""
-        low, high = reach(self.layer.residues)
+        low, high = self.layer.reach
         return high[0] - low[0], high[1] - low[1], high[2] - low[2]
 
     @functools.cached_property
     def pass_cycles(self) -> float:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
-        chunks = self.chunks * self.chunk // 16
+        return self._cycles(self.passes) * (self.chunks * self.chunk // 16)
+
+    def _cycles(self, passes: tuple[Pass, ...]) -> float:
         if self.by_channel:
-            return cycles_by_channel(self.passes, self.columns, self.m_tiles * ROWS) * chunks
-        return cycles(self.passes, self.columns) * chunks
+            return cycles_by_channel(passes, self.columns, self.m_tiles * ROWS)
+        return cycles(passes, self.columns)
 
     @property
     def products(self) -> int:
@@ -256,19 +274,64 @@ class Specialisation:
         same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
         return Shared.ALL if same else Shared.ROWS
 
+    @functools.cached_property
+    def slabs(self) -> int:
+        """Slabs of x along d that steps are told apart by, so that products with padding are left out: the planes that
+        a tile's positions read, for each delta along d. One where that would make many small batches.
+        """
+        slabs = self.halo[0] + 1
+        if not 1 < slabs <= MOST_SLABS:
+            return 1
+        apart, together = (sum(len(self._batches(p.steps, n)) for p in self.passes) for n in (slabs, 1))
+        padding = 1 - self._multiplied(TYPICAL_PLANES, 1)
+        return slabs if padding > 0 and (apart - together) * BATCH <= together * padding else 1
+
+    @functools.cached_property
+    def by_slab(self) -> bool:
+        """Whether x is copied slab by slab: products with the others go on meanwhile, where there is one buffer for
+        several chunks of channels.
+        """
+        runs = {(s.first, s.count) for p in self.passes for s in p.steps}
+        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and len(runs) == 1
+
+    def multiplied(self, planes: int, each: int) -> float:
+        """Part of the products that is not left out in tiles of ``each`` of an output's ``planes`` of positions."""
+        return self._multiplied(planes, each) if self.slabs > 1 else 1.0
+
+    def _multiplied(self, planes: int, each: int) -> float:
+        return _not_padding(self._slab_parts, self.layer.reach[0][0], self.layer.planes_read(planes), planes, each)
+
+    @functools.cached_property
+    def _slab_parts(self) -> tuple[float, ...]:
+        """Of the time of all products the part of each slab."""
+        low = self.layer.reach[0][0]
+        slabs = [0.0] * (self.halo[0] + 1)
+        for step in (s for p in self.passes for s in p.steps):
+            slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
+        return tuple(s / sum(slabs) for s in slabs)
+
     def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:
-        """Steps that share a stage: neighbours of the same run."""
+        """Steps that share a stage: neighbours of the same run and slab, about as many in each."""
+        return self._batches(steps, self.slabs)
+
+    def _batches(self, steps: tuple[Step, ...], slabs: int) -> list[list[Step]]:
         found: list[list[Step]] = []
-        room = 0
-        for step in steps:
-            size = self.step_bytes(step)
-            full = size > room or (self.exact and len(found[-1]) * self.chunk >= PROMOTE_EVERY)
-            if full or (step.first, step.count) != (found[-1][0].first, found[-1][0].count):
-                found.append([])
-                room = STAGE_BYTES
-            found[-1].append(step)
-            room -= size
+        for _, group in itertools.groupby(steps, lambda s: (s.first, s.count, s.delta[0] if slabs > 1 else 0)):
+            same = [*group]
+            room = STAGE_BYTES // self.step_bytes(same[0])
+            if self.exact:
+                room = min(room, -(-PROMOTE_EVERY // self.chunk))
+            count = -(-len(same) // room)
+            cuts = [i * len(same) // count for i in range(count + 1)]
+            found += [same[a:b] for a, b in itertools.pairwise(cuts)]
         return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _not_padding(parts: tuple[float, ...], low: int, depth: int, planes: int, each: int) -> float:
+    """Of products of which slabs have these ``parts``, the first one at ``low``, the part that reads planes of x."""
+    tiles = range(low, low + planes, each)
+    return sum(part for first in tiles for d, part in enumerate(parts) if -each < first + d < depth) / len(tiles)
 
 
 def cycles(passes: tuple[Pass, ...], columns: int) -> float:

@@ -34,11 +34,10 @@ from fxfuse.kernels.arguments import (
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
-from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiling import Extents, Store, Tiling, outbox_blocks, region_stride
+from fxfuse.kernels.tiling import Extents, Store, Tiling, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
@@ -128,7 +127,8 @@ class _Call:
         self.rows_shape = (n, *sizes, width)
         of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
         self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
-        self.box, self.chunk = tiling.region, made.chunk
+        planes, *plane = tiling.region
+        self.box, self.chunk = (planes if first_planes(made, tiling) == planes else 1, *plane), made.chunk
         every = sampled(n, each) if self.scaled else 1
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         slots = layer.slots(stored) if epilogue.gathers else 0
@@ -202,7 +202,7 @@ class _Call:
             )  # fmt: skip
             if guesses and not given:
                 yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
-        geometry = _geometry(n, of.extents, made, tiling, layer.output.itemsize)
+        geometry = _geometry(n, x.shape[2], of.extents, made, tiling, layer.output.itemsize)
         yield Launch(
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
@@ -292,16 +292,18 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
     return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
 
 
-def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:
-    """What all kernels behind `prepare` are told of sizes and tiles. ``itemsize``: of results."""
+def _geometry(
+    samples: int, depth: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int
+) -> Geometry:
+    """What kernels behind `prepare` are told of sizes and tiles. ``depth``: planes of x; ``itemsize``: of results."""
     layer = made.layer
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
-        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *reach(layer.residues)[0],
+        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
-        made.weight_bytes, outbox_blocks(made, tiling, itemsize),
+        made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth, first_planes(made, tiling),
     )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Specialisation
-from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import Store, positions_at_once
 
@@ -82,12 +82,15 @@ def _wgmma(columns: int, operand: str) -> str:
 
 def _tables(made: Specialisation) -> str:
     runs = {run: i for i, run in enumerate(_runs(made))}
-    low, _ = reach(made.layer.residues)
+    low, _ = made.layer.reach
     begins: list[str] = []
     steps, residues = [], []  # type: ignore[var-annotated]
     for one in made.passes:
-        order = [runs[s.first, s.count] for s in one.steps]
-        begins.append(_list([len(steps) + sum(o < r for o in order) for r in range(len(runs) + 1)]))
+        order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
+        slabs = (*range(made.slabs), math.inf)
+        begins.append(
+            _list([_list([len(steps) + sum(o < (r, d) for o in order) for d in slabs]) for r in range(len(runs))])
+        )
         for batch in made.batches(one.steps):
             size, inside = sum(map(made.step_bytes, batch)), 0
             for i, step in enumerate(batch):
@@ -98,9 +101,9 @@ def _tables(made: Specialisation) -> str:
                 inside += made.step_bytes(step)
         filled = [f"{{{r.at[0]}, {r.at[1]}, {r.at[2]}, 1}}" for r in one.residues]
         residues.append(_list([*filled, *["{0, 0, 0, 0}"] * (made.residues - len(filled))]))
-    begins.append(_list([len(steps)] * (len(runs) + 1)))
+    begins.append(_list([_list([len(steps)] * (made.slabs + 1))] * len(runs)))
     return "\n".join([
-        f"__constant__ int kRunBegin[][{len(runs) + 1}] = {_list(begins)};",
+        f"__constant__ unsigned short kRunBegin[][{len(runs)}][{made.slabs + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
         *_packed_tables(made),
         f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(residues)};",
@@ -186,6 +189,7 @@ def _problem(
         "in_channels": layer.in_channels // layer.joined,
         "joined": layer.joined,
         "runs": len(runs),
+        "slabs": made.slabs,
         "steps": sum(len(p.steps) for p in made.passes),
         "packed": len(packed_taps(made)) or 1,
         "headroom": made.headroom,
@@ -209,15 +213,16 @@ def _problem(
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()}, streams = {str(store is Store.STREAM).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()}, by_slab = {str(made.by_slab).lower()};
+  static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
   using Outbox = fxfuse::{types[2]}<Problem>;
 {_fold_type(epilogue)}
 {_run_type(made, store)}
   using Epilogue = {kind};
-  static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0]; }}
-  static FXFUSE_INLINE int run_begin(int pass, int r) {{ return kRunBegin[pass][r]; }}
+  static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
+  static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
   static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
   static FXFUSE_INLINE int tap(int i) {{ return kTaps[i]; }}

@@ -10,7 +10,17 @@ import math
 
 from fxfuse.kernels.convolution import CONSUMERS, ROWS, STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
 from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
-from fxfuse.kernels.tiling import CLOCK, PARTIAL_SECTOR, POOLED, STORE_RATE, Extents, best_fit, store_seconds, tile
+from fxfuse.kernels.tiling import (
+    CLOCK,
+    PARTIAL_SECTOR,
+    POOLED,
+    STORE_RATE,
+    Extents,
+    best_fit,
+    multiply_seconds,
+    store_seconds,
+    tile,
+)
 
 #: sizes of outputs for which a specialisation, which knows no sizes, is chosen: powers of two, and with a border
 _TYPICAL = ((32, 32, 32), (34, 34, 34), (48, 48, 48), (66, 66, 66))
@@ -323,5 +333,5 @@ def _seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: 
         tiling = tile(made, (d, h, w), row, itemsize)
     except Unsupported:
         return math.inf
-    multiply = math.prod(tiling.counts) * len(tiling.row_base) * _cycles(made) / CLOCK
+    multiply = multiply_seconds(made, tiling, (d, h, w)) * made.column_tiles
     return multiply / _speed(made) + store_seconds(made, tiling, (d, h, w), row, itemsize)

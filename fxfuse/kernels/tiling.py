@@ -41,6 +41,8 @@ ROWS_RATE, LAUNCHES_X, LAUNCHES_WEIGHTS, LAUNCHES = 2.6e12, 6e-6, 4e-6, 5e-6
 SHORT_RUN = 128
 #: positions of x per dim that one copy brings
 MOST_COPIED = 256
+#: rows of shared memory after which the order of their units repeats: copies begin there
+SWIZZLED = 8
 
 Extents = tuple[int, int, int]
 
@@ -260,10 +262,14 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     """
     best: tuple[tuple[float, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
+    # of the products the least part that a tiling may have: the last of its tiles may hold few positions
+    least = made.multiplied(extents[0], 1) / (1 if made.slabs == 1 else 2)
     for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
-        multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
-        if best is not None and multiply + whole > best[0][0]:  # however it is stored; nor will those be that follow
-            break
+        multiply = multiply_seconds(made, found, extents)
+        if best is not None and multiply + whole > best[0][0]:  # however it is stored
+            if _multiply_all_seconds(made, found) * least + whole > best[0][0]:  # nor will those be that follow
+                break
+            continue
         if made.by_channel and row and not sectors_fit(made, found, row, itemsize):
             continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
@@ -273,6 +279,25 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     if best is None:
         raise Unsupported(f"no tile of {extents} positions fits into shared memory")
     return best[1]
+
+
+def first_planes(made: Specialisation, tiling: Tiling) -> int:
+    """Planes of the region that are copied together, before others come one by one: all, where these do not begin where
+    copies may.
+    """
+    planes, *plane = tiling.region
+    apart = made.by_slab and math.prod(plane) % SWIZZLED == 0
+    return tiling.tile[0] if apart else planes
+
+
+def multiply_seconds(made: Specialisation, tiling: Tiling, extents: Extents) -> float:
+    """Of one multiprocessor, for one sample, group and tile of output channels of ``extents`` positions."""
+    return _multiply_all_seconds(made, tiling) * made.multiplied(extents[0], tiling.tile[0])
+
+
+def _multiply_all_seconds(made: Specialisation, tiling: Tiling) -> float:
+    """The same with the products that are left out."""
+    return math.prod(tiling.counts) * len(tiling.row_base) * made.pass_cycles / CLOCK
 
 
 def row_runs(made: Specialisation, tiling: Tiling, row: int) -> tuple[int, int]:
@@ -393,9 +418,9 @@ def seconds(
     tiles = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
     waves = -(-tiles // PROCESSORS)
     accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes)
-    multiply = len(tiling.row_base) * made.pass_cycles
+    multiply = multiply_seconds(made, tiling, (d, h, w)) / math.prod(tiling.counts)
     # what one warpgroup does with its accumulators is hidden by the other one's products, and no more than that
-    one = max(multiply, multiply / CONSUMERS + accumulators * epilogue) / CLOCK
+    one = max(multiply, multiply / CONSUMERS + accumulators * epilogue / CLOCK)
     if keeps:
         one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
     total = waves * one + LAUNCHES

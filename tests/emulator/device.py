@@ -139,9 +139,12 @@ def _library(source: str) -> ctypes.CDLL:
 # --- the device -------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Device:
-    """What runs and what is allocated. ``launches``: the names of the kernels that ran."""
+    """What runs and what is allocated. ``launches``: the names of the kernels that ran; ``products``: matrix
+    instructions of their warpgroups.
+    """
 
     launches: list[str] = dataclasses.field(default_factory=list)
+    products: int = 0
     memory: list[Tensor] = dataclasses.field(default_factory=list)
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -171,6 +174,7 @@ class Device:
             if told.count and runtime().emulated_left_early():
                 raise EmulationError(f"{name}: a thread ends without begin_dependent(), and the launch overlaps others")
             self.launches.append(name)
+            self.products += runtime().emulated_products()
             self.check(name)
         return 0
 

@@ -81,6 +81,7 @@ jmp_buf scheduler, failed;
 char message[512];
 int current, alive;
 bool moved, eager;
+long products;  // matrix instructions of a warpgroup, of the last launch
 void (*body)(void**);
 void** parameters;
 uint8_t* dynamic;
@@ -226,7 +227,7 @@ void gather_rows(uint64_t descriptor, int rows, bool bfloat, float (*to)[16]) {
 void multiply(Warpgroup& group) {
   const Product p = group.waiting.front();
   group.waiting.pop_front();
-  ++group.finished;
+  ++group.finished, ++products;
   static float x[64][16], y[256][16];
   gather_rows(p.x, 64, p.bfloat, x), gather_rows(p.y, p.columns, p.bfloat, y);
   for (int thread = 0; thread < kWarpgroup; ++thread)
@@ -369,11 +370,12 @@ void emulated_wgmma_wait(int pending) {
 
 void emulated_begin_dependent() { fibers[current].dependent = true; }
 int emulated_left_early() { return left_early; }
+long emulated_products() { return products; }
 
 const char* emulated_run(void (*entry)(void**), void** given, const int* grid, int block, int bytes) {
   if (block > 1024 || block % 32) return "blocks of up to 1024 threads, in whole warps";
   if (bytes > 227 << 10) return "more than 227 KiB of shared memory";
-  left_early = 0;
+  left_early = 0, products = 0;
   body = entry, parameters = given, dynamic_bytes = bytes;
   const int offset = 16 * (int)(chance() % 64);
   dynamic = shared_memory() + (bytes + offset <= kShared ? offset : 0);

@@ -137,7 +137,7 @@ def test_the_same_coins_are_the_same_bits() -> None:
 
 BROKEN: Sequence[tuple[str, str, str]] = (
     ("conv_wgmma.cuh", "barrier_wait(&barriers.x_full[xs.slot], xs.phase);", "x is not waited for"),
-    ("conv_wgmma.cuh", "barrier_wait(&full[ring.slot], ring.phase);", "weights are not waited for"),
+    ("conv_wgmma.cuh", "barrier_wait(&barriers.full[ring.slot], ring.phase);", "weights are not waited for"),
     ("conv_wgmma.cuh", "barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);", "stages are overwritten"),
     ("conv_wgmma.cuh", "wgmma_wait<0>();\n    if (before", "products are not waited for"),
     ("conv_outbox.cuh", "barrier_wait(&outbox.shared.full[outbox.ring.slot], outbox.ring.phase);", "sent too early"),
@@ -162,7 +162,7 @@ def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch:
     """Each wait of the convolution left out: some order of events, of a few, gives a wrong value or an error."""
     whole = (jit.HEADERS / header).read_text("utf-8")
     assert whole.count(text) == 1, text
-    rest = "if (before" if "if (before" in text else ""
+    rest = "if (before" if "if (before" in text else ";"
     monkeypatch.setattr("fxfuse.kernels.tiling.MOST_BLOCKS", 2)  # or they need not wait for each other
     source = device._folder() / header
     anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__

@@ -31,11 +31,11 @@ from fxfuse.kernels.convolution import (
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiling import (
-    CLOCK,
     MOST_COPIED,
     Store,
     Tiling,
     best_fit,
+    multiply_seconds,
     outbox_blocks,
     region_stride,
     seconds,
@@ -165,9 +165,11 @@ def test_a_specialisation_holds_its_limits(
     for one in made.passes:
         batches = made.batches(one.steps)
         assert [s for b in batches for s in b] == list(one.steps)
+        # the steps of a run that read planes of x are neighbours
+        assert list(one.steps) == sorted(one.steps, key=lambda s: (s.first, s.count, s.delta[0]))
         for batch in batches:
             assert sum(map(made.step_bytes, batch)) <= STAGE_BYTES
-            assert len({(s.first, s.count) for s in batch}) == 1
+            assert len({(s.first, s.count, s.delta[0] if made.slabs > 1 else 0) for s in batch}) == 1
             assert not exact or len(batch) == 1 or len(batch) * made.chunk <= PROMOTE_EVERY + made.chunk
     used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
@@ -327,6 +329,48 @@ def test_an_estimate_grows_with_the_work() -> None:
     assert 1e-5 < small < large < 1e-2
 
 
+# --- padding that is not multiplied --------------------------------------------------------------------
+def test_slabs_are_told_apart_where_that_pays() -> None:
+    def slabs(cin: int, cout: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
+        geometry = ((n,) * 3 for n in (kernel, stride, padding, dilation))
+        return specialise(Layer(cin, cout, 1, *geometry), pooled=False, contiguous=True).slabs  # type: ignore[arg-type]
+
+    assert slabs(64, 128, 5) == 5 and slabs(64, 128, 3, dilation=2) == 5
+    assert slabs(256, 128, 4, stride=2, padding=1) == 3
+    assert slabs(3, 16, 3) == 1  # 27 small steps make two batches
+    assert slabs(64, 128, 2, stride=2) == 1  # there is no padding
+
+
+def test_batches_are_of_one_slab_and_about_as_long() -> None:
+    made = specialise(Layer(64, 64, 1, (5, 5, 5), ONE, (0, 0, 0), ONE), pooled=False, contiguous=True)
+    batches = made.batches(made.passes[0].steps)
+    room = STAGE_BYTES // made.step_bytes(batches[0][0])
+    assert room == 8 and {*map(len, batches)} == {6, 7}  # not 8, 8, 8 and 1
+    assert [{s.delta[0] for s in b} for b in batches] == [{d} for d in range(-4, 1) for _ in range(4)]
+
+
+@given(layers(channels=3), st.integers(1, 9), st.integers(1, 5))
+def test_the_part_of_the_products_that_is_made(layer: Layer, depth: int, each: int) -> None:
+    made = specialise(layer, pooled=False)
+    first = zip((depth,), layer.kernel, layer.stride, layer.padding, layer.dilation, strict=False)
+    planes = next(-(-((n - 1) * s - 2 * p + e * (k - 1) + 1) // s) for n, k, s, p, e in first)
+    if planes < 1:
+        return
+    assert layer.planes_read(planes) >= depth  # another output of as many planes may have been meant
+    depth = layer.planes_read(planes)
+    firsts, wanted = range(0, planes, each), []
+    for step in (s for p in made.passes for s in p.steps):
+        read = [range(q + step.delta[0], q + step.delta[0] + each) for q in firsts]
+        wanted += [step.count * any(0 <= d < depth for d in r) for r in read]
+    every = sum(s.count for p in made.passes for s in p.steps) * len(firsts)
+    part = made.multiplied(planes, each)
+    assert made.multiplied(planes, 1) * planes <= part * len(firsts) * each * (1 + 1e-9)
+    if made.slabs == 1 or not every:
+        assert part == 1
+    elif len({s.count for p in made.passes for s in p.steps}) == 1:
+        assert part == pytest.approx(sum(wanted) / every)
+
+
 # --- how long it takes to choose ----------------------------------------------------------------------
 def test_another_layer_makes_no_tiles_anew() -> None:
     """What is counted is Python's own work; the time of a first call is mostly this."""
@@ -356,7 +400,7 @@ def test_the_best_fit_is_that_of_the_tiles_that_fit(layer: Layer, extents: tuple
             found = tile(made, extents, row)
 
             def estimate(t: Tiling, row: int = row) -> tuple[float, int]:
-                multiply = math.prod(t.counts) * len(t.row_base) * made.pass_cycles / CLOCK
+                multiply = multiply_seconds(made, t, extents)
                 return multiply + store_seconds(made, t, extents, row, 4), math.prod(t.region)
 
             ways = tilings(made, extents, linear=row == 0 or linear)

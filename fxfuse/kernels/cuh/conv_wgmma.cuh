@@ -12,8 +12,9 @@
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
-// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i),
-// step(i), run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
+// resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
+// apart), by_slab (each of them is copied, waited for and given back by itself); static functions pass_begin(i),
+// step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "ptx.cuh"
 
@@ -44,6 +45,8 @@ struct Geometry {
   int out_channels;                  // per group
   int weight_bytes;                  // of one group and column tile, packed
   int outbox_blocks;                 // of a multiplying warpgroup
+  int in_d;                          // planes of x
+  int first_planes;                  // by slab, planes of the region in the first one: tile_d, or all where they come at once
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
@@ -79,16 +82,30 @@ FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
   return t;
 }
 
+// Slabs of x that the steps of a tile read, by the d of the steps: those from `begin` to `end` have planes of x, the others
+// are padding. Products with them are left out, where they are told apart.
+struct Slabs {
+  int begin, end;
+};
+
+template <class Problem>
+FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t) {
+  if constexpr (Problem::slabs == 1) return {0, 1};
+  const int first = t.d + g.low_d, begin = 1 - g.tile_d - first, end = g.in_d - first;
+  return {min(max(begin, 0), Problem::slabs), min(max(end, 0), Problem::slabs)};
+}
+
 constexpr int kConsumers = 2;                     // warpgroups that multiply
 constexpr int kThreads = 128 * (kConsumers + 1);  // and one that copies
 
-// Of the buffers of x and of weights.
+// Of the buffers of x, or of the slabs of the only one, and of weights.
 template <class Problem>
 struct Barriers {
-  uint64_t x_full[Problem::x_buffers], x_empty[Problem::x_buffers];
+  static constexpr int of_x = Problem::by_slab ? Problem::slabs : Problem::x_buffers;
+  uint64_t x_full[of_x], x_empty[of_x];
   uint64_t full[Problem::stages], empty[Problem::stages];
   FXFUSE_INLINE void init() {
-    for (int i = 0; i < Problem::x_buffers; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
+    for (int i = 0; i < of_x; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
     for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
   }
 };
@@ -108,37 +125,68 @@ struct Ring {
   }
 };
 
+// Slabs of x that come and go one by one. The first one is what the first positions along d and the least delta read; each
+// of the others is the plane that the next delta needs, too.
+struct SlabRing {
+  uint32_t phases = 0;  // a bit per slab
+  static FXFUSE_INLINE int first(const Geometry& g, Slabs slabs) { return max(slabs.begin - g.first_planes + 1, 0); }
+  FXFUSE_INLINE int phase(int slab) const { return phases >> slab & 1; }
+  FXFUSE_INLINE void next(int begin, int end) { phases ^= (1u << end) - (1u << begin); }
+};
+
+// Copies slab `k` to its place in x; `copy(to, barrier, plane)` brings one plane of the region, or all.
+template <class Problem, class Copy>
+FXFUSE_INLINE void copy_slab(const Geometry& g, int k, uint8_t* x, Barriers<Problem>& barriers, SlabRing& ring, Copy copy) {
+  const int planes = g.tile_d + Problem::slabs - 1, each = g.first_planes == planes ? planes : 1;
+  const int begin = k == 0 ? 0 : min(g.first_planes + k - 1, planes), end = min(g.first_planes + k, planes);
+  const int bytes = g.region_h * g.region_w * Problem::chunk * 2;
+  barrier_wait(&barriers.x_empty[k], ring.phase(k) ^ 1);
+  barrier_expect(&barriers.x_full[k], (end - begin) * bytes);
+  for (int plane = begin; plane < end; plane += each) copy(x + plane * bytes, &barriers.x_full[k], plane);
+  ring.next(k, k + 1);
+}
+
 template <class Problem>
 FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const Geometry& g, uint8_t* x, uint8_t* stages,
                              Barriers<Problem>& barriers) {
   Ring xs, ws;
+  SlabRing apart;
   bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, t);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
     for (int pass = 0; pass < Problem::passes; ++pass) {
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (begin == end && !(Problem::resident && pass == 0)) continue;
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
-        if (!Problem::resident || pass == 0) {
+        int source = t.group * g.chunks + chunk, slab = SlabRing::first(g, slabs);
+        if (Problem::exact) {  // high, high, low: against high, low, high of the weights
+          const int part = g.chunks / 3, which = chunk / part;
+          source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
+        }
+        auto copy = [&](uint8_t* to, uint64_t* full, int plane) {
+          copy_box(to, map, full, source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d + plane, t.n);
+        };
+        if (!Problem::by_slab && (!Problem::resident || pass == 0)) {
           barrier_wait(&barriers.x_empty[xs.slot], xs.phase ^ 1);
           barrier_expect(&barriers.x_full[xs.slot], g.region_bytes);
-          int source = t.group * g.chunks + chunk;
-          if (Problem::exact) {  // high, high, low: against high, low, high of the weights
-            const int part = g.chunks / 3, which = chunk / part;
-            source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
-          }
-          copy_box(x + xs.slot * g.region_stride, map, &barriers.x_full[xs.slot], source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d, t.n);
+          copy(x + xs.slot * g.region_stride, &barriers.x_full[xs.slot], 0);
           xs.template next<Problem::x_buffers>();
         }
         for (int s = begin; s < end; ++s) {
-          const uint32_t bytes = Problem::step(s).batch * 16u;
+          const Step step = Problem::step(s);
+          const uint32_t bytes = step.batch * 16u;
           if (bytes == 0) continue;
-          barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);
-          barrier_expect(&barriers.full[ws.slot], bytes);
-          copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &barriers.full[ws.slot]);
+          if (Problem::slabs == 1 || (step.d >= slabs.begin && step.d < slabs.end)) {
+            if constexpr (Problem::by_slab)
+              for (; slab <= step.d; ++slab) copy_slab<Problem>(g, slab, x, barriers, apart, copy);
+            barrier_wait(&barriers.empty[ws.slot], ws.phase ^ 1);
+            barrier_expect(&barriers.full[ws.slot], bytes);
+            copy_bytes(stages + ws.slot * Problem::stage_bytes, from, bytes, &barriers.full[ws.slot]);
+            ws.template next<Problem::stages>();
+          }
           from += bytes;
-          ws.template next<Problem::stages>();
         }
       }
     }
@@ -148,9 +196,9 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
 // A step as the multiplying warpgroups read it, from shared memory.
 struct StepAddress {
   uint32_t x;        // units of 16 bytes that the rows are shifted by
-  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does
+  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does; kSlab times its d
 };
-constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17;
+constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17, kSlab = 1u << 18;
 
 // What of the output lies in shared memory goes out from there: a warp per multiplying warpgroup.
 template <class Problem, class Outbox>
@@ -179,25 +227,33 @@ template <class Problem, int r>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
                             float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
-                            uint32_t stages, int pass, uint64_t* full, uint64_t* empty, Ring& ring, bool leader) {
+                            uint32_t stages, int pass, const Geometry& g, Slabs slabs, Barriers<Problem>& barriers, Ring& ring,
+                            SlabRing& apart, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
-  const int begin = Problem::run_begin(pass, r), end = Problem::run_begin(pass, r + 1);
-  if ((!Problem::idle && Problem::runs == 1) || begin < end) {
+  int begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
+  if constexpr (Problem::slabs > 1) settle(begin), settle(end);  // read once, not for every step
+  if ((!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
+    int slab = 0, came = SlabRing::first(g, slabs), gone = came;  // by slab: the batch's, those that came and went
     StepAddress step = steps[begin];
     int s = begin;
 #pragma unroll 1
     do {
       if (step.weights & kBegins) {
         if (s > begin) {
-          if (before >= 0 && leader) barrier_arrive(&empty[before]);
+          if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
           before = ring.slot;
           ring.template next<Problem::stages>();
+          if constexpr (Problem::by_slab)  // the products of smaller d are done
+            for (; gone + g.first_planes <= slab; ++gone)
+              if (leader) barrier_arrive(&barriers.x_empty[gone]);
         }
+        if constexpr (Problem::by_slab)
+          for (slab = step.weights / kSlab; came <= slab; ++came) barrier_wait(&barriers.x_full[came], apart.phase(came));
         stage = stages + ring.slot * (Problem::stage_bytes / 16);
-        barrier_wait(&full[ring.slot], ring.phase);
+        barrier_wait(&barriers.full[ring.slot], ring.phase);
         wgmma_fence();
       }
       const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
@@ -230,12 +286,17 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
       }
     } while (++s < end);
     wgmma_wait<0>();
-    if (before >= 0 && leader) barrier_arrive(&empty[before]);
-    if (leader) barrier_arrive(&empty[ring.slot]);
+    if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+    if (leader) barrier_arrive(&barriers.empty[ring.slot]);
     ring.template next<Problem::stages>();
+    if constexpr (Problem::by_slab) {
+      for (; gone < came; ++gone)
+        if (leader) barrier_arrive(&barriers.x_empty[gone]);
+      apart.next(SlabRing::first(g, slabs), came);
+    }
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, full, empty, ring, leader);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, leader);
 }
 
 template <class Problem>
@@ -245,6 +306,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
+  SlabRing apart;
   float acc[Problem::accumulator_tiles][Problem::accumulators];
   float sum[Problem::accumulator_tiles][Problem::accumulators];  // of an exact problem
   typename Problem::Place place(g, group, warp, lane);
@@ -262,7 +324,9 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    place.move(g, tile_at(g, index), group, warp);
+    const Tile tile = tile_at(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, tile);
+    place.move(g, tile, group, warp);
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
@@ -275,13 +339,13 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
         int chunk = 0;
 #pragma unroll 1
         do {  // at least once, or ptxas makes another epilogue for no products at all
-          if (!Problem::resident || pass == 0) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
+          if (!Problem::by_slab && (!Problem::resident || pass == 0)) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
           uint32_t rows[kRowTiles<Problem>];  // low words of descriptors; a shift adds to them
 #pragma unroll
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
-          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, barriers.full, barriers.empty, ws, leader);
-          if (!Problem::resident || pass + 1 == Problem::passes) done_with_x();
+          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, leader);
+          if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
@@ -318,7 +382,8 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
     const Step s = Problem::step(i);
     const int rows = (s.d * g.region_h + s.h) * g.region_w + s.w;
-    steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | (s.batch ? kBegins : 0) | (s.last ? kEnds : 0)};
+    const uint32_t where = (s.batch ? kBegins : 0) | (s.last ? kEnds : 0) | (Problem::by_slab ? s.d * kSlab : 0);
+    steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | where};
   }
   __syncthreads();
   begin_dependent();
