@@ -27,6 +27,7 @@ from fxfuse.kernels.arguments import (
     Arguments,
     Channels,
     Direct,
+    Divisor,
     Geometry,
     Rows,
     Strides,
@@ -295,11 +296,13 @@ def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tili
     """What all kernels behind `prepare` are told of sizes and tiles."""
     layer = made.layer
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
+    divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(layer.residues)[0], tiling.row_group,
         (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels, made.weight_bytes,
+        *map(Divisor.of, divided),
     )  # fmt: skip
 
 

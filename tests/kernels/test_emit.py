@@ -121,6 +121,14 @@ def test_kernels_compile_without_spills(name: str) -> None:
         assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
 
 
+@pytest.mark.parametrize("name", ["relu", "clamp_div", "groups", "a_mean_of_sums"])
+def test_nothing_is_divided_by_sizes(name: str) -> None:
+    """Every warp finds its tile, and where that is stored, by multiplications: few warps hide no division."""
+    made = KERNELS[name]()
+    for store in made.stores:
+        assert not [line for line in instructions(made, store) if "I2F" in line]
+
+
 @pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])
 def test_a_mean_is_made_by_the_matrix_units(name: str) -> None:
     """All accumulators are of one class: behind the products there is nothing to add."""

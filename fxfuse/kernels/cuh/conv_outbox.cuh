@@ -41,7 +41,7 @@ struct RunPlan {
       if (g.linear) {  // from the first position of the row where it begins, or of the next
         const int begin = box.skip + group * (g.row_base[Problem::m_tiles] - g.part_rows), end = begin + Problem::m_tiles * 64;
         auto place_of = [&](int at) {
-          const int h = at / g.region_w, w = at - h * g.region_w;
+          const int h = g.by_region_w.of(at), w = at - h * g.region_w;
           return h * row + (w < row ? w : row);
         };
         start = place_of(begin), longest = place_of(end) - start;
@@ -173,7 +173,7 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   for (int run = lane; run < plan.number; run += 32) {
-    const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : at / g.box_h, y = at - z * g.box_h;
+    const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : g.by_box_h.of(at), y = at - z * g.box_h;
 #pragma unroll
     for (int k = 0; k < Runs::count; ++k)
       if (u == k) outbox.shared.runs[run] = {plan.offset(to, t, o, residue, z, y, k), plan.length(t, o, residue, z, y, k)};

@@ -31,7 +31,7 @@ struct Place {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
         const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
                        (warp * 2 + r) * g.row_group + (lane >> 2);
-        const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
+        const int plane = g.by_region_w.of(at), z = g.by_region_h.of(plane), y = plane - z * g.region_h, x = at - plane * g.region_w;
         packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
         settle(packed[i][r]);  // computed once, not for every use
       }

@@ -15,6 +15,7 @@
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs; static functions pass_begin(i),
 // step(i), run_begin(pass, i) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
+#include "divisor.cuh"
 #include "ptx.cuh"
 
 namespace fxfuse {
@@ -43,6 +44,8 @@ struct Geometry {
   int out_d, out_h, out_w;           // extents of the convolution's output
   int out_channels;                  // per group
   int weight_bytes;                  // of one group and column tile, packed
+  Divisor by_columns, by_w, by_h, by_d, by_groups;  // column_tiles, tiles_w, tiles_h, tiles_d, groups
+  Divisor by_region_w, by_region_h, by_box_h;
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
@@ -52,23 +55,22 @@ struct Tile {
 };
 
 FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
+  auto next = [&](const Divisor& by, int count) {
+    const int rest = by.of(index), found = index - rest * count;
+    index = rest;
+    return found;
+  };
   Tile t;
-  t.column = index % g.column_tiles;
-  index /= g.column_tiles;
-  t.number = index % (g.tiles_d * g.tiles_h * g.tiles_w);
-  t.w = (index % g.tiles_w) * g.tile_w;
-  index /= g.tiles_w;
-  t.h = (index % g.tiles_h) * g.tile_h;
-  t.skip = 0;
+  t.column = next(g.by_columns, g.column_tiles);
+  const int w = next(g.by_w, g.tiles_w), h = next(g.by_h, g.tiles_h), d = next(g.by_d, g.tiles_d);
+  t.number = (d * g.tiles_h + h) * g.tiles_w + w;
+  t.w = w * g.tile_w, t.h = h * g.tile_h, t.d = d * g.tile_d, t.skip = 0;
   if (g.linear) {
-    t.skip = t.h % g.region_w;
-    t.h /= g.region_w;
+    const int row = g.by_region_w.of(t.h);
+    t.skip = t.h - row * g.region_w, t.h = row;
   }
-  index /= g.tiles_h;
-  t.d = (index % g.tiles_d) * g.tile_d;
-  index /= g.tiles_d;
-  t.group = index % g.groups;
-  t.n = index / g.groups;
+  t.group = next(g.by_groups, g.groups);
+  t.n = index;
   return t;
 }
 
