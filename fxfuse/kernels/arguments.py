@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import struct
 
+from fxfuse.kernels.convolution import MOST_TILES
+
 #: bytes of a launch's parameters
 MOST_PARAMETERS = 4096
 I32, I64 = ctypes.c_int, ctypes.c_int64
@@ -35,7 +37,7 @@ class Geometry(ctypes.Structure):
         *((n, I32) for n in ("half_d", "half_h", "half_w", "linear")),
         *((n, I32) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
         *((n, I32) for n in ("low_d", "low_h", "low_w", "row_group")),
-        ("row_base", I32 * 8),
+        ("row_base", I32 * MOST_TILES),
         *((n, I32) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
         *((n, Divisor) for n in ("by_columns", "by_w", "by_h", "by_d", "by_groups")),
         *((n, Divisor) for n in ("by_region_w", "by_region_h", "by_box_h")),

@@ -33,7 +33,7 @@ from fxfuse.kernels.arguments import (
     Strides,
 )
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.geometry import reach
 from fxfuse.kernels.jit import compile_cubin
@@ -301,8 +301,8 @@ def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tili
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, made.region_bytes, *reach(layer.residues)[0], tiling.row_group,
-        (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels, made.weight_bytes,
-        *map(Divisor.of, divided),
+        (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
+        made.weight_bytes, *map(Divisor.of, divided),
     )  # fmt: skip
 
 

@@ -129,6 +129,18 @@ def test_nothing_is_divided_by_sizes(name: str) -> None:
         assert not [line for line in instructions(made, store) if "I2F" in line]
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["tf32", "float32"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_twice_the_rows_are_kept_in_registers(dtype: str, exact: bool) -> None:
+    """Of as many accumulators as :func:`with_more_rows` allows, through all that a store may be."""
+    usual = kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", "v = silu(u)", s=TWO, dtype=dtype)
+    larger = dataclasses.replace(usual.made, m_tiles=8, stages=3, exact=exact)
+    for text in sources(dataclasses.replace(usual, made=larger)):
+        cubin = compile_cubin(text)
+        assert not cubin.kernels["convolution"].spills
+        assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
+
+
 @pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])
 def test_a_mean_is_made_by_the_matrix_units(name: str) -> None:
     """All accumulators are of one class: behind the products there is nothing to add."""

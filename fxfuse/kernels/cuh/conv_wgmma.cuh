@@ -38,7 +38,7 @@ struct Geometry {
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
   int row_group;                     // rows from one group of eight to the next
-  int row_base[8];                   // first row of each m64 tile
+  int row_base[16];                  // first row of each m64 tile
   int part_rows;                     // of the region, from where one warpgroup's places are counted to the other's
   int chunks;                        // of input channels, per group
   int out_d, out_h, out_w;           // extents of the convolution's output
