@@ -110,15 +110,17 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
   const uint32_t inside = inside_mask(g, place, o, residue);
-  int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2][Runs::count];
+  int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2], origin[Runs::count];
+  const int step_d = o.step_d * (int)to.stride.d, step_h = o.step_h * row;
+#pragma unroll
+  for (int u = 0; u < Runs::count; ++u) origin[u] = plan.offset(to, t, o, residue, 0, 0, u) * (int)sizeof(Out);
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
-      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * o.step_h * row + x - plan.start : x;
-#pragma unroll
-      for (int u = 0; u < Runs::count; ++u) begin[i][r][u] = plan.offset(to, t, o, residue, z, y, u) * (int)sizeof(Out) & (kSector - 1);
+      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * step_h + x - plan.start : x;
+      begin[i][r] = (z * step_d + (Runs::merged ? 0 : y * step_h)) * (int)sizeof(Out);
 #pragma unroll
       for (int q = 0; q < classes; ++q)
         slot[i][r][q] = (int)sizeof(Out) *
@@ -147,7 +149,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int u = 0; u < Runs::count; ++u) {
-            char* const shifted = line + ((address + begin[i][r][u]) & (kSector - 1));
+            char* const shifted = line + ((address + origin[u] + begin[i][r]) & (kSector - 1));
 #pragma unroll
             for (int q = 0; q < classes; ++q)
               if (Runs::of(q) == u)
