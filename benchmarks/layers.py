@@ -126,7 +126,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             return F.conv_transpose3d(xs[i % copies], w, bias, *geometry)
 
         result[f"eager {layout}"] = median(peer)
-        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents)
+        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch)
         out = torch.full_like(expected, math.nan, dtype=dtype).contiguous(memory_format=form)
         calls = Calls(made, case.extents)
         calls.run(xs[0], weight, bias, out)
@@ -227,7 +227,7 @@ def compile_ahead(job: tuple[Case, str]) -> None:
     dtype, exact = CLASSES[name]
     for layout in ("contiguous", "channels_last"):
         try:
-            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents)
+            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch)
         except Unsupported:
             continue
         for store in made.stores:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import struct
 
+from fxfuse.kernels.convolution import MOST_TILES
+
 #: bytes of a launch's parameters
 MOST_PARAMETERS = 4096
 I32, I64 = ctypes.c_int, ctypes.c_int64
@@ -17,6 +19,17 @@ class Strides(ctypes.Structure):
     _fields_ = [(name, I64) for name in "ncdhw"]
 
 
+class Divisor(ctypes.Structure):
+    """n * multiplier >> shift is n // by for n below 2**31."""
+
+    _fields_ = [("multiplier", ctypes.c_uint), ("shift", ctypes.c_uint)]
+
+    @classmethod
+    def of(cls, by: int) -> Divisor:
+        shift = 31 + (max(by, 1) - 1).bit_length()
+        return cls((1 << shift) // max(by, 1) + 1, shift)
+
+
 class Geometry(ctypes.Structure):
     _fields_ = [
         *((n, I32) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
@@ -24,9 +37,11 @@ class Geometry(ctypes.Structure):
         *((n, I32) for n in ("half_d", "half_h", "half_w", "linear")),
         *((n, I32) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
         *((n, I32) for n in ("low_d", "low_h", "low_w", "row_group")),
-        ("row_base", I32 * 8),
+        ("row_base", I32 * MOST_TILES),
         *((n, I32) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),
         *((n, I32) for n in ("outbox_blocks", "in_d", "first_planes")),
+        *((n, Divisor) for n in ("by_columns", "by_w", "by_h", "by_d", "by_groups")),
+        *((n, Divisor) for n in ("by_region_w", "by_region_h", "by_box_h")),
     ]
 
 

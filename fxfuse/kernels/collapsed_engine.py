@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from fxfuse.kernels.arguments import Divisor
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Summed, Sums
 from fxfuse.kernels.contraction import Contraction
@@ -90,17 +92,15 @@ def _sums(step: Sums) -> bytes:
     rows = step.rows[0] * step.rows[1]
     sizes = rows, step.rows[1], step.slots, step.tiles, step.size, step.team, step.across, step.units
     begins = _filled(step.outer.bounds, MOST_SLOTS + 1)
-    head = struct.pack(
-        f"=7q8i4I{len(begins)}i", *numbers, *sizes, *_divisor(step.rows[1]), *_divisor(step.units), *begins
-    )
+    divisors = bytes(Divisor.of(step.rows[1])) + bytes(Divisor.of(step.units))
+    head = struct.pack(f"=7q8i16s{len(begins)}i", *numbers, *sizes, divisors, *begins)
     return head + bytes(-len(head) % 8) + b"".join(map(_summed, (step.b, step.c, step.inner)))
 
 
 def _summed(dim: Summed) -> bytes:
-    sizes = [_divisor(high - low) for low, high in zip(dim.bounds, dim.bounds[1:], strict=False)]
-    flat = _filled([n for pair in sizes for n in pair], 2 * MOST_SEGMENTS)
+    sizes = (Divisor * MOST_SEGMENTS)(*(Divisor.of(b - a) for a, b in itertools.pairwise(dim.bounds)))
     bounds = _filled(dim.bounds, MOST_SEGMENTS + 1)
-    return struct.pack(f"=qi{len(bounds)}i{len(flat)}I", dim.stride, dim.segments, *bounds, *flat) + _boxes(dim)
+    return struct.pack(f"=qi{len(bounds)}i", dim.stride, dim.segments, *bounds) + bytes(sizes) + _boxes(dim)
 
 
 def _boxes(dim: Summed) -> bytes:
@@ -110,9 +110,3 @@ def _boxes(dim: Summed) -> bytes:
 
 def _filled(values: Sequence[int], size: int) -> list[int]:
     return [*values, *[0] * (size - len(values))]
-
-
-def _divisor(by: int) -> tuple[int, int]:
-    """``Divisor``: n * multiplier >> shift is n // by for n below 2**31."""
-    shift = 31 + (max(by, 1) - 1).bit_length()
-    return (1 << shift) // max(by, 1) + 1, shift

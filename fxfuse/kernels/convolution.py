@@ -25,8 +25,8 @@ STAGE_BYTES = 16384
 OUTBOX_BYTES, MOST_BLOCKS, GATHERED = 19000, 8, 4 + 2 * 128 * 2
 #: runs of neighbours in memory that the part of a tile of one warpgroup may have
 MOST_RUNS = 64
-#: rows of a matrix instruction
-ROWS = 64
+#: rows of a matrix instruction, and how many such tiles of rows a thread block has at most
+ROWS, MOST_TILES = 64, 16
 #: of results whose matrix rows are channels: elements of a channel that a warp has in shared memory at once, and floats
 #: from one such line to the next, which leaves the banks apart
 LINE, LINE_PITCH = 64, 156

@@ -27,12 +27,13 @@ from fxfuse.kernels.arguments import (
     Arguments,
     Channels,
     Direct,
+    Divisor,
     Geometry,
     Rows,
     Strides,
 )
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
@@ -298,12 +299,14 @@ def _geometry(
     """What kernels behind `prepare` are told of sizes and tiles. ``depth``: planes of x; ``itemsize``: of results."""
     layer = made.layer
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
+    divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
-        tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
-        made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth, first_planes(made, tiling),
+        tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
+        layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
+        first_planes(made, tiling), *map(Divisor.of, divided),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
-from fxfuse.kernels.specialise import specialise
+from fxfuse.kernels.specialise import specialise, with_more_rows
 from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
 
 #: entries that every source has
@@ -47,11 +47,13 @@ class Convolution:
         layout: str = "contiguous",
         exact: bool = False,
         extents: Extents | None = None,
+        samples: int = 0,
     ) -> Convolution:
         """The kernels for a layer; Unsupported where there are none.
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
-        sizes of the stored tensor, for a choice between a few kernels; any of them takes any size.
+        sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
+        many of them, where that is known.
         """
         before = epilogue.before != Epilogue.before
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
@@ -70,6 +72,9 @@ class Convolution:
             stored=extents,
             itemsize=output.itemsize,
         )
+        if extents is not None and samples and epilogue.fold is None:
+            row = extents[2] if layout == "contiguous" else 0
+            made = with_more_rows(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
     def tiling(self, stored: Extents) -> tuple[Tiling, Store]:

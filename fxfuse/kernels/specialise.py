@@ -8,7 +8,18 @@ import functools
 import itertools
 import math
 
-from fxfuse.kernels.convolution import CONSUMERS, ROWS, STAGE_BYTES, Layer, Pass, Specialisation, Unsupported, cycles
+from fxfuse.kernels.convolution import (
+    CONSUMERS,
+    MOST_TILES,
+    ROWS,
+    STAGE_BYTES,
+    Layer,
+    Pass,
+    Shared,
+    Specialisation,
+    Unsupported,
+    cycles,
+)
 from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
 from fxfuse.kernels.tiling import (
     CLOCK,
@@ -18,6 +29,7 @@ from fxfuse.kernels.tiling import (
     Extents,
     best_fit,
     multiply_seconds,
+    seconds,
     store_seconds,
     tile,
 )
@@ -31,6 +43,9 @@ WORTH_COMPILING = 1.08
 MOST_FILLED, MOST_ALONG = 1.5, 4
 #: residue classes along a dim, which a kernel counts in 8 bits
 MOST_STRIDE = 256
+#: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
+#: beside its products and stores: its place, its channels, waiting for one after the other
+FEW_ACCUMULATORS, TILE_CYCLES = 64, 1000
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -137,6 +152,31 @@ def specialise(
             f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory"
         )
     return usual
+
+
+def with_more_rows(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
+) -> Specialisation:
+    """The same with twice the rows per tile, where there are registers for their accumulators and it saves time.
+
+    ``samples``, ``stored``, ``row``, ``itemsize``: of the stored tensor, as in :mod:`fxfuse.kernels.tiling`; ``keeps``:
+    it is stored.
+    """
+    larger = dataclasses.replace(made, m_tiles=2 * made.m_tiles)
+    if made.by_channel or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
+        return made
+    if math.prod(larger.accumulators) > FEW_ACCUMULATORS or 2 * larger.m_tiles * made.residues > 32:
+        return made
+
+    def time(one: Specialisation) -> float:
+        with contextlib.suppress(Unsupported):
+            return seconds(
+                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
+            )
+        return math.inf
+
+    best = min((dataclasses.replace(larger, stages=stages) for stages in range(made.stages, 2, -1)), key=time)
+    return best if time(best) * WORTH_COMPILING < time(made) else made
 
 
 def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:

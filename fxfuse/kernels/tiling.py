@@ -406,11 +406,12 @@ def seconds(
     keeps: bool = True,
     epilogue: float = 0.0,
     shares: Shared = Shared.NOTHING,
+    besides: float = 0.0,
 ) -> float:
     """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
 
     ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
-    ``shares``: what of x and the weights is prepared.
+    ``shares``: what of x and the weights is prepared. ``besides``: cycles of a multiprocessor per tile.
     """
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
@@ -420,7 +421,7 @@ def seconds(
     accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes)
     multiply = multiply_seconds(made, tiling, (d, h, w)) / math.prod(tiling.counts)
     # what one warpgroup does with its accumulators is hidden by the other one's products, and no more than that
-    one = max(multiply, multiply / CONSUMERS + accumulators * epilogue / CLOCK)
+    one = max(multiply, multiply / CONSUMERS + accumulators * epilogue / CLOCK) + besides / CLOCK
     if keeps:
         one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
     total = waves * one + LAUNCHES

@@ -11,9 +11,9 @@ from harness import program
 
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels import collapsed
+from fxfuse.kernels.arguments import Divisor
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import Sums, sums_of
-from fxfuse.kernels.collapsed_engine import _divisor
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.estimate import works
@@ -135,10 +135,9 @@ def test_divisions_by_multiplication() -> None:
     pick = random.Random(6)
     for _ in range(3000):
         by, n = pick.randint(1, 2 ** pick.randint(1, 31) - 1), pick.randint(0, 2 ** pick.randint(1, 31) - 1)
-        multiplier, shift = _divisor(by)
-        assert multiplier < 2**32
+        made = Divisor.of(by)
         for value in (n, n // by * by, max(n // by * by - 1, 0), 2**31 - 1):
-            assert value * multiplier >> shift == value // by, (value, by)
+            assert value * made.multiplier >> made.shift == value // by, (value, by)
 
 
 # --- the whole chain --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fxfuse.kernels.convolution import (
     GATHERED,
     JOINED,
     MOST_BLOCKS,
+    MOST_TILES,
     PROMOTE_EVERY,
     SHARED_BYTES,
     STAGE_BYTES,
@@ -29,7 +30,7 @@ from fxfuse.kernels.convolution import (
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
-from fxfuse.kernels.specialise import check_holding, specialise
+from fxfuse.kernels.specialise import check_holding, specialise, with_more_rows
 from fxfuse.kernels.tiling import (
     MOST_COPIED,
     Store,
@@ -320,6 +321,37 @@ def test_a_stride_is_counted_in_eight_bits() -> None:
     specialise(Layer(8, 8, 1, (1, 1, 256), (1, 1, 256), (0, 0, 0), ONE), pooled=False)
     with pytest.raises(Unsupported, match=r"a stride of 257 has more residue classes than are told apart \(256\)"):
         specialise(Layer(8, 8, 1, (1, 1, 257), (1, 1, 257), (0, 0, 0), ONE), pooled=False)
+
+
+@pytest.mark.parametrize(
+    ("samples", "channels", "m_tiles"),
+    [(128, 16, 8), (4, 16, 4), (128, 32, 4)],
+    ids=["many small tiles", "fewer of them than multiprocessors", "more accumulators"],
+)
+def test_few_accumulators_have_larger_tiles(samples: int, channels: int, m_tiles: int) -> None:
+    layer, stored = Layer(3, channels, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (15, 31, 31)
+    usual = specialise(layer, pooled=True, summed=True, contiguous=True, finite=True, stored=stored)
+    made = with_more_rows(usual, samples, stored, 31, 4, keeps=True)
+    assert (usual.m_tiles, made.m_tiles) == (4, m_tiles)
+    used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
+    assert used <= made.dynamic_bytes and math.prod(tile(made, stored, 31).region) * made.chunk * 2 <= made.region_bytes
+
+
+@given(layers(channels=16), st.tuples(*[st.integers(1, 70)] * 3), st.sampled_from([1, 64]), st.booleans())
+def test_more_rows_hold_the_same_limits(
+    layer: Layer, stored: tuple[int, int, int], samples: int, contiguous: bool
+) -> None:
+    row = stored[2] if contiguous else 0
+    try:
+        usual = specialise(layer, pooled=False, contiguous=contiguous, finite=True, stored=stored)
+        tile(usual, tuple(-(-e // s) for e, s in zip(stored, layer.stride, strict=True)), row)  # type: ignore[arg-type]
+    except Unsupported:
+        return
+    made = with_more_rows(usual, samples, stored, row, 4, keeps=True)
+    if made != usual:
+        assert len(made.passes) == len(usual.passes) and made.m_tiles * CONSUMERS == MOST_TILES
+        assert made.m_tiles * 2 * made.residues <= 32 and math.prod(made.accumulators) <= 64
+        assert seconds(made, samples, stored, stored, row, 4) < 1
 
 
 def test_an_estimate_grows_with_the_work() -> None:

@@ -121,6 +121,34 @@ def test_kernels_compile_without_spills(name: str) -> None:
         assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
 
 
+@pytest.mark.parametrize("name", ["relu", "clamp_div", "groups", "a_mean_of_sums"])
+def test_nothing_is_divided_by_sizes(name: str) -> None:
+    """Every warp finds its tile, and where that is stored, by multiplications: few warps hide no division."""
+    made = KERNELS[name]()
+    for store in made.stores:
+        assert not [line for line in instructions(made, store) if "I2F" in line]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["tf32", "float32"])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_twice_the_rows_are_kept_in_registers(dtype: str, exact: bool) -> None:
+    """Of as many accumulators as :func:`with_more_rows` allows, through all that a store may be."""
+    usual = kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", "v = silu(u)", s=TWO, dtype=dtype)
+    larger = dataclasses.replace(usual.made, m_tiles=8, stages=3, exact=exact)
+    for text in sources(dataclasses.replace(usual, made=larger)):
+        cubin = compile_cubin(text)
+        assert not cubin.kernels["convolution"].spills
+        assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
+
+
+def test_an_epilogue_finds_its_rows_in_few_instructions() -> None:
+    """Of 64 results in 16 rows of a thread: what rows have in common is not computed for each of them."""
+    usual = KERNELS["a_mean_of_sums"]()
+    lines = instructions(dataclasses.replace(usual, made=dataclasses.replace(usual.made, m_tiles=8)), Store.PLANES)
+    last = max(i for i, line in enumerate(lines) if "HGMMA" in line)
+    assert next(i for i, line in enumerate(lines[last:]) if "EXIT" in line) <= 840
+
+
 @pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])
 def test_a_mean_is_made_by_the_matrix_units(name: str) -> None:
     """All accumulators are of one class: behind the products there is nothing to add."""

@@ -42,7 +42,7 @@ struct RunPlan {
       if (g.linear) {  // from the first position of the row where it begins, or of the next
         const int begin = box.skip + group * (g.row_base[Problem::m_tiles] - g.part_rows), end = begin + Problem::m_tiles * 64;
         auto place_of = [&](int at) {
-          const int h = at / g.region_w, w = at - h * g.region_w;
+          const int h = g.by_region_w.of(at), w = at - h * g.region_w;
           return h * row + (w < row ? w : row);
         };
         start = place_of(begin), longest = place_of(end) - start;
@@ -114,15 +114,17 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
   const uint32_t inside = inside_mask(g, place, o, residue);
-  int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2][Runs::count];
+  int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2], origin[Runs::count];
+  const int step_d = o.step_d * (int)to.stride.d, step_h = o.step_h * row;
+#pragma unroll
+  for (int u = 0; u < Runs::count; ++u) origin[u] = plan.offset(to, t, o, residue, 0, 0, u) * (int)sizeof(Out);
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
-      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * o.step_h * row + x - plan.start : x;
-#pragma unroll
-      for (int u = 0; u < Runs::count; ++u) begin[i][r][u] = plan.offset(to, t, o, residue, z, y, u) * (int)sizeof(Out) & (kSector - 1);
+      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * step_h + x - plan.start : x;
+      begin[i][r] = (z * step_d + (Runs::merged ? 0 : y * step_h)) * (int)sizeof(Out);
 #pragma unroll
       for (int q = 0; q < classes; ++q)
         slot[i][r][q] = (int)sizeof(Out) *
@@ -151,7 +153,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int u = 0; u < Runs::count; ++u) {
-            char* const shifted = line + ((address + begin[i][r][u]) & (kSector - 1));
+            char* const shifted = line + ((address + origin[u] + begin[i][r]) & (kSector - 1));
 #pragma unroll
             for (int q = 0; q < classes; ++q)
               if (Runs::of(q) == u)
@@ -177,7 +179,7 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   for (int run = lane; run < plan.number; run += 32) {
-    const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : at / g.box_h, y = at - z * g.box_h;
+    const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : g.by_box_h.of(at), y = at - z * g.box_h;
 #pragma unroll
     for (int k = 0; k < Runs::count; ++k)
       if (u == k) outbox.shared.runs[run] = {plan.offset(to, t, o, residue, z, y, k), plan.length(t, o, residue, z, y, k)};

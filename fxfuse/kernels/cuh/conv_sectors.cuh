@@ -91,7 +91,7 @@ struct Sectors {
   }
   // Of the row `at` of a plane of the region, or of the next one that is a position.
   FXFUSE_INLINE int offset_in_plane(int at) const {
-    const int y = at / g.region_w, x = at - y * g.region_w;
+    const int y = g.by_region_w.of(at), x = at - y * g.region_w;
     return y * stride_h + (x < g.box_w ? x : g.box_w) * Problem::stride_w;
   }
   FXFUSE_INLINE int offset(int z, int y, int x) const {
@@ -111,8 +111,8 @@ struct Sectors {
     return place(z, y, x);
   }
   FXFUSE_INLINE void position(int p, int& z, int& y, int& x) const {
-    const int at = rows + (p >> 3) * g.row_group + (p & 7), plane = at / g.region_w;
-    z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
+    const int at = rows + (p >> 3) * g.row_group + (p & 7), plane = g.by_region_w.of(at);
+    z = g.by_region_h.of(plane), y = plane - z * g.region_h, x = at - plane * g.region_w;
   }
 
   // By all threads of a warpgroup.

@@ -15,10 +15,15 @@ struct Strides {
   int64_t n, c, d, h, w;
 };
 
+// A position in a box: three fields of ten bits, the last of which is not set. One that is not in it is beyond every limit,
+// and negative.
+constexpr int kField = 511, kTops = (kField + 1) * (1 << 20 | 1 << 10 | 1);
+constexpr int kOutside = kField << 20 | kField << 10 | kField | 1 << 31;
+
 // Where the rows and columns of a thread's accumulators lie.
 template <class Problem>
 struct Place {
-  int packed[Problem::m_tiles][2];  // position in the box, ten bits per dim; -1 outside it
+  int packed[Problem::m_tiles][2];  // position in the box, ten bits per dim; kOutside outside it
   int lane, skip = 0;
   Tile box;  // of this warpgroup
 
@@ -31,8 +36,8 @@ struct Place {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
         const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
                        (warp * 2 + r) * g.row_group + (lane >> 2);
-        const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
-        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
+        const int plane = g.by_region_w.of(at), z = g.by_region_h.of(plane), y = plane - z * g.region_h, x = at - plane * g.region_w;
+        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : kOutside;
         settle(packed[i][r]);  // computed once, not for every use
       }
   }
@@ -131,25 +136,31 @@ struct Extent {
   int step_d, step_h, step_w;
 };
 
+// Of positions of a box those whose element of a class is one of the output: `limits - packed` has the top bit of each field.
+FXFUSE_INLINE int limits_of(const Tile& t, const Extent& o, const Residue& residue) {
+  auto last = [&](int size, int at, int step, int from) {
+    const int n = (int)((unsigned)(size - at + step - 1) / (unsigned)step) - from, most = n < kField ? n : kField;
+    return kField + (residue.valid && most > 0 ? most : 0);
+  };
+  return last(o.size_d, residue.d, o.step_d, t.d) << 20 | last(o.size_h, residue.h, o.step_h, t.h) << 10 |
+         last(o.size_w, residue.w, o.step_w, t.w);
+}
+
 // One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output.
 template <class Problem, int classes>
 FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& place, const Extent& o,
                                    const Residue (&residue)[classes]) {
   static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
-  const Tile& t = place.box;
   uint32_t inside = 0;
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
+  for (int q = 0; q < classes; ++q) {
+    const int limits = limits_of(place.box, o, residue[q]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
-                w = (t.w + place.x(i, r)) * o.step_w;
+    for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-      for (int q = 0; q < classes; ++q)
-        if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
-            w + residue[q].w < o.size_w)
-          inside |= 1u << ((i * 2 + r) * classes + q);
-    }
+      for (int r = 0; r < 2; ++r)
+        if ((limits - place.packed[i][r] & kTops) == kTops) inside |= 1u << ((i * 2 + r) * classes + q);
+  }
   return inside;
 }
 
@@ -209,16 +220,19 @@ FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, c
   const Tile& t = place.box;
   const int stride_d = (int)to.stride.d, stride_h = (int)to.stride.h;
   const uint32_t inside = inside_mask(g, place, o, residue);
-  int offset[rows][classes / width];  // of the leftmost one
+  int offset[rows][classes / width], origin[classes / width];  // of the leftmost one; of that of the box's first position
   uint32_t pairs = 0, odd = 0;        // one bit per pair: both are inside; its offset is odd
+#pragma unroll
+  for (int p = 0; p < classes / width; ++p) {
+    const Residue& one = residue[p * width + (width == 2 ? left : 0)];
+    origin[p] = (t.d * o.step_d + one.d) * stride_d + (t.h * o.step_h + one.h) * stride_h + t.w * o.step_w + one.w;
+  }
 #pragma unroll
   for (int at = 0; at < rows; ++at)
 #pragma unroll
     for (int p = 0; p < classes / width; ++p) {
       const int i = at / 2, r = at & 1;
-      const Residue& one = residue[p * width + (width == 2 ? left : 0)];
-      offset[at][p] = ((t.d + place.z(i, r)) * o.step_d + one.d) * stride_d + ((t.h + place.y(i, r)) * o.step_h + one.h) * stride_h +
-                      (t.w + place.x(i, r)) * o.step_w + one.w;
+      offset[at][p] = origin[p] + place.z(i, r) * o.step_d * stride_d + place.y(i, r) * o.step_h * stride_h + place.x(i, r) * o.step_w;
       const int bit = at * classes + p * width;
       if (width == 2) pairs |= (inside >> bit & inside >> (bit + 1) & 1) << bit, odd |= (uint32_t)(offset[at][p] & 1) << bit;
     }

@@ -16,6 +16,7 @@
 // apart), by_slab (each of them is copied, waited for and given back by itself); static functions pass_begin(i),
 // step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
+#include "divisor.cuh"
 #include "ptx.cuh"
 
 namespace fxfuse {
@@ -38,7 +39,7 @@ struct Geometry {
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
   int row_group;                     // rows from one group of eight to the next
-  int row_base[8];                   // first row of each m64 tile
+  int row_base[16];                  // first row of each m64 tile
   int part_rows;                     // of the region, from where one warpgroup's places are counted to the other's
   int chunks;                        // of input channels, per group
   int out_d, out_h, out_w;           // extents of the convolution's output
@@ -47,6 +48,8 @@ struct Geometry {
   int outbox_blocks;                 // of a multiplying warpgroup
   int in_d;                          // planes of x
   int first_planes;                  // by slab, planes of the region in the first one: tile_d, or all where they come at once
+  Divisor by_columns, by_w, by_h, by_d, by_groups;  // column_tiles, tiles_w, tiles_h, tiles_d, groups
+  Divisor by_region_w, by_region_h, by_box_h;
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
@@ -56,23 +59,22 @@ struct Tile {
 };
 
 FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
+  auto next = [&](const Divisor& by, int count) {
+    const int rest = by.of(index), found = index - rest * count;
+    index = rest;
+    return found;
+  };
   Tile t;
-  t.column = index % g.column_tiles;
-  index /= g.column_tiles;
-  t.number = index % (g.tiles_d * g.tiles_h * g.tiles_w);
-  t.w = (index % g.tiles_w) * g.tile_w;
-  index /= g.tiles_w;
-  t.h = (index % g.tiles_h) * g.tile_h;
-  t.skip = 0;
+  t.column = next(g.by_columns, g.column_tiles);
+  const int w = next(g.by_w, g.tiles_w), h = next(g.by_h, g.tiles_h), d = next(g.by_d, g.tiles_d);
+  t.number = (d * g.tiles_h + h) * g.tiles_w + w;
+  t.w = w * g.tile_w, t.h = h * g.tile_h, t.d = d * g.tile_d, t.skip = 0;
   if (g.linear) {
-    t.skip = t.h % g.region_w;
-    t.h /= g.region_w;
+    const int row = g.by_region_w.of(t.h);
+    t.skip = t.h - row * g.region_w, t.h = row;
   }
-  index /= g.tiles_h;
-  t.d = (index % g.tiles_d) * g.tile_d;
-  index /= g.tiles_d;
-  t.group = index % g.groups;
-  t.n = index / g.groups;
+  t.group = next(g.by_groups, g.groups);
+  t.n = index;
   return t;
 }
 

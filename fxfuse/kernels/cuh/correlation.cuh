@@ -26,10 +26,10 @@ struct Offset {
 };
 
 // i / by for 0 <= i < 2^20
-struct Divisor {
+struct Reciprocal {
   int by;
   float reciprocal;
-  FXFUSE_INLINE explicit Divisor(int by) : by(by), reciprocal(1.f / (float)by) {}
+  FXFUSE_INLINE explicit Reciprocal(int by) : by(by), reciprocal(1.f / (float)by) {}
   FXFUSE_INLINE int operator()(int i) const { return (int)(((float)i + 0.5f) * reciprocal); }
 };
 
@@ -53,7 +53,7 @@ struct Pitch {
 template <class Problem, class T>
 FXFUSE_INLINE void load_tile(double* tile, const Pitch& pitch, const T* x, const Strides& stride, const Size& sizes,
                              const Size& size, int d0, int h0, int w0) {
-  const Divisor by_w(size.w), by_h(size.h), by_d(size.d);
+  const Reciprocal by_w(size.w), by_h(size.h), by_d(size.d);
 #pragma unroll 4
   for (int i = threadIdx.x; i < Problem::in_channels * volume(size); i += kCorrelationThreads) {
     const int row = by_w(i), plane = by_h(row), c = by_d(plane);
@@ -96,7 +96,7 @@ FXFUSE_INLINE void correlate(const T* x, const Strides& stride, const Size& size
     __syncthreads();  // what was there has been read
     load_tile<Problem>(tile, pitch, x, stride, sizes, size, from.d + td, from.h + th - Problem::low_h,
                        from.w + tw - Problem::low_w);
-    const Divisor by_w(box.w), by_h(box.h);
+    const Reciprocal by_w(box.w), by_h(box.h);
     for (int i = threadIdx.x; i < volume(box); i += kCorrelationThreads) {
       const int line = by_w(i), d = by_h(line), h = line - d * box.h, w = i - line * box.w;
       places[i] = d * pitch.plane + (h + Problem::low_h) * pitch.row + w + Problem::low_w;

@@ -1,6 +1,7 @@
 // Sums of a tensor over boxes, bound by memory: each element is read once, into the sum of the cell between the borders
 // of boxes that it lies in; a box is the sum of its cells. Every sum in a fixed order, in float32.
 #pragma once
+#include "divisor.cuh"
 #include "map.cuh"
 
 namespace fxfuse {
@@ -8,12 +9,6 @@ namespace fxfuse {
 constexpr int kSumThreads = 256, kSumWarps = kSumThreads / 32;
 constexpr int kSumLoads = 8;  // that a thread has on their way at a time
 constexpr int kMostSegments = 24, kMostBoxes = 16, kMostSlots = 64;
-
-// n / divisor for n from 0 to 2^31 - 1.
-struct Divisor {
-  unsigned multiplier, shift;
-  FXFUSE_INLINE int of(int n) const { return (int)(((uint64_t)(unsigned)n * multiplier) >> shift); }
-};
 
 // Boxes along one dim, in elements of the result; box i is of segments first[i] to last[i] - 1.
 struct Boxes {
