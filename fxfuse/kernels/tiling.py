@@ -52,14 +52,20 @@ class Store(enum.Enum):
     DIRECT = "w varies fastest: from registers"
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
+    JOINT = "w varies fastest: runs of whole rows of both warpgroups, through shared memory"
     SECTORS = "w varies fastest: whole sectors, through shared memory of a warp"
     ONE = "one value of all channels: from registers"
+
+
+#: those that go through the outbox of ``conv_outbox.cuh``
+RUNS = (Store.ROWS, Store.PLANES, Store.JOINT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """Positions q of a thread block: a ``tile``, of two ``box``es, one per warpgroup; with halo: ``region``.
 
+    ``joint``: the tile is one box, whose rows in the region both warpgroups share: half of them each.
     ``row_base``: first row of each m64 tile in the region; ``row_group``: rows from one group of eight to the
     next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
     output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
@@ -90,6 +96,10 @@ class Tiling:
         each = len(self.row_base) // CONSUMERS
         return all(b - a == 8 * self.row_group for a, b in itertools.pairwise(self.row_base[:each]))
 
+    @property
+    def joint(self) -> bool:
+        return not self.linear and not any(self.half)
+
     def fit(self, extents: Extents) -> float:
         """Part of the rows that are positions of ``extents``."""
         return math.prod(extents) / (math.prod(self.counts) * len(self.row_base) * 64)
@@ -110,10 +120,10 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
     return min(MOST_BLOCKS, free // CONSUMERS // (made.lines * made.pitch * itemsize))
 
 
-def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
-    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well."""
+def tilings(made: Specialisation, extents: Extents, *, linear: bool, joint: bool = False) -> Iterator[Tiling]:
+    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``, ``joint``: such as well."""
     room, by_channel = _room(made), made.by_channel
-    ways = _ways(made.m_tiles, made.halo, extents, linear)
+    ways = _ways(made.m_tiles, made.halo, extents, linear, joint)
     return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
 
 
@@ -133,9 +143,9 @@ class _Way(NamedTuple):
 
 # a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
 @functools.lru_cache(maxsize=64)
-def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[_Way, ...]:
+def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool, joint: bool = False) -> tuple[_Way, ...]:
     """Tilings, those of the fewest tiles first."""
-    found = [*_boxes(m_tiles, halo, extents)]
+    found = [*_boxes(m_tiles, halo, extents), *(_joint(m_tiles, halo, extents) if joint else ())]
     for made in _linear(m_tiles, halo, extents) if linear else ():
         if max(made.region) <= MOST_COPIED:
             tiles = math.prod(made.counts)
@@ -204,13 +214,29 @@ def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[
                 yield (m_tiles // (a * b), a * 8, b * 8), True
     rows = m_tiles * 64
     for parts in range(1, 17):
-        w = -(-extents[2] // parts)
-        rw = w + halo[2]
-        if w > rows or rw > MOST_COPIED:
-            continue
-        for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
-            deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
-            yield (min(max(deepest, 1), extents[0]), h, w), False
+        yield from ((box, False) for box in _row_sizes(rows, -(-extents[2] // parts), extents, halo))
+
+
+def _row_sizes(rows: int, w: int, extents: Extents, halo: Extents) -> Iterator[Extents]:
+    """Boxes of ``w`` positions along w that span no more than ``rows`` rows of their region."""
+    rw = w + halo[2]
+    if w > rows or rw > MOST_COPIED:
+        return
+    for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
+        deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
+        yield min(max(deepest, 1), extents[0]), h, w
+
+
+def _joint(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
+    """Boxes of whole rows, whose rows in the region both warpgroups share."""
+    rows = CONSUMERS * m_tiles * ROWS
+    for box in _row_sizes(rows, extents[2], extents, halo):
+        d, h, w = (size + more for size, more in zip(box, halo, strict=True))
+        counts, region = _counts(extents, box), (d, h, w)
+        if max(region) <= MOST_COPIED:
+            make = functools.partial(Tiling, box, box, (0, 0, 0), region, 8, tuple(range(0, rows, ROWS)), 0, counts)
+            last = rows + (halo[0] * h + halo[1]) * w + halo[2]
+            yield _Way(math.prod(counts), max(math.prod(region), last), True, make)
 
 
 def _linear(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
@@ -245,6 +271,14 @@ def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: 
     return tuple((positions / (w.tiles * CONSUMERS * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
 
 
+def has_joint_tiles(made: Specialisation) -> bool:
+    """Whether tiles whose rows both warpgroups share are among those of a layer: where rows of several classes follow
+    each other in what is stored. Of one class, a tile is any run of positions.
+    """
+    _, h, w = made.layer.stride
+    return not (_dense(made) or made.one) and made.stored_classes % (h * w) == 0
+
+
 def _dense(made: Specialisation) -> bool:
     """Whether any run of positions may be a tile: they are neighbours where stored, or each is told its place."""
     return made.by_channel or made.pooled or math.prod(made.layer.stride) == 1
@@ -259,7 +293,8 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     """
     best: tuple[tuple[float, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
-    for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
+    linear = row == 0 or made.one or _dense(made)
+    for found in tilings(made, extents, linear=linear, joint=not linear and has_joint_tiles(made)):
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
         if best is not None and multiply + whole > best[0][0]:  # however it is stored; nor will those be that follow
             break
@@ -331,16 +366,19 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     scarce = made.pooled and not made.merged  # registers are, and little is stored
     if scarce or sectors:  # or it comes as it should go
         return direct
+    room = made.pitch
     if classes % plane == 0 and whole:
         longest = made.m_tiles * 64 if tiling.linear else height * stride[1] * row
         kind, runs = Store.PLANES, depth * (classes // plane)
-    elif classes % stride[2] == 0 and not tiling.linear:
+        if tiling.joint:
+            kind, room = Store.JOINT, made.joint_pitch
+    elif classes % stride[2] == 0 and not (tiling.linear or tiling.joint):
         longest = width * stride[2]
         kind, runs = Store.ROWS, depth * height * (classes // stride[2])
     else:
         return direct
     pitch = -(-(longest + align - 1) // align) * align
-    if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > made.pitch:
+    if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > room:
         return direct
     return kind, longest
 

@@ -33,9 +33,11 @@ from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiling import (
     CLOCK,
     MOST_COPIED,
+    RUNS,
     Store,
     Tiling,
     best_fit,
+    has_joint_tiles,
     outbox_blocks,
     region_stride,
     seconds,
@@ -237,7 +239,8 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
     except Unsupported:
         return
     halo = made.halo
-    for found in tilings(made, extents, linear=True):
+    for found in tilings(made, extents, linear=True, joint=True):
+        assert found.joint == (found.tile == found.box and not found.linear)
         room = region_stride(made, found)
         assert (
             math.prod(found.region) * made.chunk * 2 <= room <= made.region_bytes and max(found.region) <= MOST_COPIED
@@ -264,29 +267,43 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
 def test_what_goes_through_shared_memory_is_neighbours(
     layer: Layer, extents: tuple[int, int, int], itemsize: int
 ) -> None:
-    """The runs of a warpgroup: without holes, as long as promised, and in their part of shared memory."""
+    """The runs of a warpgroup, or of both: without holes, as long as promised, and in their part of shared memory."""
     try:
         made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=extents, itemsize=itemsize)
     except Unsupported:
         return
     stride = layer.stride
     q = tuple(-(-e // s) for e, s in zip(extents, stride, strict=True))
-    for found in tilings(made, q, linear=math.prod(stride) == 1):
+    for found in tilings(made, q, linear=math.prod(stride) == 1, joint=has_joint_tiles(made)):
         kind, longest = store_of(made, found, q, extents[2], itemsize)
-        if kind not in (Store.ROWS, Store.PLANES):
+        if kind not in RUNS:
             continue
-        for one, number, group in itertools.product(made.passes, range(found.counts[1]), range(CONSUMERS)):
-            runs: dict[tuple[int, ...], set[int]] = {}
-            for _, place in positions(made, found, q, group, number):
-                for residue in one.residues if place is not None else ():
-                    d, h, w = (p * s + r for p, s, r in zip(place, stride, residue.at, strict=True))
-                    if h < extents[1] and w < extents[2]:
-                        merged = kind is Store.PLANES
-                        runs.setdefault((d,) if merged else (d, h), set()).add(h * extents[2] * merged + w)
+        assert (kind is Store.JOINT) == found.joint
+        together = [range(CONSUMERS)] if found.joint else [range(group, group + 1) for group in range(CONSUMERS)]
+        for one, number, groups in itertools.product(made.passes, range(found.counts[1]), together):
+            runs: dict[tuple[int, ...], list[int]] = {}
+            places = [p for group in groups for _, p in positions(made, found, q, group, number) if p is not None]
+            for place, residue in itertools.product(places, one.residues):
+                d, h, w = (p * s + r for p, s, r in zip(place, stride, residue.at, strict=True))
+                if h < extents[1] and w < extents[2]:
+                    merged = kind is not Store.ROWS
+                    runs.setdefault((d,) if merged else (d, h), []).append(h * extents[2] * merged + w)
             for run in runs.values():
-                assert run == set(range(min(run), max(run) + 1)) and len(run) <= longest
-            align = 32 // itemsize
-            assert len(runs) * ((longest + 2 * align - 1) // align * align) <= made.pitch - 2 * align
+                assert sorted(run) == list(range(min(run), max(run) + 1)) and len(run) <= longest
+            align, pitch = 32 // itemsize, made.joint_pitch if found.joint else made.pitch
+            assert len(runs) * ((longest + 2 * align - 1) // align * align) <= pitch - 2 * align
+
+
+def test_rows_that_fill_half_a_tile_badly_are_shared() -> None:
+    """Of 128 rows two of 48 positions and their border leave 32, of 256 five leave 16; and there are fewer runs."""
+    layer, stored = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (47, 95, 95)
+    made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
+    q, row = (24, 48, 48), stored[2]
+    found = tile(made, q, row)
+    assert found.joint and found.tile == (1, 5, 48) and found.fit(q) == 0.9
+    assert store_of(made, found, q, row, 4) == (Store.JOINT, 5 * 2 * row)
+    apart = min(tilings(made, q, linear=False), key=lambda t: store_seconds(made, t, q, row, 4))
+    assert apart.fit(q) <= 0.75 and store_seconds(made, found, q, row, 4) < store_seconds(made, apart, q, row, 4)
 
 
 def test_residues_of_model_1() -> None:
@@ -359,7 +376,8 @@ def test_the_best_fit_is_that_of_the_tiles_that_fit(layer: Layer, extents: tuple
                 multiply = math.prod(t.counts) * len(t.row_base) * made.pass_cycles / CLOCK
                 return multiply + store_seconds(made, t, extents, row, 4), math.prod(t.region)
 
-            ways = tilings(made, extents, linear=row == 0 or linear)
+            joint = row > 0 and has_joint_tiles(made)
+            ways = tilings(made, extents, linear=row == 0 or linear, joint=joint)
             assert estimate(found) == min(map(estimate, ways))
 
 
