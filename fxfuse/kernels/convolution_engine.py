@@ -298,7 +298,7 @@ def _geometry(samples: int, extents: Extents, made: Specialisation, tiling: Tili
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
-        tiling.linear, *tiling.region[1:],
+        tiling.linear, tiling.over, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *reach(layer.residues)[0],
         tiling.row_group, (I32 * 8)(*tiling.row_base), tiling.part_rows, made.chunks, *extents, layer.out_channels,
         made.weight_bytes, outbox_blocks(made, tiling, itemsize),

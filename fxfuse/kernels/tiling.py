@@ -65,7 +65,8 @@ RUNS = (Store.ROWS, Store.PLANES, Store.JOINT)
 class Tiling:
     """Positions q of a thread block: a ``tile``, of two ``box``es, one per warpgroup; with halo: ``region``.
 
-    ``joint``: the tile is one box, whose rows in the region both warpgroups share: half of them each.
+    ``joint``: the tile is one box, whose rows in the region both warpgroups share: half of them each. It may have
+    positions ``over``, of the row behind it, that the next tile has, too: who begins a sector of memory stores it.
     ``row_base``: first row of each m64 tile in the region; ``row_group``: rows from one group of eight to the
     next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
     output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
@@ -82,6 +83,7 @@ class Tiling:
     part_rows: int
     counts: Extents
     linear: bool = False
+    over: int = 0
 
     def rows_needed(self, halo: Extents) -> int:
         """Rows of shared memory that the matrix instructions read, the last tap's included."""
@@ -120,10 +122,13 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
     return min(MOST_BLOCKS, free // CONSUMERS // (made.lines * made.pitch * itemsize))
 
 
-def tilings(made: Specialisation, extents: Extents, *, linear: bool, joint: bool = False) -> Iterator[Tiling]:
-    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``, ``joint``: such as well."""
+def tilings(made: Specialisation, extents: Extents, *, linear: bool, over: int = 0) -> Iterator[Tiling]:
+    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well.
+
+    ``over``: joint ones as well, and such that have so many positions over.
+    """
     room, by_channel = _room(made), made.by_channel
-    ways = _ways(made.m_tiles, made.halo, extents, linear, joint)
+    ways = _ways(made.m_tiles, made.halo, extents, linear, over)
     return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
 
 
@@ -143,9 +148,11 @@ class _Way(NamedTuple):
 
 # a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
 @functools.lru_cache(maxsize=64)
-def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool, joint: bool = False) -> tuple[_Way, ...]:
+def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool, over: int = 0) -> tuple[_Way, ...]:
     """Tilings, those of the fewest tiles first."""
-    found = [*_boxes(m_tiles, halo, extents), *(_joint(m_tiles, halo, extents) if joint else ())]
+    found = [*_boxes(m_tiles, halo, extents)]
+    for more in (0, over) if over else ():
+        found += _joint(m_tiles, halo, extents, more)
     for made in _linear(m_tiles, halo, extents) if linear else ():
         if max(made.region) <= MOST_COPIED:
             tiles = math.prod(made.counts)
@@ -217,24 +224,26 @@ def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[
         yield from ((box, False) for box in _row_sizes(rows, -(-extents[2] // parts), extents, halo))
 
 
-def _row_sizes(rows: int, w: int, extents: Extents, halo: Extents) -> Iterator[Extents]:
-    """Boxes of ``w`` positions along w that span no more than ``rows`` rows of their region."""
-    rw = w + halo[2]
+def _row_sizes(rows: int, w: int, extents: Extents, halo: Extents, over: int = 0) -> Iterator[Extents]:
+    """Boxes of ``w`` positions along w that span no more than ``rows`` rows of their region, with those ``over``."""
+    rw, last, more = w + halo[2], over or w, 1 if over else 0
     if w > rows or rw > MOST_COPIED:
         return
-    for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
-        deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
+    for h in range(1, min((rows - last) // rw + 1 - more, extents[1]) + 1):
+        deepest = (rows - (h + more - 1) * rw - last) // ((h + more + halo[1]) * rw) + 1
         yield min(max(deepest, 1), extents[0]), h, w
 
 
-def _joint(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
+def _joint(m_tiles: int, halo: Extents, extents: Extents, over: int) -> Iterator[_Way]:
     """Boxes of whole rows, whose rows in the region both warpgroups share."""
     rows = CONSUMERS * m_tiles * ROWS
-    for box in _row_sizes(rows, extents[2], extents, halo):
+    for box in _row_sizes(rows, extents[2], extents, halo, over):
         d, h, w = (size + more for size, more in zip(box, halo, strict=True))
+        h += over > 0
         counts, region = _counts(extents, box), (d, h, w)
-        if max(region) <= MOST_COPIED:
-            make = functools.partial(Tiling, box, box, (0, 0, 0), region, 8, tuple(range(0, rows, ROWS)), 0, counts)
+        if max(region) <= MOST_COPIED and over < box[2] and (counts[1] > 1 or not over):
+            bases = tuple(range(0, rows, ROWS))
+            make = functools.partial(Tiling, box, box, (0, 0, 0), region, 8, bases, 0, counts, over=over)
             last = rows + (halo[0] * h + halo[1]) * w + halo[2]
             yield _Way(math.prod(counts), max(math.prod(region), last), True, make)
 
@@ -271,6 +280,11 @@ def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: 
     return tuple((positions / (w.tiles * CONSUMERS * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
 
 
+def positions_over(made: Specialisation, itemsize: int) -> int:
+    """Positions that complete a sector, of whichever element it ends behind; zero where no tile is joint."""
+    return -(-(32 // itemsize - 1) // made.layer.stride[2]) if has_joint_tiles(made) else 0
+
+
 def has_joint_tiles(made: Specialisation) -> bool:
     """Whether tiles whose rows both warpgroups share are among those of a layer: where rows of several classes follow
     each other in what is stored. Of one class, a tile is any run of positions.
@@ -294,7 +308,7 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     best: tuple[tuple[float, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
     linear = row == 0 or made.one or _dense(made)
-    for found in tilings(made, extents, linear=linear, joint=not linear and has_joint_tiles(made)):
+    for found in tilings(made, extents, linear=linear, over=0 if linear else positions_over(made, itemsize)):
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
         if best is not None and multiply + whole > best[0][0]:  # however it is stored; nor will those be that follow
             break
@@ -377,7 +391,7 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
         kind, runs = Store.ROWS, depth * height * (classes // stride[2])
     else:
         return direct
-    pitch = -(-(longest + align - 1) // align) * align
+    pitch = -(-(longest + tiling.over * stride[2] + align - 1) // align) * align
     if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > room:
         return direct
     return kind, longest
@@ -397,6 +411,8 @@ def _stored(made: Specialisation, extents: Extents, itemsize: int) -> int:
 def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
     """Part of the 32-byte sectors of a stored run that it fills only in part."""
     kind, run = store_of(made, tiling, extents, row, itemsize)
+    if kind is Store.JOINT and tiling.over:  # only where a plane begins and ends
+        run = extents[1] * made.layer.stride[1] * row
     if kind in (Store.CHANNELS, Store.ONE) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
         return 0.0
     return min(1.0, 2 / (run * itemsize / 32 + 1))

@@ -1,6 +1,7 @@
 // Stores of a convolution's results as runs of neighbours in memory: the multiplying warpgroups put blocks of channels
 // into shared memory and go on, a warp per warpgroup takes them from there. Of a `joint` problem the rows of one
-// warpgroup are followed by those of the other: both fill the same blocks, and runs go through them.
+// warpgroup are followed by those of the other: both fill the same blocks, and runs go through them. A tile then may
+// send every sector that its runs begin, and none that the tile in front of it began: it computes what is `over`.
 #pragma once
 #include "conv_store.cuh"
 
@@ -49,7 +50,7 @@ struct RunPlan {
         start = place_of(begin), longest = place_of(end) - start;
       }
     }
-    pitch = (longest + 2 * align - 1) & ~(align - 1);
+    pitch = (longest + (Problem::joint ? g.over * o.step_w : 0) + 2 * align - 1) & ~(align - 1);
   }
 
   // The run of class run `u` of a position (z) or row of positions (z, y): where it begins in a channel of the tensor.
@@ -116,7 +117,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   const int row = (int)to.stride.h;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
-  const uint32_t inside = inside_mask(g, place, o, residue);
+  const uint32_t inside = inside_mask(g, place, o, residue, true);
   int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2][Runs::count];
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
@@ -181,6 +182,8 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
   const int number = sender * each + lane / at_once, part = lane % at_once;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
+  const bool whole = Problem::joint && g.over > 0;  // sectors: from the first that begins in a run, to that in which it ends
+  const int up_begin = whole && t.h > 0 ? align - 1 : 0, up_end = whole && (t.h + g.box_h) * o.step_h < o.size_h ? align - 1 : 0;
   for (int run = lane; run < plan.number; run += 32) {
     const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : at / g.box_h, y = at - z * g.box_h;
 #pragma unroll
@@ -204,16 +207,17 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
       for (int run = 0; run < plan.number; ++run, from += plan.pitch) {
         const Run one = outbox.shared.runs[sender][run];
         if (one.length <= 0) continue;
-        Out* const begin = out + one.offset;
-        const int shift = (int)((uint64_t)begin / sizeof(Out)) & (align - 1);
-        int head = -shift & (unit - 1);
-        head = head < one.length ? head : one.length;
-        const int body = (one.length - head) & ~(unit - 1);
-        if (body > 0 && run % at_once == part) store_bytes(begin + head, from + shift + head, body * (uint32_t)sizeof(Out));
+        const int shift = (int)((uint64_t)(out + one.offset) / sizeof(Out)) & (align - 1);
+        const int first = (shift + up_begin) & ~up_begin, length = ((shift + one.length + up_end) & ~up_end) - first;
+        Out* const begin = out + one.offset + (first - shift);
+        int head = -first & (unit - 1);
+        head = head < length ? head : length;
+        const int body = (length - head) & ~(unit - 1);
+        if (body > 0 && run % at_once == part) store_bytes(begin + head, from + first + head, body * (uint32_t)sizeof(Out));
 #pragma unroll 1
-        for (int end = part; end < 2 * unit - 2; end += at_once) {
-          const int k = end < head ? end : end + body;
-          if (k < one.length) begin[k] = from[shift + k];
+        for (int edge = part; edge < 2 * unit - 2; edge += at_once) {
+          const int k = edge < head ? edge : edge + body;
+          if (k < length) begin[k] = from[first + k];
         }
       }
     }

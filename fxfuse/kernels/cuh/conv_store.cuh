@@ -32,7 +32,8 @@ struct Place {
         const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
                        (warp * 2 + r) * g.row_group + (lane >> 2);
         const int plane = at / g.region_w, z = plane / g.region_h, y = plane - z * g.region_h, x = at - plane * g.region_w;
-        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : -1;
+        const bool over = Problem::joint && y == g.box_h && x < g.over;
+        packed[i][r] = z < g.box_d && ((y < g.box_h && x < g.box_w) || over) ? z << 20 | y << 10 | x : -1;
         settle(packed[i][r]);  // computed once, not for every use
       }
   }
@@ -131,10 +132,11 @@ struct Extent {
   int step_d, step_h, step_w;
 };
 
-// One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output.
+// One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output, and of
+// the box; or, with `over`, of what the next box's first sector begins with.
 template <class Problem, int classes>
 FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& place, const Extent& o,
-                                   const Residue (&residue)[classes]) {
+                                   const Residue (&residue)[classes], bool over = false) {
   static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
   const Tile& t = place.box;
   uint32_t inside = 0;
@@ -144,10 +146,11 @@ FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& plac
     for (int r = 0; r < 2; ++r) {
       const int d = (t.d + place.z(i, r)) * o.step_d, h = (t.h + place.y(i, r)) * o.step_h,
                 w = (t.w + place.x(i, r)) * o.step_w;
+      const bool behind = Problem::joint && place.y(i, r) == g.box_h;
 #pragma unroll
       for (int q = 0; q < classes; ++q)
         if (residue[q].valid && place.inside(i, r) && d + residue[q].d < o.size_d && h + residue[q].h < o.size_h &&
-            w + residue[q].w < o.size_w)
+            w + residue[q].w < o.size_w && !(behind && (!over || residue[q].h > 0)))
           inside |= 1u << ((i * 2 + r) * classes + q);
     }
   return inside;

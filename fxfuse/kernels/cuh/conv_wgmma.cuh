@@ -33,6 +33,7 @@ struct Geometry {
   int box_d, box_h, box_w;           // and of the part of one warpgroup; or of a tile whose rows both share
   int half_d, half_h, half_w;        // from the first warpgroup's part to the second's
   int linear;                        // consecutive rows of a plane, from anywhere: its width is the output's
+  int over;                          // positions of the row behind the box, whose results complete its last sectors
   int region_h, region_w;            // of the box with halo, rows of shared memory
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
