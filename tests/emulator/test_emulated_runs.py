@@ -51,6 +51,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
     "classes along h, groups": (
         lambda: layer(12, 40, 3, stride=(1, 3, 1), groups=2), (2, 12, 2, 9, 44), F32, False, 2, 3
     ),
+    "numbers per position": (
+        lambda: Then(layer(8, 20, 3, **TWO), lambda y, r: y * r, torch.randn(5, 21, 95)),
+        (2, 8, 3, 11, 48), F32, False, 3, 4,
+    ),
     "float32's own accuracy": (lambda: layer(24, 32, 3, **TWO), (2, 24, 2, 7, 48), F32, True, 4, 4),
 }  # fmt: skip
 
