@@ -122,14 +122,18 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
     return min(MOST_BLOCKS, free // CONSUMERS // (made.lines * made.pitch * itemsize))
 
 
-def tilings(made: Specialisation, extents: Extents, *, linear: bool, over: int = 0) -> Iterator[Tiling]:
-    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well.
-
-    ``over``: joint ones as well, and such that have so many positions over.
-    """
+def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
+    """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well."""
     room, by_channel = _room(made), made.by_channel
-    ways = _ways(made.m_tiles, made.halo, extents, linear, over)
+    ways = _ways(made.m_tiles, made.halo, extents, linear)
     return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
+
+
+def joint_tilings(made: Specialisation, extents: Extents, over: int) -> Iterator[Tiling]:
+    """Joint ones, with so many positions ``over`` and without, in the same order."""
+    room = _room(made)
+    ways = _joint_ways(made.m_tiles, made.halo, extents, over) if over else ()
+    return (way.tiling() for way in ways if way.rows <= room)
 
 
 def _room(made: Specialisation) -> int:
@@ -148,11 +152,9 @@ class _Way(NamedTuple):
 
 # a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
 @functools.lru_cache(maxsize=64)
-def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool, over: int = 0) -> tuple[_Way, ...]:
+def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[_Way, ...]:
     """Tilings, those of the fewest tiles first."""
     found = [*_boxes(m_tiles, halo, extents)]
-    for more in (0, over) if over else ():
-        found += _joint(m_tiles, halo, extents, more)
     for made in _linear(m_tiles, halo, extents) if linear else ():
         if max(made.region) <= MOST_COPIED:
             tiles = math.prod(made.counts)
@@ -234,6 +236,13 @@ def _row_sizes(rows: int, w: int, extents: Extents, halo: Extents, over: int = 0
         yield min(max(deepest, 1), extents[0]), h, w
 
 
+@functools.lru_cache(maxsize=64)
+def _joint_ways(m_tiles: int, halo: Extents, extents: Extents, over: int) -> tuple[_Way, ...]:
+    """The same of joint tilings."""
+    found = itertools.chain.from_iterable(_joint(m_tiles, halo, extents, more) for more in (0, over))
+    return tuple(sorted(found, key=operator.attrgetter("tiles")))
+
+
 def _joint(m_tiles: int, halo: Extents, extents: Extents, over: int) -> Iterator[_Way]:
     """Boxes of whole rows, whose rows in the region both warpgroups share."""
     rows = CONSUMERS * m_tiles * ROWS
@@ -305,10 +314,26 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     ``row``: elements of ``itemsize`` bytes in a row (along w) of the stored tensor; 0 where channels are
     neighbours in memory.
     """
+    linear = row == 0 or made.one or _dense(made)
+    best = _fastest(made, tilings(made, extents, linear=linear), extents, row, itemsize)
+    # results take their time, too: no more rows may be wasted for the sake of longer runs
+    most = math.inf if best is None else math.prod(best[1].counts)
+    ways = joint_tilings(made, extents, 0 if linear else positions_over(made, itemsize))
+    joint = _fastest(made, (t for t in ways if math.prod(t.counts) <= most), extents, row, itemsize)
+    if best is None or (joint is not None and joint[0] < best[0]):
+        best = joint
+    if best is None:
+        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
+    return best[1]
+
+
+def _fastest(
+    made: Specialisation, ways: Iterator[Tiling], extents: Extents, row: int, itemsize: int
+) -> tuple[tuple[float, int], Tiling] | None:
+    """That of ``ways``, of the fewest tiles first, with its score. Arguments as of :func:`tile`."""
     best: tuple[tuple[float, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
-    linear = row == 0 or made.one or _dense(made)
-    for found in tilings(made, extents, linear=linear, over=0 if linear else positions_over(made, itemsize)):
+    for found in ways:
         multiply = math.prod(found.counts) * len(found.row_base) * made.pass_cycles / CLOCK
         if best is not None and multiply + whole > best[0][0]:  # however it is stored; nor will those be that follow
             break
@@ -318,9 +343,7 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
         score = (estimate, math.prod(found.region))
         if best is None or score < best[0]:
             best = score, found
-    if best is None:
-        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
-    return best[1]
+    return best
 
 
 def row_runs(made: Specialisation, tiling: Tiling, row: int) -> tuple[int, int]:
