@@ -168,7 +168,8 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
         shape = f"{tiling.tile[1]} consecutive positions of {tiling.tile[0]} planes and their border"
     else:
         size, box = (" x ".join(map(str, s)) for s in (tiling.tile, tiling.box))
-        shape = f"{size} positions, a warpgroup's {box}"
+        parts = "shared by both warpgroups" if tiling.joint else f"a warpgroup's {box}"
+        shape = f"{size} positions, {parts}"
     yield "tile", f"{shape}; {100 * tiling.fit((d, h, w)):.0f} % of the rows are used"
     yield "tiles", f"{count}"
     yield "stores", store.value

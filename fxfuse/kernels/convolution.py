@@ -212,6 +212,11 @@ class Specialisation:
         return self.m_tiles * 64 * self.stored_classes + (72 if self.stored_classes == 1 else 80)
 
     @property
+    def joint_pitch(self) -> int:
+        """The same where both warpgroups fill a block; no more than both have, and the banks of its lines are apart."""
+        return 2 * self.pitch - 16
+
+    @property
     def places(self) -> int:
         """Of elements of a channel that a warpgroup stores, one behind the other, with room to align runs."""
         return self.m_tiles * ROWS * self.residues * 7 // 4 + 64

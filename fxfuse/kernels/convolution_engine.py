@@ -302,7 +302,7 @@ def _geometry(
     divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
-        tiling.linear, *tiling.region[1:],
+        tiling.linear, tiling.over, *tiling.region[1:],
         math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
         layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,

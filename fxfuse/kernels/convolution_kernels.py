@@ -15,7 +15,7 @@ from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.specialise import specialise, with_more_rows
-from fxfuse.kernels.tiling import Extents, Store, Tiling, store_of, tile
+from fxfuse.kernels.tiling import Extents, Store, Tiling, has_joint_tiles, store_of, tile
 
 #: entries that every source has
 KERNELS = ("prepare", "convolution", "direct")
@@ -108,7 +108,8 @@ class Convolution:
             return (Store.DIRECT,)
         _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride
         classes = self.made.stored_classes
-        runs = [k for k, neighbours in ((Store.PLANES, h * w), (Store.ROWS, w)) if classes % neighbours == 0]
+        neighbours = ((Store.JOINT, h * w), (Store.PLANES, h * w), (Store.ROWS, w))
+        runs = [k for k, n in neighbours if classes % n == 0 and (k is not Store.JOINT or has_joint_tiles(self.made))]
         return (*runs, Store.DIRECT)
 
 

@@ -190,6 +190,7 @@ class Correlation:
         layer, (low, span) = self.layer, self.reach
         constants = {
             "in_channels": layer.in_channels,
+            "joined": 1,
             "groups": layer.groups,
             "volume": layer.volume,
             "classes": len(layer.residues),

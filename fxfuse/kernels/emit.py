@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Specialisation
 from fxfuse.kernels.reductions import Fold
-from fxfuse.kernels.tiling import Store, positions_at_once
+from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 
 #: C++ types of elements in memory
 TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
@@ -196,7 +196,7 @@ def _problem(
         "pair": _pair(made),
         "lines": made.lines,
         "itemsize": ITEMSIZES[output],
-        "pitch": made.pitch,
+        "pitch": made.joint_pitch if store is Store.JOINT else made.pitch,
         "accumulator_tiles": made.accumulators[0],
         "accumulators": made.accumulators[1],
         "at_once": positions_at_once(made, streams=store is Store.STREAM) if made.by_channel else 0,
@@ -208,7 +208,7 @@ def _problem(
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
-  static constexpr bool outbox = {str(store in (Store.ROWS, Store.PLANES)).lower()};
+  static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
@@ -255,9 +255,9 @@ def _pair(made: Specialisation) -> int:
 
 def _run_type(made: Specialisation, store: Store) -> str:
     """What of a pass's classes follows each other in memory: see ``conv_outbox.cuh``."""
-    if store not in (Store.ROWS, Store.PLANES):
+    if store not in RUNS:
         return "  using Runs = fxfuse::OneRun;"
-    merged = store is Store.PLANES
+    merged = store is not Store.ROWS
     at = [r.at for r in made.passes[0].residues]  # w, and h where rows are merged, are the same in every pass
     keys = [a[:1] if merged else a[:2] for a in at]
     runs = sorted(set(keys))

@@ -54,15 +54,22 @@ class Store(enum.Enum):
     DIRECT = "w varies fastest: from registers"
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
+    JOINT = "w varies fastest: runs of whole rows of both warpgroups, through shared memory"
     SECTORS = "w varies fastest: whole sectors, through shared memory of a warp"
     STREAM = "w varies fastest: one run of whole rows, through shared memory of a warp"
     ONE = "one value of all channels: from registers"
+
+
+#: those that go through the outbox of ``conv_outbox.cuh``
+RUNS = (Store.ROWS, Store.PLANES, Store.JOINT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """Positions q of a thread block: a ``tile``, of two ``box``es, one per warpgroup; with halo: ``region``.
 
+    ``joint``: the tile is one box, whose rows in the region both warpgroups share: half of them each. It may have
+    positions ``over``, of the row behind it, that the next tile has, too: who begins a sector of memory stores it.
     ``row_base``: first row of each m64 tile in the region; ``row_group``: rows from one group of eight to the
     next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
     output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
@@ -79,6 +86,7 @@ class Tiling:
     part_rows: int
     counts: Extents
     linear: bool = False
+    over: int = 0
 
     def rows_needed(self, halo: Extents) -> int:
         """Rows of shared memory that the matrix instructions read, the last tap's included."""
@@ -92,6 +100,10 @@ class Tiling:
         """Whether all groups of eight rows of a warpgroup are equally far apart."""
         each = len(self.row_base) // CONSUMERS
         return all(b - a == 8 * self.row_group for a, b in itertools.pairwise(self.row_base[:each]))
+
+    @property
+    def joint(self) -> bool:
+        return not self.linear and not any(self.half)
 
     def fit(self, extents: Extents) -> float:
         """Part of the rows that are positions of ``extents``."""
@@ -118,6 +130,13 @@ def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator
     room, by_channel = _room(made), made.by_channel
     ways = _ways(made.m_tiles, made.halo, extents, linear)
     return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
+
+
+def joint_tilings(made: Specialisation, extents: Extents, over: int) -> Iterator[Tiling]:
+    """Joint ones, with so many positions ``over`` and without, in the same order."""
+    room = _room(made)
+    ways = _joint_ways(made.m_tiles, made.halo, extents, over) if over else ()
+    return (way.tiling() for way in ways if way.rows <= room)
 
 
 def _room(made: Specialisation) -> int:
@@ -207,13 +226,38 @@ def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[
                 yield (m_tiles // (a * b), a * 8, b * 8), True
     rows = m_tiles * 64
     for parts in range(1, 17):
-        w = -(-extents[2] // parts)
-        rw = w + halo[2]
-        if w > rows or rw > MOST_COPIED:
-            continue
-        for h in range(1, min((rows - w) // rw + 1, extents[1]) + 1):
-            deepest = (rows - (h - 1) * rw - w) // ((h + halo[1]) * rw) + 1
-            yield (min(max(deepest, 1), extents[0]), h, w), False
+        yield from ((box, False) for box in _row_sizes(rows, -(-extents[2] // parts), extents, halo))
+
+
+def _row_sizes(rows: int, w: int, extents: Extents, halo: Extents, over: int = 0) -> Iterator[Extents]:
+    """Boxes of ``w`` positions along w that span no more than ``rows`` rows of their region, with those ``over``."""
+    rw, last, more = w + halo[2], over or w, 1 if over else 0
+    if w > rows or rw > MOST_COPIED:
+        return
+    for h in range(1, min((rows - last) // rw + 1 - more, extents[1]) + 1):
+        deepest = (rows - (h + more - 1) * rw - last) // ((h + more + halo[1]) * rw) + 1
+        yield min(max(deepest, 1), extents[0]), h, w
+
+
+@functools.lru_cache(maxsize=64)
+def _joint_ways(m_tiles: int, halo: Extents, extents: Extents, over: int) -> tuple[_Way, ...]:
+    """The same of joint tilings."""
+    found = itertools.chain.from_iterable(_joint(m_tiles, halo, extents, more) for more in (0, over))
+    return tuple(sorted(found, key=operator.attrgetter("tiles")))
+
+
+def _joint(m_tiles: int, halo: Extents, extents: Extents, over: int) -> Iterator[_Way]:
+    """Boxes of whole rows, whose rows in the region both warpgroups share."""
+    rows = CONSUMERS * m_tiles * ROWS
+    for box in _row_sizes(rows, extents[2], extents, halo, over):
+        d, h, w = (size + more for size, more in zip(box, halo, strict=True))
+        h += over > 0
+        counts, region = _counts(extents, box), (d, h, w)
+        if max(region) <= MOST_COPIED and over < box[2] and (counts[1] > 1 or not over):
+            bases = tuple(range(0, rows, ROWS))
+            make = functools.partial(Tiling, box, box, (0, 0, 0), region, 8, bases, 0, counts, over=over)
+            last = rows + (halo[0] * h + halo[1]) * w + halo[2]
+            yield _Way(math.prod(counts), max(math.prod(region), last), True, make)
 
 
 def _linear(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
@@ -248,6 +292,19 @@ def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: 
     return tuple((positions / (w.tiles * CONSUMERS * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
 
 
+def positions_over(made: Specialisation, itemsize: int) -> int:
+    """Positions that complete a sector, of whichever element it ends behind; zero where no tile is joint."""
+    return -(-(32 // itemsize - 1) // made.layer.stride[2]) if has_joint_tiles(made) else 0
+
+
+def has_joint_tiles(made: Specialisation) -> bool:
+    """Whether tiles whose rows both warpgroups share are among those of a layer: where rows of several classes follow
+    each other in what is stored. Of one class, a tile is any run of positions.
+    """
+    _, h, w = made.layer.stride
+    return not (_dense(made) or made.one) and made.stored_classes % (h * w) == 0
+
+
 def _dense(made: Specialisation) -> bool:
     """Whether any run of positions may be a tile: they are neighbours where stored, or each is told its place."""
     return made.by_channel or made.pooled or math.prod(made.layer.stride) == 1
@@ -260,11 +317,28 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     ``row``: elements of ``itemsize`` bytes in a row (along w) of the stored tensor; 0 where channels are
     neighbours in memory.
     """
+    linear = row == 0 or made.one or _dense(made)
+    best = _fastest(made, tilings(made, extents, linear=linear), extents, row, itemsize)
+    # results take their time, too: no more rows may be wasted for the sake of longer runs
+    most = math.inf if best is None else math.prod(best[1].counts)
+    ways = joint_tilings(made, extents, 0 if linear else positions_over(made, itemsize))
+    joint = _fastest(made, (t for t in ways if math.prod(t.counts) <= most), extents, row, itemsize)
+    if best is None or (joint is not None and joint[0] < best[0]):
+        best = joint
+    if best is None:
+        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
+    return best[1]
+
+
+def _fastest(
+    made: Specialisation, ways: Iterator[Tiling], extents: Extents, row: int, itemsize: int
+) -> tuple[tuple[float, int], Tiling] | None:
+    """That of ``ways``, of the fewest tiles first, with its score. Arguments as of :func:`tile`."""
     best: tuple[tuple[float, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
     # of the products the least part that a tiling may have: the last of its tiles may hold few positions
     least = made.multiplied(extents[0], 1) / (1 if made.slabs == 1 else 2)
-    for found in tilings(made, extents, linear=row == 0 or made.one or _dense(made)):
+    for found in ways:
         multiply = multiply_seconds(made, found, extents)
         if best is not None and multiply + whole > best[0][0]:  # however it is stored
             if _multiply_all_seconds(made, found) * least + whole > best[0][0]:  # nor will those be that follow
@@ -276,9 +350,7 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
         score = (estimate, math.prod(found.region))
         if best is None or score < best[0]:
             best = score, found
-    if best is None:
-        raise Unsupported(f"no tile of {extents} positions fits into shared memory")
-    return best[1]
+    return best
 
 
 def first_planes(made: Specialisation, tiling: Tiling) -> int:
@@ -362,16 +434,19 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     scarce = made.pooled and not made.merged  # registers are, and little is stored
     if scarce or sectors:  # or it comes as it should go
         return direct
+    room = made.pitch
     if classes % plane == 0 and whole:
         longest = made.m_tiles * 64 if tiling.linear else height * stride[1] * row
         kind, runs = Store.PLANES, depth * (classes // plane)
-    elif classes % stride[2] == 0 and not tiling.linear:
+        if tiling.joint:
+            kind, room = Store.JOINT, made.joint_pitch
+    elif classes % stride[2] == 0 and not (tiling.linear or tiling.joint):
         longest = width * stride[2]
         kind, runs = Store.ROWS, depth * height * (classes // stride[2])
     else:
         return direct
-    pitch = -(-(longest + align - 1) // align) * align
-    if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > made.pitch:
+    pitch = -(-(longest + tiling.over * stride[2] + align - 1) // align) * align
+    if longest * itemsize < SHORT_RUN or runs > MOST_RUNS or runs * pitch + 2 * align > room:
         return direct
     return kind, longest
 
@@ -390,6 +465,8 @@ def _stored(made: Specialisation, extents: Extents, itemsize: int) -> int:
 def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
     """Part of the 32-byte sectors of a stored run that it fills only in part."""
     kind, run = store_of(made, tiling, extents, row, itemsize)
+    if kind is Store.JOINT and tiling.over:  # only where a plane begins and ends
+        run = extents[1] * made.layer.stride[1] * row
     if kind in (Store.CHANNELS, Store.ONE) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
         return 0.0
     return min(1.0, 2 / (run * itemsize / 32 + 1))

@@ -33,11 +33,14 @@ from fxfuse.kernels.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.specialise import check_holding, specialise, with_more_rows
 from fxfuse.kernels.tiling import (
     MOST_COPIED,
+    RUNS,
     Store,
     Tiling,
     best_fit,
+    joint_tilings,
     multiply_seconds,
     outbox_blocks,
+    positions_over,
     region_stride,
     seconds,
     store_of,
@@ -232,15 +235,16 @@ def positions(made: Specialisation, found: Tiling, extents: tuple[int, int, int]
     return rows
 
 
-@given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans())
-def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int], pooled: bool) -> None:
+@given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans(), st.integers(1, 15))
+def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int], pooled: bool, over: int) -> None:
     try:
         made = specialise(layer, pooled=pooled)
         tile(made, extents, extents[2])
     except Unsupported:
         return
     halo = made.halo
-    for found in tilings(made, extents, linear=True):
+    for found in itertools.chain(tilings(made, extents, linear=True), joint_tilings(made, extents, over)):
+        assert found.joint == (found.tile == found.box and not found.linear)
         room = region_stride(made, found)
         assert (
             math.prod(found.region) * made.chunk * 2 <= room <= made.region_bytes and max(found.region) <= MOST_COPIED
@@ -267,29 +271,71 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
 def test_what_goes_through_shared_memory_is_neighbours(
     layer: Layer, extents: tuple[int, int, int], itemsize: int
 ) -> None:
-    """The runs of a warpgroup: without holes, as long as promised, and in their part of shared memory."""
+    """The runs of a warpgroup, or of both: without holes, as long as promised, and in their part of shared memory."""
     try:
         made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=extents, itemsize=itemsize)
     except Unsupported:
         return
     stride = layer.stride
     q = tuple(-(-e // s) for e, s in zip(extents, stride, strict=True))
-    for found in tilings(made, q, linear=math.prod(stride) == 1):
+    joint = joint_tilings(made, q, positions_over(made, itemsize))
+    for found in itertools.chain(tilings(made, q, linear=math.prod(stride) == 1), joint):
         kind, longest = store_of(made, found, q, extents[2], itemsize)
-        if kind not in (Store.ROWS, Store.PLANES):
+        if kind not in RUNS:
             continue
-        for one, number, group in itertools.product(made.passes, range(found.counts[1]), range(CONSUMERS)):
-            runs: dict[tuple[int, ...], set[int]] = {}
-            for _, place in positions(made, found, q, group, number):
-                for residue in one.residues if place is not None else ():
-                    d, h, w = (p * s + r for p, s, r in zip(place, stride, residue.at, strict=True))
-                    if h < extents[1] and w < extents[2]:
-                        merged = kind is Store.PLANES
-                        runs.setdefault((d,) if merged else (d, h), set()).add(h * extents[2] * merged + w)
+        assert (kind is Store.JOINT) == found.joint
+        together = [range(CONSUMERS)] if found.joint else [range(group, group + 1) for group in range(CONSUMERS)]
+        for one, number, groups in itertools.product(made.passes, range(found.counts[1]), together):
+            runs: dict[tuple[int, ...], list[int]] = {}
+            places = [p for group in groups for _, p in positions(made, found, q, group, number) if p is not None]
+            for place, residue in itertools.product(places, one.residues):
+                d, h, w = (p * s + r for p, s, r in zip(place, stride, residue.at, strict=True))
+                if h < extents[1] and w < extents[2]:
+                    merged = kind is not Store.ROWS
+                    runs.setdefault((d,) if merged else (d, h), []).append(h * extents[2] * merged + w)
             for run in runs.values():
-                assert run == set(range(min(run), max(run) + 1)) and len(run) <= longest
-            align = 32 // itemsize
-            assert len(runs) * ((longest + 2 * align - 1) // align * align) <= made.pitch - 2 * align
+                assert sorted(run) == list(range(min(run), max(run) + 1)) and len(run) <= longest
+            align, pitch = 32 // itemsize, made.joint_pitch if found.joint else made.pitch
+            assert len(runs) * ((longest + 2 * align - 1) // align * align) <= pitch - 2 * align
+
+
+@given(layers(most=4), st.tuples(*[st.integers(1, 70)] * 3), st.sampled_from([2, 4]), st.integers(0, 15))
+def test_who_begins_a_sector_stores_it(
+    layer: Layer, extents: tuple[int, int, int], itemsize: int, address: int
+) -> None:
+    """Of joint tiles with positions over: every element of a plane once, from rows of the matrix instructions."""
+    try:
+        made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=extents, itemsize=itemsize)
+    except Unsupported:
+        return
+    _, step_h, step_w = layer.stride
+    q = tuple(-(-e // s) for e, s in zip(extents, layer.stride, strict=True))
+    align, row, over = 32 // itemsize, extents[2], positions_over(made, itemsize)
+    for found in joint_tilings(made, q, over):
+        if not found.over or store_of(made, found, q, row, itemsize)[0] is not Store.JOINT:
+            continue
+        assert (found.over * step_w >= align - 1) and found.counts[1] > 1 and row >= align
+        _, height, width = found.box
+        _, region_h, region_w = found.region
+        last = ((found.box[0] - 1) * region_h + height) * region_w + found.over  # the rows of a tile, with those over
+        assert last <= len(found.row_base) * 64 and height + 1 + made.halo[1] == region_h and width == q[2]
+        ends = [min(k * height * step_h, extents[1]) * row + address for k in range(found.counts[1] + 1)]
+        inner = [-(-end // align) * align for end in ends[1:-1]]
+        assert all(new - end <= found.over * step_w for new, end in zip(inner, ends[1:-1], strict=True))
+        stored = [ends[0], *inner, ends[-1]]
+        assert all(a < b for a, b in itertools.pairwise(stored))
+
+
+def test_rows_that_fill_half_a_tile_badly_are_shared() -> None:
+    """Of 128 rows two of 48 positions and their border leave 32, of 256 five leave 16; and there are fewer runs."""
+    layer, stored = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (47, 95, 95)
+    made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
+    q, row = (24, 48, 48), stored[2]
+    found = tile(made, q, row)
+    assert found.joint and found.tile == (1, 5, 48) and found.fit(q) == 0.9 and found.over == 4
+    assert store_of(made, found, q, row, 4) == (Store.JOINT, 5 * 2 * row)
+    apart = min(tilings(made, q, linear=False), key=lambda t: store_seconds(made, t, q, row, 4))
+    assert apart.fit(q) <= 0.75 and store_seconds(made, found, q, row, 4) < store_seconds(made, apart, q, row, 4)
 
 
 def test_residues_of_model_1() -> None:
@@ -435,8 +481,10 @@ def test_the_best_fit_is_that_of_the_tiles_that_fit(layer: Layer, extents: tuple
                 multiply = multiply_seconds(made, t, extents)
                 return multiply + store_seconds(made, t, extents, row, 4), math.prod(t.region)
 
-            ways = tilings(made, extents, linear=row == 0 or linear)
-            assert estimate(found) == min(map(estimate, ways))
+            best = min(tilings(made, extents, linear=row == 0 or linear), key=estimate)
+            joint = joint_tilings(made, extents, positions_over(made, 4) if row > 0 else 0)
+            fuller = (t for t in joint if math.prod(t.counts) <= math.prod(best.counts))
+            assert estimate(found) == min(map(estimate, (best, *fuller)))
 
 
 @given(layers(channels=20), st.integers(1, 48))

@@ -18,7 +18,7 @@ from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.sass import sass
 from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.tiling import RUNS, Store
 from fxfuse.program import Program
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -197,7 +197,7 @@ def test_reductions_over_channels_are_short(name: str, last: bool) -> None:
         made = dataclasses.replace(made, layout="channels_last")
     # runs through shared memory are staged behind the loop, in line
     for store in made.stores:
-        assert len(instructions(made, store)) * 16 <= (104 if store in (Store.ROWS, Store.PLANES) else 50) * 1024
+        assert len(instructions(made, store)) * 16 <= (104 if store in RUNS else 50) * 1024
         assert compile_cubin(made.source(store)).kernels["convolution"].stack == 0
 
 

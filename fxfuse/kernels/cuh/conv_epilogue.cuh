@@ -10,7 +10,7 @@ namespace fxfuse {
 template <class Problem, class Out, int classes, class Kept, class Value, class Expression>
 FXFUSE_INLINE void replace(const Geometry& g, const Place<Problem>& place, const Extent& o, const Residue (&residue)[classes],
                            Kept kept, const Value& value, const Expression& expression) {
-  const uint32_t inside = inside_mask(g, place, o, residue);
+  const uint32_t inside = inside_mask(g, place, o, residue, true);
 #pragma unroll
   for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll

@@ -81,7 +81,10 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
           for (int q = 0; q < classes; ++q) {
             const int at = (i * 2 + r) * classes + q;
             const float y = results(place, o, residue[q], inside >> at & 1, i, r, q);
-            v[at] = ready ? y : as_stored<Out>(y, here >> at & 1);
+            if (!ready)
+              v[at] = as_stored<Out>(y, here >> at & 1);
+            else  // zero outside the tensor; what the next box counts is not
+              v[at] = !Problem::joint || here >> at & 1 ? y : 0.f;
             sum += v[at];
           }
       const float mean = sum * reciprocal;

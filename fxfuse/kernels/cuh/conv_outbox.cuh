@@ -1,5 +1,7 @@
 // Stores of a convolution's results as runs of neighbours in memory: the multiplying warpgroups put blocks of channels
-// into shared memory and go on, a warp per warpgroup takes them from there.
+// into shared memory and go on, a warp per warpgroup takes them from there. Of a `joint` problem the rows of one
+// warpgroup are followed by those of the other: both fill the same blocks, and runs go through them. A tile then may
+// send every sector that its runs begin, and none that the tile in front of it began: it computes what is `over`.
 #pragma once
 #include "conv_store.cuh"
 
@@ -25,7 +27,7 @@ constexpr int kSector = 32;  // bytes; one that is written in part costs about f
 constexpr int kRuns = 64;       // that a part of a tile has at most
 constexpr int kMostBlocks = 8;  // of channels on their way to memory
 
-// The runs of one warpgroup's part of a tile: `box`.
+// The runs of one warpgroup's part of a tile: `box`; of a joint problem that is all of the tile.
 template <class Problem, class Runs>
 struct RunPlan {
   int number, rows, pitch;  // how many of them; rows of positions that each has; elements from one to the next
@@ -48,7 +50,7 @@ struct RunPlan {
         start = place_of(begin), longest = place_of(end) - start;
       }
     }
-    pitch = (longest + 2 * align - 1) & ~(align - 1);
+    pitch = (longest + (Problem::joint ? g.over * o.step_w : 0) + 2 * align - 1) & ~(align - 1);
   }
 
   // The run of class run `u` of a position (z) or row of positions (z, y): where it begins in a channel of the tensor.
@@ -75,14 +77,16 @@ struct RunPlan {
   }
 };
 
-// A warpgroup's blocks of `Problem::lines` channels in shared memory: as many as there is room for.
+// Blocks of `Problem::lines` channels in shared memory, of a warpgroup or of both: as many as there is room for.
 template <class Problem>
 struct Outbox {
+  static constexpr int groups = Problem::joint ? kConsumers : 1;  // that fill a block, and warps that send it
+  static constexpr int number = kConsumers / groups;              // of outboxes
   struct Shared {
     uint64_t full[kMostBlocks], empty[kMostBlocks];
-    Run runs[kRuns];  // for the warp that sends them
+    Run runs[groups][kRuns];  // for each of the warps that send them
     FXFUSE_INLINE void init() {
-      for (int i = 0; i < kMostBlocks; ++i) barrier_init(&full[i], 4), barrier_init(&empty[i], 1);
+      for (int i = 0; i < kMostBlocks; ++i) barrier_init(&full[i], 4 * groups), barrier_init(&empty[i], groups);
     }
   };
   static constexpr int block = Problem::lines * Problem::pitch;  // elements
@@ -113,7 +117,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   const int row = (int)to.stride.h;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
-  const uint32_t inside = inside_mask(g, place, o, residue);
+  const uint32_t inside = inside_mask(g, place, o, residue, true);
   int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2], origin[Runs::count];
   const int step_d = o.step_d * (int)to.stride.d, step_h = o.step_h * row;
 #pragma unroll
@@ -170,19 +174,23 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
 }
 
 // Sends what `stage_runs` puts there: a warp, several channels at once, the whole sectors of a run as one bulk copy and the
-// elements in front of them and behind them one by one.
+// elements in front of them and behind them one by one. Two warps share the channels of a joint block.
 template <class Problem, class Runs, class Out, int classes>
 FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Tile& t, const Extent& o,
                              const Residue (&residue)[classes], int group) {
-  constexpr int align = kSector / sizeof(Out), unit = 16 / sizeof(Out), lines = Problem::lines, at_once = 32 / lines;
-  const int lane = threadIdx.x & 31, number = lane / at_once, part = lane % at_once;
+  constexpr int align = kSector / sizeof(Out), unit = 16 / sizeof(Out), lines = Problem::lines;
+  constexpr int each = lines / Outbox<Problem>::groups, at_once = 32 / each;
+  const int lane = threadIdx.x & 31, sender = Problem::joint ? group : 0;
+  const int number = sender * each + lane / at_once, part = lane % at_once;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
+  const bool whole = Problem::joint && g.over > 0;  // sectors: from the first that begins in a run, to that in which it ends
+  const int up_begin = whole && t.h > 0 ? align - 1 : 0, up_end = whole && (t.h + g.box_h) * o.step_h < o.size_h ? align - 1 : 0;
   for (int run = lane; run < plan.number; run += 32) {
     const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : g.by_box_h.of(at), y = at - z * g.box_h;
 #pragma unroll
     for (int k = 0; k < Runs::count; ++k)
-      if (u == k) outbox.shared.runs[run] = {plan.offset(to, t, o, residue, z, y, k), plan.length(t, o, residue, z, y, k)};
+      if (u == k) outbox.shared.runs[sender][run] = {plan.offset(to, t, o, residue, z, y, k), plan.length(t, o, residue, z, y, k)};
   }
   __syncwarp();
   // a block of four channels has every other one of eight
@@ -199,18 +207,19 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
     if (skipped < left) {
 #pragma unroll 1
       for (int run = 0; run < plan.number; ++run, from += plan.pitch) {
-        const Run one = outbox.shared.runs[run];
+        const Run one = outbox.shared.runs[sender][run];
         if (one.length <= 0) continue;
-        Out* const begin = out + one.offset;
-        const int shift = (int)((uint64_t)begin / sizeof(Out)) & (align - 1);
-        int head = -shift & (unit - 1);
-        head = head < one.length ? head : one.length;
-        const int body = (one.length - head) & ~(unit - 1);
-        if (body > 0 && run % at_once == part) store_bytes(begin + head, from + shift + head, body * (uint32_t)sizeof(Out));
+        const int shift = (int)((uint64_t)(out + one.offset) / sizeof(Out)) & (align - 1);
+        const int first = (shift + up_begin) & ~up_begin, length = ((shift + one.length + up_end) & ~up_end) - first;
+        Out* const begin = out + one.offset + (first - shift);
+        int head = -first & (unit - 1);
+        head = head < length ? head : length;
+        const int body = (length - head) & ~(unit - 1);
+        if (body > 0 && run % at_once == part) store_bytes(begin + head, from + first + head, body * (uint32_t)sizeof(Out));
 #pragma unroll 1
-        for (int end = part; end < 2 * unit - 2; end += at_once) {
-          const int k = end < head ? end : end + body;
-          if (k < one.length) begin[k] = from[shift + k];
+        for (int edge = part; edge < 2 * unit - 2; edge += at_once) {
+          const int k = edge < head ? edge : edge + body;
+          if (k < length) begin[k] = from[first + k];
         }
       }
     }

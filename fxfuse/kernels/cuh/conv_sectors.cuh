@@ -13,6 +13,7 @@ constexpr int kMostAlign = 16;  // elements of a sector
 // Lines of shared memory: eight of each of a warpgroup's warps.
 template <class Problem>
 struct Lines {
+  static constexpr int number = kConsumers;
   struct Shared {
     FXFUSE_INLINE void init() {}
   };

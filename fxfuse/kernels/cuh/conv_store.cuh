@@ -37,7 +37,8 @@ struct Place {
         const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
                        (warp * 2 + r) * g.row_group + (lane >> 2);
         const int plane = g.by_region_w.of(at), z = g.by_region_h.of(plane), y = plane - z * g.region_h, x = at - plane * g.region_w;
-        packed[i][r] = z < g.box_d && y < g.box_h && x < g.box_w ? z << 20 | y << 10 | x : kOutside;
+        const bool over = Problem::joint && y == g.box_h && x < g.over;
+        packed[i][r] = z < g.box_d && ((y < g.box_h && x < g.box_w) || over) ? z << 20 | y << 10 | x : kOutside;
         settle(packed[i][r]);  // computed once, not for every use
       }
   }
@@ -137,24 +138,27 @@ struct Extent {
 };
 
 // Of positions of a box those whose element of a class is one of the output: `limits - packed` has the top bit of each field.
-FXFUSE_INLINE int limits_of(const Tile& t, const Extent& o, const Residue& residue) {
-  auto last = [&](int size, int at, int step, int from) {
-    const int n = (int)((unsigned)(size - at + step - 1) / (unsigned)step) - from, most = n < kField ? n : kField;
+// `most_h`: rows of the box that may be.
+FXFUSE_INLINE int limits_of(const Tile& t, const Extent& o, const Residue& residue, int most_h) {
+  auto last = [&](int size, int at, int step, int from, int field) {
+    const int n = (int)((unsigned)(size - at + step - 1) / (unsigned)step) - from, most = n < field ? n : field;
     return kField + (residue.valid && most > 0 ? most : 0);
   };
-  return last(o.size_d, residue.d, o.step_d, t.d) << 20 | last(o.size_h, residue.h, o.step_h, t.h) << 10 |
-         last(o.size_w, residue.w, o.step_w, t.w);
+  return last(o.size_d, residue.d, o.step_d, t.d, kField) << 20 | last(o.size_h, residue.h, o.step_h, t.h, most_h) << 10 |
+         last(o.size_w, residue.w, o.step_w, t.w, kField);
 }
 
-// One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output.
+// One bit for every row of a thread and class, (i * 2 + r) * classes + q: whether it is an element of the output, and of
+// the box; or, with `over`, of what the next box's first sector begins with.
 template <class Problem, int classes>
 FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& place, const Extent& o,
-                                   const Residue (&residue)[classes]) {
+                                   const Residue (&residue)[classes], bool over = false) {
   static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
   uint32_t inside = 0;
 #pragma unroll
   for (int q = 0; q < classes; ++q) {
-    const int limits = limits_of(place.box, o, residue[q]);
+    const int most_h = Problem::joint ? g.box_h + (over && residue[q].h == 0) : kField;
+    const int limits = limits_of(place.box, o, residue[q], most_h);
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll

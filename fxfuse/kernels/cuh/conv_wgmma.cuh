@@ -32,9 +32,10 @@ struct Step {
 struct Geometry {
   int samples, groups, column_tiles, tiles_d, tiles_h, tiles_w, tiles;
   int tile_d, tile_h, tile_w;        // positions q of a tile; in a linear one, tile_h rows of a plane of the region
-  int box_d, box_h, box_w;           // and of the part of one warpgroup
+  int box_d, box_h, box_w;           // and of the part of one warpgroup; or of a tile whose rows both share
   int half_d, half_h, half_w;        // from the first warpgroup's part to the second's
   int linear;                        // consecutive rows of a plane, from anywhere: its width is the output's
+  int over;                          // positions of the row behind the box, whose results complete its last sectors
   int region_h, region_w;            // of the box with halo, rows of shared memory
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
@@ -368,17 +369,17 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   using Outbox = typename Problem::Outbox;
   extern __shared__ uint8_t raw[];
   __shared__ Barriers<Problem> barriers;
-  __shared__ typename Outbox::Shared out[kConsumers];
+  __shared__ typename Outbox::Shared out[Outbox::number];
   __shared__ typename Problem::Table table;
   __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
   uint8_t* rest = x + Problem::x_buffers * g.region_stride;
-  auto outbox = [&](int group) { return Outbox(g, rest + group * Outbox::bytes(g), out[group]); };
+  auto outbox = [&](int group) { return Outbox(g, rest + group % Outbox::number * Outbox::bytes(g), out[group % Outbox::number]); };
   if (threadIdx.x == 0) {
     prefetch_map(map);
     barriers.init(), table.init();
-    for (int group = 0; group < kConsumers; ++group) out[group].init();
+    for (typename Outbox::Shared& one : out) one.init();
     barrier_init_fence();
   }
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
@@ -395,7 +396,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
     if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, barriers);
   } else {
     registers_up<Problem::outbox ? 216 : 240>();
-    conv_consume<Problem>(g, arguments, table, steps, (float*)(rest + kConsumers * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), x, stages, barriers);
+    conv_consume<Problem>(g, arguments, table, steps, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), x, stages, barriers);
   }
 }
 
