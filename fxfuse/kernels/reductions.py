@@ -9,7 +9,7 @@ from collections.abc import Collection
 from fxfuse.instr import Instr, TensorType
 
 #: elements of the windows that a thread takes at once, where those are several; and of how many planes
-MOST_TOGETHER, MOST_PLANES = 16, 4
+MOST_TOGETHER, MOST_PLANES = 32, 4
 
 
 @dataclasses.dataclass(frozen=True)

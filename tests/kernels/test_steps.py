@@ -473,10 +473,10 @@ HALVED = Window("Sum", (2, 2, 2), (2, 2, 2), (0, 0, 0), ONES, 8, whole=True)
         (emit_pool("f32", "f32", BOTH, None, WHOLE, None), "FMNMX", 27),
         (emit_pool("f16", "f16", BOTH, None, PADDED, None), "FMNMX", 27),
         (emit_pool("f32", "f32", ("channels_last", "contiguous"), None, WHOLE, None), "FMNMX", 27),
-        (emit_pool("f32", "f32", BOTH, None, HALVED, None), "FADD", 16),
+        (emit_pool("f32", "f32", BOTH, None, HALVED, None), "FADD", 32),
         (emit_pool_fold("f32", "f32", None, WHOLE, None, Fold("Sum", 64), None), "FMNMX", 27),
     ],
-    ids=["whole", "padded", "last", "two planes", "folded"],
+    ids=["whole", "padded", "last", "four planes", "folded"],
 )
 def test_windows_are_read_before_they_are_combined(source: str, combines: str, loads: int) -> None:
     """What memory-bound kernels wait for is on its way at once."""
