@@ -263,6 +263,8 @@ def kernels_always(anchored: bool = True, *, twice: bool = False, any_size: bool
     with contextlib.ExitStack() as stack:
         for module in (tail, schedule) if any_size else ():
             stack.enter_context(mock.patch.object(module, "LEAST_ELEMENTS", 1))
+        if any_size:
+            stack.enter_context(mock.patch.object(tail, "ENOUGH_THREADS", 1))
         stack.enter_context(mock.patch.object(execute, "slower", slower))
         for part in ("WORTH_TWICE", "HOPELESS") if twice else ():
             stack.enter_context(mock.patch.object(execute, part, math.inf))

@@ -67,8 +67,8 @@ class Bundler:
     def see_through(self, step: Step) -> Step:
         """The step, with the operands that are views read where their sources lie."""
         if isinstance(step, Map):
-            before, after = (self.direct(e) for e in (step.before, step.after))
-            made: Map | Contraction = dataclasses.replace(step, before=before, after=after)
+            before, after, behind = (self.direct(e) for e in (step.before, step.after, step.behind))
+            made: Map | Contraction = dataclasses.replace(step, before=before, after=after, behind=behind)
         elif isinstance(step, Contraction):
             made = dataclasses.replace(step, after=self.direct(step.after))
         else:

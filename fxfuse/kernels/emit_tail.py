@@ -8,6 +8,9 @@ from fxfuse.kernels.reductions import Fold, Rows, Window
 
 #: bytes that a thread reads at once
 VECTOR_BYTES = 16
+#: blocks that a multiprocessor shall hold of a pool's kernel at least. Without a word ptxas saves registers for as
+#: many as there may be, and has few loads on their way
+POOL_BLOCKS = 2
 
 
 def vector(dtype: str) -> int:
@@ -37,23 +40,49 @@ def emit_pool(
 ) -> str:
     """The entry ``pool``. ``layouts``: of the value, of the result."""
     last = ", ".join(str(layout != "contiguous").lower() for layout in layouts)
-    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
-    arguments = f"fxfuse::PoolArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    arguments = f"fxfuse::PoolArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
+    return "\n".join([
+        '#include "map_pool.cuh"',
+        *_head(before, after),
+        _pool(window, layouts),
+        _entry("pool", arguments, f"fxfuse::map_pool<Pool, {last}>(a)", POOL_BLOCKS),
+    ])  # fmt: skip
+
+
+def emit_pool_fold(
+    dtype: str,
+    output: str,
+    before: Expression | None,
+    window: Window,
+    after: Expression | None,
+    fold: Fold,
+    behind: Expression | None,
+) -> str:
+    """The entry ``pool``, with a reduction over channels behind the pool and the expression ``after`` it."""
+    both, slices = ("contiguous", "contiguous"), fold.slices(window)
+    arguments = f"fxfuse::PoolFoldArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after, behind)}>"
+    return "\n".join([
+        '#include "pool_fold.cuh"',
+        *_head(before, after, behind),
+        _pool(window, both),
+        _entry("pool", arguments, f"fxfuse::pool_fold<Pool, fxfuse::Fold{fold.combine}, {slices}>(a)", POOL_BLOCKS),
+    ])  # fmt: skip
+
+
+def _pool(window: Window, layouts: tuple[str, str]) -> str:
     constants = {
         f"{name}_{dim}": value
         for name in ("kernel", "stride", "padding", "dilation")
         for dim, value in zip("dhw", getattr(window, name), strict=True)
     }
-    lines = [f"  static constexpr int {k} = {v};" for k, v in {**constants, "divisor": window.divisor}.items()]
-    sums, adaptive = (str(v).lower() for v in (window.combine == "Sum", window.adaptive))
+    constants |= {"divisor": window.divisor, "planes": window.planes(layouts)}
+    sums, adaptive, whole = (str(v).lower() for v in (window.combine == "Sum", window.adaptive, window.whole))
     return "\n".join([
-        *_head(before, after),
         "struct Pool {",
         f"  using Combine = fxfuse::{window.combine};",
-        f"  static constexpr bool sums = {sums}, adaptive = {adaptive};",
-        *lines,
+        f"  static constexpr bool sums = {sums}, adaptive = {adaptive}, whole = {whole};",
+        *(f"  static constexpr int {k} = {v};" for k, v in constants.items()),
         "};",
-        _entry("pool", arguments, f"fxfuse::map_pool<Pool, {last}>(a)"),
     ])  # fmt: skip
 
 
@@ -66,8 +95,7 @@ def emit_fold(
     after: Expression | None,
 ) -> str:
     """The entry ``fold``. ``layouts``: of the value, of the result."""
-    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
-    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
     last, last_made = (layout != "contiguous" for layout in layouts)
     return "\n".join([
         '#include "map_fold.cuh"',
@@ -83,8 +111,7 @@ def emit_fold(
 
 def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, after: Expression | None) -> str:
     """Entries ``whole``, ``any``: for rows of a multiple of the vector, or not."""
-    names = ["fxfuse::Identity" if e is None else e.name for e in (before, after)]
-    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {', '.join(names)}>"
+    arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
     lanes = "fxfuse::kMapThreads" if rows.long else "32"
     call = f"fxfuse::map_rows<fxfuse::Row{rows.combine}, {lanes}"
     entries = {"whole": f"{call}, {vector(dtype)}>(a)", "any": f"{call}, 1>(a)"}
@@ -122,12 +149,17 @@ finish(const fxfuse::Moments* moments, float* mean, float* var, float* scale, in
 """
 
 
+def _names(*expressions: Expression | None) -> str:
+    return ", ".join("fxfuse::Identity" if e is None else e.name for e in expressions)
+
+
 def _head(*expressions: Expression | None) -> list[str]:
     return ['#include "map.cuh"', *(e.code for e in expressions if e is not None)]
 
 
-def _entry(name: str, arguments: str, body: str) -> str:
+def _entry(name: str, arguments: str, body: str, blocks: int | None = None) -> str:
+    least = "" if blocks is None else f", {blocks}"
     return (
-        f'extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)\n'
+        f'extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads{least})\n'
         f"{name}(const __grid_constant__ {arguments} a) {{\n  fxfuse::begin_dependent();\n  {body};\n}}"
     )

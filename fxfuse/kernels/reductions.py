@@ -8,6 +8,9 @@ from collections.abc import Collection
 
 from fxfuse.instr import Instr, TensorType
 
+#: elements of the windows that a thread takes at once, where those are several; and of how many planes
+MOST_TOGETHER, MOST_PLANES = 32, 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -15,7 +18,8 @@ class Window:
 
     Output o looks at ``kernel`` inputs from ``o*stride - padding`` on, ``dilation`` apart, as far as there are
     any. A sum is divided by ``divisor``; for 0 by the inputs that it has, for -1 by those that it has with
-    padding. ``adaptive``: windows are ``[o*L // O, ceil((o+1)*L / O))`` instead.
+    padding. ``adaptive``: windows are ``[o*L // O, ceil((o+1)*L / O))`` instead. ``whole``: no window reaches beyond
+    the inputs.
     """
 
     combine: str
@@ -25,10 +29,19 @@ class Window:
     dilation: tuple[int, int, int]
     divisor: int = 1
     adaptive: bool = False
+    whole: bool = False
+
+    def planes(self, layouts: tuple[str, str]) -> int:
+        """How many planes a thread takes, of small windows several: their places are the same. ``layouts``: of the
+        value, of the result."""
+        looked_at = math.prod(self.kernel)
+        if self.adaptive or layouts != ("contiguous", "contiguous") or looked_at > MOST_TOGETHER:
+            return 1
+        return min(MOST_TOGETHER // looked_at, MOST_PLANES)
 
 
-#: channels that a thread holds
-MOST_CHANNELS_EACH = 64
+#: channels that a thread holds; threads that share those of a position behind a pool
+MOST_CHANNELS_EACH, MOST_SLICES = 64, 8
 _FOLDS = {
     "sum": "Sum",
     "mean": "Mean",
@@ -58,6 +71,16 @@ class Fold:
         """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
         each, most = (4, 32) if last and (last_made or not self.keeps) else (MOST_CHANNELS_EACH, 4)
         return min(most, 1 << (-(-self.channels // each) - 1).bit_length())
+
+    @property
+    def once(self) -> bool:
+        """Whether it asks for every channel once, and makes one value of them."""
+        return self.combine in ("Sum", "Mean", "Maximum", "Minimum")
+
+    def slices(self, window: Window) -> int:
+        """Threads per position of what a pool makes, which is reduced at once."""
+        each = -(-self.channels // window.planes(("contiguous", "contiguous")))
+        return min(MOST_SLICES, 1 << (each - 1).bit_length())
 
 
 #: elements of a row from which on a block takes it, and not a warp; and rows that are enough for blocks
@@ -125,12 +148,12 @@ def window_of(pool: Instr, rank: int) -> Window | None:
     if len(kernel) != rank:
         return None
     dilation = attributes.get("dilation", (1,) * rank)
-    divisor = 1
+    divisor, whole = 1, not any(padding) and not attributes["ceil_mode"]
     if combine == "Sum":
         divisor = attributes["divisor_override"] or (-1 if attributes["count_include_pad"] else 0)
         if rank == 1 and attributes["divisor_override"]:
             return None
-        whole = not any(padding) and not attributes["ceil_mode"]
         if whole and divisor <= 0:
             divisor = math.prod(kernel)
-    return Window(combine, three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1), divisor)
+    dims = three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1)
+    return Window(combine, *dims, divisor, whole=whole)

@@ -87,7 +87,8 @@ class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
     Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
-    There is at most one of ``window``, ``fold`` and ``rows``.
+    There is at most one of ``window``, ``fold`` and ``rows``, or a ``window`` and a ``fold`` behind it. ``before`` is
+    in front of the first of them, ``after`` behind it, ``behind`` that ``fold``.
     ``body``: the instructions that it stands for.
     """
 
@@ -103,11 +104,12 @@ class Map:
     fold: Fold | None = None
     rows: Rows | None = None
     after: Expression | None = None
+    behind: Expression | None = None
     body: tuple[Instr, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
-        operands = [f.value for e in (self.before, self.after) if e is not None for f in e.fields]
+        operands = [f.value for e in (self.before, self.after, self.behind) if e is not None for f in e.fields]
         return tuple(dict.fromkeys([self.value, *operands]))
 
     @property

@@ -5,11 +5,12 @@ Pure: :func:`plan` cuts a program into steps in the order in which they run.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 from fxfuse import vocabulary
-from fxfuse.instr import Instr, Ref
+from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.collapsed import sums_of
 from fxfuse.kernels.contraction import contraction_of
@@ -25,6 +26,8 @@ LEAST_ELEMENTS = 2**20
 MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 #: how often an element may be computed again because windows overlap
 MOST_OVERLAP = 2.0
+#: threads from which on a pool's kernel reduces what it makes: fewer leave most of a GPU idle
+ENOUGH_THREADS = 2**15
 
 
 def plan(program: Program, values: Mapping[str, Form], gathered: str | None = None) -> tuple[Step, ...]:
@@ -186,18 +189,61 @@ class _Planner:
         if not self.values.storable(after.result):
             return None
         stage = pool.op if window.adaptive else f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"
-        return self._made(value, before, window, after, (pool,), stage)
+        found = self._pooled_and_folded(value, before, window, after, pool, stage)
+        return found or self._made(value, before, window, after, (pool,), stage)
+
+    def _pooled_and_folded(
+        self, value: str, before: Chain, window: Window, after: Chain, pool: Instr, stage: str
+    ) -> tuple[Step, Sequence[Instr]] | None:
+        """The same, the reduction over channels behind it, and the chain behind that: with threads enough for a GPU."""
+        reduction, pooled = self.values.only_reader(after.result), self.values.types[after.result]
+        if reduction is None or vocabulary.lookup(reduction.op).kind is not Kind.REDUCTION:
+            return None
+        fold, behind = fold_of(reduction, pooled), self._behind(reduction, pooled, "Behind")
+        if fold is None or not fold.once or behind is None:
+            return None
+        places = elements(pooled) // fold.channels
+        if places * fold.slices(window) < ENOUGH_THREADS or elements(pooled) > MOST_ELEMENTS:
+            return None
+        layouts = self._layouts(value, behind.result)
+        kind = self.values.types[behind.result]
+        if layouts != ("contiguous", "contiguous") or len(kind.shape) < 3:
+            return None
+        bodies = before.body, (pool,), after.body, (reduction,), behind.body
+        stages = [[i.op for i in body] for body in bodies]
+        stages[1] = [stage]
+        step = Map(
+            value=value,
+            given=self.values.types[value],
+            stored=behind.result,
+            kind=kind,
+            strides=self.values.strides[behind.result],
+            layouts=layouts,
+            stages=tuple(itertools.chain(*stages)),
+            before=before.expression,
+            window=window,
+            fold=fold,
+            after=after.expression,
+            behind=behind.expression,
+            body=tuple(itertools.chain(*bodies)),
+        )
+        return step, self._without_small(step, pooled)
+
+    def _behind(self, reduction: Instr, kind: TensorType, name: str) -> Chain | None:
+        """The chain behind a reduction over channels of ``kind``; None where kernels do not make its result."""
+        out = self.values.types[reduction.outs[0]]
+        if out.dtype is not kind.dtype:
+            return None
+        if len(out.shape) == len(kind.shape):
+            return self.values.longest(reduction.outs[0], name, self._missing(), there=self.there)
+        strides = self.values.strides[reduction.outs[0]]
+        return Chain(reduction.outs[0]) if strides == dense(out.shape, "contiguous") else None
 
     def _folded(self, value: str, before: Chain, reduction: Instr) -> tuple[Step, Sequence[Instr]] | None:
         """The chain, the reduction over channels or over the last dims behind it, and the chain behind that."""
-        kind, out = (self.values.types[n] for n in (before.result, reduction.outs[0]))
-        fold = fold_of(reduction, kind) or rows_of(reduction, kind)
-        if fold is None or out.dtype is not kind.dtype:
-            return None
-        after = Chain(reduction.outs[0])
-        if len(out.shape) == len(kind.shape):
-            after = self.values.longest(after.result, "After", self._missing(), there=self.there)
-        elif self.values.strides[after.result] != dense(out.shape, "contiguous"):
+        kind = self.values.types[before.result]
+        fold, after = fold_of(reduction, kind) or rows_of(reduction, kind), self._behind(reduction, kind, "After")
+        if fold is None or after is None:
             return None
         return self._made(value, before, fold, after, (reduction,), reduction.op)
 
@@ -249,12 +295,14 @@ class _Planner:
             after=after.expression,
             body=tuple(body),
         )
-        # small operands stay: others may need them, and they are dropped where nobody does
-        small = {i.outs[0] for i in body if self.values.types[i.outs[0]].shape not in self._shapes(value, step)}
-        return step, [i for i in body if i.outs[0] not in small]
+        return step, self._without_small(step)
 
-    def _shapes(self, value: str, step: Map) -> tuple[tuple[int | None, ...], ...]:
-        return self.values.types[value].shape, step.kind.shape
+    def _without_small(self, step: Map, *made: TensorType) -> list[Instr]:
+        """What a step takes. Small operands stay: others may need them, and they are dropped where nobody does.
+        ``made``: what it makes on the way."""
+        shapes = [kind.shape for kind in (step.given, step.kind, *made)]
+        small = {i.outs[0] for i in step.body if self.values.types[i.outs[0]].shape not in shapes}
+        return [i for i in step.body if i.outs[0] not in small]
 
     # --- statistics -----------------------------------------------------------------------------------
     def _gather(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:

@@ -6,6 +6,7 @@ strides, and holds nothing that a call changes: several threads may run it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Set
@@ -19,7 +20,7 @@ from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics, vector
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics, vector
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
@@ -71,6 +72,8 @@ def source_of(step: Step) -> str:
         dtypes = DTYPE_NAMES[step.weights.dtype], DTYPE_NAMES[step.kind.dtype]
         return emit_contraction(*dtypes, step.after, rows=step.rows, across=step.across, taps=len(step.table))
     dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
+    if step.window is not None and step.fold is not None:
+        return emit_pool_fold(dtype, output, step.before, step.window, step.after, step.fold, step.behind)
     if step.window is not None:
         return emit_pool(dtype, output, step.layouts, step.before, step.window, step.after)
     if step.fold is not None:
@@ -139,11 +142,18 @@ def _laid_out(value: Tensor, layout: str, planned: tuple[int, ...]) -> Tensor:
 def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], follows: bool) -> Run:
     index = device.index
     source = source_of(step)
-    size, made = _sizes(step.given), _sizes(step.kind)
+    size = _sizes(step.given)
     n, c, d, h, w = size
     if step.window is not None:
         kernel = load(source, ("pool",), device)["pool"]
-        grid: tuple[int, int, int] = (-(-math.prod(made) // BLOCK), 1, 1)
+        spatial = step.kind.shape[2 - len(step.given.shape) :]
+        made = _sizes(dataclasses.replace(step.kind, shape=(n, c, *spatial)))
+        threads = math.prod(made[2:])  # of all positions
+        if step.fold is not None:
+            threads *= n * step.fold.slices(step.window)
+        else:
+            threads *= -(-n * c // step.window.planes(step.layouts))
+        grid: tuple[int, int, int] = (-(-threads // BLOCK), 1, 1)
         sizes: tuple[int, ...] = (*size, *made)
     elif step.fold is not None:
         kernel = load(source, ("fold",), device)["fold"]
@@ -169,7 +179,9 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         sizes = (*size, 0)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
     pointwise = step.window is None and step.fold is None and step.rows is None
-    operands = [Operands(e, places) for e in (step.before, *([] if pointwise else [step.after]))]
+    both = step.window is not None and step.fold is not None
+    expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
+    operands = [Operands(e, places) for e in expressions]
     form = f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}"
     launch = Packed(kernel, grid, BLOCK, form, follows=follows)
 

@@ -202,6 +202,15 @@ def test_pools(pool: str, dtype: torch.dtype, layout: str) -> None:
         check(model, x, "then one kernel: ")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fold", ["sum", "mean", "amax", "min"])
+def test_reductions_behind_a_pool_by_itself(fold: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    for channels, pool in ((5, POOLS["max"]), (33, POOLS["avg"]), (70, POOLS["max_overlapping"])):
+        model = Stages(made(3, 8, channels, 1, dtype=dtype), pool, torch.sigmoid, FOLDS[fold])
+        check(model, sample(3, 8, 9, 10, 11, dtype=dtype), f" > sigmoid > {fold} -> ")
+
+
 def test_a_pool_of_values_that_are_not_finite() -> None:
     x = sample(2, 8, 9, 10, 11)
     x[0, 3, 2, 5, 4], x[1, 1, 1, 1, 1] = float("nan"), float("-inf")

@@ -45,7 +45,7 @@ def pool(text: str, dims: int) -> Program:
 
 
 def made_by(window: Window, x: Tensor, sizes: tuple[int, int, int]) -> Tensor:
-    """What ``map_pool`` of cuh/map.cuh makes of (N, C, D, H, W)."""
+    """What ``map_pool`` of cuh/map_pool.cuh makes of (N, C, D, H, W)."""
     lengths, result = x.shape[2:], x.new_empty(*x.shape[:2], *sizes)
     for place in itertools.product(*map(range, sizes)):
         indices, padded = [], []

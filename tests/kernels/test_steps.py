@@ -16,10 +16,11 @@ import fxfuse
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_rows, emit_statistics
+from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.observe import Unscheduled, examples, observe
 from fxfuse.kernels.reductions import Fold, Rows, Window
+from fxfuse.kernels.sass import sass
 from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.steps import Gather, Map, Schedule, Torch
 from fxfuse.kernels.tail import plan
@@ -170,6 +171,21 @@ def test_overlapping_windows_do_not_compute_twice() -> None:
         "one kernel: gelu -> f32[2, 16, 6, 7, 8]",
         "one kernel: max_pool 3x3x3 -> f32[2, 16, 6, 7, 8]",
     ]
+
+
+@pytest.mark.parametrize(("least", "kernels"), [(128, 1), (129, 2)])
+def test_a_reduction_joins_the_pool_where_threads_are_enough(
+    least: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 positions with eight threads each."""
+    monkeypatch.setattr("fxfuse.kernels.tail.ENOUGH_THREADS", least)
+    pool = "m = max_pool(y, kernel=(3, 3, 3), stride=(3, 3, 3), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
+    lines = [pool, "z = relu(m)", "v = sum(z, dims=(1,), keepdim=True)", "u = exp(v)", "u"]
+    found = steps(*lines, anchored=False)[1:]
+    if kernels == 1:
+        assert found == ["one kernel: max_pool 3x3x3 > relu > sum > exp -> f32[2, 1, 2, 2, 2]"]
+    else:
+        assert found[0] == "one kernel: max_pool 3x3x3 > relu -> f32[2, 16, 2, 2, 2]" and len(found) == 2
 
 
 def test_a_reduction_over_channels_joins() -> None:
@@ -433,6 +449,7 @@ def test_kernels_compile_without_spills(dtype: str, layout: str, arch: str) -> N
     sources = [
         emit_map(dtype, dtype, layout, None),
         emit_pool(dtype, dtype, (layout, "contiguous"), None, window, None),
+        emit_pool_fold(dtype, dtype, None, window, None, Fold("Mean", 64), None),
         emit_fold(dtype, dtype, (layout, layout), None, Fold("Softmax", 64), None),
         emit_fold(dtype, dtype, (layout, "contiguous"), None, Fold("LogSumExp", 3), None),
         emit_rows(dtype, dtype, None, Rows("LogSoftmax", 64), None),
@@ -442,6 +459,30 @@ def test_kernels_compile_without_spills(dtype: str, layout: str, arch: str) -> N
     for source in sources:
         cubin = compile_cubin(source, arch)
         assert not {name: used.spills for name, used in cubin.kernels.items() if used.spills}
+
+
+BOTH, ONES = ("contiguous", "contiguous"), (1, 1, 1)
+WHOLE = Window("Maximum", (3, 3, 3), (3, 3, 3), (0, 0, 0), ONES, whole=True)
+PADDED = Window("Maximum", (3, 3, 3), (2, 2, 2), ONES, ONES)
+HALVED = Window("Sum", (2, 2, 2), (2, 2, 2), (0, 0, 0), ONES, 8, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "combines", "loads"),
+    [
+        (emit_pool("f32", "f32", BOTH, None, WHOLE, None), "FMNMX", 27),
+        (emit_pool("f16", "f16", BOTH, None, PADDED, None), "FMNMX", 27),
+        (emit_pool("f32", "f32", ("channels_last", "contiguous"), None, WHOLE, None), "FMNMX", 27),
+        (emit_pool("f32", "f32", BOTH, None, HALVED, None), "FADD", 32),
+        (emit_pool_fold("f32", "f32", None, WHOLE, None, Fold("Sum", 64), None), "FMNMX", 27),
+    ],
+    ids=["whole", "padded", "last", "four planes", "folded"],
+)
+def test_windows_are_read_before_they_are_combined(source: str, combines: str, loads: int) -> None:
+    """What memory-bound kernels wait for is on its way at once."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    before = sass(compile_cubin(source), "pool").split(combines, maxsplit=1)[0]
+    assert before.count("LDG.E") == loads
 
 
 @needs_compiler

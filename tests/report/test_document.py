@@ -55,12 +55,12 @@ def test_the_document() -> None:
     assert region["anchor"] == "up" and region["chain"] == ["conv_transpose", "max_pool", "max_pool", "sum"]
     account = region["account"]
     assert region["sentence"] == (
-        f"conv_transpose > max_pool > max_pool > sum: 2 kernels (7 launches), {duration(account['seconds'])} est., "
-        "1.00 GB of intermediates never written"
+        f"conv_transpose > max_pool > max_pool > sum: 2 kernels (6 launches), {duration(account['seconds'])} est., "
+        "1.01 GB of intermediates never written"
     )
-    assert [p["by"] for p in account["parts"]] == ["kernel", "kernel", "torch"]
+    assert [p["by"] for p in account["parts"]] == ["kernel", "kernel"]
     assert account["saved"] == account["before"]["read"] + account["before"]["written"] - account["bytes"]
-    assert "extern" in account["parts"][0]["source"] and account["parts"][2]["source"] == ""
+    assert all("extern" in part["source"] for part in account["parts"])
     assert {"name": "results", "value": "f32[16, 64, 30, 30, 30], contiguous"} in account["parts"][0]["facts"]
     before, after = data["nodes"]["before"], data["nodes"]["after"]
     assert [n["kind"] for n in before] == ["input", "weight", "weight", *["operator"] * 4, "output"]
@@ -255,7 +255,7 @@ def test_show_by_rich() -> None:
     report.show(out)
     shown = out.getvalue()
     assert shown != f"{report}\n" and "\x1b[" in shown
-    for words in ("MaxMaxSum", "2 kernels", "ComposeMaxPools", "1.00 GB"):
+    for words in ("MaxMaxSum", "2 kernels", "ComposeMaxPools", "1.01 GB"):
         assert words in shown
     from rich.console import Console
 

@@ -1,5 +1,4 @@
-// Kernels behind a convolution, bound by memory: a pointwise chain over a tensor, with a pool in it or none; and the
-// first stage of statistics.
+// Kernels behind a convolution, bound by memory: a pointwise chain over a tensor, and the first stage of statistics.
 #pragma once
 #include "combine.cuh"
 #include "pointwise.cuh"
@@ -102,73 +101,6 @@ FXFUSE_INLINE void map_channels(const MapArguments<In, Out, Before>& a) {
     for (int e = 0; e < count; ++e) r.v[e] = from_float<Out>(a.before(to_float(v.v[e]), n, c + e, d, h, w));
     *(Vector<Out, count>*)(a.out + at) = r;
   }
-}
-
-// --- pools --------------------------------------------------------------------------------------------
-template <class In, class Out, class Before, class After>
-struct PoolArguments {
-  const In* in;
-  Out* out;
-  Sizes size, made;  // of the input, of the result
-  alignas(8) Before before;
-  alignas(8) After after;
-};
-
-// Inputs of a window along one dim: first, first + step, ... below end; `padded` of them with padding.
-struct Range {
-  int first, end, step, padded;
-};
-
-// `Pool` has constants per dim: kernel, stride, padding, dilation; adaptive; divisor: 0 counts what is there, -1 with padding.
-template <class Pool>
-FXFUSE_INLINE Range range_of(int o, int size, int made, int kernel, int stride, int padding, int dilation) {
-  if (Pool::adaptive) {
-    const int first = (int)((int64_t)o * size / made), end = (int)(((int64_t)(o + 1) * size + made - 1) / made);
-    return {first, end, 1, end - first};
-  }
-  int first = o * stride - padding, end = first + (kernel - 1) * dilation + 1;
-  const int padded = (end < size + padding ? end : size + padding) - first;
-  if (end > size) end = size;
-  if (first < 0) first += (-first + dilation - 1) / dilation * dilation;
-  return {first, end, dilation, padded};
-}
-
-// `last`, `last_made`: channels are neighbours in the input, in the result.
-template <class Pool, bool last, bool last_made, class In, class Out, class Before, class After>
-FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
-  const unsigned plane = (unsigned)a.made.d * a.made.h * a.made.w, elements = plane * a.made.c * a.made.n;
-  const unsigned i = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
-  if (i >= elements) return;
-  unsigned position = i, channel = 0;
-  if (last_made) {
-    position = i / a.made.c, channel = i - position * a.made.c;
-  } else {
-    channel = i / plane, position = i - channel * plane;
-  }
-  const unsigned row = position / a.made.w, slab = row / a.made.h;
-  const int w = position - row * a.made.w, h = row - slab * a.made.h;
-  const int n = last_made ? slab / a.made.d : channel / a.made.c;
-  const int d = last_made ? slab - n * a.made.d : slab, c = last_made ? channel : channel - n * a.made.c;
-  const int64_t sw = last ? a.size.c : 1, sh = sw * a.size.w, sd = sh * a.size.h;
-  const In* from = a.in + n * (sd * a.size.d * (last ? 1 : a.size.c)) + c * (last ? 1 : sd * a.size.d);
-  const Range ds = range_of<Pool>(d, a.size.d, a.made.d, Pool::kernel_d, Pool::stride_d, Pool::padding_d, Pool::dilation_d);
-  const Range hs = range_of<Pool>(h, a.size.h, a.made.h, Pool::kernel_h, Pool::stride_h, Pool::padding_h, Pool::dilation_h);
-  const Range ws = range_of<Pool>(w, a.size.w, a.made.w, Pool::kernel_w, Pool::stride_w, Pool::padding_w, Pool::dilation_w);
-  float y = Pool::Combine::zero();
-  for (int id = ds.first; id < ds.end; id += ds.step)
-    for (int ih = hs.first; ih < hs.end; ih += hs.step) {
-      const In* line = from + id * sd + ih * sh;
-#pragma unroll 4
-      for (int iw = ws.first; iw < ws.end; iw += ws.step)
-        y = Pool::Combine::combine(y, a.before(to_float(line[iw * sw]), n, c, id, ih, iw));
-    }
-  if (Pool::sums) {
-    int divisor = Pool::divisor;
-    if (Pool::divisor == 0) divisor = (ds.end - ds.first) * (hs.end - hs.first) * (ws.end - ws.first);
-    if (Pool::divisor < 0) divisor = ds.padded * hs.padded * ws.padded;
-    y /= (float)divisor;
-  }
-  a.out[i] = from_float<Out>(a.after(y, n, c, d, h, w));
 }
 
 // --- statistics ---------------------------------------------------------------------------------------
