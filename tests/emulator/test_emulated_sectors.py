@@ -42,7 +42,7 @@ def tiling_of(made: Prepared) -> Tiling:
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bool]] = {
     "planes, an odd channel size": (lambda: layer(8, 64, 3), (3, 8, 3, 5, 9), F32, False),
     "planes, an even channel size": (lambda: layer(8, 64, 3), (2, 8, 4, 6, 30), F32, False),
-    "several planes of a part": (lambda: layer(8, 64, 3), (2, 8, 3, 3, 9), F32, False),
+    "rows of several planes": (lambda: layer(8, 64, 2, stride=2), (2, 8, 3, 3, 9), F32, False),
     "rows that fill no tile": (lambda: layer(20, 48, 5, bias=False), (2, 20, 2, 3, 41), F32, False),
     "many tiles": (lambda: layer(3, 128, (1, 3, 3), padding=(0, 1, 1)), (2, 3, 2, 40, 37), F32, False),
     "float16": (lambda: layer(16, 100, 3, F16), (2, 16, 3, 6, 29), F16, False),
@@ -206,5 +206,5 @@ def _some(why: str) -> None:
         test_statistics(1, F32)
     else:
         of_runs = ("many tiles", "planes, an odd channel size", "taps far apart")
-        for name in of_runs if "run" in why else ("several planes of a part", "classes along w, two rows at once"):
+        for name in of_runs if "run" in why else ("rows of several planes", "classes along w, two rows at once"):
             test_sectors(name)
