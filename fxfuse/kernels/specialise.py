@@ -360,7 +360,8 @@ def _speed(made: Specialisation) -> float:
     speed = {1: 0.7, 2: 0.85, 4: 0.97}.get(together, 1.0)
     speed *= (0.85 if made.m_tiles == 1 else 1.0) * (1.0 if made.stages > 3 else 0.97)
     if len(made.passes) > 1:  # x should stay
-        return speed * (1.0 if made.resident else 0.85) * (1.0 if made.x_buffers > 1 else 0.97)
+        waits = 0.96 if made.resident else 0.97
+        return speed * (1.0 if made.resident else 0.85) * (1.0 if made.x_buffers > 1 else waits)
     return speed * (1.0 if made.x_buffers > 1 else 0.95)
 
 
