@@ -146,7 +146,7 @@ def test_an_epilogue_finds_its_rows_in_few_instructions() -> None:
     usual = KERNELS["a_mean_of_sums"]()
     lines = instructions(dataclasses.replace(usual, made=dataclasses.replace(usual.made, m_tiles=8)), Store.PLANES)
     last = max(i for i, line in enumerate(lines) if "HGMMA" in line)
-    assert next(i for i, line in enumerate(lines[last:]) if "EXIT" in line) <= 840
+    assert next(i for i, line in enumerate(lines[last:]) if "EXIT" in line) <= 960
 
 
 @pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])

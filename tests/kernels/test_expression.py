@@ -59,6 +59,10 @@ def test_an_operator(op: str, case: Case) -> None:
 
 
 def agree(got: Tensor, expected: Tensor, truth: Tensor, case: Case, tensors: Mapping[str, Tensor]) -> None:
+    # torch's own kernels of float32 may be wrong, as that of gelu(Inf) on CPUs with AVX-512, which is NaN
+    exact = truth.to(expected.dtype)
+    right = ((got == exact) | (got.isnan() & exact.isnan())) & ~(expected.isfinite() & exact.isfinite())
+    expected = torch.where(right, exact, expected)
     finite = expected.isfinite()
     torch.testing.assert_close(got[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
     assert got[finite].isfinite().all()

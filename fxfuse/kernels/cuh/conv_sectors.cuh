@@ -233,6 +233,7 @@ struct StoreSectors {
     const Residue residue = Problem::residue(pass, 0);  // along w: of class q it is q
     const Sectors<Problem, Out> sectors(a.to, g, t, residue, group);
     sectors.fill(table, group);
+    if (!Problem::streams) named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted there
     if constexpr (Problem::gathers) gather(acc, residue, pass);
     if constexpr (Problem::streams)
       stream(acc, residue, sectors.start);
