@@ -32,6 +32,7 @@ def first_report() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
+    "calls": results.calls,
     "counters": results.counters,
     "orientation": results.orientation,
     "cpu": results.cpu,

@@ -196,6 +196,21 @@ def orientation() -> str:
     return f"{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def calls() -> str:
+    """Calls, and the convolution kernels in them, before and after results went out by bulk copies."""
+    data = json.loads((RESULTS / "h100_calls.json").read_text())
+
+    def shown(times: dict[str, float | None] | None) -> list[str]:
+        return [f"{t:.0f}" if t else "-" for t in (times or {"call": None, "convolution": None}).values()]
+
+    body = [
+        [f"{TITLES[r['model']]}, {r['mode']}", r["dtype"], *shown(r["before"]), *shown(r["after"])]
+        for r in data["rows"]
+    ]
+    made = table(["forward", "dtype", "call before, us", "convolution", "call after, us", "convolution"], body)
+    return f"{made}\n\n*{measured_on(data['machine'])}.*"
+
+
 # --- numerics ---------------------------------------------------------------------------------------
 def errors() -> str:
     """Relative L2 errors against float64 of the five models, per class."""
