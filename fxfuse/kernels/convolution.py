@@ -2,7 +2,7 @@
 
 Pure arithmetic, without a GPU. A :class:`Specialisation` holds what is compiled in: taps, channel tiles,
 stages; ``specialise.py`` chooses it. What depends on sizes, which a compiled kernel takes as arguments, is in
-``tiling.py``.
+``tiles.py`` and ``tiling.py``.
 """
 
 from __future__ import annotations

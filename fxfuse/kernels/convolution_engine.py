@@ -38,7 +38,8 @@ from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolut
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiling import Extents, Store, Tiling, first_planes, outbox_blocks, region_stride
+from fxfuse.kernels.tiles import Extents, Tiling, first_planes, outbox_blocks, region_stride
+from fxfuse.kernels.tiling import Store
 from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits

@@ -15,7 +15,8 @@ from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.specialise import specialise, with_more_rows
-from fxfuse.kernels.tiling import Extents, Store, Tiling, has_joint_tiles, store_of, tile
+from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
+from fxfuse.kernels.tiling import Store, store_of, tile
 
 #: entries that every source has
 KERNELS = ("prepare", "convolution", "direct")

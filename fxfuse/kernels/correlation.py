@@ -23,7 +23,7 @@ from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.geometry import Residue
-from fxfuse.kernels.tiling import Extents
+from fxfuse.kernels.tiles import Extents
 
 #: columns of a warp's products: input channels at lags; columns of M
 MOST_COLUMNS, MOST_PATCH = 192, 64

@@ -13,7 +13,7 @@ from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Module, Packed, empty, stream_of
-from fxfuse.kernels.tiling import Extents
+from fxfuse.kernels.tiles import Extents
 
 KERNELS = ("correlate", "square", "moments")
 #: threads of their blocks

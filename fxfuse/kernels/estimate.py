@@ -22,7 +22,8 @@ from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
-from fxfuse.kernels.tiling import POOLED, Extents, seconds
+from fxfuse.kernels.tiles import Extents
+from fxfuse.kernels.tiling import POOLED, seconds
 from fxfuse.program import Program
 
 #: bytes per second that an H100 copies

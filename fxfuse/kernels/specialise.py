@@ -21,13 +21,12 @@ from fxfuse.kernels.convolution import (
     cycles,
 )
 from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
+from fxfuse.kernels.tiles import Extents, best_fit
 from fxfuse.kernels.tiling import (
     CLOCK,
     PARTIAL_SECTOR,
     POOLED,
     STORE_RATE,
-    Extents,
-    best_fit,
     multiply_seconds,
     seconds,
     store_seconds,

@@ -21,7 +21,8 @@ from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.tiling import Store, Tiling, positions_over
+from fxfuse.kernels.tiles import Tiling, positions_over
+from fxfuse.kernels.tiling import Store
 
 pytestmark = needs_compiler
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from fxfuse.kernels import jit
 from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.tiling import Store, Tiling
+from fxfuse.kernels.tiles import Tiling
+from fxfuse.kernels.tiling import Store
 
 pytestmark = needs_compiler
 

@@ -23,7 +23,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.tiling import Tiling, first_planes
+from fxfuse.kernels.tiles import Tiling, first_planes
 
 pytestmark = needs_compiler
 

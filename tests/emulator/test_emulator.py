@@ -163,7 +163,7 @@ def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch:
     whole = (jit.HEADERS / header).read_text("utf-8")
     assert whole.count(text) == 1, text
     rest = "if (before" if "if (before" in text else ";"
-    monkeypatch.setattr("fxfuse.kernels.tiling.MOST_BLOCKS", 2)  # or they need not wait for each other
+    monkeypatch.setattr("fxfuse.kernels.tiles.MOST_BLOCKS", 2)  # or they need not wait for each other
     source = device._folder() / header
     anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
     library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.kernels import tiling
+from fxfuse.kernels import tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
@@ -31,23 +31,17 @@ from fxfuse.kernels.convolution import (
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.specialise import check_holding, specialise, with_more_rows
-from fxfuse.kernels.tiling import (
+from fxfuse.kernels.tiles import (
     MOST_COPIED,
-    RUNS,
-    Store,
     Tiling,
     best_fit,
     joint_tilings,
-    multiply_seconds,
     outbox_blocks,
     positions_over,
     region_stride,
-    seconds,
-    store_of,
-    store_seconds,
-    tile,
     tilings,
 )
+from fxfuse.kernels.tiling import RUNS, Store, multiply_seconds, seconds, store_of, store_seconds, tile
 
 ONE = (1, 1, 1)
 MODEL_1 = Layer(32, 64, 1, (5, 5, 5), (2, 2, 2), (2, 2, 2), ONE)
@@ -452,13 +446,13 @@ def test_the_part_of_the_products_that_is_made(layer: Layer, depth: int, each: i
 # --- how long it takes to choose ----------------------------------------------------------------------
 def test_another_layer_makes_no_tiles_anew() -> None:
     """What is counted is Python's own work; the time of a first call is mostly this."""
-    ways = tiling._ways.__wrapped__
-    tiling._fits.cache_clear()
-    with mock.patch.object(tiling, "_ways", functools.lru_cache(mock.Mock(wraps=ways))) as counted:
+    ways = tiles._ways.__wrapped__
+    tiles._fits.cache_clear()
+    with mock.patch.object(tiles, "_ways", functools.lru_cache(mock.Mock(wraps=ways))) as counted:
         specialise(Layer(32, 64, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
         made = counted.cache_info().misses
         specialise(Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
-        tiling._fits.cache_clear()
+        tiles._fits.cache_clear()
         specialise(Layer(96, 64, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), pooled=False, exact=False)
         assert 0 < counted.cache_info().misses == made <= 12
 
