@@ -128,7 +128,7 @@ def positions_at_once(made: Specialisation, *, streams: bool = False) -> int:
 
 def sectors_fit(made: Specialisation, tiling: Tiling, row: int, itemsize: int) -> bool:
     """Whether results are stored by whole sectors, and shared memory has room for what a warp stores at once: runs lie
-    there at places congruent to their addresses (``conv_sectors.cuh``).
+    there at places congruent to their addresses (``conv_lines.cuh``).
 
     Rows follow each other in memory, as many as a tile has; or each of them is made of whole sectors.
     """
