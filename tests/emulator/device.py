@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -134,6 +135,31 @@ def _library(source: str) -> ctypes.CDLL:
     path.write_text(f"{text}\n{entries}\n", "utf-8")
     _compile(path, path.with_suffix(".so"), "-include", str(folder / "emulated.h"), "-I", str(folder))
     return ctypes.CDLL(str(path.with_suffix(".so")))
+
+
+@contextlib.contextmanager
+def broken(header: str, text: str, instead: str) -> Iterator[None]:
+    """Inside, ``instead`` stands in a header where ``text`` does: what tests should see. It has to compile."""
+    whole = (jit.HEADERS / header).read_text("utf-8")
+    assert whole.count(text) == 1, text
+    made: dict[str, ctypes.CDLL] = {}
+
+    def anew(source: str) -> ctypes.CDLL:
+        try:
+            if source not in made:  # a library of its own, by its text
+                made[source] = _library.__wrapped__(f"{source}\n// {header}: {text!r} is {instead!r}\n")
+        except EmulationError as error:
+            pytest.fail(str(error))  # seen by no test
+        return made[source]
+
+    file = _folder() / header
+    kept = file.read_text("utf-8")
+    file.write_text(translated(whole.replace(text, instead)), "utf-8")
+    try:
+        with mock.patch(f"{__name__}.library", anew):
+            yield
+    finally:
+        file.write_text(kept, "utf-8")
 
 
 # --- the device -------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +13,6 @@ from orientation import by_channel_never
 from test_emulated_folds import BF16, F16, F32, LIMIT, TWO, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels import jit
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
@@ -120,18 +117,6 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_what_is_broken_shows(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, instead = BROKEN[why]
-    whole = (jit.HEADERS / "conv_outbox.cuh").read_text("utf-8")
-    assert whole.count(text) == 1, text
-    source = device._folder() / "conv_outbox.cuh"
-    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
-    library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
-    monkeypatch.setattr(device, "library", library)
-    kept = source.read_text("utf-8")
-    source.write_text(device.translated(whole.replace(text, instead)), "utf-8")
-    try:
-        with pytest.raises((AssertionError, EmulationError)):
-            convolve()
-    finally:
-        source.write_text(kept, "utf-8")
+def test_what_is_broken_shows(why: str) -> None:
+    with device.broken("conv_outbox.cuh", *BROKEN[why]), pytest.raises((AssertionError, EmulationError)):
+        convolve()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +14,6 @@ from orientation import by_channel_always
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, Then, assert_near, layer, run_prepared, samples
 from torch import nn
 
-from fxfuse.kernels import jit
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.tiles import Tiling
 from fxfuse.kernels.tiling import Store
@@ -183,23 +180,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_what_is_broken_shows(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_broken_shows(why: str) -> None:
     """Each of these, left out, gives a wrong value for some model above."""
-    text, instead = BROKEN[why]
     header = "conv_lines.cuh" if "another tile" in why else "conv_sectors.cuh"
-    whole = (jit.HEADERS / header).read_text("utf-8")
-    assert whole.count(text) == 1, text
-    source = device._folder() / header
-    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
-    library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
-    monkeypatch.setattr(device, "library", library)
-    kept = source.read_text("utf-8")
-    source.write_text(device.translated(whole.replace(text, instead)), "utf-8")
-    try:
-        with pytest.raises((AssertionError, EmulationError)):
-            _some(why)
-    finally:
-        source.write_text(kept, "utf-8")
+    with device.broken(header, *BROKEN[why]), pytest.raises((AssertionError, EmulationError)):
+        _some(why)
 
 
 def _some(why: str) -> None:

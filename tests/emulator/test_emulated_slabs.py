@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -18,7 +16,7 @@ from orientation import by_channel_always, by_channel_never, chosen_anew
 from test_emulated_folds import LIMIT, assert_near, run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels import convolution, jit
+from fxfuse.kernels import convolution
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
@@ -182,21 +180,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("why", BROKEN)
-def test_what_is_broken_shows(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, instead = BROKEN[why]
-    whole = (jit.HEADERS / "conv_wgmma.cuh").read_text("utf-8")
-    assert whole.count(text) == 1, text
-    source = device._folder() / "conv_wgmma.cuh"
-    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
-    library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
-    monkeypatch.setattr(device, "library", library)
-    kept = source.read_text("utf-8")
-    source.write_text(device.translated(whole.replace(text, instead)), "utf-8")
-    try:
-        with pytest.raises((AssertionError, EmulationError)):
-            _some(why)
-    finally:
-        source.write_text(kept, "utf-8")
+def test_what_is_broken_shows(why: str) -> None:
+    with device.broken("conv_wgmma.cuh", *BROKEN[why]), pytest.raises((AssertionError, EmulationError)):
+        _some(why)
 
 
 def _some(why: str) -> None:

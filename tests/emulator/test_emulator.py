@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from emulator import device
 from emulator.device import Device, EmulationError, emulated, needs_compiler
 from torch import Tensor
 
-from fxfuse.kernels import jit
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
@@ -160,17 +158,7 @@ def is_wrong(seed: int) -> bool:
 @pytest.mark.parametrize(("header", "text", "why"), BROKEN, ids=[b[2] for b in BROKEN])
 def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait of the convolution left out: some order of events, of a few, gives a wrong value or an error."""
-    whole = (jit.HEADERS / header).read_text("utf-8")
-    assert whole.count(text) == 1, text
     rest = "if (before" if "if (before" in text else ";"
     monkeypatch.setattr("fxfuse.kernels.tiles.MOST_BLOCKS", 2)  # or they need not wait for each other
-    source = device._folder() / header
-    anew: Callable[[str], ctypes.CDLL] = device._library.__wrapped__
-    library = functools.cache(lambda text: anew(f"{text}\n// {why}\n"))
-    monkeypatch.setattr(device, "library", library)
-    kept = source.read_text("utf-8")
-    source.write_text(device.translated(whole.replace(text, rest)), "utf-8")
-    try:
+    with device.broken(header, text, rest):
         assert any(is_wrong(seed) for seed in range(12))
-    finally:
-        source.write_text(kept, "utf-8")

@@ -173,7 +173,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
   named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
 }
 
-// Sends what `stage_runs` puts there: a warp, several channels at once, the whole sectors of a run as one bulk copy and the
+// Sends what `stage_runs` puts there: a warp, several channels at once, the whole 16 bytes of a run as one bulk copy and the
 // elements in front of them and behind them one by one. Two warps share the channels of a joint block.
 template <class Problem, class Runs, class Out, int classes>
 FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Tile& t, const Extent& o,

@@ -94,6 +94,12 @@ struct StoreSectors {
   FXFUSE_INLINE void finish() {}
   static FXFUSE_INLINE void send(const Arguments&, const Geometry&, const Lines<Problem>&, const Tile&, int) {}
 
+  // Where the part begins in the sample, whichever its channel.
+  FXFUSE_INLINE Out* origin(const Residue& residue) const {
+    const Tile& t = place.box;
+    return a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
+           (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w;
+  }
   // Of the thread's channel r of the tile's i-th 64.
   FXFUSE_INLINE int column(int i, int r) const { return i * 64 + place.warp * 16 + r * 8 + place.lane / 4; }
   FXFUSE_INLINE bool there(int i, int r) const {
@@ -169,8 +175,7 @@ struct StoreSectors {
   // a line, eight others read it, so that they write whole lines of memory.
   FXFUSE_INLINE void keep(Accumulators& acc, const Residue& residue) {
     const Tile& t = place.box;
-    Out* const sample = a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
-                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w;
+    Out* const sample = origin(residue);
     Out* const lines = (Out*)(this->lines.memory + place.warp * 8 * Problem::pitch);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
@@ -230,8 +235,7 @@ struct StoreSectors {
   // and each of them an element of what is in front of 16 bytes or behind them.
   FXFUSE_INLINE void stream(Accumulators& acc, const Residue& residue, int start) {
     const Tile& t = place.box;
-    Out* const sample = a.to.out + t.n * a.to.stride.n + (t.d * Problem::stride_d + residue.d) * a.to.stride.d +
-                        (t.h * Problem::stride_h + residue.h) * a.to.stride.h + t.w * Problem::stride_w + start;
+    Out* const sample = origin(residue) + start;
     Out* const mine = (Out*)(lines.memory + place.warp * 8 * Problem::pitch) + place.lane / 4 * kPitch;
     const int part = place.lane & 3;
 #pragma unroll
