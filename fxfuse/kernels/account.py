@@ -191,7 +191,8 @@ def _classes(made: Specialisation) -> str:
 
 def _arithmetic(kernel: Launch, made: Specialisation) -> str:
     if kernel.dtype is not torch.float32:
-        return f"{str(kernel.dtype).removeprefix('torch.')} products, float32 sums"
+        watched = "; samples with Inf or NaN by the kernel `direct`" if made.watched else ""
+        return f"{str(kernel.dtype).removeprefix('torch.')} products, float32 sums{watched}"
     return "float32 of two 16-bit parts: three products" if made.exact else "TF32's accuracy of 16-bit products"
 
 

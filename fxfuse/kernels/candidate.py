@@ -85,7 +85,14 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype
     exact = exact and kernel.dtype is torch.float32
     made = Convolution.of(
-        kernel.layer, *dtypes, epilogue, kernel.layout, exact, kernel.sizes, kernel.kind.shape[0] or 0
+        kernel.layer,
+        *dtypes,
+        epilogue,
+        kernel.layout,
+        exact,
+        kernel.sizes,
+        kernel.kind.shape[0] or 0,
+        rows=kernel.x_layout != "channels_last",
     )
     made.tiling(kernel.sizes)
     return made

@@ -116,6 +116,8 @@ class Specialisation:
     shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``: the only
     class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are output
     channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
+    ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
+    `direct`, as those of float32 always are.
     """
 
     layer: Layer
@@ -130,6 +132,7 @@ class Specialisation:
     one: bool = False
     merged: bool = False
     by_channel: bool = False
+    watched: bool = False
 
     @property
     def parts(self) -> int:
@@ -271,7 +274,7 @@ class Specialisation:
 
     def shared(self, first: Specialisation) -> Shared:
         """What of a ``first`` kernel's rows and packed weights this one reads, too, where both are given the same."""
-        how = ("layer", "exact", "padded_channels")
+        how = ("layer", "exact", "padded_channels", "watched")
         if any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are

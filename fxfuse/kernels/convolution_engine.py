@@ -1,8 +1,9 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
-A call queues up to six kernels: `measure` (scales of weights and samples of float32), `prepare` (x as rows of
-channels, packed weights), `again` (rows of large samples whose scale `measure` has guessed too low), `convolution`,
-`direct` for samples that `prepare` marked, and `merge` where statistics of the output are wanted. A second run on the
+A call queues up to six kernels: `measure` (scales of weights and samples of float32) or `unmark` (where 16-bit
+numbers of x are looked at), `prepare` (x as rows of channels, packed weights), `again` (rows of large samples whose
+scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked, and `merge` where
+statistics of the output are wanted. A second run on the
 same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
 :class:`_Call`, which :class:`Calls` keep; a call fills in the pointers.
 """
@@ -124,7 +125,8 @@ class _Call:
         self.device, self.bias, self.given = x.device.index, bias, given
         self.scaled = layer.dtype is torch.float32
         self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
-        self.in_place = not self.scaled and _rows_in_place(x, made)
+        self.looks = self.scaled or made.watched  # at x, and marks samples
+        self.in_place = not self.looks and _rows_in_place(x, made)
         width = made.padded_channels * shape.groups * made.parts
         self.rows_shape = (n, *sizes, width)
         of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
@@ -173,7 +175,7 @@ class _Call:
         made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
         n, each, couts = x.shape[0], math.prod(x.shape[1:]), told.direct.channels
         guesses = told.samples.every > 1
-        more = {"measure": self.scaled, "again": guesses, "merge": epilogue.gathers}
+        more = {"measure": self.scaled, "unmark": made.watched, "again": guesses, "merge": epilogue.gathers}
         names = (*KERNELS, *(name for name, there in more.items() if there))
         kernels, processors = _module(layer.source(store), names, self.device).kernels, _processors(self.device)
 
@@ -185,6 +187,8 @@ class _Call:
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
         in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
 
+        if made.watched and not given:
+            yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n)])
         if not (given and of.shares is Shared.ALL):
             if self.scaled:
                 ins, outs = (I32(channels.value // shape.joined) for channels in (in_c, out_c))
@@ -209,7 +213,7 @@ class _Call:
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
         )  # fmt: skip
-        if self.scaled and epilogue.keeps:
+        if self.looks and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
             yield Launch(kernels["direct"], processors * 4, BLOCK, arguments)
         if epilogue.gathers:
@@ -264,9 +268,9 @@ class _Call:
         to.parts, to.counts = places[10:]
         told.scale = channels.scale
         to.bias = channels.bias if self.bias else 0
+        told.direct.marks = samples.marks
         if self.scaled:
-            to.sample_scale, to.channel_scale = samples.scale, channels.reciprocal
-            told.direct.marks, told.direct.wrong = samples.marks, channels.wrong
+            to.sample_scale, to.channel_scale, told.direct.wrong = samples.scale, channels.reciprocal, channels.wrong
         if not self.in_place:
             self._map(told.rows)
         if len(self.placed) == MOST_PLACES:

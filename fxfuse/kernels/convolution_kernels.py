@@ -16,7 +16,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.specialise import specialise, with_more_rows
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
-from fxfuse.kernels.tiling import Store, store_of, tile
+from fxfuse.kernels.tiling import Store, seconds, store_of, tile
 
 #: entries that every source has
 KERNELS = ("prepare", "convolution", "direct")
@@ -24,6 +24,8 @@ KERNELS = ("prepare", "convolution", "direct")
 THREADS, BLOCK = 128 * (CONSUMERS + 1), 256
 #: values of float32 x that `measure` looks at: of a sample, and of all of them
 SAMPLED_EACH, SAMPLED = 2**14, 2**21
+#: seconds of the launches around a convolution that looks at its 16-bit x
+WATCHING = 5e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,33 +51,47 @@ class Convolution:
         exact: bool = False,
         extents: Extents | None = None,
         samples: int = 0,
+        rows: bool = False,
     ) -> Convolution:
         """The kernels for a layer; Unsupported where there are none.
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
-        many of them, where that is known.
+        many of them, where that is known. ``rows``: x, of 16-bit numbers, has to be made rows, and may be looked at.
         """
         before = epilogue.before != Epilogue.before
+        summed = epilogue.combine == "Sum" and not before
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
-        finite = dtype is torch.float32  # what is not is left to the kernel `direct`
-        made = specialise(
-            layer.join() if finite else layer,
-            pooled=bool(epilogue.combine),
-            exact=exact,
-            before=before,
-            summed=epilogue.combine == "Sum" and not before,
-            contiguous=layout == "contiguous",
-            finite=finite,
-            folded=epilogue.fold is not None,
-            one=epilogue.fold is not None and not epilogue.fold.keeps,
-            keeps=epilogue.keeps,
-            stored=extents,
-            itemsize=output.itemsize,
-        )
-        if extents is not None and samples and epilogue.fold is None:
-            row = extents[2] if layout == "contiguous" else 0
-            made = with_more_rows(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
+        row = extents[2] if extents is not None and layout == "contiguous" else 0
+
+        def specialised(finite: bool) -> Specialisation:
+            made = specialise(
+                layer.join() if finite else layer,
+                pooled=bool(epilogue.combine),
+                exact=exact,
+                before=before,
+                summed=summed,
+                contiguous=layout == "contiguous",
+                finite=finite,
+                folded=epilogue.fold is not None,
+                one=epilogue.fold is not None and not epilogue.fold.keeps,
+                keeps=epilogue.keeps,
+                stored=extents,
+                itemsize=output.itemsize,
+            )
+            if extents is not None and samples and epilogue.fold is None:
+                made = with_more_rows(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
+            return made
+
+        def time(made: Specialisation) -> float:
+            assert extents is not None
+            return seconds(made, samples, extents, extents, row, output.itemsize, keeps=epilogue.keeps)
+
+        made = specialised(dtype is torch.float32)  # what is not finite is left to the kernel `direct`
+        if dtype is not torch.float32 and rows and extents is not None and samples and not summed:
+            watched = dataclasses.replace(specialised(True), watched=True)
+            if time(watched) + WATCHING < time(made):
+                made = watched
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
     def tiling(self, stored: Extents) -> tuple[Tiling, Store]:

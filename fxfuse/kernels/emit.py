@@ -54,7 +54,7 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         *(_wgmma(columns, operand) for columns in _instructions(made)),
         _tables(made),
         _problem(made, runs, dtype, output, epilogue, store),
-        _entries(dtype, operand, output, bias, scaled, epilogue.gathers),
+        _entries(dtype, operand, output, bias, scaled, gathers=epilogue.gathers, watched=made.watched),
     ])  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def _problem(
     return f"""struct Problem {{
 {values}
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
-  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare}, scaled = {str(dtype == "f32").lower()};
+  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare};
+  static constexpr bool scaled = {str(dtype == "f32").lower()}, watched = {str(made.watched).lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
@@ -285,7 +286,7 @@ def _fold_type(epilogue: Epilogue) -> str:
     return f"  struct Fold : fxfuse::Fold{fold.combine} {{\n    static constexpr int channels = {fold.channels};\n  }};"
 
 
-def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, gathers: bool) -> str:
+def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, *, gathers: bool, watched: bool) -> str:
     t, half = TYPES[dtype], TYPES[operand]
     return f"""
 extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
@@ -301,7 +302,7 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
         int blocks_weights{_BIAS.format(bias=TYPES[bias]) if scaled == "false" else ""}) {{
   fxfuse::begin_dependent();{_WIDEN if scaled == "false" else ""}
   if (blockIdx.x < g.blocks)
-    fxfuse::to_rows<{t}, {half}, {scaled}, Problem::exact>(blockIdx.x, x, rows, samples, g);
+    fxfuse::to_rows<{t}, {half}, Problem>(blockIdx.x, x, rows, samples, g);
   else
     fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_weights, w, packed, scale,
                                                          chunks, column_tiles, in_channels, out_channels, volume,
@@ -316,7 +317,8 @@ direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
 """ + "".join(
         [
             _SCALED.format(half=half, bias=TYPES[bias]) if scaled == "true" else "",
-            _MERGE.format(t=t, out=TYPES[output], scaled=scaled) if gathers else "",
+            _WATCHED if watched else "",
+            _MERGE.format(t=t, out=TYPES[output]) if gathers else "",
         ]
     )
 
@@ -341,14 +343,21 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g) {{
   fxfuse::begin_dependent();
-  fxfuse::to_rows_again<float, {half}, Problem::exact>(x, rows, samples, g);
+  fxfuse::to_rows_again<float, {half}, Problem>(x, rows, samples, g);
 }}
+"""
+_WATCHED = """
+extern "C" __global__ void __launch_bounds__(256)
+unmark(const __grid_constant__ fxfuse::SampleState samples, int count) {
+  fxfuse::begin_dependent();
+  fxfuse::unmark_samples(samples, count);
+}
 """
 _MERGE = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
       const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments) {{
   fxfuse::begin_dependent();
-  fxfuse::direct_statistics<Direct, {out}, {scaled}>(x, w, d, g, arguments, pieces, moments);
+  fxfuse::direct_statistics<Problem, Direct, {out}>(x, w, d, g, arguments, pieces, moments);
 }}
 """

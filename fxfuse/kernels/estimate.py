@@ -125,10 +125,10 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
     weight = layer.in_channels * layer.groups * layer.out_channels // layer.joined * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
-    prepares = 0 if all_there else 1 + scaled
+    prepares = (0 if all_there else 1 + scaled) + (made.watched and not rows_there)
     again = scaled and every > 1 and not rows_there
     return Work(
-        launches=1 + prepares + again + (scaled and kernel.keeps) + kernel.gathers,
+        launches=1 + prepares + again + ((scaled or made.watched) and kernel.keeps) + kernel.gathers,
         read=read,
         written=written,
         macs=macs,

@@ -234,6 +234,7 @@ class _Cutter:
             kind=self.types[after.result],
             strides=self.strides[after.result],
             stages=tuple(stages),
+            x_layout=self._layout_of(_name(self.anchor, 0)),
             combine=found.combine if found else "",
             factor=found.factor if found else 1.0,
             before=chain.expression,
@@ -274,6 +275,9 @@ class _Cutter:
             dilation=(*one, *geometry["dilation"]),
         )
         return layer, (*one, *out[2:])  # type: ignore[return-value]
+
+    def _layout_of(self, name: str) -> str:
+        return layout_of(self.types[name].shape, self.strides[name]) or ""
 
     def _bias_dtype(self) -> torch.dtype:
         bias = self.anchor.operands[2]

@@ -21,7 +21,8 @@ from fxfuse.program import Program
 class Launch:
     """The convolution kernel. Names are values of the program.
 
-    ``extents``: sizes of the convolution's own output, three of them, as in ``layer``. ``stored``: the
+    ``x_layout``: the memory format of x; "" for none. ``extents``: sizes of the convolution's own output, three of
+    them, as in ``layer``. ``stored``: the
     value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
     makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
     expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
@@ -43,6 +44,7 @@ class Launch:
     kind: TensorType
     strides: tuple[int, ...]
     stages: tuple[str, ...]
+    x_layout: str = ""
     combine: str = ""
     factor: float = 1.0
     before: Expression | None = None

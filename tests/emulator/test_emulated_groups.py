@@ -50,7 +50,7 @@ def test_groups(name: str, last: bool) -> None:
 
 
 def test_groups_of_numbers_that_may_be_infinite_stay_apart() -> None:
-    """Zero times Inf is not zero, and 16-bit numbers are not looked at."""
+    """Zero times Inf is not zero, and 16-bit numbers of so small a layer are not looked at."""
     torch.manual_seed(2)
     x = torch.randn(2, 16, 3, 4, 9).to(F16)
     x[1, 5, 1, 2, 3] = float("inf")

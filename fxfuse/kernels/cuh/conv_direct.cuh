@@ -50,8 +50,9 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
 }
 
 // Which samples the direct kernel makes. To be made by all threads of a block at once, and once in a kernel.
-template <bool scaled>
+template <class Problem>
 struct Marked {
+  static constexpr bool scaled = Problem::scaled, some = scaled || Problem::watched;  // may be marked
   bool all;           // some weight is not finite
   float most, least;  // of the channels' scales
 
@@ -79,10 +80,10 @@ struct Marked {
   // The epilogue multiplies by the product of a sample's and a channel's scale: a float has to hold it.
   template <class Arguments>
   FXFUSE_INLINE bool operator()(const DirectGeometry& s, const Arguments& a, int n) const {
-    return scaled && is(s.marks[n], a.to.sample_scale[n]);
+    return some && is(s.marks[n], scaled ? a.to.sample_scale[n] : 1.f);
   }
   FXFUSE_INLINE bool is(uint32_t mark, float scale) const {
-    return all || mark > kFewTiny || !finite(scale * most) || scale * least == 0.f;
+    return all || mark > kFewTiny || (scaled && (!finite(scale * most) || scale * least == 0.f));
   }
 };
 
@@ -169,10 +170,11 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
   const Size size = Direct::size(g, a);
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
-  const bool there = Problem::scaled && threadIdx.x < s.samples;  // of its first sample it reads what it needs, at once
+  using Mark = Marked<Problem>;
+  const bool there = Mark::some && threadIdx.x < s.samples;  // of its first sample it reads what it needs, at once
   const uint32_t mark = there ? s.marks[threadIdx.x] : 0;
-  const float scale = there ? a.to.sample_scale[threadIdx.x] : 1.f;
-  const Marked<Problem::scaled> marked(s, a);
+  const float scale = there && Mark::scaled ? a.to.sample_scale[threadIdx.x] : 1.f;
+  const Mark marked(s, a);
   bool some = there && marked.is(mark, scale);
   for (int n = threadIdx.x + blockDim.x; n < s.samples; n += blockDim.x) some |= marked(s, a, n);
   if (!__syncthreads_or(some)) return;
@@ -195,13 +197,13 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
 }
 
 // The elements of marked samples, for their statistics.
-template <class Direct, class Out, bool scaled, class T, class Arguments>
+template <class Problem, class Direct, class Out, class T, class Arguments>
 struct DirectElements {
   const T *x, *w;
   const DirectGeometry& s;
   const Geometry& g;
   const Arguments& a;
-  FXFUSE_INLINE bool wanted(int n) const { return Marked<scaled>(s, a)(s, a, n); }
+  FXFUSE_INLINE bool wanted(int n) const { return Marked<Problem>(s, a)(s, a, n); }
   FXFUSE_INLINE Running of(int n, int c, int thread, int threads) const {
     const Size size = Direct::size(g, a);
     Running mine;
@@ -215,10 +217,10 @@ struct DirectElements {
 };
 
 // Merges partial statistics; those of marked samples are made from their elements.
-template <class Direct, class Out, bool scaled, class T, class Arguments>
+template <class Problem, class Direct, class Out, class T, class Arguments>
 FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int pieces, Moments* moments) {
-  merge_partials(a.to.partials, pieces, moments, DirectElements<Direct, Out, scaled, T, Arguments>{x, w, s, g, a});
+  merge_partials(a.to.partials, pieces, moments, DirectElements<Problem, Direct, Out, T, Arguments>{x, w, s, g, a});
 }
 
 }  // namespace fxfuse

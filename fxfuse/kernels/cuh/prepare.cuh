@@ -136,24 +136,26 @@ FXFUSE_INLINE Scaling scaling_by(float scale) {
 }
 constexpr uint32_t kInfinity = 0x7f800000u;
 
-// Of float32 values on their way: the largest magnitude, and how many are too small for half's normal numbers.
-template <bool scaled>
+// Of values on their way: the largest magnitude, and of float32 how many are too small for half's normal numbers.
+template <bool scaled, bool watched>
 struct Taken {
   const Scaling by;
   uint32_t most = 0;
   int tiny = 0;
   FXFUSE_INLINE float operator()(float v) {
-    if (!scaled) return v;
+    if (!scaled && !watched) return v;
     const uint32_t bits = __float_as_uint(v) & 0x7fffffffu;
     most = most > bits ? most : bits;
+    if (!scaled) return v;
     tiny += bits - 1 < by.smallest - 1;  // zero is not
     return v * by.scale;
   }
   // A few tiny values may lose precision: their error is below 2^-37 of the sample's largest. Many would show.
   FXFUSE_INLINE void tell(const SampleState& state, int n) const {
+    if (!scaled && !watched) return;
+    if (most >= kInfinity) atomicOr(&state.marks[n], kMarked);
     if (!scaled) return;
     if (most > by.limit) atomicMax(&state.above[n], most);
-    if (most >= kInfinity) atomicOr(&state.marks[n], kMarked);
     if (tiny && state.marks[n] <= kFewTiny) atomicAdd(&state.marks[n], (uint32_t)tiny);  // more of them changes nothing
   }
 };
@@ -174,9 +176,10 @@ FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8], int row_len
 // A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
 // 4096 / span channels of one sample, of 8192 / span where they go by quads.
 // `exact`: behind all of them, what the 16-bit numbers leave of the values.
-template <class T, class Half16, bool scaled, bool exact>
+template <class T, class Half16, class Problem>
 FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                  const Scaling& by) {
+  constexpr bool exact = Problem::exact;
   __shared__ float tiles[64 * 65];
   const int span = g.span, pitch = span + 1, shift = 31 - __clz(span);
   auto tile = [&](int row, int p) -> float& { return tiles[row * pitch + p]; };
@@ -189,7 +192,7 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   const int first = block_x * span, row0 = block_y * 64, n = block_rest / blocks_y;
   const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
   const int units = wide / 8;
-  Taken<scaled> take{by};
+  Taken<Problem::scaled, Problem::watched> take{by};
   auto row_of = [&](int p, int unit) {
     return rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
   };
@@ -280,10 +283,10 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
 
 FXFUSE_INLINE int blocks_of_a_sample(const RowGeometry& g) { return g.blocks_positions * ((g.padded * g.groups + 63) / 64); }
 
-template <class T, class Half16, bool scaled, bool exact>
+template <class T, class Half16, class Problem>
 FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   Scaling by{1.f, 0, 0};
-  if (scaled) {  // every warp for itself
+  if (Problem::scaled) {  // every warp for itself
     const int of_a_sample = blocks_of_a_sample(g), n = block / of_a_sample;
     float largest = 0.f;
     for (int i = threadIdx.x & 31; i < state.parts; i += 32) largest = fmaxf(largest, state.largest[n * state.parts + i]);
@@ -293,11 +296,16 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     if (largest == 0.f && state.every > 1) by.limit = 0, by.smallest = 1;  // nothing is known
     if (block == n * of_a_sample && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
   }
-  block_to_rows<T, Half16, scaled, exact>(block, x, rows, state, g, by);
+  block_to_rows<T, Half16, Problem>(block, x, rows, state, g, by);
+}
+
+// Of 16-bit numbers that are looked at: no sample is marked yet.
+FXFUSE_INLINE void unmark_samples(const SampleState& state, int count) {
+  for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < count; n += gridDim.x * blockDim.x) state.marks[n] = 0;
 }
 
 // Once more the rows of samples of which `measure` has not seen how large they are.
-template <class T, class Half16, bool exact>
+template <class T, class Half16, class Problem>
 FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   const int of_a_sample = blocks_of_a_sample(g), samples = g.blocks / of_a_sample;
   auto wanted = [&](int n) { return state.above[n] != 0 && state.above[n] < kInfinity; };
@@ -310,7 +318,7 @@ FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& st
     by.limit = ~0u;  // `above` is what all blocks read
     if (blockIdx.x == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
     for (int block = blockIdx.x; block < of_a_sample; block += gridDim.x)
-      block_to_rows<T, Half16, true, exact>(n * of_a_sample + block, x, rows, state, g, by);
+      block_to_rows<T, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
   }
 }
 

@@ -1,0 +1,44 @@
+"""16-bit x that is looked at while it is made rows: where kernels are made for values that are finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from fxfuse.kernels.convolution import Layer, Shared, Specialisation
+from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels.emit import Epilogue
+
+CLAMP_DIVIDE = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+GROUPS = Layer(8, 8, 4, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+
+
+def watched(layer: Layer, samples: int, **given: object) -> Specialisation:
+    half, extents = torch.float16, (63, 127, 127)
+    made = Convolution.of(layer, half, half, half, Epilogue(), extents=extents, samples=samples, **given)
+    return made.made
+
+
+@pytest.mark.parametrize("layer", [CLAMP_DIVIDE, GROUPS], ids=["classes", "groups"])
+def test_x_is_looked_at_where_zeros_save_time(layer: Layer) -> None:
+    usual, made = watched(layer, 8), watched(layer, 8, rows=True)
+    assert made.watched and not usual.watched
+    assert made.pass_cycles * made.layer.groups < 0.75 * usual.pass_cycles * usual.layer.groups
+    assert made.layer.joined == (2 if layer is GROUPS else 1)
+    assert not watched(layer, 0, rows=True).watched  # nothing is known of its time
+
+
+def test_x_is_not_looked_at_for_nothing() -> None:
+    same = Layer(64, 64, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    assert not watched(same, 8, rows=True).watched  # one class: there are no zeros
+    with mock.patch("fxfuse.kernels.convolution_kernels.WATCHING", 1.0):
+        assert not watched(dataclasses.replace(CLAMP_DIVIDE, out_channels=120), 8, rows=True).watched  # not kept
+
+
+def test_runs_share_no_rows_that_only_one_of_them_looked_at() -> None:
+    made = watched(CLAMP_DIVIDE, 8, rows=True)
+    assert made.shared(made) is Shared.ALL
+    assert made.shared(dataclasses.replace(made, watched=False)) is Shared.NOTHING
