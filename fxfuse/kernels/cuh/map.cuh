@@ -38,15 +38,39 @@ struct ReductionArguments {
 
 constexpr int kMapThreads = 256;
 
-// Contiguous: `count` neighbours per thread. `whole`: they are of the same sample and channel.
+// Which block this one is: the first ones take what is last in memory, which was written last and may lie in the L2 cache.
+FXFUSE_INLINE unsigned block_from_end() { return gridDim.x - 1 - blockIdx.x; }
+
+// The expression for `count` neighbours from a place on. `whole`: they are of the same sample and channel.
+template <int count, bool whole, class In, class Out, class Before>
+FXFUSE_INLINE void map_neighbours(const Vector<In, count>& v, Vector<Out, count>& r, const Before& before, const Sizes& size,
+                                  int n, int c, int d, int h, int w) {
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    r.v[k] = from_float<Out>(before(to_float(v.v[k]), n, c, d, h, w));
+    if (++w == size.w) {
+      w = 0;
+      if (++h == size.h) {
+        h = 0;
+        if (++d == size.d && !whole) {
+          d = 0;
+          if (++c == size.c) c = 0, ++n;
+          if (n == size.n) n = c = 0;  // behind the last one: nothing is stored, but operands are read
+        }
+      }
+    }
+  }
+}
+
+// Contiguous: `count` neighbours per thread. `whole`: of all threads they are of the same sample and channel.
 template <int count, bool whole, class In, class Out, class Before>
 FXFUSE_INLINE void map_contiguous(const MapArguments<In, Out, Before>& a) {
   const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, elements = plane * a.size.c * a.size.n;
-  const unsigned i = (blockIdx.x * (unsigned)kMapThreads + threadIdx.x) * count;
+  const unsigned i = (block_from_end() * (unsigned)kMapThreads + threadIdx.x) * count;
   if (i >= elements) return;
   const unsigned row = i / a.size.w, slab = row / a.size.h, channel = slab / a.size.d;
-  int w = i - row * a.size.w, h = row - slab * a.size.h, d = slab - channel * a.size.d;
-  int n = channel / a.size.c, c = channel - n * a.size.c;
+  const int w = i - row * a.size.w, h = row - slab * a.size.h, d = slab - channel * a.size.d;
+  const int n = channel / a.size.c, c = channel - n * a.size.c;
   Vector<In, count> v;
   Vector<Out, count> r;
   const bool full = i + count <= elements;
@@ -56,21 +80,10 @@ FXFUSE_INLINE void map_contiguous(const MapArguments<In, Out, Before>& a) {
     for (int k = 0; k < count; ++k)
       if (i + k < elements) v.v[k] = a.in[i + k];
   }
-#pragma unroll
-  for (int k = 0; k < count; ++k) {
-    r.v[k] = from_float<Out>(a.before(to_float(v.v[k]), n, c, d, h, w));
-    if (++w == a.size.w) {
-      w = 0;
-      if (++h == a.size.h) {
-        h = 0;
-        if (++d == a.size.d && !whole) {
-          d = 0;
-          if (++c == a.size.c) c = 0, ++n;
-          if (n == a.size.n) n = c = 0;  // behind the last one: nothing is stored, but operands are read
-        }
-      }
-    }
-  }
+  if (whole || i - channel * plane + count <= plane)  // what depends on the channel is read once
+    map_neighbours<count, true>(v, r, a.before, a.size, n, c, d, h, w);
+  else
+    map_neighbours<count, false>(v, r, a.before, a.size, n, c, d, h, w);
   if (full) {
     *(Vector<Out, count>*)(a.out + i) = r;
   } else {

@@ -38,7 +38,7 @@ struct Folding {
 template <class Fold, class In, class Out, class Before, class After>
 FXFUSE_INLINE void fold_channels(const ReductionArguments<In, Out, Before, After>& a) {
   const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, units = plane * a.size.n;
-  const unsigned thread = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
+  const unsigned thread = block_from_end() * (unsigned)kMapThreads + threadIdx.x;
   const unsigned found = thread / Fold::lanes, unit = found < units ? found : units - 1;  // all take part in shuffles
   const unsigned n = unit / plane, p = unit - n * plane, row = p / a.size.w, slab = row / a.size.h;
   const int w = p - row * a.size.w, h = row - slab * a.size.h, d = slab;

@@ -144,7 +144,7 @@ template <class Pool, bool last, bool last_made, class In, class Out, class Befo
 FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
   constexpr int planes = Pool::planes;
   const unsigned positions = (unsigned)a.made.d * a.made.h * a.made.w, all = (unsigned)a.made.n * a.made.c;
-  const unsigned i = blockIdx.x * (unsigned)kMapThreads + threadIdx.x;
+  const unsigned i = block_from_end() * (unsigned)kMapThreads + threadIdx.x;
   unsigned p = 0, plane = 0;
   if (last_made) {
     const unsigned place = i / a.made.c, n = place / positions;

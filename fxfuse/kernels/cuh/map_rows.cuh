@@ -86,7 +86,7 @@ FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a)
   constexpr int warps = kMapThreads / 32;
   __shared__ float shared[2][warps];
   const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, rows = plane * a.size.c * a.size.n / a.length;
-  const unsigned found = blockIdx.x * (kMapThreads / lanes) + threadIdx.x / lanes;
+  const unsigned found = block_from_end() * (kMapThreads / lanes) + threadIdx.x / lanes;
   const unsigned row = found < rows ? found : rows - 1;  // all take part in shuffles
   const int lane = threadIdx.x % lanes;
   const unsigned begin = row * a.length;

@@ -58,7 +58,7 @@ template <class Pool, class Op, int slices, class In, class Out, class Before, c
 FXFUSE_INLINE void pool_fold(const PoolFoldArguments<In, Out, Before, After, Behind>& a) {
   constexpr int together = kMapThreads / slices;
   const unsigned positions = (unsigned)a.made.d * a.made.h * a.made.w, units = positions * a.made.n;
-  const unsigned found = blockIdx.x * (unsigned)together + threadIdx.x % together;
+  const unsigned found = block_from_end() * (unsigned)together + threadIdx.x % together;
   const unsigned unit = found < units ? found : units - 1;  // all meet
   const unsigned n = unit / positions, p = unit - n * positions, row = p / a.made.w;
   const int w = p - row * a.made.w, d = row / a.made.h, h = row - d * a.made.h;
