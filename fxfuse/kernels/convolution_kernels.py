@@ -14,7 +14,7 @@ import torch
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
-from fxfuse.kernels.specialise import specialise, with_more_rows
+from fxfuse.kernels.specialise import specialise, with_more_room, with_more_rows
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
 from fxfuse.kernels.tiling import Store, seconds, store_of, tile
 
@@ -81,6 +81,8 @@ class Convolution:
             )
             if extents is not None and samples and epilogue.fold is None:
                 made = with_more_rows(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
+            if extents is not None and epilogue.keeps:
+                made = with_more_room(made, extents, row, output.itemsize)
             return made
 
         def time(made: Specialisation) -> float:

@@ -21,14 +21,16 @@ from fxfuse.kernels.convolution import (
     cycles,
 )
 from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
-from fxfuse.kernels.tiles import Extents, best_fit
+from fxfuse.kernels.tiles import Extents, best_fit, outbox_blocks
 from fxfuse.kernels.tiling import (
     CLOCK,
     PARTIAL_SECTOR,
     POOLED,
+    RUNS,
     STORE_RATE,
     multiply_seconds,
     seconds,
+    store_of,
     store_seconds,
     tile,
 )
@@ -45,6 +47,8 @@ MOST_STRIDE = 256
 #: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
 #: beside its products and stores: its place, its channels, waiting for one after the other
 FEW_ACCUMULATORS, TILE_CYCLES = 64, 1000
+#: of weights: one is multiplied, one is there, one is on its way
+LEAST_STAGES = 3
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -176,6 +180,23 @@ def with_more_rows(
 
     best = min((dataclasses.replace(larger, stages=stages) for stages in range(made.stages, 2, -1)), key=time)
     return best if time(best) * WORTH_COMPILING < time(made) else made
+
+
+def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: int) -> Specialisation:
+    """The same with a stage of weights less, where shared memory is scarce (x has one buffer) and what a pass stores
+    does not fit into it otherwise. Arguments as of :func:`with_more_rows`.
+    """
+    fewer = dataclasses.replace(made, stages=made.stages - 1)
+    if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
+        return made
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    ways = [(one, tile(one, (d, h, w), row, itemsize)) for one in (made, fewer)]
+    if len({(t, store_of(one, t, (d, h, w), row, itemsize)) for one, t in ways}) > 1:
+        return made
+    blocks, more = (outbox_blocks(one, t, itemsize) for one, t in ways)
+    stores = store_of(*ways[0], (d, h, w), row, itemsize)[0] in RUNS
+    return fewer if stores and blocks < made.columns // made.lines and blocks < more else made
 
 
 def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:

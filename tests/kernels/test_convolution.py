@@ -30,7 +30,7 @@ from fxfuse.kernels.convolution import (
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
-from fxfuse.kernels.specialise import check_holding, specialise, with_more_rows
+from fxfuse.kernels.specialise import check_holding, specialise, with_more_room, with_more_rows
 from fxfuse.kernels.tiles import (
     MOST_COPIED,
     Tiling,
@@ -375,6 +375,21 @@ def test_few_accumulators_have_larger_tiles(samples: int, channels: int, m_tiles
     assert (usual.m_tiles, made.m_tiles) == (4, m_tiles)
     used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes and math.prod(tile(made, stored, 31).region) * made.chunk * 2 <= made.region_bytes
+
+
+def test_scarce_memory_is_for_results() -> None:
+    """Of the fifth model's; where x has two buffers, or results fit, stages stay."""
+    layer, stored = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (47, 95, 95)
+    usual = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
+    made = with_more_room(usual, stored, 95, 4)
+    assert (usual.x_buffers, usual.stages, made.stages) == (1, 4, 3)
+    assert made == dataclasses.replace(usual, stages=3)
+    at = tile(usual, (24, 48, 48), 95, 4)
+    assert outbox_blocks(usual, at, 4) < outbox_blocks(made, at, 4) <= made.columns // made.lines
+    assert with_more_room(made, stored, 95, 4) is made  # no fewer than three
+    assert with_more_room(usual, stored, 0, 4) is usual  # channels are neighbours: there is no outbox
+    two = dataclasses.replace(usual, x_buffers=2, chunk=16)
+    assert with_more_room(two, stored, 95, 4) is two
 
 
 @given(layers(channels=16), st.tuples(*[st.integers(1, 70)] * 3), st.sampled_from([1, 64]), st.booleans())
