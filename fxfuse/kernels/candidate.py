@@ -80,6 +80,8 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         code=code if given else "",
         gathers=kernel.gathers,
         keeps=kernel.keeps,
+        monotone=kernel.monotone,
+        steady=kernel.monotone and kernel.before is not None and not kernel.before.always,
         **given,
     )
     dtypes = kernel.dtype, kernel.kind.dtype, kernel.bias_dtype

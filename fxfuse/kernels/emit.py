@@ -26,6 +26,8 @@ class Epilogue:
     reduction over channels of that.
     ``before``, ``after`` (the combination) and ``behind`` (the reduction): names of expression structs in ``code``
     ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored values; ``keeps``: the values.
+    ``monotone``: ``before`` is, and only the largest and the smallest value of a maximum go through it; ``steady``: of
+    operands that allow it, and the kernel `direct` makes the rest.
     """
 
     combine: str = ""
@@ -36,6 +38,8 @@ class Epilogue:
     code: str = ""
     gathers: bool = False
     keeps: bool = True
+    monotone: bool = False
+    steady: bool = False
 
 
 def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, store: Store) -> str:
@@ -214,6 +218,7 @@ def _problem(
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
+  static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
   static constexpr bool by_channel = {str(made.by_channel).lower()}, by_slab = {str(made.by_slab).lower()};
   static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;

@@ -172,7 +172,10 @@ def _epilogue(kernel: Launch, *, merged: bool) -> float:
     gathered = GATHERED if kernel.gathers else 0.0
     if not kernel.combine or merged:
         return before + after + gathered
-    return POOLED + before + (after + gathered) / math.prod(kernel.layer.stride)
+    classes = math.prod(kernel.layer.stride)
+    if kernel.monotone:  # a maximum and a minimum
+        return 2 * POOLED + (2 * before + after + gathered) / classes
+    return POOLED + before + (after + gathered) / classes
 
 
 def _flops(expression: Expression | None) -> int:

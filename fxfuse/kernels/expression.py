@@ -13,6 +13,7 @@ import torch
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Operand, Ref, TensorType
 from fxfuse.kernels.arithmetic import FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, c_type
+from fxfuse.kernels.monotone import condition
 
 #: the coordinates of an element, in the order of the call operator's parameters
 COORDINATES = ("n", "c", "d", "h", "w")
@@ -41,12 +42,16 @@ class Expression:
     rough cost of one element, in additions. What does not depend on ``y`` nor on the place within a channel can be
     had ahead, for many elements: ``channel(n, c)`` is it, a ``Channel``, which the operator takes in front of ``y``.
     ``local``: the struct reads operands that differ within a channel, so that the place must be one of the tensor.
+    ``monotone``: in a channel the result only grows with ``y``, or only falls, where ``steady(channel)`` holds;
+    ``always``: that holds for every channel.
     """
 
     name: str
     code: str
     fields: tuple[Field, ...]
     flops: int
+    monotone: bool = False
+    always: bool = False
 
 
 def emit_expression(
@@ -74,12 +79,31 @@ def emit_expression(
     for instr in _between(body, value, result):
         emitter.emit(instr)
     returned = emitter.returned(result)
-    return Expression(name, _struct(name, emitter, returned), tuple(emitter.fields), emitter.flops)
+    monotone, conditions = emitter.conditions is not None, emitter.conditions or []
+    return Expression(
+        name,
+        _struct(name, emitter, returned),
+        tuple(emitter.fields),
+        emitter.flops,
+        monotone=monotone,
+        always=monotone and not conditions,
+    )
 
 
 def _struct(name: str, emitter: _Emitter, returned: str) -> str:
     ahead, rest = emitter.parts()
     place = "int n, int c, int d, int h, int w"
+    known = [f"    const {c_type(v.dtype)} {v.code} = k.{v.code};" for v in emitter.ahead.values()]
+    steady = (
+        [
+            "  FXFUSE_DEVICE bool steady(const Channel& k) const {",
+            *known,
+            f"    return {' && '.join(emitter.conditions)};",
+            "  }",
+        ]
+        if emitter.conditions
+        else []
+    )
     return "\n".join([
         f"struct {name} {{",
         *(f"  {_declaration(f, emitter.types)};" for f in emitter.fields),
@@ -91,8 +115,9 @@ def _struct(name: str, emitter: _Emitter, returned: str) -> str:
         *(f"    {line}" for line in ahead),
         f"    return {{{', '.join(emitter.ahead)}}};",
         "  }",
+        *steady,
         f"  FXFUSE_DEVICE float operator()(const Channel& k, float y, {place}) const {{",
-        *(f"    const {c_type(v.dtype)} {v.code} = k.{v.code};" for v in emitter.ahead.values()),
+        *known,
         *(f"    {line}" for line in rest),
         f"    return {returned};",
         "  }",
@@ -140,6 +165,7 @@ class _Emitter(Arithmetic):
         self.late = {"y"}  # what differs within a channel
         self.ahead: dict[str, Value] = {}  # what does not, and is read by what does
         self.local = False
+        self.conditions: list[str] | None = []  # for the result to be monotone in the value; None: it is not
 
     def parts(self) -> tuple[list[str], list[str]]:
         """The lines that compute what does not differ within a channel, and the others."""
@@ -164,8 +190,18 @@ class _Emitter(Arithmetic):
         self.made.append(made.code)
         read = [o for o in operands if isinstance(o, Value)]
         if any(o.code in self.late for o in read):
+            self._bend(instr, operands)
             self.late.add(made.code)
             self.ahead |= {o.code: o for o in read if o.code not in self.late}
+
+    def _bend(self, instr: Instr, operands: Sequence[Given]) -> None:
+        """What an instruction on the way of the value asks for, so that the result stays monotone in it."""
+        late = [i for i, o in enumerate(operands) if isinstance(o, Value) and o.code in self.late]
+        found = condition(instr, late[0], operands) if len(late) == 1 else None
+        if found is None or self.conditions is None:
+            self.conditions = None
+        elif found:
+            self.conditions.append(found)
 
     # --- operands -----------------------------------------------------------------------------------
     def _operand(self, operand: Operand, instr: Instr, position: int) -> Given:

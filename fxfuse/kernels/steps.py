@@ -72,6 +72,14 @@ class Launch:
         return d, h, w
 
     @property
+    def monotone(self) -> bool:
+        """Whether only the largest and the smallest value of a maximum go through what is ``before`` it. What that is
+        not true of is left to a kernel that float32 has alone."""
+        before = self.before
+        told = before is not None and before.monotone and (before.always or self.dtype is torch.float32)
+        return told and self.combine == "Maximum"
+
+    @property
     def layout(self) -> str:
         """The memory format of the stored value: "contiguous" or "channels_last"."""
         return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""

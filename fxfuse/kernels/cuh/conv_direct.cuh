@@ -53,7 +53,7 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
 template <class Problem>
 struct Marked {
   static constexpr bool scaled = Problem::scaled, some = scaled || Problem::watched;  // may be marked
-  bool all;           // some weight is not finite
+  bool all;           // some weight is not finite, or an operand of a maximum's chain makes NaN of some number
   float most, least;  // of the channels' scales
 
   template <class Arguments>
@@ -67,6 +67,11 @@ struct Marked {
     }
     mine = warp_largest(mine);
     if ((threadIdx.x & 31) == 0) found[threadIdx.x >> 5] = mine;
+    if constexpr (Problem::steady)
+      for (int i = threadIdx.x; i < s.samples * s.channels; i += blockDim.x) {
+        const int n = i / (int)s.channels;
+        all |= !a.before.steady(a.before.channel(n, i - n * (int)s.channels));
+      }
     all = __syncthreads_or(all);
     mine = warp_largest((threadIdx.x & 31) < blockDim.x / 32 ? found[threadIdx.x & 31] : float2{0.f, 0.f});
     most = mine.x, least = reciprocal_of_power(mine.y);

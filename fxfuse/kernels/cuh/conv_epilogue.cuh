@@ -110,7 +110,8 @@ struct Store {
 
 // All residue classes of a position q become one value: a pool whose window and stride are the convolution's stride,
 // or the first half of one whose window and stride are multiples of it. In registers, or, of a `merged` problem, by the
-// matrix units; then `After`, and the store; or a reduction over channels of that, and `Behind`.
+// matrix units; then `After`, and the store; or a reduction over channels of that, and `Behind`. Of a `monotone` problem only
+// the largest and the smallest value go through `Before`, and the larger of both results is the maximum.
 template <class Problem, class Out, class Combine, class Before, class After, class Behind>
 struct Pool {
   struct Arguments {
@@ -131,6 +132,8 @@ struct Pool {
   const Place<Problem>& place;
   const int group;
   float best[Problem::m_tiles][Problem::columns / 2];
+  static constexpr int with_least = Problem::monotone ? 1 : 0;
+  float least[1 + (Problem::m_tiles - 1) * with_least][1 + (Problem::columns / 2 - 1) * with_least];  // negated
 
   FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                      const Place<Problem>& place, int group)
@@ -139,7 +142,10 @@ struct Pool {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-      for (int j = 0; j < Problem::columns / 2; ++j) best[i][j] = Combine::zero();
+      for (int j = 0; j < Problem::columns / 2; ++j) {
+        best[i][j] = Combine::zero();
+        if constexpr (Problem::monotone) least[i][j] = Combine::zero();
+      }
   }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
@@ -160,13 +166,19 @@ struct Pool {
       for (int at = 0; at < Problem::m_tiles * 2; ++at) valid[at] = inside >> at & 1;
       auto combine = [&](int i, int r, int j, int e, float y) {
         float& z = best[i][j * 4 + r * 2 + e];
-        if (valid[i * 2 + r]) z = Combine::combine(z, y);
+        if (valid[i * 2 + r]) {
+          z = Combine::combine(z, y);
+          if constexpr (Problem::monotone) {
+            float& least_z = least[i][j * 4 + r * 2 + e];
+            least_z = Combine::combine(least_z, -y);
+          }
+        }
       };
 #pragma unroll
       for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if constexpr (Problem::bare) {
+          if constexpr (Problem::bare || Problem::monotone) {
 #pragma unroll
             for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -184,7 +196,31 @@ struct Pool {
   }
 
   FXFUSE_INLINE void finish() {
+    if constexpr (Problem::monotone) through_before();
     if constexpr (!Problem::merged) conclude(best);
+  }
+
+  // The larger result of the largest value and of the smallest one, in the place of the former. An accumulator's scale is
+  // positive.
+  FXFUSE_INLINE void through_before() {
+    const Place<Problem> place = this->place.now();
+    auto kept = [&](int i, int r, int j, int e, int q) {
+      const int at = j * 4 + r * 2 + e;
+      return q == 0 ? best[i][at] : -least[i][at];
+    };
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
+#pragma unroll
+    for (int j = 0; j < Problem::columns / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        schedule_barrier();
+        const Results<Problem, decltype(value), Before> results(g, place, value, a.before, j, e);
+#pragma unroll
+        for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            best[i][j * 4 + r * 2 + e] = Combine::combine(results(i, r, 0, 0, 0, 0), results(i, r, 1, 0, 0, 0));
+      }
   }
 
   FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2]) {
