@@ -58,14 +58,15 @@ struct Store {
   Outbox<Problem>& outbox;
   const Place<Problem>& place;
   const int group;
+  const typename ChannelTable<Problem>::Fetched fetched;
 
   FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                       const Place<Problem>& place, int group)
-      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group) {
-    table.fill(a.to, g, place.box, group);
-  }
+      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
+        fetched(table.fetch(a.to, g, place.box)) {}
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+    if (pass == 0) table.fill(fetched, group);
     const Place<Problem> place = this->place.now();
     Residue residue[Problem::residues];
 #pragma unroll
@@ -131,14 +132,15 @@ struct Pool {
   Outbox<Problem>& outbox;
   const Place<Problem>& place;
   const int group;
+  const typename ChannelTable<Problem>::Fetched fetched;
   float best[Problem::m_tiles][Problem::columns / 2];
   static constexpr int with_least = Problem::monotone ? 1 : 0;
   float least[1 + (Problem::m_tiles - 1) * with_least][1 + (Problem::columns / 2 - 1) * with_least];  // negated
 
   FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                      const Place<Problem>& place, int group)
-      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group) {
-    table.fill(a.to, g, place.box, group);
+      : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
+        fetched(table.fetch(a.to, g, place.box)) {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -149,6 +151,7 @@ struct Pool {
   }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+    if (pass == 0) table.fill(fetched, group);
     if constexpr (Problem::merged) {
       conclude(acc);
       return;

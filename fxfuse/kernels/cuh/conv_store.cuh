@@ -82,20 +82,38 @@ struct Affine {
 };
 
 // Scale and bias of a tile's output channels, in shared memory: one copy per warpgroup. A product of two scales that no
-// float holds is the direct kernel's affair.
+// float holds is the direct kernel's affair. They are on their way while the tile's products are: each thread fetches
+// some, and fills them in behind.
 template <class Problem>
 struct ChannelTable {
+  static constexpr int each = (Problem::columns + 127) / 128;  // of a thread
+  struct Fetched {
+    float sample, scale[each], bias[each];
+  };
   Affine channels[kConsumers][Problem::columns];
   FXFUSE_INLINE void init() {}
 
   template <class Out>
-  FXFUSE_INLINE void fill(const Destination<Out>& to, const Geometry& g, const Tile& t, int group) {
+  static FXFUSE_INLINE Fetched fetch(const Destination<Out>& to, const Geometry& g, const Tile& t) {
+    Fetched f;
+    f.sample = Problem::scaled ? to.sample_scale[t.n] : 1.f;
+    settle(f.sample);
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int i = (threadIdx.x & 127) + k * 128, column = t.column * Problem::columns + i;
+      const bool inside = i < Problem::columns && column < g.out_channels;
+      const int c = t.group * g.out_channels + (inside ? column : 0);
+      f.scale[k] = Problem::scaled ? to.channel_scale[c] : 1.f, f.bias[k] = to.bias ? to.bias[c] : 0.f;
+      settle(f.scale[k]), settle(f.bias[k]);  // now, not where they are needed
+    }
+    return f;
+  }
+  FXFUSE_INLINE void fill(const Fetched& f, int group) {
     named_barrier(1 + group, 128);  // the last tile's reads are done
-    for (int i = threadIdx.x & 127; i < Problem::columns; i += 128) {
-      const int column = t.column * Problem::columns + i, c = t.group * g.out_channels + column;
-      const bool inside = Problem::filled || column < g.out_channels;
-      channels[group][i] = {inside && Problem::scaled ? to.sample_scale[t.n] * to.channel_scale[c] : 1.f,
-                            inside && to.bias ? to.bias[c] : 0.f};
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int i = (threadIdx.x & 127) + k * 128;
+      if (i < Problem::columns) channels[group][i] = {f.sample * f.scale[k], f.bias[k]};
     }
     named_barrier(1 + group, 128);
   }

@@ -53,6 +53,7 @@ FXFUSE_INLINE void schedule_barrier() { asm volatile("" ::: "memory"); }
 // The compiler makes `v` here: what follows from it is not made earlier, nor put together with what it was made of.
 FXFUSE_INLINE void settle(int& v) { asm volatile("" : "+r"(v)); }
 FXFUSE_INLINE void settle(uint32_t& v) { asm volatile("" : "+r"(v)); }
+FXFUSE_INLINE void settle(float& v) { asm volatile("" : "+f"(v)); }
 template <class T>
 FXFUSE_INLINE void settle(T*& v) {  // to global memory
   size_t address = __cvta_generic_to_global(v);
