@@ -12,6 +12,7 @@ import math
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.specialise import specialise, with_more_rows
@@ -59,14 +60,13 @@ class Convolution:
         before = epilogue.before != Epilogue.before
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
         finite = dtype is torch.float32  # what is not is left to the kernel `direct`
-        made = specialise(
+        made = (fastest if finite else specialise)(
             layer.join() if finite else layer,
             pooled=bool(epilogue.combine),
             exact=exact,
             before=before,
             summed=epilogue.combine == "Sum" and not before,
             contiguous=layout == "contiguous",
-            finite=finite,
             folded=epilogue.fold is not None,
             one=epilogue.fold is not None and not epilogue.fold.keeps,
             keeps=epilogue.keeps,

@@ -62,8 +62,8 @@ def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x: of each class one, or
-    none, or several whose weights are added.
+    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same rows of x: of each class one,
+    or none, or several, whose weights are added where they read the same position of a row.
     """
 
     delta: tuple[int, int, int]
@@ -83,7 +83,8 @@ def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step
     by_delta: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
     for i, residue in enumerate(residues):
         for tap in residue.taps:
-            by_delta.setdefault(tap.delta, {})[i] = (tap.index,)
+            together = by_delta.setdefault(tap.delta, {})
+            together[i] = (*together.get(i, ()), tap.index)
     steps = []
     for delta, taps in sorted(by_delta.items()):
         if filled:
