@@ -6,7 +6,6 @@ other taps read take no more room, and one product stands for those taps. Pure.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,21 +28,22 @@ def fastest(layer: Layer, *, stored: Extents | None, **how: Any) -> Specialisati
 
     Arguments as of :func:`~fxfuse.kernels.specialise.specialise`, and what it raises.
     """
-    best = layer
-    least = usual = math.inf
-    for one in (layer, *side_by_side(layer)):
-        with contextlib.suppress(Unsupported):
-            seconds = _seconds(specialise(one, finite=True, **how), how["contiguous"], how["itemsize"])
-            usual = seconds if one is layer else usual
-            if seconds < least:
-                best, least = one, seconds
-    return specialise(best if least * WORTH_IT < usual else layer, finite=True, stored=stored, **how)
+    others = [*side_by_side(layer)]
+    if others:
+        found = {one: _seconds(one, **how) for one in (layer, *others)}
+        best = min(found, key=found.__getitem__)
+        layer = best if found[best] * WORTH_IT < found[layer] else layer
+    return specialise(layer, finite=True, stored=stored, **how)
 
 
-def _seconds(made: Specialisation, contiguous: bool, itemsize: int) -> float:
-    """Of one multiprocessor, for a sample of typical size, its rows included."""
-    rows = math.prod(made.layer.row_sizes(TYPICAL)) * made.padded_channels * made.parts * 2
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
+def _seconds(layer: Layer, *, contiguous: bool, itemsize: int, **how: Any) -> float:
+    """Of one multiprocessor, for a sample of typical size, its rows included; infinite where there is no kernel."""
+    try:
+        made = specialise(layer, finite=True, contiguous=contiguous, itemsize=itemsize, **how)
+    except Unsupported:
+        return math.inf
+    rows = math.prod(layer.row_sizes(TYPICAL)) * made.padded_channels * made.parts * 2
+    stride = (1, 1, 1) if made.pooled else layer.stride
     d, h, w = (n * s for n, s in zip(TYPICAL, stride, strict=True))
     return sample_seconds(made, (d, h, w), contiguous, itemsize) + rows * PROCESSORS / ROWS_RATE
 

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections import Counter
 
-from fxfuse.kernels.geometry import Residue, Step, Tap, reach, residues_of
+from fxfuse.kernels.geometry import Residue, Step, deltas_of, reach, residues_of
 
 #: shared memory of a thread block on sm_90
 SHARED_BYTES = 232448
@@ -102,32 +102,25 @@ class Layer:
         return self.in_channels // (self.joined * len(self.offsets))
 
     @functools.cached_property
-    def _taps(self) -> tuple[Residue, ...]:
-        """Residue classes where every row is of one position."""
-        return residues_of(self.kernel, self.stride, self.padding, self.dilation)
+    def residues(self) -> tuple[Residue, ...]:
+        return residues_of(self.kernel, self.stride, self.padding, self.dilation, beside=self.beside)
 
     @functools.cached_property
-    def residues(self) -> tuple[Residue, ...]:
-        if not self.beside:
-            return self._taps
-        return tuple(
-            Residue(r.at, tuple(Tap(t.index, self._part(t.delta, inside=False)) for t in r.taps)) for r in self._taps
-        )
-
-    def _part(self, delta: tuple[int, int, int], *, inside: bool) -> tuple[int, int, int]:
-        """Of a tap's delta what is ``inside`` of a row, or what is not."""
-        d, h, w = (by if (dim in self.beside) is inside else 0 for dim, by in enumerate(delta))
-        return d, h, w
+    def offset_of(self) -> tuple[int, ...]:
+        """Of every tap the one of the ``offsets`` that it reads."""
+        return tuple(map({o: i for i, o in enumerate(self.offsets)}.__getitem__, self._read))
 
     @functools.cached_property
     def offsets(self) -> tuple[tuple[int, int, int], ...]:
         """Positions that a row holds, relative to its own: the first one is the least along every dim."""
-        return tuple(sorted({self._part(t.delta, inside=True) for r in self._taps for t in r.taps})) or ((0, 0, 0),)
+        return tuple(sorted({*self._read}))
 
     @functools.cached_property
-    def offset_of(self) -> dict[int, int]:
-        """Of every tap the one of the ``offsets`` that it reads: no other class has a tap of the same index."""
-        return {t.index: self.offsets.index(self._part(t.delta, inside=True)) for r in self._taps for t in r.taps}
+    def _read(self) -> tuple[tuple[int, int, int], ...]:
+        """Of every tap the position of a row that it reads, relative to the row's own."""
+        along = deltas_of(self.kernel, self.stride, self.padding, self.dilation)
+        d, h, w = (by if dim in self.beside else [0] * len(by) for dim, by in enumerate(along))
+        return tuple(itertools.product(d, h, w))
 
     def row_sizes(self, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
         """How many positions per dim have a row, of an x of these ``sizes``: those behind them would hold zeros."""
