@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from reports import explained
+from rows import rows_of
 from test_convolution import by_steps, layers
 from torch import Tensor, nn
 
@@ -28,17 +28,6 @@ ONE, TWO = (1, 1, 1), (2, 2, 2)
 UP = Layer(3, 16, 1, (3, 3, 3), TWO, ONE, ONE)
 DIMS = [(2,), (1, 2), (0, 1, 2), (1,)]
 F32 = torch.float32
-
-
-def rows_of(layer: Layer, x: Tensor) -> Tensor:
-    """The rows of x, as `prepare` makes them: (N, numbers, D, H, W)."""
-    d, h, w = layer.row_sizes(tuple(x.shape[2:]))  # type: ignore[arg-type]
-    rows = torch.zeros(x.shape[0], x.shape[1], len(layer.offsets), d, h, w, dtype=x.dtype)
-    for (i, offset), *at in itertools.product(enumerate(layer.offsets), range(d), range(h), range(w)):
-        z, y, v = (a + o for a, o in zip(at, offset, strict=True))
-        if 0 <= z < x.shape[2] and 0 <= y < x.shape[3] and 0 <= v < x.shape[4]:
-            rows[:, :, i, at[0], at[1], at[2]] = x[:, :, z, y, v]
-    return rows.flatten(1, 2)
 
 
 def weights_of(layer: Layer, weight: Tensor) -> Tensor:
