@@ -15,12 +15,12 @@ from fxfuse.kernels.convolution_kernels import Convolution
 @contextlib.contextmanager
 def by_channel_always() -> Iterator[None]:
     """Channels are rows wherever they may be, whether that is expected to be the faster or not."""
-    usual: Callable[..., float] = specialise._seconds
+    usual: Callable[..., float] = specialise.sample_seconds
 
     def seconds(made: Specialisation, *rest: Any) -> float:
         return usual(made, *rest) * (1 if made.by_channel else 1e6)
 
-    with chosen_anew(), mock.patch.object(specialise, "_seconds", seconds):
+    with chosen_anew(), mock.patch.object(specialise, "sample_seconds", seconds):
         yield
 
 

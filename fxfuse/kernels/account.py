@@ -176,6 +176,10 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     where = "rows" if made.by_channel else "columns"
     yield "output channels", f"{made.columns} per tile, {where} of instructions; {made.column_tiles} tiles per group"
     yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
+    if made.layer.beside:
+        dims = " and ".join(("d", "h", "w")[dim] for dim in made.layer.beside)
+        count, each = len(made.layer.offsets), made.layer.channels
+        yield "positions in a row", f"{count} along {dims}, {each} channels of each: one product for their taps"
     yield "residue classes", _classes(made)
     yield "threads", f"{THREADS} per block: {CONSUMERS} warpgroups that multiply, one that copies"
     yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {made.stages} stages, {made.x_buffers} of x"

@@ -57,7 +57,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     narrow = kernel.dtype is not torch.float32
     if layer.stride[2] > 2 and (narrow or not last) and not little:
         return f"a stride of {layer.stride[2]} along w scatters what is stored"
-    if layer.out_channels <= 4 and layer.in_channels >= 32:
+    if layer.out_channels <= 4 and layer.channels * layer.joined >= 32:
         return f"{layer.out_channels} output channels leave the matrix units idle"
     if math.prod(layer.kernel) <= 4 and not (kernel.combine or folds):
         return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
@@ -73,12 +73,12 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
 
 
 def _apart(kernel: Launch, made: Specialisation) -> Specialisation:
-    """The kernel with all residue classes, which tells how large a layer is: cuDNN makes all of them."""
-    if not made.merged:
+    """The kernel with all residue classes and taps, which tells how large a layer is: cuDNN makes all of them."""
+    if not (made.merged or made.layer.beside):
         return made
     return specialise(
-        made.layer,
-        pooled=True,
+        made.layer.apart,
+        pooled=made.pooled,
         exact=made.exact,
         contiguous=kernel.layout == "contiguous",
         finite=kernel.dtype is torch.float32,

@@ -12,8 +12,9 @@ import enum
 import functools
 import itertools
 import math
+from collections import Counter
 
-from fxfuse.kernels.geometry import Residue, Step, reach, residues_of
+from fxfuse.kernels.geometry import Residue, Step, deltas_of, reach, residues_of
 
 #: shared memory of a thread block on sm_90
 SHARED_BYTES = 232448
@@ -56,6 +57,8 @@ class Layer:
     """A transposed convolution, channels per group; three spatial dims.
 
     ``joined``: how many groups of the model one of these is; between their channels weights are zero.
+    ``beside``: dims along which a row of x holds the channels of all positions that taps read, side by side; deltas
+    along them are zero then, and an ``in_channels`` is one of the model's at one of the ``offsets``.
     """
 
     in_channels: int
@@ -66,6 +69,7 @@ class Layer:
     padding: tuple[int, int, int]
     dilation: tuple[int, int, int]
     joined: int = 1
+    beside: tuple[int, ...] = ()
 
     def join(self) -> Layer:
         """The same with fewer groups, as far as the channels of one leave the least matrix instruction idle. For
@@ -80,9 +84,48 @@ class Layer:
             joined=self.joined * many,
         )
 
+    def side_by_side(self, dims: tuple[int, ...]) -> Layer:
+        """The same with the positions along ``dims`` that taps read in one row: one product for taps that differ in
+        nothing else. Of classes that read some of them the weights of the others are zero, as in :meth:`join`.
+        """
+        made = dataclasses.replace(self, beside=dims)
+        return dataclasses.replace(made, in_channels=self.in_channels * len(made.offsets))
+
+    @property
+    def apart(self) -> Layer:
+        """The same with one position in a row."""
+        return dataclasses.replace(self, in_channels=self.in_channels // len(self.offsets), beside=())
+
+    @property
+    def channels(self) -> int:
+        """Input channels of one of the model's groups."""
+        return self.in_channels // (self.joined * len(self.offsets))
+
     @functools.cached_property
     def residues(self) -> tuple[Residue, ...]:
-        return residues_of(self.kernel, self.stride, self.padding, self.dilation)
+        return residues_of(self.kernel, self.stride, self.padding, self.dilation, beside=self.beside)
+
+    @functools.cached_property
+    def offset_of(self) -> tuple[int, ...]:
+        """Of every tap the one of the ``offsets`` that it reads."""
+        return tuple(map({o: i for i, o in enumerate(self.offsets)}.__getitem__, self._read))
+
+    @functools.cached_property
+    def offsets(self) -> tuple[tuple[int, int, int], ...]:
+        """Positions that a row holds, relative to its own: the first one is the least along every dim."""
+        return tuple(sorted({*self._read}))
+
+    @functools.cached_property
+    def _read(self) -> tuple[tuple[int, int, int], ...]:
+        """Of every tap the position of a row that it reads, relative to the row's own."""
+        along = deltas_of(self.kernel, self.stride, self.padding, self.dilation)
+        d, h, w = (by if dim in self.beside else [0] * len(by) for dim, by in enumerate(along))
+        return tuple(itertools.product(d, h, w))
+
+    def row_sizes(self, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+        """How many positions per dim have a row, of an x of these ``sizes``: those behind them would hold zeros."""
+        d, h, w = (max(1, n - low) for n, low in zip(sizes, self.offsets[0], strict=True))
+        return d, h, w
 
     @functools.cached_property
     def reach(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -255,13 +298,16 @@ class Specialisation:
 
     @property
     def products(self) -> int:
-        """Multiply-adds per position, input channel and output channel."""
-        return sum(bool(taps) for p in self.passes for s in p.steps for taps in s.taps)
+        """Multiply-adds per position, input channel of the model and output channel."""
+        offset = self.layer.offset_of
+        return sum(len({offset[t] for t in taps}) for p in self.passes for s in p.steps for taps in s.taps)
 
     @property
     def headroom(self) -> int:
         """Bits by which a sum of weights may exceed the largest of them."""
-        most = max((len(taps) for p in self.passes for s in p.steps for taps in s.taps), default=0)
+        offset = self.layer.offset_of
+        added = (Counter(offset[t] for t in taps) for p in self.passes for s in p.steps for taps in s.taps)
+        most = max((max(each.values(), default=0) for each in added), default=0)
         return (max(most, 1) - 1).bit_length()
 
     @property

@@ -117,8 +117,9 @@ class _Call:
         layer = of.convolution
         made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
         n, _, *sizes = x.shape
-        positions, each = math.prod(sizes), math.prod(x.shape[1:])
-        if max(positions, math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
+        rows_sizes = shape.row_sizes((sizes[0], sizes[1], sizes[2]))
+        positions, each = math.prod(rows_sizes), math.prod(x.shape[1:])
+        if max(positions, math.prod(sizes), math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
             raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
@@ -128,7 +129,7 @@ class _Call:
         self.looks = self.scaled or made.watched  # at x, and marks samples
         self.in_place = not self.looks and _rows_in_place(x, made)
         width = made.padded_channels * shape.groups * made.parts
-        self.rows_shape = (n, *sizes, width)
+        self.rows_shape = (n, *rows_sizes, width)
         of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
         self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
         planes, *plane = tiling.region
@@ -191,7 +192,7 @@ class _Call:
             yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n)])
         if not (given and of.shares is Shared.ALL):
             if self.scaled:
-                ins, outs = (I32(channels.value // shape.joined) for channels in (in_c, out_c))
+                ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
                 blocks = couts + (0 if given else n * told.samples.parts)
                 yield Launch(kernels["measure"], blocks, BLOCK, arguments)
@@ -208,7 +209,7 @@ class _Call:
             )  # fmt: skip
             if guesses and not given:
                 yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
-        geometry = _geometry(n, x.shape[2], of.extents, made, tiling, layer.output.itemsize)
+        geometry = _geometry(n, self.rows_shape[1], of.extents, made, tiling, layer.output.itemsize)
         yield Launch(
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
             [told.map, packed, geometry, destination], made.dynamic_bytes,
@@ -289,13 +290,17 @@ class _Call:
 def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled: bool) -> Rows:
     """What `prepare` and `again` are told of the rows of x; without blocks where they are ``made_before``."""
     n, _, *sizes = x.shape
-    groups, width = made.layer.groups, made.padded_channels * made.layer.groups
-    quads = scaled and _by_quads(x)
-    span = (8192 if quads else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
-    blocks_positions = -(-math.prod(sizes) // span)
+    layer, groups, width = made.layer, made.layer.groups, made.padded_channels * made.layer.groups
+    rows = d, h, w = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
+    if layer.beside:  # four neighbours along w at once
+        quads, positions = _lines_by_quads(x), d * h * -(-w // 4) * 4
+    else:
+        quads, positions = scaled and _by_quads(x), math.prod(rows)
+    span = (8192 if quads or layer.beside else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
+    blocks_positions = -(-positions // span)
     blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
-    channels = made.layer.in_channels, made.padded_channels, groups
-    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads)
+    channels = layer.channels * layer.joined, made.padded_channels, groups
+    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads, *rows)
 
 
 def _geometry(
@@ -344,6 +349,12 @@ def _by_quads(x: Tensor) -> bool:
     *_, height, width = x.shape
     whole = math.prod(x.shape[2:]) % 4 == 0 and x.data_ptr() % 16 == 0
     return whole and w == 1 and h == width and d == height * width and n % 4 == 0 and c % 4 == 0
+
+
+def _lines_by_quads(x: Tensor) -> bool:
+    """Whether positions along w are neighbours, and every four of them can be read at once."""
+    *others, w = x.stride()
+    return w == 1 and x.shape[-1] % 4 == 0 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in others)
 
 
 def _rows_in_place(x: Tensor, made: Specialisation) -> bool:

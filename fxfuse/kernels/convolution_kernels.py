@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.specialise import specialise, with_more_room, with_more_rows
@@ -64,15 +66,14 @@ class Convolution:
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
         row = extents[2] if extents is not None and layout == "contiguous" else 0
 
-        def specialised(finite: bool) -> Specialisation:
-            made = specialise(
-                layer.join() if finite else layer,
+        def specialised(layer: Layer, choose: Callable[..., Specialisation]) -> Specialisation:
+            made = choose(
+                layer,
                 pooled=bool(epilogue.combine),
                 exact=exact,
                 before=before,
                 summed=summed,
                 contiguous=layout == "contiguous",
-                finite=finite,
                 folded=epilogue.fold is not None,
                 one=epilogue.fold is not None and not epilogue.fold.keeps,
                 keeps=epilogue.keeps,
@@ -89,9 +90,12 @@ class Convolution:
             assert extents is not None
             return seconds(made, samples, extents, extents, row, output.itemsize, keeps=epilogue.keeps)
 
-        made = specialised(dtype is torch.float32)  # what is not finite is left to the kernel `direct`
-        if dtype is not torch.float32 and rows and extents is not None and samples and not summed:
-            watched = dataclasses.replace(specialised(True), watched=True)
+        if dtype is torch.float32:  # what is not finite is left to the kernel `direct`
+            return Convolution(specialised(layer.join(), fastest), dtype, output, bias, epilogue, layout)
+        made = specialised(layer, specialise)
+        if rows and extents is not None and samples and not summed:
+            finite = specialised(layer.join(), functools.partial(specialise, finite=True))
+            watched = dataclasses.replace(finite, watched=True)
             if time(watched) + WATCHING < time(made):
                 made = watched
         return Convolution(made, dtype, output, bias, epilogue, layout)

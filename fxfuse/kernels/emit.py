@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Specialisation
+from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Layer, Specialisation
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 
@@ -54,6 +54,7 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         '#include "conv_direct.cuh"',
         '#include "pointwise.cuh"',
         '#include "prepare.cuh"',
+        '#include "rows_beside.cuh"',
         epilogue.code,
         *(_wgmma(columns, operand) for columns in _instructions(made)),
         _tables(made),
@@ -115,15 +116,19 @@ def _tables(made: Specialisation) -> str:
 
 
 def _packed_tables(made: Specialisation) -> list[str]:
-    """Where weights go, and the taps that each of them is the sum of."""
-    packed, first = packed_taps(made), 0
-    rows = []
-    for *place, taps in packed:
-        rows.append(_list([*place, first, len(taps)]))
-        first += len(taps)
+    """Where weights go, and the taps that each of them is the sum of, for every position of a row."""
+    offset_of, offsets = made.layer.offset_of, range(len(made.layer.offsets))
+    places, ranges, listed = [], [], list[int]()
+    for *place, taps in packed_taps(made):
+        places.append(_list(place))
+        for offset in offsets:
+            added = [t for t in taps if offset_of[t] == offset]
+            ranges.append(_list([len(listed), len(added)]))
+            listed += added
     return [
-        f"__device__ const fxfuse::Packed kPacked[] = {_list(rows or ['{}'])};",
-        f"__device__ const int kTaps[] = {_list([t for *_, taps in packed for t in taps] or [0])};",
+        f"__device__ const fxfuse::Packed kPacked[] = {_list(places or ['{}'])};",
+        f"__device__ const fxfuse::Taps kTaps[] = {_list(ranges or ['{}'])};",
+        f"__device__ const int kTap[] = {_list(listed or [0])};",
     ]
 
 
@@ -190,7 +195,8 @@ def _problem(
             for name in ("stride", "kernel", "padding", "dilation")
             for dim, value in zip("dhw", getattr(layer, name), strict=True)
         },
-        "in_channels": layer.in_channels // layer.joined,
+        "in_channels": layer.channels,
+        "offsets": len(layer.offsets),
         "joined": layer.joined,
         "runs": len(runs),
         "slabs": made.slabs,
@@ -226,12 +232,14 @@ def _problem(
   using Outbox = fxfuse::{types[2]}<Problem>;
 {_fold_type(epilogue)}
 {_run_type(made, store)}
+{_rows_type(made.layer)}
   using Epilogue = {kind};
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
   static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
-  static FXFUSE_INLINE int tap(int i) {{ return kTaps[i]; }}
+  static FXFUSE_INLINE fxfuse::Taps taps(int place, int offset) {{ return kTaps[place * offsets + offset]; }}
+  static FXFUSE_INLINE int tap(int i) {{ return kTap[i]; }}
   static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
   template <int first, int count, int size>
   static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
@@ -273,14 +281,30 @@ def _run_type(made: Specialisation, store: Store) -> str:
         "h": [a[1] if merged else 0 for a in at],
         "w": [a[2] for a in at],
     }
-    functions = "\n".join(
+    return (
+        f"  struct Runs {{\n    static constexpr int count = {len(runs)};\n"
+        f"    static constexpr bool merged = {str(merged).lower()};\n{_functions(tables)}\n  }};"
+    )
+
+
+def _functions(tables: Mapping[str, Sequence[object]]) -> str:
+    """Members of a struct that are known when it is compiled, by number."""
+    return "\n".join(
         f"    static __device__ constexpr int {name}(int i) {{\n"
         f"      constexpr int values[] = {_list(values)};\n      return values[i];\n    }}"
         for name, values in tables.items()
     )
+
+
+def _rows_type(layer: Layer) -> str:
+    """How rows of x are made, and which positions each holds where these are several: see ``rows_beside.cuh``."""
+    if not layer.beside:
+        return "  using Rows = fxfuse::RowsApart;"
+    along = {dim: sorted({o[i] for o in layer.offsets}) for i, dim in enumerate("dhw")}
+    counts = ", ".join(f"count_{dim} = {len(values)}" for dim, values in along.items())
     return (
-        f"  struct Runs {{\n    static constexpr int count = {len(runs)};\n"
-        f"    static constexpr bool merged = {str(merged).lower()};\n{functions}\n  }};"
+        f"  struct Offsets {{\n    static constexpr int channels = {layer.channels}, {counts};\n"
+        f"{_functions(along)}\n  }};\n  using Rows = fxfuse::RowsBeside<Offsets>;"
     )
 
 

@@ -112,7 +112,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     layer, x = made.layer, types[kernel.x]
     scaled = kernel.dtype is torch.float32
     n, _, *sizes = (s or 0 for s in x.shape)
-    rows = n * math.prod(sizes) * made.padded_channels * layer.groups * made.parts * 2
+    rows = n * math.prod(layer.row_sizes(_three(sizes))) * made.padded_channels * layer.groups * made.parts * 2
     packed = layer.groups * made.column_tiles * made.weight_bytes
     moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
     stored = size_of(kernel.kind) if kernel.keeps else 0
@@ -123,7 +123,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     read = bytes_of(types, (n for n in kernel.reads if n not in there)) + rows + packed
     read += size_of(x) // every if scaled and not rows_there else 0
     written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
-    weight = layer.in_channels * layer.groups * layer.out_channels // layer.joined * made.products
+    weight = layer.channels * layer.groups * layer.out_channels * made.products
     macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
     prepares = (0 if all_there else 1 + scaled) + (made.watched and not rows_there)
     again = scaled and every > 1 and not rows_there

@@ -29,13 +29,33 @@ class Residue:
     taps: tuple[Tap, ...]
 
 
-def residues_of(
+def deltas_of(
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[list[int]]:
+    """Per dim the delta of every ``k``: one residue class has a tap there, and no other."""
+    geometry = zip(kernel, stride, padding, dilation, strict=True)
+    return [[-((k * e - p) // s) for k in range(size)] for size, s, p, e in geometry]
+
+
+def residues_of(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    beside: Sequence[int] = (),
 ) -> tuple[Residue, ...]:
-    """The residue classes of a transposed convolution in three dims, w varying fastest; a class may have no tap."""
+    """The residue classes of a transposed convolution in three dims, w varying fastest; a class may have no tap.
+
+    ``beside``: dims along which all that taps read is at one position.
+    """
+    deltas = deltas_of(kernel, stride, padding, dilation)
     per_dim = [
-        [[(k, (r + p - k * e) // s) for k in range(size) if (r + p - k * e) % s == 0] for r in range(s)]
-        for size, s, p, e in zip(kernel, stride, padding, dilation, strict=True)
+        [
+            [(k, 0 if dim in beside else deltas[dim][k]) for k in range(size) if (r + p - k * e) % s == 0]
+            for r in range(s)
+        ]
+        for dim, (size, s, p, e) in enumerate(zip(kernel, stride, padding, dilation, strict=True))
     ]
     found = []
     for at in itertools.product(*(range(s) for s in stride)):
@@ -62,8 +82,8 @@ def reach(residues: Sequence[Residue]) -> tuple[tuple[int, int, int], tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same x: of each class one, or
-    none, or several whose weights are added.
+    """Taps of ``count`` residue classes of a pass, from ``first`` on, that read the same rows of x: of each class one,
+    or none, or several, whose weights are added where they read the same position of a row.
     """
 
     delta: tuple[int, int, int]
@@ -83,7 +103,8 @@ def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step
     by_delta: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
     for i, residue in enumerate(residues):
         for tap in residue.taps:
-            by_delta.setdefault(tap.delta, {})[i] = (tap.index,)
+            together = by_delta.setdefault(tap.delta, {})
+            together[i] = (*together.get(i, ()), tap.index)
     steps = []
     for delta, taps in sorted(by_delta.items()):
         if filled:

@@ -147,8 +147,8 @@ def specialise(
     if stored is not None and (contiguous or not keeps) and not (pooled or folded):
         turned = _chosen(_by_channel(layer, exact=exact), stored, contiguous, itemsize)
         if turned is not None:
-            seconds = _seconds(turned, stored, contiguous, itemsize)
-            if seconds < math.inf and (usual is None or seconds <= _seconds(usual, stored, contiguous, itemsize)):
+            seconds = sample_seconds(turned, stored, contiguous, itemsize)
+            if seconds < math.inf and (usual is None or seconds <= sample_seconds(usual, stored, contiguous, itemsize)):
                 return turned
     if usual is None:
         raise Unsupported(
@@ -237,7 +237,7 @@ def _chosen(
     if _usual_rate(usual) == 0:
         return None
     if stored is not None:
-        seconds = {m: _seconds(m, stored, contiguous, itemsize) for m in made}
+        seconds = {m: sample_seconds(m, stored, contiguous, itemsize) for m in made}
         best = min(made, key=seconds.__getitem__)
         if seconds[best] * WORTH_COMPILING < seconds[usual]:
             return best
@@ -385,7 +385,7 @@ def _speed(made: Specialisation) -> float:
     return speed * (1.0 if made.x_buffers > 1 else 0.95)
 
 
-def _seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: int) -> float:
+def sample_seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: int) -> float:
     """About the time of a sample and tile of channels on one multiprocessor."""
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))

@@ -238,6 +238,8 @@ def seconds(
     if shares is not Shared.ALL:
         total += LAUNCHES_WEIGHTS
     if shares is Shared.NOTHING:
-        position = made.layer.in_channels * 4 + made.padded_channels * made.parts * 2
-        total += batch * made.layer.groups * math.prod(sizes) * position / ROWS_RATE + LAUNCHES_X
+        layer = made.layer
+        read = math.prod(sizes) * layer.channels * layer.joined * 4
+        written = math.prod(layer.row_sizes(sizes)) * made.padded_channels * made.parts * 2
+        total += batch * layer.groups * (read + written) / ROWS_RATE + LAUNCHES_X
     return total

@@ -39,7 +39,7 @@ def run_joint(
 #: model, sizes of x, dtype, float32's own accuracy; tiles per plane, residue classes per pass
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bool, int, int]] = {
     "tiles that end in a plane": (lambda: layer(8, 70, 3, **TWO), (2, 8, 3, 11, 48), F32, False, 3, 4),
-    "planes of two classes along d": (lambda: layer(3, 16, 3, **TWO), (2, 3, 3, 15, 32), F32, False, 3, 8),
+    "planes of two classes along d": (lambda: layer(9, 16, 3, **TWO), (2, 9, 3, 15, 32), F32, False, 3, 8),
     "rows of one tile": (lambda: layer(8, 20, 3, stride=2), (2, 8, 2, 2, 200), F32, False, 3, 4),
     "a border": (lambda: layer(8, 20, 5, stride=2, output_padding=1), (2, 8, 2, 9, 45), F32, False, 3, 4),
     "float16": (lambda: layer(16, 40, 3, F16, **TWO), (2, 16, 3, 11, 48), F16, False, 3, 4),

@@ -122,6 +122,7 @@ struct RowGeometry {
   int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
   int span;                      // a power of two: 64, or more where the rows are short
   int quads;                     // float32 positions are neighbours, and four of them are read at once
+  int rows_d, rows_h, rows_w;    // positions of a sample that have a row
 };
 
 // What brings the values of a sample into half's range: a power of two; and bits of magnitudes.
@@ -144,11 +145,14 @@ struct Taken {
   int tiny = 0;
   FXFUSE_INLINE float operator()(float v) {
     if (!scaled && !watched) return v;
+    look(v);
+    return scaled ? v * by.scale : v;
+  }
+  FXFUSE_INLINE void look(float v) {
     const uint32_t bits = __float_as_uint(v) & 0x7fffffffu;
     most = most > bits ? most : bits;
-    if (!scaled) return v;
+    if (!scaled) return;
     tiny += bits - 1 < by.smallest - 1;  // zero is not
-    return v * by.scale;
   }
   // A few tiny values may lose precision: their error is below 2^-37 of the sample's largest. Many would show.
   FXFUSE_INLINE void tell(const SampleState& state, int n) const {
@@ -281,6 +285,15 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   __syncthreads();
 }
 
+// How rows are made where each is of one position.
+struct RowsApart {
+  template <class T, class Half16, class Problem>
+  static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
+                                  const Scaling& by) {
+    block_to_rows<T, Half16, Problem>(block, x, rows, state, g, by);
+  }
+};
+
 FXFUSE_INLINE int blocks_of_a_sample(const RowGeometry& g) { return g.blocks_positions * ((g.padded * g.groups + 63) / 64); }
 
 template <class T, class Half16, class Problem>
@@ -296,7 +309,7 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     if (largest == 0.f && state.every > 1) by.limit = 0, by.smallest = 1;  // nothing is known
     if (block == n * of_a_sample && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
   }
-  block_to_rows<T, Half16, Problem>(block, x, rows, state, g, by);
+  Problem::Rows::template block<T, Half16, Problem>(block, x, rows, state, g, by);
 }
 
 // Of 16-bit numbers that are looked at: no sample is marked yet.
@@ -318,7 +331,7 @@ FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& st
     by.limit = ~0u;  // `above` is what all blocks read
     if (blockIdx.x == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
     for (int block = blockIdx.x; block < of_a_sample; block += gridDim.x)
-      block_to_rows<T, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
+      Problem::Rows::template block<T, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
   }
 }
 
@@ -326,40 +339,51 @@ FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& st
 struct Packed {
   int pass_offset, pass_bytes;  // bytes from the tile's begin to the pass, and of the pass, with one chunk
   int offset;                   // bytes from there
-  int first, count;             // of the taps that are added; none for a residue class that has none at this step
+};
+// Those that are added there for one of the positions of a row; none for a residue class that has none at this step.
+struct Taps {
+  int first, count;
 };
 
 // One 16-byte unit per thread: 8 input channels of one output channel at one place. Neighbouring threads read neighbouring
 // taps, and output channels behind those. `blocks` of them for each group, column tile and chunk. Zeros between the
-// channels of the model's groups that are `joined`.
+// channels of the model's groups that are `joined`. Where rows have a channel at several `offsets`, each has taps of its own.
 template <class Problem, class T, class Half16, bool scaled>
 FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
                                 int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
-  constexpr int units = Problem::chunk / 8, each = Problem::columns * Problem::packed;
+  constexpr int units = Problem::chunk / 8, each = Problem::columns * Problem::packed, offsets = Problem::offsets;
   const int block_rest = block / blocks, index = (block - block_rest * blocks) * blockDim.x + threadIdx.x;
   const int unit = index / each, rest = index - unit * each, row = rest / Problem::packed;
   if (unit >= units) return;
-  const Packed place = Problem::place(rest - row * Problem::packed);
+  const int at_step = rest - row * Problem::packed;
+  const Packed place = Problem::place(at_step);
   const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
   const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
-  const bool there = column < out_channels && place.count > 0;
+  const bool there = column < out_channels;
   const int outs = out_channels / Problem::joined, one = column / outs;  // of the model's groups
   const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
   // of three products of parts the second one has what is left of the weights
   const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
   const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
-  const T* const from = w + ((int64_t)(group * in_channels + first) * outs + column - one * outs) * volume;
-  const int tap = there ? Problem::tap(place.first) : 0;
+  const int begin = first / offsets;
+  const T* const from = w + ((int64_t)(group * (in_channels / offsets) + begin) * outs + column - one * outs) * volume;
+  Taps taps = Problem::taps(at_step, 0);
+  int tap = there && taps.count > 0 ? Problem::tap(taps.first) : 0;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (Problem::headroom > 0) schedule_barrier();  // sums are made one by one: registers are scarce
-    const T* const at = from + (int64_t)i * outs * volume;
-    const bool own = Problem::joined == 1 || (first + i) / Problem::in_channels == one;
+    const int channel = (first + i) / offsets, offset = first + i - channel * offsets;
+    const T* const at = from + (int64_t)(offsets == 1 ? i : channel - begin) * outs * volume;
+    const bool own = Problem::joined == 1 || channel / Problem::in_channels == one;
     const bool inside = there && own && first + i < in_channels;
-    float v = inside ? to_float(at[tap]) * s : 0.f;
+    if constexpr (offsets > 1) {
+      taps = Problem::taps(at_step, offset);
+      tap = inside && taps.count > 0 ? Problem::tap(taps.first) : 0;
+    }
+    float v = inside && taps.count > 0 ? to_float(at[tap]) * s : 0.f;
     if (Problem::headroom > 0 && inside)
-      for (int k = 1; k < place.count; ++k) v = fmaf(to_float(at[Problem::tap(place.first + k)]), s, v);
+      for (int k = 1; k < taps.count; ++k) v = fmaf(to_float(at[Problem::tap(taps.first + k)]), s, v);
     values[i] = from_float<Half16>(v);
     if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
   }
