@@ -19,7 +19,7 @@ from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
+from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, sender
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule
@@ -78,7 +78,7 @@ def kernel(*sizes: int) -> Kernel:
 
 
 def test_every_parameter_has_a_place(driver: Driver) -> None:
-    call = Packed(kernel(8, 24, 4, 8, 12), 5, 128, "q", "qqii", "i", "d", "i8s")
+    call = sender(kernel(8, 24, 4, 8, 12), 5, 128, "q", "qqii", "i", "d", "i8s")
     for first in (1, 2):
         call(77, first, 2, 3, 4, 5, 6, 0.5, 7, b"abc")
     for first, (function, grid, told) in zip((1, 2), driver.calls, strict=True):
@@ -89,7 +89,7 @@ def test_every_parameter_has_a_place(driver: Driver) -> None:
 
 
 def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
-    call, driver.delay = Packed(kernel(8), 1, 32, "q"), 2e-3
+    call, driver.delay = sender(kernel(8), 1, 32, "q"), 2e-3
     threads = [threading.Thread(target=lambda n=n: [call(77, n) for _ in range(20)]) for n in range(6)]
     for thread in threads:
         thread.start()
@@ -122,8 +122,8 @@ def test_only_what_follows_our_own_kernels_overlaps(driver: Driver) -> None:
     stays = Launch(Kernel("stays"), 1, 32, [])  # type: ignore[arg-type]
     Chain([first, stays, second])(77)
     Chain([first, second], follows=True)(77)
-    Packed(kernel(8), 1, 32, "q")(77, 1)
-    Packed(kernel(8), 1, 32, "q", follows=True)(77, 1)
+    sender(kernel(8), 1, 32, "q")(77, 1)
+    sender(kernel(8), 1, 32, "q", follows=True)(77, 1)
     assert driver.overlaps == [False, False, True, True, True, False, True]
 
 
@@ -173,7 +173,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr(tail_engine, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda device: 132)
     monkeypatch.setattr(convolution_engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
-    monkeypatch.setattr(prepared, "_current_device", lambda: None)
+    monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     return given
 

@@ -209,7 +209,7 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
     monkeypatch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda _: 132)
     monkeypatch.setattr(convolution_engine, "rows_map", lambda *_: bytes(128))
-    monkeypatch.setattr(prepared, "_current_device", lambda: None)
+    monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(launch, "_launcher", lambda: start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
