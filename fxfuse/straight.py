@@ -28,11 +28,11 @@ class Straight(NamedTuple):
         regions = [n for n in graph.nodes if n.target is run_region]
         others = {*graph.nodes} - {*placeholders, *regions, graph.output_node()}
         results = graph.output_node().args[0]
-        if len(regions) != 1 or {*results} != others or len(others) != 1:  # type: ignore[misc]
+        if len(regions) != 1 or {*results} != others or len(others) != 1:
             return None
         (result,) = others
         inputs, text = regions[0].args
-        if result.target is not operator.getitem or not {*inputs} <= {*placeholders}:  # type: ignore[misc]
+        if result.target is not operator.getitem or not {*inputs} <= {*placeholders}:
             return None
         return Straight(text, tuple(map(placeholders.index, inputs)), result.args[1])  # type: ignore[arg-type]
 
