@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -25,16 +25,15 @@ class Straight(NamedTuple):
     def of(graph: fx.Graph) -> Straight | None:
         """What ``graph`` is; None where there is more in it, or more than one result."""
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        regions = [n for n in graph.nodes if n.target is run_region]
-        others = {*graph.nodes} - {*placeholders, *regions, graph.output_node()}
-        results = graph.output_node().args[0]
-        if len(regions) != 1 or {*results} != others or len(others) != 1:
+        nodes = [n for n in graph.nodes if n.op != "placeholder"]
+        if [n.target for n in nodes] != [run_region, operator.getitem, "output"]:
             return None
-        (result,) = others
-        inputs, text = regions[0].args
-        if result.target is not operator.getitem or not {*inputs} <= {*placeholders}:
+        region, result, output = nodes
+        inputs: Any
+        inputs, text = region.args
+        if output.args != ([result],) or result.args[0] is not region or not {*inputs} <= {*placeholders}:
             return None
-        return Straight(text, tuple(map(placeholders.index, inputs)), result.args[1])  # type: ignore[arg-type]
+        return Straight(text, tuple(map(placeholders.index, inputs)), result.args[1])
 
     def way(self) -> Callable[[Sequence[Tensor]], Tensor]:
         """A function of what the region takes, for calls that torch's guards do not tell apart."""

@@ -139,6 +139,20 @@ def test_a_chain_goes_to_the_stream_it_is_given(monkeypatch: pytest.MonkeyPatch)
     for stream in (0, 5, 5, 6, 0):
         made(stream)
     assert streams == [None, None, 5, 5, 5, 5, 6, 6, None, None]
+    streams.clear()
+    send = sender(kernel(8), 1, 32, "q")
+    for stream in (0, 5, 5, 6, 0):
+        send(stream, 1)
+    assert streams == [None, 5, 5, 6, None]
+
+
+@pytest.mark.parametrize("make", [lambda k: Chain([Launch(k, 1, 32, [])]), lambda k: sender(k, 1, 32)])
+def test_a_threads_first_launch_makes_its_context(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    bound: list[int] = []
+    monkeypatch.setattr(launch, "_launcher", lambda: lambda *_: 0 if bound else launch.NO_CONTEXT)
+    monkeypatch.setattr(launch, "bind_context", lambda: bound.append(1))
+    make(kernel())(0)
+    assert bound == [1]
 
 
 def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +161,8 @@ def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_driver", lambda: told)
     with pytest.raises(CudaError, match=r"^cuLaunchKernelEx: status 701$"):
         Chain([Launch(kernel(), 1, 32, [])])(0)
+    with pytest.raises(CudaError, match=r"^cuLaunchKernelEx: status 701$"):
+        sender(kernel(8), 1, 32, "q")(0, 1)
     with pytest.raises(CudaError, match=r"a grid of \(2147483648, 1, 1\) blocks"):
         Launch(kernel(), 2**31, 32, [])
 
