@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, running, tail_engine
+from fxfuse.kernels import execute, prepared, running, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
 from fxfuse.kernels.jit import compile_cubin
 
@@ -138,6 +138,20 @@ def test_calls_that_torchs_operators_serve(device: Device, monkeypatch: pytest.M
     with torch.inference_mode():
         ops.update_running_statistics(*[t.clone() for t in tensors], 0.1)
     assert device.launches == ["running"] * 3
+
+
+@needs_compiler
+def test_another_device_is_made_the_current_one(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the launch alone, and only where it is another one."""
+    tensors, entered = given(4), []
+    running.move(*tensors, 0.1)  # which loads the kernel
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext())
+    for current, expected in ((None, []), (1, [torch.device("cpu")])):
+        monkeypatch.setattr(prepared, "current_device", lambda current=current: current)
+        entered.clear()
+        right = by_torch(tensors, 0.1)
+        assert running.move(*tensors, 0.1) and entered == expected
+        assert all(torch.equal(a, b) for a, b in zip(tensors, right, strict=True))
 
 
 @needs_compiler
