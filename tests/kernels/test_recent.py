@@ -345,6 +345,21 @@ def test_a_model_that_is_one_region(gpu: type[Stand], monkeypatch: pytest.Monkey
     assert not straight()
 
 
+def test_a_region_takes_tensors_in_its_own_order() -> None:
+    """Of a BatchNorm the running statistics first, which the model has behind the weights."""
+    model = nn.Sequential(nn.ConvTranspose3d(4, 6, **UP), nn.BatchNorm3d(6), nn.ReLU()).eval()
+    with torch.no_grad():
+        for tensor in (*model[1].parameters(), *list(model[1].buffers())[:2]):
+            tensor.uniform_(0.5, 2.0)
+        fast = fxfuse.optimize(model)
+        for _ in range(6):
+            x = torch.randn(2, 4, 4, 5, 6)
+            torch.testing.assert_close(fast(x), model(x))
+    *_, way = fast._fxfuse_runtime._last
+    straight = fast._fxfuse_runtime._last[1].straight
+    assert way is not None and sorted(straight.takes) != [*straight.takes]
+
+
 def test_a_watcher_sees_what_goes_straight(gpu: type[Stand]) -> None:  # noqa: F811
     with mock.patch.object(execute, "slower", return_value=None), torch.no_grad():
         fast = fxfuse.optimize(nn.ConvTranspose3d(8, 16, **UP), x := torch.randn(2, 8, 4, 5, 6))

@@ -221,6 +221,28 @@ def test_a_model(device: Device, momentum: float | None) -> None:
             torch.testing.assert_close(a, b)
 
 
+@needs_compiler
+def test_statistics_that_a_kernel_on_small_tensors_reads(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and variance lie in one tensor, one behind the other."""
+    for name in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{name}.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(execute, "slower", lambda *_: None)
+    model = nn.Sequential(nn.ConvTranspose3d(3, 16, 3, 2, 1), nn.BatchNorm3d(16), nn.AvgPool3d(2))
+    eager, x = copy.deepcopy(model), torch.randn(2, 3, 3, 4, 5)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        for _ in range(2):
+            device.launches.clear()
+            torch.testing.assert_close(fast(x), eager(x), rtol=1e-2, atol=1e-2)
+            assert [n for n in device.launches if n in ("finish", "bundle", "running")] == [
+                "finish",
+                "bundle",
+                "running",
+            ]
+            for a, b in zip(fast.buffers(), eager.buffers(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("buffers", "batch"), PAIRS, ids=str)
 def test_kernels_compile(buffers: torch.dtype, batch: torch.dtype) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
