@@ -17,7 +17,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxfuse import vocabulary
+from fxfuse import forms, vocabulary
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.program import Program
 from fxfuse.vocabulary import Op
@@ -52,8 +53,20 @@ class Builder:
 
     def infer(self, op: Op, operands: Sequence[Any], attributes: dict[str, Any]) -> Any:
         vals = [o.meta["val"] if isinstance(o, fx.Node) else o for o in operands]
+        given = [Form.of(v) if isinstance(v, Tensor) else v for v in vals]
+        key = None
+        if all(v.known for v in given if isinstance(v, Form)):
+            key = forms.key_of(op.name, [*attributes.items()], given)
+            results = forms.recall(key)
+            if results is not None:
+                with self.mode:
+                    made = tuple([r.empty() for r in results])
+                return made[0] if op.outputs == 1 else made
         with self.mode, torch.no_grad(), no_autocast():
-            return op(*vals, **attributes)
+            found = op(*vals, **attributes)
+        if key is not None:
+            forms.remember(key, tuple(map(Form.of, found if isinstance(found, tuple) else (found,))))
+        return found
 
 
 class no_autocast:  # noqa: N801 - a context manager, named like torch's

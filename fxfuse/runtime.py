@@ -32,6 +32,7 @@ from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import facts, isolated
 from fxfuse.report import Report
 from fxfuse.state import State
+from fxfuse.straight import Straight
 from fxfuse.verification.verifier import check
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ class Specialisation:
     written: tuple[int, ...]
     report: Report
     verified: bool = False
+    straight: Straight | None = None
+
+
+#: runs a call of what was taken of it
+Way = Callable[[Sequence[Tensor]], Any]
 
 
 @dataclasses.dataclass
@@ -81,18 +87,18 @@ class Runtime:
         self._entries: dict[Any, list[Entry]] = {}
         self._lock = threading.RLock()
         self._served = self._captured = 0
-        self._last: tuple[Entry, Specialisation, Again | None] | None = None  # what served the call before
+        self._last: tuple[Entry, Specialisation, Again | None, Way | None] | None = None  # what served the call before
         if overrides_call(type(model)):
             self._note(f"left alone: {type(model).__name__} overrides __call__, which runs before forward")
 
     # --- calls --------------------------------------------------------------------------------
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._last is not None and not kwargs:
-            entry, special, again = self._last
+            entry, special, again, way = self._last
             given = None if again is None else again.given(args)
             if given is not None:
                 self._served += 1
-                return self._run(entry, special, given, args, kwargs)
+                return self._run(entry, special, given, args, kwargs) if way is None else way(given)
         return self._long_way(args, kwargs)
 
     def _long_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,11 +125,15 @@ class Runtime:
         if entry.capture is None:
             return self.model.forward(*args, **kwargs)
         special = self._specialisation(entry, tensors, lifted)
-        last, again = self._last, None
+        last, again, way = self._last, None, None
         second = last is not None and last[1] is special  # of its kind in a row
         if second and form.positional and self._needs_no_more(special, key, (*tensors, *lifted)):
-            again = Again.of(entry.capture, entry.guards, special.kept, tensors, lifted)
-        self._last = entry, special, again
+            count, straight = len(tensors), special.straight
+            taken = (*range(count), *[count + i for i in special.kept])
+            if straight is not None and entry.capture.out_spec.is_leaf():
+                taken, way = tuple([taken[i] for i in straight.takes]), straight.way()
+            again = Again.of(entry.capture, entry.guards, taken, tensors, lifted)
+        self._last = entry, special, again, way
         return self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
 
     def _needs_no_more(self, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
@@ -317,7 +327,7 @@ class Runtime:
             if not node.users:
                 graph.erase_node(node)
         run = graph_module(capture.modules, graph).forward
-        return Specialisation(run, tuple(kept), _written(graph), report)
+        return Specialisation(run, tuple(kept), _written(graph), report, straight=Straight.of(graph))
 
     def _note(self, reason: str) -> None:
         if reason not in self.report.notes:
@@ -429,4 +439,4 @@ def _written(graph: fx.Graph) -> tuple[int, ...]:
 def _shared(tensors: Sequence[Tensor], written: Sequence[int]) -> bool:
     """Whether a tensor that is written to shares memory with another one."""
     memory = [t.untyped_storage()._cdata for t in tensors]
-    return any(memory.count(memory[i]) > 1 for i in written)
+    return len({*memory}) < len(memory) and any(memory.count(memory[i]) > 1 for i in written)

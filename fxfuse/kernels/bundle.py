@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.chains import elements, needed_by
@@ -19,7 +20,6 @@ from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of
-from fxfuse.kernels.observe import Form
 from fxfuse.kernels.steps import Bundle, Map, Step, Torch
 from fxfuse.program import Program
 

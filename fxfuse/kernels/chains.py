@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 
 from fxfuse import vocabulary
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.expression import Expression, emit_expression
-from fxfuse.kernels.observe import Form
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 

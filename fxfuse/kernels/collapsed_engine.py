@@ -13,7 +13,7 @@ from fxfuse.kernels.arguments import Divisor
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Summed, Sums
 from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.launch import Kernel, Packed, empty, stream_of
+from fxfuse.kernels.launch import Kernel, empty, sender, stream_of
 from fxfuse.kernels.operands import Operands, Place
 
 Values = dict[str, Tensor]
@@ -28,25 +28,31 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
     shape = tuple(s or 0 for s in step.kind.shape)
     strides, planned = dense(shape, step.made_layout), dense(step.given.shape, step.layout)
     aligned = step.count * step.given.dtype.itemsize
-    first = Packed(
+    first = sender(
         kernels["tap_sums"], step.blocks, SUM_BLOCK, f"qq{len(packed)}s", shared=step.cells * WARPS * 4, follows=follows
     )
     several, boxes = step.slots > 1, len(step.outer.firsts)
     elements = step.slot * boxes
     told = struct.pack("=3i4x", step.slot, max(step.outer.out_stride, 1), elements) + _boxes(step.outer)
-    second = Packed(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, f"qq{len(told)}s", follows=True)
+    second = sender(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, f"qq{len(told)}s", follows=True)
+
+    given, made, room = step.value, step.stored, (step.slots * step.slot,)
 
     def run(values: Values) -> None:
-        value, stream = _as_planned(values[step.value], planned), stream_of(index)
-        if value.data_ptr() % aligned:
+        value, stream = values[given], stream_of(index)
+        if value.stride() != planned:
+            value = _as_planned(value, planned)
+        at = value.data_ptr()
+        if at % aligned:
             value = value.clone()
-        values[step.stored] = out = empty(shape, strides, torch.float32)
+            at = value.data_ptr()
+        values[made] = out = empty(shape, strides, torch.float32)
         if several:
-            slots = empty((step.slots * step.slot,), (1,), torch.float32)
-            first(stream, value.data_ptr(), slots.data_ptr(), packed)
+            slots = empty(room, (1,), torch.float32)
+            first(stream, at, slots.data_ptr(), packed)
             second(stream, slots.data_ptr(), out.data_ptr(), told)
         else:
-            first(stream, value.data_ptr(), out.data_ptr(), packed)
+            first(stream, at, out.data_ptr(), packed)
 
     return run
 
@@ -67,20 +73,23 @@ def prepare_contraction(
     packed += bytes(-len(packed) % 8)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), step.strides, step.kind.dtype
     after = Operands(step.after, places)
-    launch = Packed(kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.size}s")
+    launch = sender(kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.form}")
+    given, weights, made = step.value, step.weight, step.stored
 
     def run(values: Values) -> None:
-        sums, weight = values[step.value].contiguous(), _as_planned(values[step.weight], planned)
-        values[step.stored] = out = empty(shape, strides, dtype)
-        launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), packed, after(values))
+        sums, weight = values[given].contiguous(), values[weights]
+        if weight.stride() != planned:
+            weight = _as_planned(weight, planned)
+        told = after.tell(values)
+        values[made] = out = empty(shape, strides, dtype)
+        launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), packed, *told)
 
     return run
 
 
 def _as_planned(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``value`` with these strides, wherever it has more than one element."""
-    found = value.stride()
-    if found == strides or all(s == 1 or a == b for s, a, b in zip(value.shape, found, strides, strict=True)):
+    if all(s == 1 or a == b for s, a, b in zip(value.shape, value.stride(), strides, strict=True)):
         return value
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 

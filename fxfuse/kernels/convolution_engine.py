@@ -74,7 +74,6 @@ class Calls:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        *,
         operands: tuple[bytes, bytes, bytes] = (b"", b"", b""),
         moments: Tensor | None = None,
         prepared: Tensor | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Module, Packed, empty, stream_of
+from fxfuse.kernels.launch import Module, empty, sender, stream_of
 from fxfuse.kernels.tiles import Extents
 
 KERNELS = ("correlate", "square", "moments")
@@ -44,13 +44,13 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
     direct = _DIRECT.pack(*x.stride(), d, h, w, n, 0, 0, layer.out_channels * layer.groups)
     size, cuts = f"{_SIZES.size}s", f"{len(table)}s"
     which = n * layer.groups
-    correlate = Packed(
+    correlate = sender(
         kernels["correlate"], sum(parts.jobs) * which, BLOCK, "q", f"{len(strides)}s", size, cuts, "q", follows=follows
     )
-    square = Packed(
+    square = sender(
         kernels["square"], len(layer.residues) * which, BLOCK, "q", cuts, size, size, "i", "q", "q", follows=True
     )
-    finish = Packed(
+    finish = sender(
         kernels["moments"],
         which * layer.out_channels,
         MOMENTS_BLOCK,

@@ -32,9 +32,8 @@ def _empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dt
 empty = _allocator()
 
 
-def stream_of(device: int) -> int:
-    """torch's current stream on a device."""
-    return torch._C._cuda_getCurrentRawStream(device)
+#: torch's current stream on a device, by its index
+stream_of: Callable[[int | None], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 
 @functools.cache
@@ -191,51 +190,75 @@ class Chain:
             self._stream = stream
         for start in self._starts:
             status = start()
-            if status == NO_CONTEXT:  # this thread's first call of CUDA
-                bind_context()
-                status = start()
             if status:
-                _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
+                _again(start, status)
 
 
-class Packed:
-    """A kernel with its grid and the forms of its parameters: call it with a stream and values. For any thread.
+def _again(start: Callable[[], int], status: int) -> None:
+    """Of a launch that failed: once more where it is this thread's first call of CUDA, else the error."""
+    if status == NO_CONTEXT:
+        bind_context()
+        status = start()
+    if status:
+        _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
+
+
+#: launches a kernel: takes a stream and the values of its parameters
+Send = Callable[..., None]
+
+
+def sender(
+    kernel: Kernel,
+    grid: int | tuple[int, int, int],
+    block: int,
+    *parameters: str,
+    shared: int = 0,
+    follows: bool = False,
+) -> Send:
+    """What launches a kernel with this grid, for any thread.
 
     ``parameters``: one format of :mod:`struct` for each, without a mark of byte order. ``follows``: as of
     :class:`Chain`.
     """
+    formats = [f"={p}" for p in parameters]
+    sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
+    *offsets, end = itertools.accumulate(sizes, initial=0)
+    padded = (f"{p}{size - struct.calcsize(f)}x" for p, f, size in zip(parameters, formats, sizes, strict=True))
+    form = struct.Struct("=" + "".join(padded))
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: int | tuple[int, int, int],
-        block: int,
-        *parameters: str,
-        shared: int = 0,
-        follows: bool = False,
-    ) -> None:
-        self._made, self._shared, self._follows = (kernel, grid, block), shared, follows
-        formats = [f"={p}" for p in parameters]
-        sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
-        self._offsets = [0, *itertools.accumulate(sizes)]
-        padded = (f"{p}{size - struct.calcsize(f)}x" for p, f, size in zip(parameters, formats, sizes, strict=True))
-        self._struct = struct.Struct("=" + "".join(padded))
-        self._free: list[tuple[Any, Chain]] = []  # buffers that no call is filling
+    def make() -> list[Any]:
+        buffer = ctypes.create_string_buffer(end)
+        places = [ctypes.c_char.from_buffer(buffer, offset) for offset in offsets]
+        launch = Launch(kernel, grid, block, places, shared)
+        launch.config.count = int(kernel.overlaps and follows)
+        return [form.pack_into, buffer, launch.config, launch.start, 0]
 
-    def __call__(self, stream: int, *values: float | bytes) -> None:
+    return _sender(make)
+
+
+def _sender(make: Callable[[], list[Any]]) -> Send:
+    """A function, and no object that can be called: of a short one that costs less than what it does.
+
+    ``make``: a buffer and what packs values into it; the launch that reads them, its configuration, and its stream.
+    """
+    free: list[list[Any]] = []  # those that no call is filling
+    pop, append = free.pop, free.append
+
+    def send(stream: int, *values: float | bytes) -> None:
         try:
-            made = self._free.pop()
+            made = pop()
         except IndexError:
-            made = self._make()
-        buffer, launch = made
-        self._struct.pack_into(buffer, 0, *values)
-        launch(stream)  # which reads the values
-        self._free.append(made)
+            made = make()
+        pack_into, buffer, config, start, last = made
+        pack_into(buffer, 0, *values)
+        if stream != last:
+            config.stream = made[4] = stream
+        status = start()  # which reads the values
+        if status:
+            _again(start, status)
+        append(made)
 
-    def _make(self) -> tuple[Any, Chain]:
-        buffer = ctypes.create_string_buffer(self._offsets[-1])
-        places = [ctypes.c_char.from_buffer(buffer, offset) for offset in self._offsets[:-1]]
-        return buffer, Chain([Launch(*self._made, places, self._shared)], follows=self._follows)
+    return send
 
 
 @functools.lru_cache(maxsize=4096)

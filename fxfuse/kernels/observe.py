@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse import vocabulary
+from fxfuse import forms, vocabulary
 from fxfuse.chain import no_autocast
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref
 from fxfuse.program import Program
-
-#: instructions on operands of certain forms whose results are known; beyond it all are forgotten
-MOST_KNOWN = 4096
 
 
 class Unscheduled(Exception):  # noqa: N818 - a refusal, not an error
     """No kernel runs this chain; the message is a sentence for the report."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A tensor without its elements; strides in elements."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    device: torch.device
-
-    @staticmethod
-    def of(value: Tensor | Form) -> Form:
-        if isinstance(value, Form):
-            return value
-        return Form(value.dtype, tuple(value.shape), value.stride(), value.device)
-
-    def stride(self) -> tuple[int, ...]:
-        return self.strides
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 def examples(program: Program) -> list[Tensor]:
@@ -56,30 +29,20 @@ def examples(program: Program) -> list[Tensor]:
 
 
 def observe(program: Program, inputs: Sequence[Tensor | Form]) -> dict[str, Form]:
-    """The form of every value of the program. Raises Unscheduled where torch refuses an instruction.
-
-    What was observed once is known: versions of a program, and other programs, share most of their instructions.
-    """
+    """The form of every value of the program. Raises Unscheduled where torch refuses an instruction."""
     values = {name: Form.of(t) for (name, _), t in zip(program.inputs, inputs, strict=True)}
-    settings = torch.get_default_dtype(), torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
     with contextlib.ExitStack() as stack:
         fakes: _Fakes | None = None
         for instr in program.body:
-            operands = [values[o.name] if isinstance(o, Ref) else (type(o), o) for o in instr.operands]
-            # 1, 1.0 and True are equal, and not the same: so are not the texts of attributes
-            key = instr.op, repr(instr.attributes), *operands, settings
-            results = _known.get(key)
+            operands = [values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
+            key = forms.key_of(instr.op, instr.attributes, operands)
+            results = forms.recall(key)
             if results is None:
                 fakes = fakes or _Fakes(values, stack)
                 results = fakes.run(instr)
-                if len(_known) >= MOST_KNOWN:
-                    _known.clear()
-                _known[key] = results
+                forms.remember(key, results)
             values.update(zip(instr.outs, results, strict=True))
     return values
-
-
-_known: dict[Any, tuple[Form, ...]] = {}
 
 
 class _Fakes:
@@ -103,6 +66,5 @@ class _Fakes:
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self.made:
-            form = self.values[name]
-            self.made[name] = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)
+            self.made[name] = self.values[name].empty()
         return self.made[name]

@@ -11,6 +11,7 @@ import functools
 import itertools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ def views(program: Program, places: Mapping[str, Place]) -> dict[str, Place]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Operand:
+class _Operand(NamedTuple):
     """``strides``: packed; None where a call has to ask the tensor, along ``axes``."""
 
     value: str
@@ -86,20 +86,22 @@ class Operands:
                 operands.append(_Operand(place.base, place.offset, axes, _packed(place.shape, place.strides, axes)))
         #: what a call fills in; with none of them it makes nothing
         self.told = tuple(operands)
-        self._struct = struct.Struct("<" + "".join(f"q{WORD * len(o.axes)}s" for o in operands))
-        #: bytes that a kernel takes for them: C++ has no struct of size 0
-        self.size = max(WORD, self._struct.size)
+        #: what they are to :mod:`struct`, without a mark of byte order: C++ has no struct of size 0
+        self.form = "".join(f"q{WORD * len(o.axes)}s" for o in operands) or f"{WORD}x"
+        self._struct = struct.Struct(f"<{self.form}")
+        self.size = self._struct.size
 
     def __call__(self, values: Mapping[str, Tensor]) -> bytes:
-        if not self.told:
-            return b""
+        return self._struct.pack(*self.tell(values)) if self.told else b""
+
+    def tell(self, values: Mapping[str, Tensor]) -> list[int | bytes]:
+        """What goes into the fields, in order."""
         told: list[int | bytes] = []
-        for operand in self.told:
-            tensor, strides = values[operand.value], operand.strides
-            if strides is None:
-                strides = _packed(tensor.shape, tensor.stride(), operand.axes)
-            told += (tensor.data_ptr() + operand.offset, strides)
-        return self._struct.pack(*told)
+        for value, offset, axes, strides in self.told:
+            tensor = values[value]
+            told.append(tensor.data_ptr() + offset)
+            told.append(_packed(tensor.shape, tensor.stride(), axes) if strides is None else strides)
+        return told
 
 
 def _read(expression: Expression) -> Iterator[tuple[str, tuple[int, ...]]]:

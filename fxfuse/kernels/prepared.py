@@ -19,11 +19,11 @@ from fxfuse.kernels.launch import empty
 from fxfuse.kernels.merge import pieces
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
-from fxfuse.kernels.tail_engine import Run, Values, moments_name, moments_of, prepare, statistics_places
+from fxfuse.kernels.tail_engine import Run, Values, form_of_moments, moments_name, prepare, statistics_places
 from fxfuse.program import Program
 
 # past torch.cuda's checks that CUDA is up: inputs lie on a GPU
-_current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
+current_device = torch._C._cuda_getDevice if hasattr(torch._C, "_cuda_getDevice") else torch.cuda.current_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Prepared:
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
-        if _current_device() != self.index:
+        if current_device() != self.index:
             with torch.cuda.device(self.device):
                 return self._run(inputs)
         return self._run(inputs)
@@ -157,7 +157,9 @@ def _tensors(part: Part) -> set[str]:
         return {part.x, part.weight, *([part.bias] if part.bias is not None else [])}
     if isinstance(part, Contraction):
         return {part.value, part.weight}
-    return {*part.reads} if isinstance(part, (Torch, Bundle)) else {part.value}
+    if isinstance(part, Bundle):
+        return {*part.reads} if part.doubtful else set()
+    return {*part.reads} if isinstance(part, Torch) else {part.value}
 
 
 def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, int]:
@@ -184,20 +186,23 @@ def _convolution(
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
     merged = pieces(shape[0], shape[1], convolution.slots(kernel.sizes)) if kernel.gathers else 0
-    handed, shared = f"prepared {kernel.x}", shares is not Shared.NOTHING
+    moments_form = form_of_moments(kind, merged) if kernel.gathers else None
+    handed, takes = f"prepared {kernel.x}", shares is not Shared.NOTHING and not first
+    name_x, name_w, name_b, stored, dtype = kernel.x, kernel.weight, kernel.bias, kernel.stored, kind.dtype
+    queue = calls.run
 
     def run(values: Values) -> None:
-        x, weight = values[kernel.x], values[kernel.weight]
-        bias = None if kernel.bias is None else values[kernel.bias].contiguous()
-        out = empty(shape, strides, kind.dtype) if not_kept is None else not_kept
+        bias = None if name_b is None else values[name_b].contiguous()
         given = without or (before(values), after(values), behind(values))
         if not_kept is None:
-            values[kernel.stored] = out
+            values[stored] = out = empty(shape, strides, dtype)
+        else:
+            out = not_kept
         moments = None
-        if kernel.gathers:
-            values[moments_of_it] = moments = moments_of(kind, merged)
-        prepared = values.pop(handed, None) if shared and not first else None
-        prepared = calls.run(x, weight, bias, out, operands=given, moments=moments, prepared=prepared)
+        if moments_form is not None:
+            values[moments_of_it] = moments = empty(*moments_form)
+        prepared = values.pop(handed, None) if takes else None
+        prepared = queue(values[name_x], values[name_w], bias, out, given, moments, prepared)
         if first and prepared is not None:
             values[handed] = prepared
 
@@ -207,14 +212,14 @@ def _convolution(
 def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
-    moments_of_it = moments_name(kernel.stored)
+    moments_of_it, moments_form = moments_name(kernel.stored), form_of_moments(kernel.kind)
 
     def run(values: Values) -> None:
         x, weight = three_dims(values[kernel.x]), three_dims(values[kernel.weight])
         form = x.shape, x.stride()
         if form not in calls:
             calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
-        values[moments_of_it] = moments = moments_of(kernel.kind)
+        values[moments_of_it] = moments = empty(*moments_form)
         calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
 
     return run

@@ -83,20 +83,33 @@ def switched_off() -> bool:
 
 def find(text: str, inputs: Sequence[Tensor]) -> Prepared | ByTorch | None:
     """What ran the last call of the region, if ``inputs`` may go the same way now."""
-    last = _recent.get(text)
-    if last is None:
+    call = _recent.get(text)
+    if call is None or len(inputs) != call.inputs or not call.check(*inputs) or not holds(text, call):
         return None
-    runs, count, check, requires_grad, tf32 = last
-    if (
-        len(inputs) != count
-        or not check(*inputs)
-        or (requires_grad and _grad_enabled())
-        or (tf32 is not None and tf32 is not tf32_allowed())
-        or _modes()
-        or _environment.get(_KERNELS) == _OFF
-    ):
-        return None
-    return runs
+    return call.runs
+
+
+def last(text: str) -> Call | None:
+    """The last call of the region."""
+    return _recent.get(text)
+
+
+def like(text: str, inputs: Sequence[Tensor]) -> Call | None:
+    """The last call of the region, if it was of inputs like these."""
+    call = _recent.get(text)
+    return call if call is not None and len(inputs) == call.inputs and call.check(*inputs) else None
+
+
+def holds(text: str, call: Call) -> bool:
+    """Whether ``call`` is still the last one of the region, and another one with such inputs may go its way now."""
+    _, _, _, requires_grad, tf32 = call
+    return (
+        call is _recent.get(text)
+        and not (requires_grad and _grad_enabled())
+        and (tf32 is None or tf32 is tf32_allowed())
+        and not _modes()
+        and _environment.get(_KERNELS) != _OFF
+    )
 
 
 def remember(text: str, inputs: Sequence[Tensor], runs: Prepared | ByTorch) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels import execute, recent, tail_engine
+from fxfuse.kernels import execute, prepared, recent, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
 from fxfuse.kernels.emit import TYPES
-from fxfuse.kernels.launch import Packed
+from fxfuse.kernels.launch import Send, sender
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ class Call(NamedTuple):
     """A call, and what ran it."""
 
     guards: Any
-    launch: Packed
+    launch: Send
     device: torch.device
 
 
-_launches: dict[tuple[torch.dtype, torch.dtype, torch.device], Packed | None] = {}  # None where that failed
+_launches: dict[tuple[torch.dtype, torch.dtype, torch.device], Send | None] = {}  # None where that failed
 _calls: dict[tuple[int, bool, bool], Call] = {}  # that others may be like, by channels, a count, gradients
 
 
@@ -76,9 +76,12 @@ def move(
     factor = 0.0 if momentum is None else momentum
     counted = 0 if count is None else count.data_ptr()
     addresses = running_mean.data_ptr(), running_var.data_ptr(), counted, mean.data_ptr(), var.data_ptr()
-    with torch.cuda.device(call.device):
-        stream = tail_engine.stream_of(call.device.index)
-        call.launch(stream, *addresses, like[0], factor, 1 - factor, momentum is None)
+    values = *addresses, like[0], factor, 1 - factor, momentum is None
+    if prepared.current_device() == call.device.index:
+        call.launch(tail_engine.stream_of(call.device.index), *values)
+    else:
+        with torch.cuda.device(call.device):
+            call.launch(tail_engine.stream_of(call.device.index), *values)
     increment_version(buffers)
     return True
 
@@ -107,12 +110,12 @@ def _prepared(tensors: Sequence[Tensor]) -> Call | None:
     return None if launch is None else Call(recent.guards_of(tensors), launch, device)
 
 
-def _loaded(buffers: torch.dtype, batch: torch.dtype, device: torch.device) -> Packed | None:
+def _loaded(buffers: torch.dtype, batch: torch.dtype, device: torch.device) -> Send | None:
     """The kernel on ``device``; None, with a warning, where that fails."""
     try:
         with torch.cuda.device(device):
             kernel = tail_engine.load(source(buffers, batch), ("running",), device)["running"]
-        return Packed(kernel, 1, BLOCK, *PARAMETERS)
+        return sender(kernel, 1, BLOCK, *PARAMETERS)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - torch's operators do the same

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from fxfuse import vocabulary
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.norms import split_norms
-from fxfuse.kernels.observe import Form, Unscheduled, observe
+from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch

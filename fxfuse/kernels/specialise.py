@@ -79,6 +79,69 @@ class _Classes:
         return _passes(self.layer, stack, columns, finite)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Kernels:
+    """Those of a layer out of which sizes choose."""
+
+    made: tuple[Specialisation, ...]
+
+    @functools.cached_property
+    def usual(self) -> Specialisation | None:
+        """The fastest for typical sizes; None where shared memory does not suffice."""
+        best = max(self.made, key=_usual_rate, default=None)
+        return None if best is None or _usual_rate(best) == 0 else best
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernels(
+    layer: Layer,
+    rows: bool,
+    sectors: bool,
+    folded: bool,
+    one: bool,
+    *,
+    pooled: bool,
+    exact: bool,
+    before: bool,
+    summed: bool,
+    finite: bool,
+) -> _Kernels:
+    """Kernels whose matrix rows are positions. ``rows``: stores go along w; ``sectors``: they begin anywhere in one.
+
+    The others as of :func:`specialise`.
+    """
+    merged = summed
+
+    def accumulators(merged: bool) -> tuple[int, tuple[Pass, ...]]:
+        classes, running = _Classes(layer, merged), pooled and not merged
+        if folded:
+            return _holding(classes, running=running, exact=exact, before=before, rows=rows, finite=finite)
+        return _stacked(classes, running=running, anywhere=sectors and not running, finite=finite)
+
+    columns, passes = accumulators(merged)
+    if merged and not finite:  # no weights are added: the same products, of narrower instructions
+        with contextlib.suppress(Unsupported):
+            other = accumulators(False)
+            if _pool_cycles(layer, *other, merged=False) < _pool_cycles(layer, columns, passes, merged=True):
+                merged, (columns, passes) = False, other
+    stack = max(len(p.residues) for p in passes)
+    # a store has one bit for every row of a thread and residue class
+    tiles = [
+        m
+        for m in (4, 2, 1)
+        if m * 2 * stack <= 32
+        and m * stack * columns <= (128 if exact else 256)
+        and not (pooled and not merged and m * columns > (64 if before else 128))
+    ]
+    made = [
+        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one, merged)
+        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
+        if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
+        if stack * columns * chunk * 2 <= STAGE_BYTES
+    ]
+    return _Kernels(tuple(made))
+
+
 @functools.lru_cache(maxsize=1024)
 def specialise(
     layer: Layer,
@@ -113,37 +176,10 @@ def specialise(
         raise Unsupported(
             f"a stride of {max(layer.stride)} has more residue classes than are told apart ({MOST_STRIDE})"
         )
-    rows, merged = contiguous and not one, summed
-
-    def accumulators(merged: bool) -> tuple[int, tuple[Pass, ...]]:
-        classes, running = _Classes(layer, merged), pooled and not merged
-        if folded:
-            return _holding(classes, running=running, exact=exact, before=before, rows=rows, finite=finite)
-        anywhere = rows and not running and (stored is None or stored[2] * itemsize % 32 != 0)
-        return _stacked(classes, running=running, anywhere=anywhere, finite=finite)
-
-    columns, passes = accumulators(merged)
-    if merged and not finite:  # no weights are added: the same products, of narrower instructions
-        with contextlib.suppress(Unsupported):
-            other = accumulators(False)
-            if _pool_cycles(layer, *other, merged=False) < _pool_cycles(layer, columns, passes, merged=True):
-                merged, (columns, passes) = False, other
-    stack = max(len(p.residues) for p in passes)
-    # a store has one bit for every row of a thread and residue class
-    tiles = [
-        m
-        for m in (4, 2, 1)
-        if m * 2 * stack <= 32
-        and m * stack * columns <= (128 if exact else 256)
-        and not (pooled and not merged and m * columns > (64 if before else 128))
-    ]
-    made = [
-        Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one, merged)
-        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
-        if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
-        if stack * columns * chunk * 2 <= STAGE_BYTES
-    ]
-    usual = _chosen(made, stored, contiguous, itemsize)
+    rows = contiguous and not one
+    sectors = rows and (stored is None or stored[2] * itemsize % 32 != 0)
+    more = {"pooled": pooled, "exact": exact, "before": before, "summed": summed, "finite": finite}
+    usual = _chosen(_kernels(layer, rows, sectors, folded, one, **more), stored, contiguous, itemsize)
     if stored is not None and (contiguous or not keeps) and not (pooled or folded):
         turned = _chosen(_by_channel(layer, exact=exact), stored, contiguous, itemsize)
         if turned is not None:
@@ -199,7 +235,8 @@ def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: in
     return fewer if stores and blocks < made.columns // made.lines and blocks < more else made
 
 
-def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:
+@functools.lru_cache(maxsize=1024)
+def _by_channel(layer: Layer, *, exact: bool) -> _Kernels:
     """Kernels whose matrix rows are output channels, and classes along w in one thread.
 
     None where the channels leave many rows empty, and none where those classes differ in what they read: every run of
@@ -208,11 +245,11 @@ def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:
     along = layer.stride[2]
     filled = -(-layer.out_channels // ROWS) * ROWS
     if along > MOST_ALONG or filled > MOST_FILLED * layer.out_channels:
-        return []
+        return _Kernels(())
     groups = (layer.residues[i : i + along] for i in range(0, len(layer.residues), along))
     passes = tuple(Pass(g, steps_of(g)) for g in groups)
     if any(s.count != along for p in passes for s in p.steps):
-        return []
+        return _Kernels(())
     found = []
     for columns, m_tiles in itertools.product((ROWS, *([2 * ROWS] if filled % (2 * ROWS) == 0 else [])), (4, 2, 1)):
         if along * columns // ROWS * m_tiles > (2 if exact else 4):  # accumulators
@@ -222,21 +259,15 @@ def _by_channel(layer: Layer, *, exact: bool) -> list[Specialisation]:
             for stages, (chunk, x_buffers) in itertools.product((4, 3), _memory(layer.in_channels))
             if along * columns * chunk * 2 <= STAGE_BYTES
         ]
-    return [m for m in found if min(best_fit(m, extents) for extents in _TYPICAL) > 0]
+    return _Kernels(tuple(m for m in found if min(best_fit(m, extents) for extents in _TYPICAL) > 0))
 
 
-def _chosen(
-    made: list[Specialisation], stored: Extents | None, contiguous: bool, itemsize: int
-) -> Specialisation | None:
+def _chosen(kernels: _Kernels, stored: Extents | None, contiguous: bool, itemsize: int) -> Specialisation | None:
     """The fastest for typical sizes, or one that suits ``stored`` much better; None where shared memory does not
     suffice. Arguments as of :func:`specialise`.
     """
-    if not made:
-        return None
-    usual = max(made, key=_usual_rate)
-    if _usual_rate(usual) == 0:
-        return None
-    if stored is not None:
+    made, usual = kernels.made, kernels.usual
+    if usual is not None and stored is not None:
         seconds = {m: sample_seconds(m, stored, contiguous, itemsize) for m in made}
         best = min(made, key=seconds.__getitem__)
         if seconds[best] * WORTH_COMPILING < seconds[usual]:

@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fxfuse import vocabulary
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.collapsed import sums_of
 from fxfuse.kernels.contraction import contraction_of
-from fxfuse.kernels.observe import Form
 from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, rows_of, window_of
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program

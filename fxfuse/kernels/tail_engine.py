@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import struct
 from collections.abc import Callable, Mapping, Set
 
 import torch
@@ -22,7 +23,7 @@ from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics, vector
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Kernel, Module, Packed, empty, stream_of
+from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.operands import Operands, Place
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
@@ -49,7 +50,7 @@ def prepare(
     if isinstance(step, Gather):
         return _prepare_gather(step, device, tensors, follows)
     if isinstance(step, Bundle):
-        return _prepare_bundle(step, device, follows)
+        return _prepare_bundle(step, device, places, follows)
     if isinstance(step, Sums):
         return prepare_sums(step, device, load(source_of(step), ("tap_sums", "add_slots"), device), follows)
     if isinstance(step, Contraction):
@@ -182,34 +183,42 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     both = step.window is not None and step.fold is not None
     expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
-    form = f"qq{len(sizes)}i{''.join(f'{o.size}s' for o in operands)}"
-    launch = Packed(kernel, grid, BLOCK, form, follows=follows)
+    packed = struct.pack(f"={len(sizes)}i", *sizes)
+    form = f"qq{len(packed)}s{''.join(o.form for o in operands)}"
+    launch = sender(kernel, grid, BLOCK, form, follows=follows)
 
-    planned = dense(step.given.shape, step.layouts[0])
+    given, stored, planned = step.value, step.stored, dense(step.given.shape, step.layouts[0])
+    asked = [o.tell for o in operands if o.told]
 
     def run(values: Values) -> None:
-        value = values[step.value]
+        value = values[given]
         if value.stride() != planned:
             value = _laid_out(value, step.layouts[0], planned)
-        if value.data_ptr() % 16:
+        at = value.data_ptr()
+        if at % 16:
             value = value.clone()
-        out = empty(shape, strides, dtype)
-        launch(stream_of(index), value.data_ptr(), out.data_ptr(), *sizes, *[o(values) for o in operands])
-        values[step.stored] = out
+            at = value.data_ptr()
+        told: list[int | bytes] = []
+        for tell in asked:
+            told += tell(values)
+        values[stored] = out = empty(shape, strides, dtype)
+        launch(stream_of(index), at, out.data_ptr(), packed, *told)
 
     return run
 
 
 # --- small tensors --------------------------------------------------------------------------------
-def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
+def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Place], follows: bool) -> Run:
     kernel = load(source_of(step), ("bundle",), device)["bundle"]
-    reads, makes, index = step.made.reads, step.makes, device.index
+    makes, index = step.makes, device.index
+    known = {} if step.doubtful else {n: (places[n].base, places[n].offset) for n in step.made.reads if n in places}
+    reads = [known.get(n, (n, 0)) for n in step.made.reads]
     forms = [
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
-    numbers, blocks = step.made.numbers, -(-step.made.elements // BLOCK)
-    launch = Packed(kernel, blocks, BLOCK, f"{len(reads) + len(makes)}q{len(numbers)}s", follows=follows)
+    numbers, blocks, doubtful = step.made.numbers, -(-step.made.elements // BLOCK), step.doubtful
+    launch = sender(kernel, blocks, BLOCK, f"{len(reads) + len(makes)}q{len(numbers)}s", follows=follows)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
@@ -217,11 +226,13 @@ def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
             values[name] = empty(shape, strides, dtype).copy_(result)
 
     def run(values: Values) -> None:
-        for name, planned in step.doubtful:
+        for name, planned in doubtful:
             if values[name].stride() != planned:
                 by_torch(values)
                 return
-        addresses = [values[name].data_ptr() for name in reads]
+        addresses = []
+        for name, offset in reads:
+            addresses.append(values[name].data_ptr() + offset)
         for name, shape, strides, dtype in forms:
             values[name] = made = empty(shape, strides, dtype)
             addresses.append(made.data_ptr())
@@ -235,11 +246,11 @@ def _prepare_bundle(step: Bundle, device: torch.device, follows: bool) -> Run:
 PARTIALS = "qqii"
 
 
-def moments_of(kind: TensorType, count: int = 1) -> Tensor:
-    """Room on the current device for the moments of a value, (N, count, C, 3) for as many pieces of every sample: how
-    many elements, their mean, and the sum of squares around it, of every channel."""
+def form_of_moments(kind: TensorType, count: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """Shape, strides and dtype of the moments of a value, (N, count, C, 3) for as many pieces of every sample: how many
+    elements, their mean, and the sum of squares around it, of every channel."""
     n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return empty((n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64)
+    return (n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64
 
 
 def moments_name(value: str) -> str:
@@ -296,7 +307,7 @@ def _prepare_finish(
     index, size = device.index, rows * c * 4
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
     told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
-    launch = Packed(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
+    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
 
     def run(values: Values, moments: Tensor) -> None:
         results = empty(shape, strides, torch.float32)
@@ -318,18 +329,19 @@ def _prepare_measure(
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
-    first = Packed(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
+    first = sender(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
     count = pieces(n, c, slots)
     blocks_merge = n * count * -(-c // MERGED)
-    second = Packed(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
+    second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
 
-    planned = dense(step.kind.shape, step.layout)
+    planned, moments_form = dense(step.kind.shape, step.layout), form_of_moments(step.kind, count)
+    room = (n * slots * (2 * c + 1),)
 
     def run(value: Tensor) -> Tensor:
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
-        parts = empty((n * slots * (2 * c + 1),), (1,), torch.float32)
-        moments, at, stream = moments_of(step.kind, count), parts.data_ptr(), stream_of(index)
+        parts = empty(room, (1,), torch.float32)
+        moments, at, stream = empty(*moments_form), parts.data_ptr(), stream_of(index)
         partials = (at, at + n * slots * c * 8, slots, c)
         first(stream, value.data_ptr(), *partials, positions)
         second(stream, *partials, count, moments.data_ptr())

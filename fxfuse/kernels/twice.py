@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from fxfuse.forms import Form
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import needed_by
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
-from fxfuse.kernels.observe import Form, observe
+from fxfuse.kernels.observe import observe
 from fxfuse.kernels.schedule import best, cut, program_of, versions
 from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan

@@ -243,7 +243,7 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
         patch.setattr(convolution_engine, "_processors", lambda _: PROCESSORS)
         patch.setattr(convolution_engine, "rows_map", rows_map)
-        patch.setattr(prepared, "_current_device", lambda: None)
+        patch.setattr(prepared, "current_device", lambda: None)
         patch.setattr(launch, "_launcher", lambda: device.start)
         patch.setattr(Kernel, "allow_shared", lambda *_: None)
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

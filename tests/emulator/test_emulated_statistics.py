@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxfuse.kernels import tail_engine
 from fxfuse.kernels.emit_tail import emit_statistics
-from fxfuse.kernels.launch import Kernel, Packed
+from fxfuse.kernels.launch import Kernel, sender
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tail_engine import FINISH_BLOCK, PARTIALS
 
@@ -42,7 +42,7 @@ def merged(parts: Tensor, counts: Tensor, count: int) -> Tensor:
     """(N, count, C, 3), by the kernel."""
     n, slots, c, _ = parts.shape
     found = torch.full((n, count, c, 3), math.nan, dtype=torch.float64)
-    launch = Packed(kernel("merge"), n * count * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "i", "q")
+    launch = sender(kernel("merge"), n * count * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "i", "q")
     launch(0, parts.data_ptr(), counts.data_ptr(), slots, c, count, found.data_ptr())
     return found
 
@@ -135,7 +135,7 @@ def test_what_is_made_of_pieces(device: Device, groups: int, batch: bool, count:
     given = torch.stack([counts, mean.where(counts > 0, 0.0), squares], -1).contiguous()
     rows = 1 if batch else n
     found = [torch.full((rows, c), math.nan) for _ in range(3)]
-    launch = Packed(kernel("finish"), rows * groups, FINISH_BLOCK, *"qqqqiiiiid")
+    launch = sender(kernel("finish"), rows * groups, FINISH_BLOCK, *"qqqqiiiiid")
     launch(0, given.data_ptr(), *[t.data_ptr() for t in found], n, c, c // groups, int(batch), count, EPS)
 
     def grouped(t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxfuse.kernels import specialise as specialising
 from fxfuse.kernels import tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
@@ -101,6 +102,19 @@ def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int], c
     weight = torch.randn(layer.in_channels, layer.out_channels, *layer.kernel, dtype=torch.float64)
     expected = F.conv_transpose3d(x, weight, None, layer.stride, layer.padding, 0, 1, layer.dilation)
     torch.testing.assert_close(by_steps(made, x, weight, extents), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_other_sizes_make_no_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They choose among those of the layer, which are made once."""
+    layer = Layer(40, 24, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+
+    def found(*stored: int) -> Specialisation:
+        return specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored, itemsize=4)
+
+    first = [found(9, 16, 16), found(9, 17, 17)]  # whose rows begin at sectors, and anywhere
+    for name in ("steps_of", "_usual_rate"):
+        monkeypatch.setattr(specialising, name, None)
+    assert all(a is b for a, b in zip([found(9, 24, 24), found(9, 25, 25)], first, strict=True))
 
 
 @given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans())

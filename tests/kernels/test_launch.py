@@ -19,7 +19,7 @@ from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
 from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, Packed
+from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, sender
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule
@@ -78,7 +78,7 @@ def kernel(*sizes: int) -> Kernel:
 
 
 def test_every_parameter_has_a_place(driver: Driver) -> None:
-    call = Packed(kernel(8, 24, 4, 8, 12), 5, 128, "q", "qqii", "i", "d", "i8s")
+    call = sender(kernel(8, 24, 4, 8, 12), 5, 128, "q", "qqii", "i", "d", "i8s")
     for first in (1, 2):
         call(77, first, 2, 3, 4, 5, 6, 0.5, 7, b"abc")
     for first, (function, grid, told) in zip((1, 2), driver.calls, strict=True):
@@ -89,7 +89,7 @@ def test_every_parameter_has_a_place(driver: Driver) -> None:
 
 
 def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
-    call, driver.delay = Packed(kernel(8), 1, 32, "q"), 2e-3
+    call, driver.delay = sender(kernel(8), 1, 32, "q"), 2e-3
     threads = [threading.Thread(target=lambda n=n: [call(77, n) for _ in range(20)]) for n in range(6)]
     for thread in threads:
         thread.start()
@@ -122,8 +122,8 @@ def test_only_what_follows_our_own_kernels_overlaps(driver: Driver) -> None:
     stays = Launch(Kernel("stays"), 1, 32, [])  # type: ignore[arg-type]
     Chain([first, stays, second])(77)
     Chain([first, second], follows=True)(77)
-    Packed(kernel(8), 1, 32, "q")(77, 1)
-    Packed(kernel(8), 1, 32, "q", follows=True)(77, 1)
+    sender(kernel(8), 1, 32, "q")(77, 1)
+    sender(kernel(8), 1, 32, "q", follows=True)(77, 1)
     assert driver.overlaps == [False, False, True, True, True, False, True]
 
 
@@ -139,6 +139,20 @@ def test_a_chain_goes_to_the_stream_it_is_given(monkeypatch: pytest.MonkeyPatch)
     for stream in (0, 5, 5, 6, 0):
         made(stream)
     assert streams == [None, None, 5, 5, 5, 5, 6, 6, None, None]
+    streams.clear()
+    send = sender(kernel(8), 1, 32, "q")
+    for stream in (0, 5, 5, 6, 0):
+        send(stream, 1)
+    assert streams == [None, 5, 5, 6, None]
+
+
+@pytest.mark.parametrize("make", [lambda k: Chain([Launch(k, 1, 32, [])]), lambda k: sender(k, 1, 32)])
+def test_a_threads_first_launch_makes_its_context(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    bound: list[int] = []
+    monkeypatch.setattr(launch, "_launcher", lambda: lambda *_: 0 if bound else launch.NO_CONTEXT)
+    monkeypatch.setattr(launch, "bind_context", lambda: bound.append(1))
+    make(kernel())(0)
+    assert bound == [1]
 
 
 def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +161,8 @@ def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_driver", lambda: told)
     with pytest.raises(CudaError, match=r"^cuLaunchKernelEx: status 701$"):
         Chain([Launch(kernel(), 1, 32, [])])(0)
+    with pytest.raises(CudaError, match=r"^cuLaunchKernelEx: status 701$"):
+        sender(kernel(8), 1, 32, "q")(0, 1)
     with pytest.raises(CudaError, match=r"a grid of \(2147483648, 1, 1\) blocks"):
         Launch(kernel(), 2**31, 32, [])
 
@@ -173,7 +189,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr(tail_engine, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda device: 132)
     monkeypatch.setattr(convolution_engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
-    monkeypatch.setattr(prepared, "_current_device", lambda: None)
+    monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     return given
 

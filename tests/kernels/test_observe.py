@@ -9,15 +9,17 @@ import torch
 from harness import program
 from torch import Tensor
 
+from fxfuse import forms as remembered
+from fxfuse.forms import Form
 from fxfuse.kernels import observe as observing
-from fxfuse.kernels.observe import Form, Unscheduled, examples, observe
+from fxfuse.kernels.observe import Unscheduled, examples, observe
 from fxfuse.program import Program
 
 
 @pytest.fixture(autouse=True)
 def run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Nothing is known at first; the operators that torch was asked about."""
-    monkeypatch.setattr(observing, "_known", {})
+    monkeypatch.setattr(remembered, "_known", {})
     asked: list[str] = []
     original = observing._Fakes.run
     monkeypatch.setattr(observing._Fakes, "run", lambda self, i: asked.append(i.op) or original(self, i))
@@ -62,7 +64,7 @@ def test_torch_is_asked_once(run: list[str]) -> None:
 def test_numbers_that_are_equal_and_not_the_same(line: str) -> None:
     """Whole numbers of int32 stay, floats and what is added to booleans do not."""
     for numbers in itertools.permutations(["1", "1.0", "True"]):
-        observing._known.clear()
+        remembered._known.clear()
         for number in numbers:
             chain = one(line.format(number), "i32[2, 3]")
             try:
@@ -98,8 +100,8 @@ def test_a_refusal_is_not_kept(run: list[str]) -> None:
 
 
 def test_it_forgets(run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "MOST_KNOWN", 2)
+    monkeypatch.setattr(remembered, "MOST_KNOWN", 2)
     for line in ("relu(x)", "exp(x)", "tanh(x)", "relu(x)"):
         forms(one(line))
-        assert len(observing._known) <= 2
+        assert len(remembered._known) <= 2
     assert run == ["relu", "exp", "tanh", "relu"]

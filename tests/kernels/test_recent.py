@@ -209,7 +209,7 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
     monkeypatch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda _: 132)
     monkeypatch.setattr(convolution_engine, "rows_map", lambda *_: bytes(128))
-    monkeypatch.setattr(prepared, "_current_device", lambda: None)
+    monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(launch, "_launcher", lambda: start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -272,6 +272,102 @@ def test_functions_in_python_that_a_call_runs(kernels: list[str], what: str) -> 
         ran = python_calls(lambda: ops.run_region(inputs, text))
     assert kernels == names
     assert len(ran) <= most, "\n".join(ran)
+
+
+@pytest.mark.parametrize("what", COSTS)
+def test_functions_in_python_around_a_region(kernels: list[str], what: str) -> None:
+    """Those of a model's call, beside what runs the region."""
+    behind, names, _ = COSTS[what]
+    model = nn.Sequential(nn.ConvTranspose3d(8, 16, **UP), *behind).eval()
+    fast = fxfuse.optimize(model, x := torch.randn(2, 8, 4, 5, 6))
+    with torch.no_grad():
+        for _ in range(3):
+            fast(x)
+        kernels.clear()
+        ran = python_calls(lambda: fast(x))
+    assert kernels == names
+    assert len(ran[: ran.index("Prepared.run")]) <= 14, "\n".join(ran)
+
+
+def test_statistics_in_training_ask_torch_for_no_views(kernels: list[str]) -> None:
+    """A kernel on small tensors reads them where they lie in one tensor, of which they are parts."""
+    model = nn.Sequential(nn.ConvTranspose3d(8, 16, **UP), nn.BatchNorm3d(16), nn.AvgPool3d(2)).train()
+    fast = fxfuse.optimize(model, x := torch.randn(2, 8, 4, 5, 6))
+    with torch.no_grad():
+        fast(x)
+        fast(x)
+        kernels.clear()
+        with mock.patch.object(Tensor, "unbind", side_effect=AssertionError):
+            fast(x)
+    assert [k for k in kernels if k in ("finish", "bundle")] == ["finish", "bundle"]
+
+
+# --- straight to the region -----------------------------------------------------------------------
+def test_a_model_that_is_one_region(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Its calls compare their tensors once, not once more for the region; unless something else than these changed."""
+    monkeypatch.setattr(execute, "slower", lambda *_: None)
+    model = nn.Sequential(nn.ConvTranspose3d(8, 16, **UP), nn.LeakyReLU()).eval()
+    fast, x = fxfuse.optimize(model), torch.randn(2, 8, 4, 5, 6)
+
+    def straight(x: Tensor = x) -> bool:
+        with mock.patch.object(recent, "find", wraps=recent.find) as asked, torch.no_grad():
+            Stand.runs.clear()
+            got, expected = fast(x), model(x)
+        assert got.dtype is expected.dtype
+        torch.testing.assert_close(got, expected)
+        return len(Stand.runs) == 1 and not asked.called
+
+    def settle() -> None:
+        with torch.no_grad():
+            for _ in range(5):  # captured, served, served again, and by a way that first finds out what it may do
+                fast(x)
+        assert straight() and straight(torch.randn_like(x))
+
+    settle()
+    for around in AROUND.values():
+        with around():
+            if around is not torch.enable_grad:
+                assert not straight()
+            with torch.enable_grad():
+                assert fast(x).requires_grad
+        settle()
+    execute.forget()
+    assert [straight() for _ in range(3)] == [False, False, True]  # prepared anew; found; and known
+    for other in (x[:1], torch._neg_view(-x), x.contiguous(memory_format=torch.channels_last_3d)):
+        assert not straight(other)
+    settle()
+    model[0].weight.data = model[0].weight.detach().clone()
+    assert straight()
+    model[0].weight.requires_grad_(False)
+    assert not straight()
+    settle()
+    fast[0].bias = None
+    assert not straight()
+
+
+def test_a_region_takes_tensors_in_its_own_order() -> None:
+    """Of a BatchNorm the running statistics first, which the model has behind the weights."""
+    model = nn.Sequential(nn.ConvTranspose3d(4, 6, **UP), nn.BatchNorm3d(6), nn.ReLU()).eval()
+    with torch.no_grad():
+        for tensor in (*model[1].parameters(), *list(model[1].buffers())[:2]):
+            tensor.uniform_(0.5, 2.0)
+        fast = fxfuse.optimize(model)
+        for _ in range(6):
+            x = torch.randn(2, 4, 4, 5, 6)
+            torch.testing.assert_close(fast(x), model(x))
+    *_, way = fast._fxfuse_runtime._last
+    straight = fast._fxfuse_runtime._last[1].straight
+    assert way is not None and sorted(straight.takes) != [*straight.takes]
+
+
+def test_a_watcher_sees_what_goes_straight(gpu: type[Stand]) -> None:  # noqa: F811
+    with mock.patch.object(execute, "slower", return_value=None), torch.no_grad():
+        fast = fxfuse.optimize(nn.ConvTranspose3d(8, 16, **UP), x := torch.randn(2, 8, 4, 5, 6))
+        for _ in range(3):
+            fast(x)
+        with ops.watch() as runs:
+            fast(x)
+    assert [r.path.value for r in runs] == ["kernel"]
 
 
 # --- torch's operators ------------------------------------------------------------------------------

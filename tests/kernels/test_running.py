@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, running, tail_engine
+from fxfuse.kernels import execute, prepared, running, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
 from fxfuse.kernels.jit import compile_cubin
 
@@ -141,6 +141,20 @@ def test_calls_that_torchs_operators_serve(device: Device, monkeypatch: pytest.M
 
 
 @needs_compiler
+def test_another_device_is_made_the_current_one(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the launch alone, and only where it is another one."""
+    tensors, entered = given(4), []
+    running.move(*tensors, 0.1)  # which loads the kernel
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext())
+    for current, expected in ((None, []), (1, [torch.device("cpu")])):
+        monkeypatch.setattr(prepared, "current_device", lambda current=current: current)
+        entered.clear()
+        right = by_torch(tensors, 0.1)
+        assert running.move(*tensors, 0.1) and entered == expected
+        assert all(torch.equal(a, b) for a, b in zip(tensors, right, strict=True))
+
+
+@needs_compiler
 def test_calls_like_one_before(device: Device) -> None:
     """What differs is looked at again: dtypes, holes, buffers that ask for gradients now; other lengths."""
     plain = given(4)
@@ -205,6 +219,28 @@ def test_a_model(device: Device, momentum: float | None) -> None:
         assert device.launches.count("running") == (2 if kernels else 0)
         for a, b in zip(fast.buffers(), eager.buffers(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@needs_compiler
+def test_statistics_that_a_kernel_on_small_tensors_reads(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and variance lie in one tensor, one behind the other."""
+    for name in ("tail", "schedule"):
+        monkeypatch.setattr(f"fxfuse.kernels.{name}.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(execute, "slower", lambda *_: None)
+    model = nn.Sequential(nn.ConvTranspose3d(3, 16, 3, 2, 1), nn.BatchNorm3d(16), nn.AvgPool3d(2))
+    eager, x = copy.deepcopy(model), torch.randn(2, 3, 3, 4, 5)
+    fast = fxfuse.optimize(model, (x,))
+    with torch.no_grad():
+        for _ in range(2):
+            device.launches.clear()
+            torch.testing.assert_close(fast(x), eager(x), rtol=1e-2, atol=1e-2)
+            assert [n for n in device.launches if n in ("finish", "bundle", "running")] == [
+                "finish",
+                "bundle",
+                "running",
+            ]
+            for a, b in zip(fast.buffers(), eager.buffers(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("buffers", "batch"), PAIRS, ids=str)
