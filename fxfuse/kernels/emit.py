@@ -119,8 +119,8 @@ def _packed_tables(made: Specialisation) -> list[str]:
         places.append(_list(place))
         for offset in offsets:
             added = [t for t in taps if offset_of[t] == offset]
-            ranges.append(_list([len(listed), len(added)]))
-            listed += added
+            ranges.append(_list([*(added[:1] or [-1]), len(listed), len(added[1:])]))
+            listed += added[1:]
     return [
         f"__device__ const fxfuse::Packed kPacked[] = {_list(places or ['{}'])};",
         f"__device__ const fxfuse::Taps kTaps[] = {_list(ranges or ['{}'])};",
