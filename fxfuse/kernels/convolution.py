@@ -20,6 +20,7 @@ from fxfuse.kernels.geometry import Residue, Step, deltas_of, reach, residues_of
 SHARED_BYTES = 232448
 #: warpgroups that multiply, of 64 rows per m64 tile each
 CONSUMERS = 2
+#: of weights that share a stage, at most
 STAGE_BYTES = 16384
 #: shared memory that is kept for outputs of a multiplying warpgroup on their way, where two blocks fit; the most blocks
 #: of them; and floats for statistics
@@ -212,7 +213,7 @@ class Specialisation:
     @functools.cached_property
     def region_bytes(self) -> int:
         """Shared memory for one buffer of x."""
-        free = self.dynamic_bytes - 1024 - self.stages * STAGE_BYTES - self.staging_bytes
+        free = self.dynamic_bytes - 1024 - self.stages * self.stage_bytes - self.staging_bytes
         return free // self.x_buffers // 1024 * 1024
 
     @functools.cached_property
@@ -363,6 +364,14 @@ class Specialisation:
         for step in (s for p in self.passes for s in p.steps):
             slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
         return tuple(s / sum(slabs) for s in slabs)
+
+    @functools.cached_property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: of the largest batch of weights, in units to which rows are aligned."""
+        most = max(
+            (sum(map(self.step_bytes, batch)) for p in self.passes for batch in self.batches(p.steps)), default=1
+        )
+        return -(-most // 1024) * 1024
 
     def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:
         """Steps that share a stage: neighbours of the same run and slab, about as many in each."""

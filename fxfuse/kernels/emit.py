@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from fxfuse.kernels.convolution import ROWS, STAGE_BYTES, Layer, Specialisation
+from fxfuse.kernels.convolution import ROWS, Layer, Specialisation
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 
@@ -123,8 +123,8 @@ def _packed_tables(made: Specialisation) -> list[str]:
         places.append(_list(place))
         for offset in offsets:
             added = [t for t in taps if offset_of[t] == offset]
-            ranges.append(_list([len(listed), len(added)]))
-            listed += added
+            ranges.append(_list([*(added[:1] or [-1]), len(listed), len(added[1:])]))
+            listed += added[1:]
     return [
         f"__device__ const fxfuse::Packed kPacked[] = {_list(places or ['{}'])};",
         f"__device__ const fxfuse::Taps kTaps[] = {_list(ranges or ['{}'])};",
@@ -187,7 +187,7 @@ def _problem(
         "residues": made.residues,
         "m_tiles": made.m_tiles,
         "stages": made.stages,
-        "stage_bytes": STAGE_BYTES,
+        "stage_bytes": made.stage_bytes,
         "passes": len(made.passes),
         "x_buffers": made.x_buffers,
         **{

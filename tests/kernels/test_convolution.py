@@ -180,10 +180,10 @@ def test_a_specialisation_holds_its_limits(
         # the steps of a run that read planes of x are neighbours
         assert list(one.steps) == sorted(one.steps, key=lambda s: (s.first, s.count, s.delta[0]))
         for batch in batches:
-            assert sum(map(made.step_bytes, batch)) <= STAGE_BYTES
+            assert sum(map(made.step_bytes, batch)) <= made.stage_bytes <= STAGE_BYTES
             assert len({(s.first, s.count, s.delta[0] if made.slabs > 1 else 0) for s in batch}) == 1
             assert not exact or len(batch) == 1 or len(batch) * made.chunk <= PROMOTE_EVERY + made.chunk
-    used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
+    used = made.stages * made.stage_bytes + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
     assert made.lines * made.least_blocks and made.pitch % 8 == 0
 
@@ -261,7 +261,7 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
             blocks = outbox_blocks(made, found, itemsize)
             assert made.least_blocks <= blocks <= MOST_BLOCKS
             boxes = CONSUMERS * (blocks * made.lines * made.pitch * itemsize + GATHERED * 4)
-            assert 1024 + made.stages * STAGE_BYTES + made.x_buffers * room + boxes <= made.dynamic_bytes
+            assert 1024 + made.stages * made.stage_bytes + made.x_buffers * room + boxes <= made.dynamic_bytes
         assert found.counts[0] * found.tile[0] >= extents[0] and found.counts[2] * found.tile[2] >= extents[2]
         shift = (halo[0] * found.region[1] + halo[1]) * found.region[2] + halo[2]
         covered = []
@@ -387,7 +387,7 @@ def test_few_accumulators_have_larger_tiles(samples: int, channels: int, m_tiles
     usual = specialise(layer, pooled=True, summed=True, contiguous=True, finite=True, stored=stored)
     made = with_more_rows(usual, samples, stored, 31, 4, keeps=True)
     assert (usual.m_tiles, made.m_tiles) == (4, m_tiles)
-    used = made.stages * STAGE_BYTES + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
+    used = made.stages * made.stage_bytes + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes and math.prod(tile(made, stored, 31).region) * made.chunk * 2 <= made.region_bytes
 
 

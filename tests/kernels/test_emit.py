@@ -56,6 +56,8 @@ def kernel(
 
 KERNELS = {
     "plain": lambda: kernel((32, 64), (3, 5, 5)),
+    "nine_positions_in_a_row": lambda: kernel((1, 32), (3, 3, 3), p=ONE),
+    "five_positions_in_a_row": lambda: kernel((3, 32), (5, 5, 5), p=TWO),
     "relu": lambda: kernel((64, 128), (3, 3, 3), "z = relu(y)"),
     "clamp_div": lambda: kernel((64, 128), (3, 3, 3), "z = clamp(y, -1.0, None)", "u = div(z, 2)", s=TWO, p=ONE),
     "pools": lambda: kernel((32, 64), (5, 5, 5), MAX.format(x="y", k=(6, 6, 6)), s=TWO, p=TWO),

@@ -342,7 +342,8 @@ struct Packed {
 };
 // Those that are added there for one of the positions of a row; none for a residue class that has none at this step.
 struct Taps {
-  int first, count;
+  int tap;           // -1 for none
+  int first, count;  // of more of them
 };
 
 // One 16-byte unit per thread: 8 input channels of one output channel at one place. Neighbouring threads read neighbouring
@@ -368,7 +369,6 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const int begin = first / offsets;
   const T* const from = w + ((int64_t)(group * (in_channels / offsets) + begin) * outs + column - one * outs) * volume;
   Taps taps = Problem::taps(at_step, 0);
-  int tap = there && taps.count > 0 ? Problem::tap(taps.first) : 0;
   alignas(16) Half16 values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -377,13 +377,10 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
     const T* const at = from + (int64_t)(offsets == 1 ? i : channel - begin) * outs * volume;
     const bool own = Problem::joined == 1 || channel / Problem::in_channels == one;
     const bool inside = there && own && first + i < in_channels;
-    if constexpr (offsets > 1) {
-      taps = Problem::taps(at_step, offset);
-      tap = inside && taps.count > 0 ? Problem::tap(taps.first) : 0;
-    }
-    float v = inside && taps.count > 0 ? to_float(at[tap]) * s : 0.f;
+    if constexpr (offsets > 1) taps = Problem::taps(at_step, offset);
+    float v = inside && taps.tap >= 0 ? to_float(at[taps.tap]) * s : 0.f;
     if (Problem::headroom > 0 && inside)
-      for (int k = 1; k < taps.count; ++k) v = fmaf(to_float(at[Problem::tap(taps.first + k)]), s, v);
+      for (int k = 0; k < taps.count; ++k) v = fmaf(to_float(at[Problem::tap(taps.first + k)]), s, v);
     values[i] = from_float<Half16>(v);
     if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
   }

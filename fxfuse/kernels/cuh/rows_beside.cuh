@@ -82,7 +82,7 @@ struct RowsBeside {
     }
   }
 
-  // As `block_to_rows`; `span` is of four neighbours along w each.
+  // As `block_to_rows`; `span` is of four neighbours along w each, a unit of them for every thread.
   template <class T, class Half16, class Problem>
   static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
@@ -97,25 +97,23 @@ struct RowsBeside {
     const int n = block_rest / blocks_y, row0 = (block_rest - n * blocks_y) * 64;
     const int wide = (row_length - row0 < 64 ? row_length - row0 : 64) / 8, each = g.span / 4;
     const int across = (g.rows_w + 3) / 4, all = g.rows_d * g.rows_h * across;
+    const int i = threadIdx.x, quad = block_x * each + i / wide, place = row0 + i % wide * 8;
+    if (i >= each * wide || quad >= all) return;
+    const int group = place / g.padded, unit = (place - group * g.padded) / 8;
+    const int line = quad / across, w = (quad - line * across) * 4, d = line / g.rows_h, h = line - d * g.rows_h;
+    const float* const from = x + n * g.stride_n + (int64_t)(group * g.channels) * g.stride_c;
+    const int end = g.rows_w - w < 4 ? g.rows_w - w : 4;
+    float values[4][8];
+    read<quads>(values, unit, from, g, d, h, w);
     Taken<true, false> take{by};
-    for (int i = threadIdx.x; i < each * wide; i += blockDim.x) {
-      const int quad = block_x * each + i / wide, place = row0 + i % wide * 8;
-      if (quad >= all) break;
-      const int group = place / g.padded, unit = (place - group * g.padded) / 8;
-      const int line = quad / across, w = (quad - line * across) * 4, d = line / g.rows_h, h = line - d * g.rows_h;
-      const float* const from = x + n * g.stride_n + (int64_t)(group * g.channels) * g.stride_c;
-      const int end = g.rows_w - w < 4 ? g.rows_w - w : 4;
-      float values[4][8];
-      read<quads>(values, unit, from, g, d, h, w);
-      look(values, unit, end, take);
-      Half16* const to = rows + (((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w) * row_length * (exact ? 2 : 1);
+    look(values, unit, end, take);
+    Half16* const to = rows + (((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w) * row_length * (exact ? 2 : 1);
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (q >= end) break;
+    for (int q = 0; q < 4; ++q) {
+      if (q >= end) break;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) values[q][k] *= by.scale;
-        store_eight<Half16, exact>(to + q * row_length * (exact ? 2 : 1) + place, values[q], row_length);
-      }
+      for (int k = 0; k < 8; ++k) values[q][k] *= by.scale;
+      store_eight<Half16, exact>(to + q * row_length * (exact ? 2 : 1) + place, values[q], row_length);
     }
     take.tell(state, n);
   }
