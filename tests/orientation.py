@@ -27,7 +27,7 @@ def by_channel_always() -> Iterator[None]:
 @contextlib.contextmanager
 def by_channel_never() -> Iterator[None]:
     """Positions are rows, as for all other layers."""
-    with chosen_anew(), mock.patch.object(specialise, "_by_channel", return_value=[]):
+    with chosen_anew(), mock.patch.object(specialise, "_by_channel", return_value=specialise._Kernels(())):
         yield
 
 
