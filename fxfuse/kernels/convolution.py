@@ -25,6 +25,8 @@ STAGE_BYTES = 16384
 #: shared memory that is kept for outputs of a multiplying warpgroup on their way, where two blocks fit; the most blocks
 #: of them; and floats for statistics
 OUTBOX_BYTES, MOST_BLOCKS, GATHERED = 19000, 8, 4 + 2 * 128 * 2
+#: and bytes of them of a warpgroup, where they need not be more: with more on their way to memory, stores took longer
+MOST_WAITING = 40960
 #: runs of neighbours in memory that the part of a tile of one warpgroup may have
 MOST_RUNS = 64
 #: rows of a matrix instruction, and how many such tiles of rows a thread block has at most

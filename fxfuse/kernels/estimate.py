@@ -173,8 +173,8 @@ def _epilogue(kernel: Launch, *, merged: bool) -> float:
     if not kernel.combine or merged:
         return before + after + gathered
     classes = math.prod(kernel.layer.stride)
-    if kernel.monotone:  # a maximum and a minimum
-        return 2 * POOLED + (2 * before + after + gathered) / classes
+    if kernel.monotone:  # of the largest value and of the smallest one, which is found beside it
+        return POOLED + (2 * before + after + gathered) / classes
     return POOLED + before + (after + gathered) / classes
 
 

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from fxfuse.kernels.convolution import CONSUMERS, GATHERED, MOST_BLOCKS, ROWS, Specialisation
+from fxfuse.kernels.convolution import CONSUMERS, GATHERED, MOST_BLOCKS, MOST_WAITING, ROWS, Specialisation
 
 #: positions of x per dim that one copy brings
 MOST_COPIED = 256
@@ -78,11 +78,12 @@ def region_stride(made: Specialisation, tiling: Tiling) -> int:
 def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
     """Blocks of results on their way that a multiplying warpgroup has, of numbers of ``itemsize`` bytes.
 
-    They have all shared memory that is left: results come in bursts, behind the products of a pass.
+    They have the shared memory that is left, up to a limit: results come in bursts, behind the products of a pass.
     """
     given = made.region_bytes - region_stride(made, tiling)
     free = made.staging_bytes + made.x_buffers * given - CONSUMERS * GATHERED * 4
-    return min(MOST_BLOCKS, free // CONSUMERS // (made.lines * made.pitch * itemsize))
+    block = made.lines * made.pitch * itemsize
+    return min(MOST_BLOCKS, max(made.least_blocks, MOST_WAITING // block), free // CONSUMERS // block)
 
 
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:

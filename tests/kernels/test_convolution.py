@@ -23,6 +23,7 @@ from fxfuse.kernels.convolution import (
     JOINED,
     MOST_BLOCKS,
     MOST_TILES,
+    MOST_WAITING,
     PROMOTE_EVERY,
     SHARED_BYTES,
     STAGE_BYTES,
@@ -260,6 +261,8 @@ def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int]
         for itemsize in (2, 4):  # results on their way have what is left
             blocks = outbox_blocks(made, found, itemsize)
             assert made.least_blocks <= blocks <= MOST_BLOCKS
+            waiting = blocks * made.lines * made.pitch * itemsize
+            assert blocks == made.least_blocks or waiting <= MOST_WAITING
             boxes = CONSUMERS * (blocks * made.lines * made.pitch * itemsize + GATHERED * 4)
             assert 1024 + made.stages * made.stage_bytes + made.x_buffers * room + boxes <= made.dynamic_bytes
         assert found.counts[0] * found.tile[0] >= extents[0] and found.counts[2] * found.tile[2] >= extents[2]
