@@ -203,10 +203,10 @@ def test_rows_go_when_both_runs_are_queued() -> None:
     between, later = [True, False], [False, False, False]  # what is handed on, and what is the runs' own
     assert alive == [
         ("tail_engine", []),  # a shift in front of all
-        ("tail_engine", []),  # moments of the first run
+        ("prepared", []),  # moments of the first run
         ("tail_engine", between),  # what is made of them
         ("prepared", between),  # the second run's result
-        ("tail_engine", between),  # and its moments
+        ("prepared", between),  # and its moments
         ("tail_engine", later),
         ("tail_engine", later),
     ]

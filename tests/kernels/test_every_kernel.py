@@ -44,8 +44,10 @@ STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make
 #: the samples that half precision cannot hold; a reduction of 64 channels per thread
 MOST_SPILLED = {"convolution": 448, "direct": 64, "merge": 128, "fold": 96}
-#: instructions that read or write global memory, or end a thread; and those that go to a label
+#: instructions that read or write global memory, or end a thread; those that read it through the read-only path, where
+#: what the kernel in front writes need not be seen; and those that go to a label
 TOO_EARLY = re.compile(r"\b(LDG?|STG?|LDGSTS|ATOMG?|REDG?|UTMALDG|UBLKCP|EXIT|RET)\b")
+READ_ONLY = re.compile(r"\bLDG\S*\.CONSTANT\b")
 GOES = re.compile(r"\b(?:BRA|JMP)\b.*?(\.L_x_\d+)")
 
 
@@ -105,6 +107,8 @@ def check_wait(name: str, text: str) -> None:
     lines = [line for line in (re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()) if line]
     (wait,) = (i for i, line in enumerate(lines) if "ACQBULK" in line)
     assert not lines[wait].startswith("@"), lines[wait]
+    if name != "prepare":  # which reads tables of the module
+        assert not READ_ONLY.search(text), name
     for line in lines[:wait]:
         assert not TOO_EARLY.search(line), line
         goes = GOES.search(line)

@@ -49,14 +49,11 @@ FXFUSE_DEVICE bool is_inf(float x) { return fabsf(x) == infinity(); }
 FXFUSE_DEVICE bool is_finite(float x) { return fabsf(x) < infinity(); }
 
 // --- loads -----------------------------------------------------------------------------------------
-// Through the read-only cache: an operand is never written by the kernel that reads it.
+// Not through the read-only path (ld.global.nc): that is for memory which nothing writes while the kernel runs, and the
+// kernel in front may still write an operand when this one begins (dependent.cuh).
 template <class T>
 FXFUSE_DEVICE T load(const T* p) {
-#ifdef __CUDA_ARCH__
-  return __ldg(p);
-#else
   return *p;
-#endif
 }
 
 FXFUSE_DEVICE float f16_of(unsigned short word) {
