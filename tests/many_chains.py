@@ -137,7 +137,7 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
                 buffer.copy_(before)
             again = fast(x)
             if made and all(each.kernel is not None for each in made):  # cuDNN's own promise nothing
-                assert _same_bits(got, again), "other bits in a second run"
+                assert _same_bits(got, again), f"other bits in a second run: {_difference(got, again)}"
             outcome.noisy += _compare(drawn, eager, truth, x, got)
         _compare_buffers(model, eager, truth)
     outcome.kinds = dict(kinds)
@@ -195,6 +195,13 @@ def _compare_buffers(model: nn.Module, eager: nn.Module, truth: nn.Module) -> No
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     number = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return torch.equal(a.contiguous().view(number), b.contiguous().view(number))
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    """Where two results of a size differ, and how much."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, 0.0, (a.double() - b.double()).abs()).nan_to_num(math.inf)
+    return f"{int((~same).sum())} of {a.numel()} elements of {tuple(a.shape)}, by {float(off.max()):.1e} at most"
 
 
 # --- which steps ----------------------------------------------------------------------------------
