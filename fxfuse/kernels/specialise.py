@@ -227,12 +227,12 @@ def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: in
         return made
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    ways = [(one, tile(one, (d, h, w), row, itemsize)) for one in (made, fewer)]
-    if len({(t, store_of(one, t, (d, h, w), row, itemsize)) for one, t in ways}) > 1:
+    at, other = (tile(one, (d, h, w), row, itemsize) for one in (made, fewer))
+    if at != other or store_of(made, at, (d, h, w), row, itemsize)[0] not in RUNS:
         return made
-    blocks, more = (outbox_blocks(one, t, itemsize) for one, t in ways)
-    stores = store_of(*ways[0], (d, h, w), row, itemsize)[0] in RUNS
-    return fewer if stores and blocks < made.columns // made.lines and blocks < more else made
+    blocks = outbox_blocks(made, at, itemsize)
+    scarce = blocks < made.columns // made.lines and blocks < outbox_blocks(fewer, at, itemsize)
+    return fewer if scarce else made
 
 
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import explained
 from rows import rows_of
-from test_convolution import by_steps, layers
+from test_convolution import by_steps, convolved, extents_of, layers
 from torch import Tensor, nn
 
 from fxfuse.kernels import choice, execute
@@ -39,8 +39,7 @@ def weights_of(layer: Layer, weight: Tensor) -> Tensor:
 @given(layers(most=4, channels=2), st.sampled_from(DIMS), st.tuples(*[st.integers(1, 3)] * 3), st.booleans())
 def test_rows_make_the_convolution(layer: Layer, dims: tuple[int, ...], sizes: Extents, merged: bool) -> None:
     """And rows behind the last one would hold zeros."""
-    geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-    extents = tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
+    extents = extents_of(layer, sizes)
     outputs = tuple(e // s for e, s in zip(extents, layer.stride, strict=True)) if merged else extents
     if min(extents) < 1 or min(outputs) < 1:
         return
@@ -49,10 +48,7 @@ def test_rows_make_the_convolution(layer: Layer, dims: tuple[int, ...], sizes: E
         made = specialise(one, pooled=merged, summed=merged, finite=True)
     except Unsupported:
         return
-    torch.manual_seed(0)
-    x = torch.randn(2, layer.in_channels, *sizes, dtype=torch.float64)
-    weight = torch.randn(layer.in_channels, layer.out_channels, *layer.kernel, dtype=torch.float64)
-    expected = F.conv_transpose3d(x, weight, None, layer.stride, layer.padding, 0, 1, layer.dilation)
+    x, weight, expected = convolved(layer, sizes)
     if merged:
         expected = F.avg_pool3d(expected, layer.stride, divisor_override=1)
     got = by_steps(made, rows_of(one, x), weights_of(one, weight), outputs)

@@ -88,20 +88,30 @@ def by_steps(made: Specialisation, x: Tensor, weight: Tensor, extents: tuple[int
     return out
 
 
+def extents_of(layer: Layer, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the layer's output for x of these sizes, without output_padding."""
+    geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+    return tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
+
+
+def convolved(layer: Layer, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x of these sizes, weights, and what torch makes of both, in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(2, layer.in_channels, *sizes, dtype=torch.float64)
+    weight = torch.randn(layer.in_channels, layer.out_channels, *layer.kernel, dtype=torch.float64)
+    return x, weight, F.conv_transpose3d(x, weight, None, layer.stride, layer.padding, 0, 1, layer.dilation)
+
+
 @given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans(), st.booleans())
 def test_steps_make_the_convolution(layer: Layer, sizes: tuple[int, int, int], contiguous: bool, finite: bool) -> None:
-    geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-    extents = tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
+    extents = extents_of(layer, sizes)
     if min(extents) < 1:
         return
     try:
         made = specialise(layer, pooled=False, contiguous=contiguous, finite=finite)
     except Unsupported:
         return
-    torch.manual_seed(0)
-    x = torch.randn(2, layer.in_channels, *sizes, dtype=torch.float64)
-    weight = torch.randn(layer.in_channels, layer.out_channels, *layer.kernel, dtype=torch.float64)
-    expected = F.conv_transpose3d(x, weight, None, layer.stride, layer.padding, 0, 1, layer.dilation)
+    x, weight, expected = convolved(layer, sizes)
     torch.testing.assert_close(by_steps(made, x, weight, extents), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -120,8 +130,7 @@ def test_other_sizes_make_no_other_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 
 @given(layers(channels=3), st.tuples(*[st.integers(1, 4)] * 3), st.booleans())
 def test_merged_steps_make_the_sums_of_whole_windows(layer: Layer, sizes: tuple[int, int, int], finite: bool) -> None:
-    geometry = zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-    extents = tuple((i - 1) * s - 2 * p + d * (k - 1) + 1 for i, k, s, p, d in geometry)
+    extents = extents_of(layer, sizes)
     windows = tuple(e // s for e, s in zip(extents, layer.stride, strict=True))
     if min(windows) < 1:
         return
@@ -392,6 +401,15 @@ def test_few_accumulators_have_larger_tiles(samples: int, channels: int, m_tiles
     assert (usual.m_tiles, made.m_tiles) == (4, m_tiles)
     used = made.stages * made.stage_bytes + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes and math.prod(tile(made, stored, 31).region) * made.chunk * 2 <= made.region_bytes
+
+
+def test_a_stage_is_no_larger_than_what_comes_at_once() -> None:
+    """What that leaves is room for all that a pass of few channels stores."""
+    layer, stored = Layer(3, 16, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (15, 31, 31)
+    made = specialise(layer, pooled=True, summed=True, contiguous=True, finite=True, stored=stored)
+    largest = max(sum(map(made.step_bytes, batch)) for p in made.passes for batch in made.batches(p.steps))
+    assert largest <= made.stage_bytes < largest + 1024 < STAGE_BYTES
+    assert outbox_blocks(made, tile(made, stored, 31, 4), 4) >= made.columns // made.lines
 
 
 def test_scarce_memory_is_for_results() -> None:
