@@ -175,7 +175,10 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     yield "stores", store.value
     where = "rows" if made.by_channel else "columns"
     yield "output channels", f"{made.columns} per tile, {where} of instructions; {made.column_tiles} tiles per group"
-    yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
+    if made.planar:
+        yield "input channels", f"{made.chunk} planes in shared memory, as x has them"
+    else:
+        yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
     if made.layer.beside:
         dims = " and ".join(("d", "h", "w")[dim] for dim in made.layer.beside)
         count, each = len(made.layer.offsets), made.layer.channels
@@ -197,6 +200,8 @@ def _arithmetic(kernel: Launch, made: Specialisation) -> str:
     if kernel.dtype is not torch.float32:
         watched = "; samples with Inf or NaN by the kernel `direct`" if made.watched else ""
         return f"{str(kernel.dtype).removeprefix('torch.')} products, float32 sums{watched}"
+    if made.planar:
+        return "TF32 products, float32 sums; samples with Inf, NaN or denormal numbers by the kernel `direct`"
     return "float32 of two 16-bit parts: three products" if made.exact else "TF32's accuracy of 16-bit products"
 
 

@@ -35,7 +35,7 @@ class Geometry(ctypes.Structure):
         *((n, I32) for n in ("samples", "groups", "column_tiles", "tiles_d", "tiles_h", "tiles_w", "tiles")),
         *((n, I32) for n in ("tile_d", "tile_h", "tile_w", "box_d", "box_h", "box_w")),
         *((n, I32) for n in ("half_d", "half_h", "half_w", "linear", "over")),
-        *((n, I32) for n in ("region_h", "region_w", "region_bytes", "region_stride")),
+        *((n, I32) for n in ("region_h", "region_w", "copied_h", "copied_w", "region_bytes", "region_stride")),
         *((n, I32) for n in ("low_d", "low_h", "low_w", "row_group")),
         ("row_base", I32 * MOST_TILES),
         *((n, I32) for n in ("part_rows", "chunks", "out_d", "out_h", "out_w", "out_channels", "weight_bytes")),

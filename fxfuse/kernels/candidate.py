@@ -76,6 +76,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         given["behind"] = f"fxfuse::WithoutChannels<{kernel.behind.name}, {len(kernel.kind.shape) - 1}>"
     epilogue = Epilogue(
         combine=kernel.combine,
+        step=kernel.step,
         fold=kernel.fold,
         code=code if given else "",
         gathers=kernel.gathers,
@@ -95,6 +96,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         kernel.sizes,
         kernel.kind.shape[0] or 0,
         rows=kernel.x_layout != "channels_last",
+        planes=kernel.planes,
     )
     made.tiling(kernel.sizes)
     return made

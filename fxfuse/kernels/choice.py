@@ -12,6 +12,7 @@ import torch
 
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds, tile
@@ -31,13 +32,14 @@ LARGE_KERNEL, LARGE_KERNEL_NARROW, NARROW = 64, 27, 64
 
 def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
     """Why torch's own convolution is expected to be at least as fast, or None. ``sizes`` of x, three of them."""
-    layer = made.layer
-    extents = kernel.sizes
+    layer, extents = made.layer, kernel.sizes
     row = extents[2] if kernel.layout == "contiguous" else 0
     last = kernel.layout == "channels_last"
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
     itemsize = kernel.kind.dtype.itemsize
+    if kernel.step != ONE:
+        return None  # of all that cuDNN makes, little is stored
     estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, itemsize)
     enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
     if layer.groups * layer.joined > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
@@ -74,7 +76,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
 
 def _apart(kernel: Launch, made: Specialisation) -> Specialisation:
     """The kernel with all residue classes and taps, which tells how large a layer is: cuDNN makes all of them."""
-    if not (made.merged or made.layer.beside):
+    if not (made.merged or made.layer.beside or made.planar):
         return made
     return specialise(
         made.layer.apart,

@@ -14,7 +14,8 @@ import itertools
 import math
 from collections import Counter
 
-from fxfuse.kernels.geometry import Residue, Step, deltas_of, reach, residues_of
+from fxfuse.kernels.factors import factor_bytes, factor_cycles
+from fxfuse.kernels.geometry import Pass, Residue, Step, deltas_of, reach, residues_of
 
 #: shared memory of a thread block on sm_90
 SHARED_BYTES = 232448
@@ -38,6 +39,8 @@ LINE, LINE_PITCH = 64, 156
 JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
+#: float32 that a copy of planes brings a multiple of, along w
+PLANE_UNIT = 4
 #: slabs of x along d that may be told apart; planes of positions of which that should pay, and what part of the time of
 #: a full batch of weights one batch more takes: a guess
 MOST_SLABS, TYPICAL_PLANES, BATCH = 16, 32, 0.1
@@ -146,14 +149,6 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """Residue classes whose accumulators are held at the same time; None fills up."""
-
-    residues: tuple[Residue, ...]
-    steps: tuple[Step, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Specialisation:
     """What is compiled into a convolution kernel.
 
@@ -164,6 +159,10 @@ class Specialisation:
     channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
     ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
     `direct`, as those of float32 always are.
+    ``planar``: x, of float32 and few channels, is not made rows: shared memory has a plane of positions for every
+    channel, as x itself, and each warp's own instructions, of TF32, read it there (``conv_planar.cuh``). Its only stage
+    holds all weights. ``step``: positions of x per dim from one position of the output to the next; of a planar kernel
+    whose only class is the sum of all classes of so many.
     """
 
     layer: Layer
@@ -179,6 +178,8 @@ class Specialisation:
     merged: bool = False
     by_channel: bool = False
     watched: bool = False
+    planar: bool = False
+    step: tuple[int, int, int] = (1, 1, 1)
 
     @property
     def parts(self) -> int:
@@ -189,6 +190,11 @@ class Specialisation:
     def padded_channels(self) -> int:
         """Input channels per group in rows of shared memory."""
         return -(-self.layer.in_channels // self.chunk) * self.chunk
+
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory of a position of x."""
+        return self.chunk * (4 if self.planar else 2)
 
     @property
     def chunks(self) -> int:
@@ -284,14 +290,29 @@ class Specialisation:
         return CONSUMERS * (self.least_blocks * self.lines * self.pitch + gathered) * 4
 
     @functools.cached_property
-    def halo(self) -> tuple[int, int, int]:
+    def reach(self) -> tuple[int, int, int]:
         """Positions of x per dim that taps reach beyond those of the output."""
         low, high = self.layer.reach
-        return high[0] - low[0], high[1] - low[1], high[2] - low[2]
+        d, h, w = (b - a + s - 1 for a, b, s in zip(low, high, self.step, strict=True))
+        return d, h, w
+
+    @functools.cached_property
+    def halo(self) -> tuple[int, int, int]:
+        """The same where rows of x in shared memory follow each other as those of instructions do."""
+        return (0, 0, 0) if self.planar else self.reach
+
+    def copied(self, region: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Sizes of what is copied of x for a tile with this ``region``: of planes whole units of 16 bytes along w."""
+        if not self.planar:
+            return region
+        d, h, w = ((n - 1) * s + 1 + r for n, s, r in zip(region, self.step, self.reach, strict=True))
+        return d, h, -(-w // PLANE_UNIT) * PLANE_UNIT
 
     @functools.cached_property
     def pass_cycles(self) -> float:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
+        if self.planar:
+            return factor_cycles(self.passes, self.chunk, self.columns)
         return self._cycles(self.passes) * (self.chunks * self.chunk // 16)
 
     def _cycles(self, passes: tuple[Pass, ...]) -> float:
@@ -316,6 +337,8 @@ class Specialisation:
     @property
     def weight_bytes(self) -> int:
         """Packed weights of one group and one tile of output channels."""
+        if self.planar:
+            return 0
         return sum(self.step_bytes(s) for p in self.passes for s in p.steps) * self.chunks
 
     def step_bytes(self, step: Step) -> int:
@@ -323,8 +346,8 @@ class Specialisation:
 
     def shared(self, first: Specialisation) -> Shared:
         """What of a ``first`` kernel's rows and packed weights this one reads, too, where both are given the same."""
-        how = ("layer", "exact", "padded_channels", "watched")
-        if any(getattr(self, name) != getattr(first, name) for name in how):
+        how = ("layer", "exact", "padded_channels", "watched", "planar")
+        if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
         apart = ("m_tiles", "stages", "x_buffers", "pooled", "one")
@@ -370,9 +393,10 @@ class Specialisation:
     @functools.cached_property
     def stage_bytes(self) -> int:
         """Shared memory of a stage: of the largest batch of weights, in units to which rows are aligned."""
-        most = max(
-            (sum(map(self.step_bytes, batch)) for p in self.passes for batch in self.batches(p.steps)), default=1
-        )
+        batches = (batch for p in self.passes for batch in self.batches(p.steps))
+        most = max((sum(map(self.step_bytes, batch)) for batch in batches), default=1)
+        if self.planar:
+            most = factor_bytes(self.passes, self.chunk, self.columns)
         return -(-most // 1024) * 1024
 
     def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:

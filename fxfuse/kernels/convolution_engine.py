@@ -3,7 +3,8 @@
 A call queues up to six kernels: `measure` (scales of weights and samples of float32) or `unmark` (where 16-bit
 numbers of x are looked at), `prepare` (x as rows of channels, packed weights), `again` (rows of large samples whose
 scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked, and `merge` where
-statistics of the output are wanted. A second run on the
+statistics of the output are wanted. Of planar kernels, which read x as it lies and mark samples themselves, there are
+`unmark`, `convolution`, `direct` and `merge`. A second run on the
 same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
 :class:`_Call`, which :class:`Calls` keep; a call fills in the pointers.
 """
@@ -14,7 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ from fxfuse.kernels.arguments import (
     Divisor,
     Geometry,
     Rows,
+    Samples,
     Strides,
 )
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Chain, Launch, Module, empty, rows_map, stream_of
+from fxfuse.kernels.launch import Chain, Launch, Module, empty, planes_map, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tiles import Extents, Tiling, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.tiling import Store
@@ -92,8 +94,8 @@ class Calls:
         if free is None:
             if out.numel() == 0:
                 return None
-            if self.convolution.dtype is torch.float32 and prepared is None and not _dense(three_dims(x)):
-                x = x.contiguous()
+            if prepared is None and not self._takes(three_dims(x)):
+                x = x.clone(memory_format=torch.contiguous_format)
                 form = x.stride(), x.data_ptr() % 16 == 0
             free = self.free.setdefault(form, [])
         try:
@@ -104,6 +106,12 @@ class Calls:
         prepared = call.run(x, weight.contiguous(), bias, out, operands, moments, prepared)
         free.append(call)
         return prepared
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the kernels read x where it is."""
+        if self.convolution.made.planar:
+            return _planes_in_place(x)
+        return self.convolution.dtype is not torch.float32 or _dense(x)
 
 
 class _Call:
@@ -123,20 +131,17 @@ class _Call:
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
         self.device, self.bias, self.given = x.device.index, bias, given
-        self.scaled = layer.dtype is torch.float32
-        self.rows_type = torch.bfloat16 if layer.dtype is torch.bfloat16 else torch.float16
-        self.looks = self.scaled or made.watched  # at x, and marks samples
-        self.in_place = not self.looks and _rows_in_place(x, made)
+        self.scaled, self.planar = layer.dtype is torch.float32 and not made.planar, made.planar
+        self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
+        self.in_place = self.planar or (not self.looks and _rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
-        self.rows_shape = (n, *rows_sizes, width)
-        of_x = tuple(x.stride(i) for i in (0, 2, 3, 4, 1))
-        self.map_strides = of_x if self.in_place else dense(self.rows_shape, "contiguous")
-        planes, *plane = tiling.region
-        self.box, self.chunk = (planes if first_planes(made, tiling) == planes else 1, *plane), made.chunk
+        self.map = self._map_of(x, (n, *rows_sizes, width), layer, tiling)
         every = sampled(n, each) if self.scaled else 1
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         slots = layer.slots(stored) if epilogue.gathers else 0
         couts = shape.out_channels * shape.groups
+        if self.planar:
+            width = 0
         self.workspace = Workspace.of(
             [0 if self.in_place else n * positions * width * 2, n * parts * 4, n * 4, n * 4, n * 4],
             [shape.groups * made.column_tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
@@ -155,6 +160,17 @@ class _Call:
         if epilogue.combine:
             POOLED.pack_into(self.arguments, end, *stored, of.factor)
         self.launch = Chain([*self._launches(of, x, tiling, store)], follows=of.follows)
+
+    def _map_of(self, x: Tensor, rows: tuple[int, ...], layer: Convolution, tiling: Tiling) -> Callable[[int], bytes]:
+        """What makes the map of x, or of its ``rows``, that begin at an address."""
+        planes, *plane = tiling.region
+        made, bfloat = layer.made, layer.dtype is torch.bfloat16
+        if self.planar:
+            planes_box = (x.shape[1], *made.copied(tiling.region))
+            return functools.partial(planes_map, shape=tuple(x.shape), strides=x.stride(), box=planes_box)
+        strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else dense(rows, "contiguous")
+        box = (planes if first_planes(made, tiling) == planes else 1, *plane)
+        return functools.partial(rows_map, shape=rows, strides=strides, bfloat=bfloat, box=box, channels=made.chunk)
 
     def _lay_out(self, lengths: Sequence[int], *, pooled: bool) -> int:
         """Make room for the arguments, with operands of these lengths behind them; where these end."""
@@ -175,7 +191,13 @@ class _Call:
         made, shape, epilogue = layer.made, layer.made.layer, layer.epilogue
         n, each, couts = x.shape[0], math.prod(x.shape[1:]), told.direct.channels
         guesses = told.samples.every > 1
-        more = {"measure": self.scaled, "unmark": made.watched, "again": guesses, "merge": epilogue.gathers}
+        more = {
+            "prepare": not self.planar,
+            "measure": self.scaled,
+            "unmark": made.watched or self.planar,
+            "again": guesses,
+            "merge": epilogue.gathers,
+        }
         names = (*KERNELS, *(name for name, there in more.items() if there))
         kernels, processors = _module(layer.source(store), names, self.device).kernels, _processors(self.device)
 
@@ -186,10 +208,11 @@ class _Call:
         to = Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
         in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
+        geometry = _geometry(x, of.extents, made, tiling, layer.output.itemsize)
 
-        if made.watched and not given:
+        if "unmark" in names and not given:
             yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n)])
-        if not (given and of.shares is Shared.ALL):
+        if not (self.planar or (given and of.shares is Shared.ALL)):
             if self.scaled:
                 ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
@@ -208,10 +231,11 @@ class _Call:
             )  # fmt: skip
             if guesses and not given:
                 yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
-        geometry = _geometry(n, self.rows_shape[1], of.extents, made, tiling, layer.output.itemsize)
+        marks = I64.from_buffer(self.arguments, Arguments.samples.offset + Samples.marks.offset)
+        arguments = [w_at, geometry, marks] if self.planar else [packed, geometry]
         yield Launch(
             kernels["convolution"], min(geometry.tiles, processors), THREADS,
-            [told.map, packed, geometry, destination], made.dynamic_bytes,
+            [told.map, *arguments, destination], made.dynamic_bytes,
         )  # fmt: skip
         if self.looks and epilogue.keeps:
             arguments = [x_at, w_at, told.direct, geometry, destination]
@@ -243,6 +267,8 @@ class _Call:
             self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
         )  # fmt: skip
+        if self.planar and bias is not None:
+            self.told.to.bias = bias.data_ptr()
         if operands != self.packed_operands:
             for place, packed in zip(self.places, operands, strict=True):
                 self.memory[place : place + len(packed)] = packed
@@ -267,7 +293,7 @@ class _Call:
         told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
         to.parts, to.counts = places[10:]
         told.scale = channels.scale
-        to.bias = channels.bias if self.bias else 0
+        to.bias = channels.bias if self.bias and not self.planar else 0
         told.direct.marks = samples.marks
         if self.scaled:
             to.sample_scale, to.channel_scale, told.direct.wrong = samples.scale, channels.reciprocal, channels.wrong
@@ -278,11 +304,8 @@ class _Call:
         self.placed[bases] = bytes(told)
 
     def _map(self, source: int) -> None:
-        """Let the convolution read rows of channels from ``source`` on."""
-        box = rows_map(
-            source, self.rows_shape, self.map_strides, self.rows_type is torch.bfloat16, self.box, self.chunk
-        )
-        ctypes.memmove(self.told.map, box, 128)
+        """Let the convolution read x, or its rows, from ``source`` on."""
+        ctypes.memmove(self.told.map, self.map(source), 128)
         self.source = source
 
 
@@ -302,17 +325,17 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
     return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads, *rows)
 
 
-def _geometry(
-    samples: int, depth: int, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int
-) -> Geometry:
-    """What kernels behind `prepare` are told of sizes and tiles. ``depth``: planes of x; ``itemsize``: of results."""
-    layer = made.layer
+def _geometry(x: Tensor, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:
+    """What kernels behind `prepare` are told of sizes and tiles. ``itemsize``: of results."""
+    layer, (samples, _, *sizes) = made.layer, x.shape
+    copied = made.copied(tiling.region)
+    depth, *_ = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
-        tiling.linear, tiling.over, *tiling.region[1:],
-        math.prod(tiling.region) * made.chunk * 2, region_stride(made, tiling), *layer.reach[0],
+        tiling.linear, tiling.over, *tiling.region[1:], *copied[1:],
+        math.prod(copied) * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
         layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
         first_planes(made, tiling), *map(Divisor.of, divided),
@@ -354,6 +377,12 @@ def _lines_by_quads(x: Tensor) -> bool:
     """Whether positions along w are neighbours, and every four of them can be read at once."""
     *others, w = x.stride()
     return w == 1 and x.shape[-1] % 4 == 0 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in others)
+
+
+def _planes_in_place(x: Tensor) -> bool:
+    """Whether TMA can read x as planes of channels as it lies."""
+    *others, w = x.stride()
+    return w == 1 and all(s % 4 == 0 and s > 0 for s in others) and x.data_ptr() % 16 == 0
 
 
 def _rows_in_place(x: Tensor, made: Specialisation) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,15 +14,17 @@ from collections.abc import Callable
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
+from fxfuse.kernels import planar
 from fxfuse.kernels.beside import fastest
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
+from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
+from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.specialise import specialise, with_more_room, with_more_rows
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
 from fxfuse.kernels.tiling import Store, seconds, store_of, tile
 
 #: entries that every source has
-KERNELS = ("prepare", "convolution", "direct")
+KERNELS = ("convolution", "direct")
 #: threads of the convolution: two warpgroups that multiply, one that copies; and of the kernels around it, but `merge`
 THREADS, BLOCK = 128 * (CONSUMERS + 1), 256
 #: values of float32 x that `measure` looks at: of a sample, and of all of them
@@ -54,12 +57,14 @@ class Convolution:
         extents: Extents | None = None,
         samples: int = 0,
         rows: bool = False,
+        planes: bool = False,
     ) -> Convolution:
         """The kernels for a layer; Unsupported where there are none.
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
         many of them, where that is known. ``rows``: x, of 16-bit numbers, has to be made rows, and may be looked at.
+        ``planes``: x, of float32, may be read as it lies.
         """
         before = epilogue.before != Epilogue.before
         summed = epilogue.combine == "Sum" and not before
@@ -88,10 +93,23 @@ class Convolution:
 
         def time(made: Specialisation) -> float:
             assert extents is not None
-            return seconds(made, samples, extents, extents, row, output.itemsize, keeps=epilogue.keeps)
+            stride = layer.stride if epilogue.combine == "" else (1, 1, 1)
+            d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))  # of x, about
+            return seconds(made, samples, (d, h, w), extents, row, output.itemsize, keeps=epilogue.keeps)
 
         if dtype is torch.float32:  # what is not finite is left to the kernel `direct`
-            return Convolution(specialised(layer.join(), fastest), dtype, output, bias, epilogue, layout)
+            made = specialised(layer.join(), fastest)
+            if planes and not exact and bias is dtype and extents is not None and samples:
+                with contextlib.suppress(Unsupported):
+                    other = specialised(layer, functools.partial(specialise, finite=True))
+                    other = planar.as_planes(
+                        other, samples, extents, row, output.itemsize, keeps=epilogue.keeps, step=epilogue.step
+                    )
+                    if epilogue.step != ONE or time(other) * planar.WORTH_IT < time(made):
+                        made = other
+            if made.step != epilogue.step:
+                raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
+            return Convolution(made, dtype, output, bias, epilogue, layout)
         made = specialised(layer, specialise)
         if rows and extents is not None and samples and not summed:
             finite = specialised(layer.join(), functools.partial(specialise, finite=True))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from fxfuse.kernels import emit_planar
 from fxfuse.kernels.convolution import ROWS, Layer, Specialisation
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
@@ -23,14 +24,15 @@ class Epilogue:
     """What follows the accumulators.
 
     ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes. ``fold``: a
-    reduction over channels of that.
-    ``before``, ``after`` (the combination) and ``behind`` (the reduction): names of expression structs in ``code``
-    ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored values; ``keeps``: the values.
-    ``monotone``: ``before`` is, and only the largest and the smallest value of a maximum go through it; ``steady``: of
-    operands that allow it, and the kernel `direct` makes the rest.
+    reduction over channels of that. ``before``, ``after`` (the combination) and ``behind`` (the reduction): names
+    of expression structs in ``code`` ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored
+    values; ``keeps``: the values. ``step``: positions per dim, of whose sum one value is made. ``monotone``:
+    ``before`` is, and only the largest and the smallest value of a maximum go through it; ``steady``: of operands
+    that allow it, and the kernel `direct` makes the rest.
     """
 
     combine: str = ""
+    step: tuple[int, int, int] = (1, 1, 1)
     fold: Fold | None = None
     before: str = "fxfuse::Identity"
     after: str = "fxfuse::Identity"
@@ -44,22 +46,22 @@ class Epilogue:
 
 def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, store: Store) -> str:
     """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
-    operand = OPERANDS[dtype]
-    scaled = "true" if dtype == "f32" else "false"
-    runs = _runs(made)
+    operand, runs = OPERANDS[dtype], _runs(made)
     return "\n".join([
         '#include "conv_wgmma.cuh"',
         '#include "conv_epilogue.cuh"',
         '#include "conv_sectors.cuh"',
+        '#include "conv_planar.cuh"',
         '#include "conv_direct.cuh"',
         '#include "pointwise.cuh"',
         '#include "prepare.cuh"',
         '#include "rows_beside.cuh"',
         epilogue.code,
-        *(_wgmma(columns, operand) for columns in _instructions(made)),
-        _tables(made),
+        *(() if made.planar else (_wgmma(columns, operand) for columns in _instructions(made))),
+        _residues(made),
+        *(emit_planar.tables(made) if made.planar else _tables(made)),
         _problem(made, runs, dtype, output, epilogue, store),
-        _entries(dtype, operand, output, bias, scaled, gathers=epilogue.gathers, watched=made.watched),
+        *_entries(made, dtype, output, bias, gathers=epilogue.gathers),
     ])  # fmt: skip
 
 
@@ -85,11 +87,19 @@ def _wgmma(columns: int, operand: str) -> str:
     )
 
 
-def _tables(made: Specialisation) -> str:
+def _residues(made: Specialisation) -> str:
+    """The classes of every pass."""
+    passes = []
+    for one in made.passes:
+        filled = [f"{{{r.at[0]}, {r.at[1]}, {r.at[2]}, 1}}" for r in one.residues]
+        passes.append(_list([*filled, *["{0, 0, 0, 0}"] * (made.residues - len(filled))]))
+    return f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(passes)};"
+
+
+def _tables(made: Specialisation) -> list[str]:
     runs = {run: i for i, run in enumerate(_runs(made))}
     low, _ = made.layer.reach
-    begins: list[str] = []
-    steps, residues = [], []  # type: ignore[var-annotated]
+    begins, steps = list[str](), list[str]()
     for one in made.passes:
         order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
         slabs = (*range(made.slabs), math.inf)
@@ -104,15 +114,12 @@ def _tables(made: Specialisation) -> str:
                     f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}"
                 )
                 inside += made.step_bytes(step)
-        filled = [f"{{{r.at[0]}, {r.at[1]}, {r.at[2]}, 1}}" for r in one.residues]
-        residues.append(_list([*filled, *["{0, 0, 0, 0}"] * (made.residues - len(filled))]))
     begins.append(_list([_list([len(steps)] * (made.slabs + 1))] * len(runs)))
-    return "\n".join([
+    return [
         f"__constant__ unsigned short kRunBegin[][{len(runs)}][{made.slabs + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
         *_packed_tables(made),
-        f"__constant__ fxfuse::Residue kResidues[][{made.residues}] = {_list(residues)};",
-    ])  # fmt: skip
+    ]
 
 
 def _packed_tables(made: Specialisation) -> list[str]:
@@ -161,7 +168,6 @@ def _problem(
     store: Store,
 ) -> str:
     layer = made.layer
-    half = made.columns // 2
     out = TYPES[output]
     if epilogue.combine:
         bare = str(epilogue.before == "fxfuse::Identity").lower()
@@ -172,17 +178,8 @@ def _problem(
         stores = "StoreSectors" if made.by_channel else "Store"
         bare, kind = "false", f"fxfuse::{stores}<Problem, {out}, {epilogue.before}, {epilogue.behind}>"
         direct = f"fxfuse::DirectStore<Problem, {TYPES[dtype]}>"
-    if made.by_channel:
-        instructions = f"    wgmma_n{made.m_tiles * ROWS}<0>(acc, x, y);"
-    else:
-        ways = [
-            f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
-            for c in sorted({c for _, c in runs})
-        ]
-        instructions = "    " + "\n    else ".join(ways)
     types = ("SectorPlace", "SectorTable", "Lines") if made.by_channel else ("Place", "ChannelTable", "Outbox")
     constants = {
-        "chunk": made.chunk,
         "columns": made.columns,
         "residues": made.residues,
         "m_tiles": made.m_tiles,
@@ -195,14 +192,9 @@ def _problem(
             for name in ("stride", "kernel", "padding", "dilation")
             for dim, value in zip("dhw", getattr(layer, name), strict=True)
         },
+        **{f"step_{dim}": value for dim, value in zip("dhw", made.step, strict=True)},
         "in_channels": layer.channels,
-        "offsets": len(layer.offsets),
         "joined": layer.joined,
-        "runs": len(runs),
-        "slabs": made.slabs,
-        "steps": sum(len(p.steps) for p in made.passes),
-        "packed": len(packed_taps(made)) or 1,
-        "headroom": made.headroom,
         "pair": _pair(made),
         "lines": made.lines,
         "itemsize": ITEMSIZES[output],
@@ -215,9 +207,9 @@ def _problem(
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
     return f"""struct Problem {{
 {values}
-  static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
-  static constexpr bool resident = {str(made.resident).lower()}, bare = {bare};
-  static constexpr bool scaled = {str(dtype == "f32").lower()}, watched = {str(made.watched).lower()};
+  static constexpr bool bare = {bare};
+  static constexpr bool scaled = {str(dtype == "f32" and not made.planar).lower()};
+  static constexpr bool watched = {str(made.watched or made.planar).lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
@@ -225,22 +217,51 @@ def _problem(
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()}, by_slab = {str(made.by_slab).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()};
   static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
   using Outbox = fxfuse::{types[2]}<Problem>;
 {_fold_type(epilogue)}
 {_run_type(made, store)}
-{_rows_type(made.layer)}
   using Epilogue = {kind};
+  static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
+{emit_planar.members(made) if made.planar else _members(made, runs)}
+}};
+using Direct = {direct};"""
+
+
+def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
+    """Of ``Problem``, what warpgroup instructions multiply: see ``conv_wgmma.cuh`` and ``prepare.cuh``."""
+    half = made.columns // 2
+    if made.by_channel:
+        instructions = f"    wgmma_n{made.m_tiles * ROWS}<0>(acc, x, y);"
+    else:
+        ways = [
+            f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
+            for c in sorted({c for _, c in runs})
+        ]
+        instructions = "    " + "\n    else ".join(ways)
+    constants = {
+        "chunk": made.chunk,
+        "offsets": len(made.layer.offsets),
+        "runs": len(runs),
+        "slabs": made.slabs,
+        "steps": sum(len(p.steps) for p in made.passes),
+        "packed": len(packed_taps(made)) or 1,
+        "headroom": made.headroom,
+    }
+    values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
+    return f"""{values}
+  static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
+  static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
+{_rows_type(made.layer)}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
   static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
   static FXFUSE_INLINE fxfuse::Taps taps(int place, int offset) {{ return kTaps[place * offsets + offset]; }}
   static FXFUSE_INLINE int tap(int i) {{ return kTap[i]; }}
-  static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
   template <int first, int count, int size>
   static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
 {instructions}
@@ -252,9 +273,7 @@ def _problem(
   static __device__ constexpr int run_count(int r) {{
     constexpr int values[] = {_list([c for _, c in runs])};
     return values[r];
-  }}
-}};
-using Direct = {direct};"""
+  }}"""
 
 
 def _pair(made: Specialisation) -> int:
@@ -315,8 +334,20 @@ def _fold_type(epilogue: Epilogue) -> str:
     return f"  struct Fold : fxfuse::Fold{fold.combine} {{\n    static constexpr int channels = {fold.channels};\n  }};"
 
 
-def _entries(dtype: str, operand: str, output: str, bias: str, scaled: str, *, gathers: bool, watched: bool) -> str:
-    t, half = TYPES[dtype], TYPES[operand]
+def _entries(made: Specialisation, dtype: str, output: str, bias: str, *, gathers: bool) -> Iterator[str]:
+    t = TYPES[dtype]
+    yield emit_planar.CONVOLUTION if made.planar else _multiplying(dtype, bias)
+    yield _DIRECT.format(t=t)
+    if dtype == "f32" and not made.planar:
+        yield _SCALED.format(half=TYPES[OPERANDS[dtype]], bias=TYPES[bias])
+    if made.watched or made.planar:
+        yield _WATCHED
+    if gathers:
+        yield _MERGE.format(t=t, out=TYPES[output])
+
+
+def _multiplying(dtype: str, bias: str) -> str:
+    t, half, scaled = TYPES[dtype], TYPES[OPERANDS[dtype]], str(dtype == "f32").lower()
     return f"""
 extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
 convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
@@ -337,21 +368,17 @@ prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState 
                                                          chunks, column_tiles, in_channels, out_channels, volume,
                                                          weight_bytes);
 }}
+"""
+
+
+_DIRECT = """
 extern "C" __global__ void __launch_bounds__(256, 4)
 direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
        const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::begin_dependent();
   fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
 }}
-""" + "".join(
-        [
-            _SCALED.format(half=half, bias=TYPES[bias]) if scaled == "true" else "",
-            _WATCHED if watched else "",
-            _MERGE.format(t=t, out=TYPES[output]) if gathers else "",
-        ]
-    )
-
-
+"""
 #: without scales to be measured, `prepare` has what `measure` does of the bias
 _BIAS = ", const {bias}* bias, float* wide, int all_channels"
 _WIDEN = """

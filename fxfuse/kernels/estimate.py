@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -21,6 +21,7 @@ from fxfuse.kernels.convolution_kernels import Convolution, sampled
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.geometry import three_of
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import POOLED, seconds
@@ -110,9 +111,10 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     What a first run has written of them is only read.
     """
     layer, x = made.layer, types[kernel.x]
-    scaled = kernel.dtype is torch.float32
+    scaled = kernel.dtype is torch.float32 and not made.planar
     n, _, *sizes = (s or 0 for s in x.shape)
-    rows = n * math.prod(layer.row_sizes(_three(sizes))) * made.padded_channels * layer.groups * made.parts * 2
+    width = 0 if made.planar else made.padded_channels * layer.groups * made.parts * 2
+    rows = n * math.prod(layer.row_sizes(three_of(sizes))) * width
     packed = layer.groups * made.column_tiles * made.weight_bytes
     moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
     stored = size_of(kernel.kind) if kernel.keeps else 0
@@ -124,15 +126,16 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     read += size_of(x) // every if scaled and not rows_there else 0
     written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
     weight = layer.channels * layer.groups * layer.out_channels * made.products
-    macs = n * math.prod(kernel.extents) // math.prod(layer.stride) * weight
-    prepares = (0 if all_there else 1 + scaled) + (made.watched and not rows_there)
+    macs = n * math.prod(kernel.extents) // (math.prod(layer.stride) * math.prod(made.step)) * weight
+    looks = made.watched or made.planar  # and marks samples, which are none before
+    prepares = (0 if all_there or made.planar else 1 + scaled) + (looks and not rows_there)
     again = scaled and every > 1 and not rows_there
     return Work(
-        launches=1 + prepares + again + ((scaled or made.watched) and kernel.keeps) + kernel.gathers,
+        launches=1 + prepares + again + ((scaled or looks) and kernel.keeps) + kernel.gathers,
         read=read,
         written=written,
         macs=macs,
-        seconds=_seconds(kernel, made, n, _three(sizes)),
+        seconds=_seconds(kernel, made, n, three_of(sizes)),
         floor=max((read + written) / BANDWIDTH, macs * (3 if made.exact else 1) / HALF_RATE),
     )
 
@@ -140,7 +143,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
 def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     """Three kernels. Products of every tile of x are written, and read again."""
     n, _, *sizes = (s or 0 for s in types[kernel.x].shape)
-    work = made.work(n, _three(sizes), kernel.extents)
+    work = made.work(n, three_of(sizes), kernel.extents)
     kept = (work.products + work.sums) * torch.float64.itemsize
     read = bytes_of(types, kernel.reads) + kept
     written = kept + n * made.layer.out_channels * made.layer.groups * MOMENTS
@@ -263,11 +266,6 @@ def _made(step: Step) -> dict[str, TensorType]:
     ones = (1,) * len(spatial)
     shapes = ((1 if dict(i.attributes)["batch"] else n, c, *ones) for i in step.instrs for _ in i.outs)
     return {name: TensorType(torch.float32, shape) for name, shape in zip(step.makes, shapes, strict=True)}
-
-
-def _three(sizes: Sequence[int | None]) -> Extents:
-    d, h, w = (1, 1, 1, *(s or 0 for s in sizes))[-3:]
-    return d, h, w
 
 
 def size_of(kind: TensorType) -> int:

@@ -12,6 +12,14 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+ONE = (1, 1, 1)
+
+
+def three_of(sizes: Sequence[int | None]) -> tuple[int, int, int]:
+    """Sizes of up to three spatial dims, with ones in front; zero for those that are not known."""
+    d, h, w = (*ONE, *(s or 0 for s in sizes))[-3:]
+    return d, h, w
+
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
@@ -93,6 +101,14 @@ class Step:
     @property
     def count(self) -> int:
         return len(self.taps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Residue classes whose accumulators are held at the same time; None fills up."""
+
+    residues: tuple[Residue, ...]
+    steps: tuple[Step, ...]
 
 
 def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step, ...]:

@@ -264,6 +264,7 @@ def _sender(make: Callable[[], list[Any]]) -> Send:
 @functools.lru_cache(maxsize=4096)
 def rows_map(
     pointer: int,
+    *,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     bfloat: bool,
@@ -274,26 +275,42 @@ def rows_map(
 
     ``strides`` in elements; that of C is 1. The swizzle is as wide as a row in shared memory.
     """
+    kind = "BFLOAT16" if bfloat else "FLOAT16"
+    swizzle = {16: "32B", 32: "64B", 64: "128B"}[channels]
+    return _map(pointer, kind, 2, shape, strides, (1, *box, channels), swizzle)
+
+
+@functools.lru_cache(maxsize=4096)
+def planes_map(
+    pointer: int, *, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int, int]
+) -> bytes:
+    """The CUtensorMap that copies boxes (c, d, h, w) of (N, C, D, H, W) float32. ``strides`` as of :func:`rows_map`."""
+    return _map(pointer, "FLOAT32", 4, shape, strides, (1, *box), "NONE")
+
+
+def _map(
+    pointer: int,
+    kind: str,
+    itemsize: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: str,
+) -> bytes:
+    """A CUtensorMap of five dims, the last of which has a stride of 1; ``kind``, ``swizzle``: the driver's names."""
     driver = _driver()
-    kind = driver.CUtensorMapDataType
-    swizzles = driver.CUtensorMapSwizzle
-    swizzle = {
-        16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
-        32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
-        64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
-    }[channels]
     made = _checked(
         "cuTensorMapEncodeTiled",
         driver.cuTensorMapEncodeTiled(
-            kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
             5,
             pointer,
             [driver.cuuint64_t(s) for s in reversed(shape)],
-            [driver.cuuint64_t(s * 2) for s in reversed(strides[:4])],
-            [driver.cuuint32_t(s) for s in (channels, *reversed(box), 1)],
+            [driver.cuuint64_t(s * itemsize) for s in reversed(strides[:4])],
+            [driver.cuuint32_t(s) for s in reversed(box)],
             [driver.cuuint32_t(1)] * 5,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),

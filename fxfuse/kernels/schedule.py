@@ -20,9 +20,11 @@ from torch import Tensor
 from fxfuse import vocabulary
 from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
+from fxfuse.kernels import planar
 from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of
@@ -210,6 +212,8 @@ class _Cutter:
         taken = [self.anchor, *chain.body]
         stages = [i.op for i in taken]
         pool, found = self._pool(chain.result, layer)
+        if found is not None and found.step is not None and not chain.body and self._takes(layer, found.whole()):
+            found = found.whole()
         after = Chain(chain.result)
         instead: dict[str, Instr] = {}  # of the pool
         if pool is not None and found is not None:
@@ -223,9 +227,10 @@ class _Cutter:
                 after = Chain(self._name(f"{pool.outs[0]}_combined"))
                 instead[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
                 self._add(after.result, chain.result, found.sizes)
+        x = _name(self.anchor, 0)
         kernel = Launch(
             layer=layer,
-            x=_name(self.anchor, 0),
+            x=x,
             weight=_name(self.anchor, 1),
             bias=None if self.anchor.operands[2] is None else _name(self.anchor, 2),
             dtype=self.types[value].dtype,
@@ -235,9 +240,11 @@ class _Cutter:
             kind=self.types[after.result],
             strides=self.strides[after.result],
             stages=tuple(stages),
-            x_layout=self._layout_of(_name(self.anchor, 0)),
+            x_layout=self._layout_of(x),
+            planes=planar.possible(self.types[x].shape, self.strides[x]),
             combine=found.combine if found else "",
             factor=found.factor if found else 1.0,
+            step=three_of(found.step) if found and found.rest is None and found.step else ONE,
             before=chain.expression,
             after=after.expression,
         )
@@ -296,6 +303,15 @@ class _Cutter:
         spatial = len(self.types[value].shape) - 2
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))
         return pool, pooling(pool, layer.stride[3 - spatial :], sizes, made)  # type: ignore[arg-type]
+
+    def _takes(self, layer: Layer, whole: Pooling) -> bool:
+        """Whether a planar kernel makes all of a pool."""
+        x = _name(self.anchor, 0)
+        kind, strides = self.types[x], self.strides[x]
+        float32 = {kind.dtype, self._bias_dtype()} == {torch.float32}
+        if self.exact or not float32 or not planar.possible(kind.shape, strides):
+            return False
+        return planar.takes(layer, kind.shape[0] or 0, three_of(whole.sizes), three_of(whole.step or ()))
 
     def _folded(self, kernel: Launch) -> tuple[Launch, Sequence[Instr]]:
         """The kernel with the reduction over channels that alone reads what it stores, and what it takes for that."""

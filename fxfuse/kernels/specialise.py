@@ -14,13 +14,12 @@ from fxfuse.kernels.convolution import (
     ROWS,
     STAGE_BYTES,
     Layer,
-    Pass,
     Shared,
     Specialisation,
     Unsupported,
     cycles,
 )
-from fxfuse.kernels.geometry import Residue, Step, steps_of, steps_of_sum, sum_of
+from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
 from fxfuse.kernels.tiles import Extents, best_fit, outbox_blocks
 from fxfuse.kernels.tiling import (
     CLOCK,

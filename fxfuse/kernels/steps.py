@@ -21,16 +21,16 @@ from fxfuse.program import Program
 class Launch:
     """The convolution kernel. Names are values of the program.
 
-    ``x_layout``: the memory format of x; "" for none. ``extents``: sizes of the convolution's own output, three of
-    them, as in ``layer``. ``stored``: the
-    value that it writes, of the type ``kind`` and with ``strides``. ``combine``, ``factor``: what it
-    makes of all residue classes of a position ("", "Maximum", "Sum"). ``before``, ``after``: the
-    expressions in front of that and behind it. ``fold``: the reduction over channels of all that, with the
-    expression ``behind`` it; ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction
-    over channels that follows is none of this kernel's. ``stages`` are for a person to read. ``gathers``: it
-    makes partial statistics of the value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products
-    of x with itself make the statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first
-    run has made of x and the weights.
+    ``x_layout``: the memory format of x; "" for none. ``planes``: it may be read as it lies. ``extents``: sizes of
+    the convolution's own output, three of them, as in ``layer``. ``stored``: the value that it writes, of the type
+    ``kind`` and with ``strides``. ``combine``, ``factor``: what it makes of all residue classes of a position ("",
+    "Maximum", "Sum"), or of so many positions per dim (``step``). ``before``, ``after``: the expressions in front
+    of that and behind it. ``fold``: the reduction over channels of all that, with the expression ``behind`` it;
+    ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction over channels that follows is
+    none of this kernel's. ``stages`` are for a person to read. ``gathers``: it makes partial statistics of the
+    value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products of x with itself make the
+    statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first run has made of x and
+    the weights.
     """
 
     layer: Layer
@@ -45,8 +45,10 @@ class Launch:
     strides: tuple[int, ...]
     stages: tuple[str, ...]
     x_layout: str = ""
+    planes: bool = False
     combine: str = ""
     factor: float = 1.0
+    step: tuple[int, int, int] = (1, 1, 1)
     before: Expression | None = None
     after: Expression | None = None
     fold: Fold | None = None

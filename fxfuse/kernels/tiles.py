@@ -72,7 +72,8 @@ class Tiling:
 
 def region_stride(made: Specialisation, tiling: Tiling) -> int:
     """Bytes of shared memory from one buffer of x to the next."""
-    return -(-tiling.rows_needed(made.halo) * made.chunk * 2 // 1024) * 1024
+    rows = math.prod(made.copied(tiling.region)) if made.planar else tiling.rows_needed(made.halo)
+    return -(-rows * made.row_bytes // 1024) * 1024
 
 
 def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
@@ -90,19 +91,27 @@ def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator
     """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well."""
     room, by_channel = _room(made), made.by_channel
     ways = _ways(made.m_tiles, made.halo, extents, linear)
-    return (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
+    found = (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
+    return filter(functools.partial(_fits_copied, made), found) if made.planar else found
 
 
 def joint_tilings(made: Specialisation, extents: Extents, over: int) -> Iterator[Tiling]:
     """Joint ones, with so many positions ``over`` and without, in the same order."""
     room = _room(made)
     ways = _joint_ways(made.m_tiles, made.halo, extents, over) if over else ()
-    return (way.tiling() for way in ways if way.rows <= room)
+    found = (way.tiling() for way in ways if way.rows <= room)
+    return filter(functools.partial(_fits_copied, made), found) if made.planar else found
+
+
+def _fits_copied(made: Specialisation, tiling: Tiling) -> bool:
+    """Whether planes of x for a tile fit into shared memory, and into a copy."""
+    sizes = made.copied(tiling.region)
+    return math.prod(sizes) <= _room(made) and max(sizes) <= MOST_COPIED
 
 
 def _room(made: Specialisation) -> int:
     """Rows of shared memory for one buffer of x."""
-    return made.region_bytes // (made.chunk * 2)
+    return made.region_bytes // made.row_bytes
 
 
 class _Way(NamedTuple):

@@ -235,6 +235,8 @@ def seconds(
     if keeps:
         one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
     total = waves * one + LAUNCHES
+    if made.planar:
+        return total
     if shares is not Shared.ALL:
         total += LAUNCHES_WEIGHTS
     if shares is Shared.NOTHING:

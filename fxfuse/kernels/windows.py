@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from operator import floordiv, mul
 
 from fxfuse.instr import Instr
 from fxfuse.vocabulary.pools import output_size
@@ -17,7 +18,8 @@ class Pooling:
     """``combine`` all residue classes of each position; ``sizes``: positions per dim that are stored.
 
     ``window``: the convolution's stride. ``factor``: of a sum, to make it a mean. ``rest``: the pool that
-    is left to do over the positions, or None.
+    is left to do over the positions, or None. ``step``: positions per dim in each of its windows, where it is a mean of
+    windows without padding that follow each other; what it makes is then a sum of all of them, with :meth:`whole`.
     """
 
     combine: str
@@ -25,6 +27,13 @@ class Pooling:
     sizes: tuple[int, ...]
     factor: float
     rest: Instr | None
+    step: tuple[int, ...] | None = None
+
+    def whole(self) -> Pooling:
+        """The same with nothing left to do: ``sizes`` and ``window`` are those of the pool."""
+        assert self.step is not None
+        window, sizes = (tuple(map(by, of, self.step)) for by, of in ((mul, self.window), (floordiv, self.sizes)))
+        return Pooling(self.combine, window, sizes, self.factor / math.prod(self.step), None, self.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +73,9 @@ def pooling(pool: Instr, step: Sequence[int], lengths: Sequence[int], counts: Se
             return None  # it would make windows beyond the last one
     factor = 1.0 / math.prod(step) if combine == "Sum" else 1.0
     done = all((d.kernel, d.stride, d.padding) == (1, 1, 0) for d in small)
-    return Pooling(combine, tuple(step), sizes, factor, None if done else _smaller(pool, small))
+    rest = None if done else _smaller(pool, small)
+    follow = combine == "Sum" and not done and all((d.stride, d.padding) == (d.kernel, 0) for d in small)
+    return Pooling(combine, tuple(step), sizes, factor, rest, tuple(d.kernel for d in small) if follow else None)
 
 
 def _dims(pool: Instr, lengths: Sequence[int], counts: Sequence[int]) -> list[_Dim] | None:

@@ -216,6 +216,7 @@ def _module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
 
 def rows_map(
     pointer: int,
+    *,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     bfloat: bool,
@@ -223,9 +224,21 @@ def rows_map(
     channels: int,
 ) -> bytes:
     """``Map`` of runtime.cpp in the place of a CUtensorMap."""
-    assert all(s * 2 % 16 == 0 for s in strides[:4]) and pointer % 16 == 0, (strides, pointer)
-    inner = [s * 2 for s in reversed(strides[:4])]
-    return struct.pack("<Q4Q5I5II", pointer, *inner, *reversed(shape), channels, *reversed(box), 1, 0).ljust(128, b"\0")
+    return _map(pointer, 2, shape, strides, (1, *box, channels))
+
+
+def planes_map(
+    pointer: int, *, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int, int]
+) -> bytes:
+    """The same for planes of float32."""
+    assert box[-1] % 4 == 0, box
+    return _map(pointer, 4, shape, strides, (1, *box))
+
+
+def _map(pointer: int, itemsize: int, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
+    inner = [s * itemsize for s in reversed(strides[:4])]
+    assert all(s % 16 == 0 for s in inner) and pointer % 16 == 0 and strides[4] == 1, (strides, pointer)
+    return struct.pack("<Q4Q5I5II", pointer, *inner, *reversed(shape), *reversed(box), itemsize).ljust(128, b"\0")
 
 
 @contextlib.contextmanager
@@ -243,6 +256,7 @@ def emulated(seed: int = 0) -> Iterator[Device]:
         patch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
         patch.setattr(convolution_engine, "_processors", lambda _: PROCESSORS)
         patch.setattr(convolution_engine, "rows_map", rows_map)
+        patch.setattr(convolution_engine, "planes_map", planes_map)
         patch.setattr(prepared, "current_device", lambda: None)
         patch.setattr(launch, "_launcher", lambda: device.start)
         patch.setattr(Kernel, "allow_shared", lambda *_: None)

@@ -66,6 +66,19 @@ inline void mma_double(double (&c)[4], double a0, double a1, double b) {
     for (int k = 0; k < 4; ++k) c[i] += all[(lane & ~3) + k][i >> 1] * all[((lane & 3) * 2 + (i & 1)) * 4 + k][2];
 }
 
+template <int first, int size>
+void mma_tf32(float (&c)[size], int at, const uint32_t (&a)[4], const uint2& b) {
+  const uint32_t given[6] = {a[0], a[1], a[2], a[3], b.x, b.y};
+  uint32_t all[32][6];
+  emulated_warp(given, all, sizeof(given));
+  const int lane = threadIdx.x & 31;
+  auto number = [&](int lane, int i) { return __uint_as_float(all[lane][i] & ~0x1fffu); };
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 8; ++k)
+      c[first + at + i] += number((lane & ~3) + (k & 3), (i >> 1) + (k >> 2) * 2) *
+                           number(((lane & 3) * 2 + (i & 1)) * 4 + (k & 3), 4 + (k >> 2));
+}
+
 struct Half {
   uint16_t bits;
 };

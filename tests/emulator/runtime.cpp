@@ -65,9 +65,9 @@ struct Warpgroup {
   long finished;
 };
 
-struct Map {  // as device.py packs it: dims are C, W, H, D, N
-  uint64_t pointer, strides[4];  // strides in bytes, of all but C
-  uint32_t sizes[5], box[5], swizzle;
+struct Map {  // as device.py packs it: dims are C, W, H, D, N, or W, H, D, C, N of planes
+  uint64_t pointer, strides[4];  // strides in bytes, of all but the first
+  uint32_t sizes[5], box[5], itemsize;  // 2: rows, which are swizzled; 4: planes
 };
 
 std::mt19937 chance(0);
@@ -167,7 +167,7 @@ void finish(const Copy& c) {
   }
   Map m;
   memcpy(&m, c.from, sizeof m);
-  const int row_bytes = m.box[0] * 2;
+  const int row_bytes = m.box[0] * m.itemsize, each = 16 / m.itemsize;
   const uint32_t first = emulated_address(c.to);
   uint32_t row = 0;
   for (uint32_t n = 0; n < m.box[4]; ++n)
@@ -175,17 +175,19 @@ void finish(const Copy& c) {
       for (uint32_t h = 0; h < m.box[2]; ++h)
         for (uint32_t w = 0; w < m.box[1]; ++w, ++row)
           for (int unit = 0; unit < row_bytes / 16; ++unit) {
-            const int64_t at[5] = {c.at[0] + unit * 8, c.at[1] + (int)w, c.at[2] + (int)h, c.at[3] + (int)d, c.at[4] + (int)n};
+            const int64_t at[5] = {c.at[0] + unit * each, c.at[1] + (int)w, c.at[2] + (int)h, c.at[3] + (int)d, c.at[4] + (int)n};
             bool inside = true;
-            for (int i = 0; i < 5; ++i) inside &= at[i] >= 0 && at[i] < m.sizes[i];
-            uint8_t* to = dynamic + (swizzled(first + row * row_bytes + unit * 16, row_bytes) - emulated_address(dynamic));
-            if (!inside) {
-              memset(to, 0, 16);
-              continue;
-            }
-            const uint8_t* from = (const uint8_t*)m.pointer + at[0] * 2;
+            for (int i = 1; i < 5; ++i) inside &= at[i] >= 0 && at[i] < m.sizes[i];
+            const uint32_t linear = first + row * row_bytes + unit * 16;
+            uint8_t* to = dynamic + ((m.itemsize == 2 ? swizzled(linear, row_bytes) : linear) - emulated_address(dynamic));
+            const uint8_t* from = (const uint8_t*)m.pointer + at[0] * (int64_t)m.itemsize;
             for (int i = 1; i < 5; ++i) from += at[i] * (int64_t)m.strides[i - 1];
-            memcpy(to, from, 16);
+            for (int k = 0; k < each; ++k) {
+              if (inside && at[0] + k >= 0 && at[0] + k < m.sizes[0])
+                memcpy(to + k * m.itemsize, from + k * (int)m.itemsize, m.itemsize);
+              else
+                memset(to + k * m.itemsize, 0, m.itemsize);
+            }
           }
   barrier_at(c.barrier)->bytes -= row * row_bytes;
   settle(barrier_at(c.barrier));
@@ -324,7 +326,7 @@ void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* 
   if (emulated_address(to) % 128 || m.pointer % 16) emulated_fail("a box that is not aligned");
   for (int i = 0; i < 5; ++i)
     if (m.box[i] > 256) emulated_fail("a box with a side of more than 256");
-  check_shared(to, (size_t)m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4] * 2);
+  check_shared(to, (size_t)m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4] * m.itemsize);
   Copy c = {true, to, map, 0, barrier, {}};
   std::copy(at, at + 5, c.at);
   copies.push_back(c);

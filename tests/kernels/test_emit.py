@@ -75,7 +75,9 @@ KERNELS = {
     "a_pool_and_a_logsumexp": lambda: kernel(
         (32, 40), (3, 3, 3), MAX.format(x="y", k=TWO), "z = silu(m)", SUMMED, "v = mul(u, 2.0)", s=TWO
     ),
-    "a_mean_of_sums": lambda: kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", s=TWO, p=ONE),
+    "a_mean_of_sums": lambda: kernel((12, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", s=TWO, p=ONE),
+    "a_mean_from_planes": lambda: kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=TWO), "u = mul(m, g)", s=TWO, p=ONE),
+    "a_mean_of_many_positions": lambda: kernel((3, 16), (3, 3, 3), AVG.format(x="y", k=(4, 4, 4)), s=TWO, p=ONE),
     "f16_a_mean_of_sums": lambda: kernel((3, 100), (3, 3, 3), AVG.format(x="y", k=TWO), s=TWO, dtype="f16"),
     "a_softmax_of_sums": lambda: kernel(
         (32, 64), (4, 4, 4), AVG.format(x="y", k=TWO), "z = softmax(m, dim=1)", s=TWO, p=ONE
@@ -123,7 +125,7 @@ def test_kernels_compile_without_spills(name: str) -> None:
         assert not [w for w in cubin.warnings if "C751" in w or "serialized" in w]
 
 
-@pytest.mark.parametrize("name", ["relu", "clamp_div", "groups", "a_mean_of_sums"])
+@pytest.mark.parametrize("name", ["relu", "clamp_div", "groups", "a_mean_of_sums", "a_mean_from_planes"])
 def test_nothing_is_divided_by_sizes(name: str) -> None:
     """Every warp finds its tile, and where that is stored, by multiplications: few warps hide no division."""
     made = KERNELS[name]()

@@ -118,10 +118,11 @@ def check_wait(name: str, text: str) -> None:
 def check_products(cubin: Cubin, source: Source) -> None:
     """The matrix units multiply, undisturbed. Statistics may spill a little behind the products, and nothing else."""
     assert source.convolution is not None
+    instruction = "HMMA.1688.F32.TF32" if source.convolution.made.planar else "HGMMA.64x"
     spills, epilogue = cubin.kernels["convolution"].spills, source.convolution.epilogue
     assert epilogue.gathers or not spills, (spills, source.kinds)
     lines = sass(cubin, "convolution").splitlines()
-    products = [i for i, line in enumerate(lines) if "HGMMA.64x" in line]
+    products = [i for i, line in enumerate(lines) if instruction in line]
     assert bool(products) == any(one.steps for one in source.convolution.made.passes)
     if products:
         assert not [line for line in lines[products[0] : products[-1]] if "STL" in line or "LDL" in line], source.kinds

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import convolution_engine, execute, launch, prepared, tail_engine
+from fxfuse.kernels import convolution_engine, execute, launch, prepared, running, tail_engine
 from fxfuse.kernels.convolution import Layer, Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
@@ -180,15 +180,19 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
     def module(*_: Any) -> SimpleNamespace:
-        return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*KERNELS, "merge", *TAIL)})
+        return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*KERNELS, "prepare", "merge", *TAIL)})
 
     for where in (convolution_engine, tail_engine, prepared):
         monkeypatch.setattr(where, "empty", empty)
     for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "_module", module)
+    for name in ("_calls", "_launches"):
+        monkeypatch.setattr(running, name, {})
     monkeypatch.setattr(tail_engine, "architecture", lambda device: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda device: 132)
-    monkeypatch.setattr(convolution_engine, "rows_map", lambda *told: repr(told).encode().ljust(128, b" ")[:128])
+    monkeypatch.setattr(
+        convolution_engine, "rows_map", lambda *told, **more: repr((told, more)).encode().ljust(128, b" ")[:128]
+    )
     monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     return given

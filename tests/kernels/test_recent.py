@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import convolution_engine, execute, launch, prepared, recent, tail_engine
+from fxfuse.kernels import convolution_engine, execute, launch, prepared, recent, running, tail_engine
 from fxfuse.kernels.launch import Kernel
 from fxfuse.kernels.prepared import Prepared
 
@@ -208,7 +208,8 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
         monkeypatch.setattr(where, "stream_of", lambda _: 0)
     monkeypatch.setattr(tail_engine, "architecture", lambda _: "sm_90a")
     monkeypatch.setattr(convolution_engine, "_processors", lambda _: 132)
-    monkeypatch.setattr(convolution_engine, "rows_map", lambda *_: bytes(128))
+    monkeypatch.setattr(convolution_engine, "rows_map", lambda *_, **__: bytes(128))
+    monkeypatch.setattr(convolution_engine, "planes_map", lambda *_, **__: bytes(128))
     monkeypatch.setattr(prepared, "current_device", lambda: None)
     monkeypatch.setattr(launch, "_launcher", lambda: start)
     monkeypatch.setattr(Kernel, "allow_shared", lambda *_: None)
@@ -218,7 +219,7 @@ def kernels(gpu: type[Stand], monkeypatch: pytest.MonkeyPatch) -> list[str]:  # 
         monkeypatch.setattr(execute, name, lambda _: True)
     monkeypatch.setattr(execute, "_device_name", lambda _: "NVIDIA Pretend")
     monkeypatch.setattr(execute, "slower", lambda *_: None)
-    for where, name in ((execute, "_prepared"), (recent, "_recent")):
+    for where, name in ((execute, "_prepared"), (recent, "_recent"), (running, "_calls"), (running, "_launches")):
         monkeypatch.setattr(where, name, {})
     for name in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{name}.LEAST_ELEMENTS", 1)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_twice import region, ways
+from test_twice import of_rows, region, ways  # noqa: F401
 
 from fxfuse.kernels.account import account_of
 from fxfuse.kernels.convolution import Layer, Shared, Specialisation
@@ -102,7 +102,7 @@ def test_what_launches_have_in_common(changed: dict[str, object], shares: Shared
 
 
 # --- what it saves --------------------------------------------------------------------------------
-def test_plans_say_so() -> None:
+def test_plans_say_so(of_rows: None) -> None:  # noqa: F811
     one, pooled = (twice(name)[0] for name in ("instance_norm", "batch_norm_pools"))
     assert str(one.schedule).endswith("-> f32[2, 32, 128, 128, 128], from the first run's rows and packed weights")
     assert ", from the first run's rows; then one kernel" in str(pooled.schedule)
@@ -111,7 +111,7 @@ def test_plans_say_so() -> None:
 
 
 @pytest.mark.parametrize("name", ["instance_norm", "batch_norm_pools"])
-def test_the_account(name: str) -> None:
+def test_the_account(name: str, of_rows: None) -> None:  # noqa: F811
     """Bytes, launches and seconds of the second run, and of one that would prepare all for itself."""
     found, made, kernel = twice(name)
     assert made.kernel is not None and isinstance(found.convolution, Convolution)

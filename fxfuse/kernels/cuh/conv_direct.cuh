@@ -58,7 +58,15 @@ struct Marked {
 
   template <class Arguments>
   FXFUSE_INLINE Marked(const DirectGeometry& s, const Arguments& a) : all(false), most(1.f), least(1.f) {
-    if (!scaled) return;
+    if constexpr (Problem::steady)
+      for (int i = threadIdx.x; i < s.samples * s.channels; i += blockDim.x) {
+        const int n = i / (int)s.channels;
+        all |= !a.before.steady(a.before.channel(n, i - n * (int)s.channels));
+      }
+    if (!scaled) {
+      if (Problem::steady) all = __syncthreads_or(all);
+      return;
+    }
     __shared__ float2 found[32];  // of a warp: the largest scale, and the largest reciprocal of one
     float2 mine = {0.f, 0.f};
     for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
@@ -67,11 +75,6 @@ struct Marked {
     }
     mine = warp_largest(mine);
     if ((threadIdx.x & 31) == 0) found[threadIdx.x >> 5] = mine;
-    if constexpr (Problem::steady)
-      for (int i = threadIdx.x; i < s.samples * s.channels; i += blockDim.x) {
-        const int n = i / (int)s.channels;
-        all |= !a.before.steady(a.before.channel(n, i - n * (int)s.channels));
-      }
     all = __syncthreads_or(all);
     mine = warp_largest((threadIdx.x & 31) < blockDim.x / 32 ? found[threadIdx.x & 31] : float2{0.f, 0.f});
     most = mine.x, least = reciprocal_of_power(mine.y);
@@ -112,6 +115,8 @@ struct DirectStore {
 
 template <class Problem, class T, class Combine>
 struct DirectPool {
+  static constexpr int window_d = Problem::stride_d * Problem::step_d, window_h = Problem::stride_h * Problem::step_h,
+                       window_w = Problem::stride_w * Problem::step_w;
   template <class Arguments>
   static FXFUSE_INLINE Size size(const Geometry&, const Arguments& a) { return {a.pooled_d, a.pooled_h, a.pooled_w}; }
   template <class Arguments>
@@ -120,10 +125,10 @@ struct DirectPool {
     const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
     const float bias = a.to.bias ? a.to.bias[c] : 0.f;
     float best = Combine::zero();
-    for (int rd = 0; rd < Problem::stride_d; ++rd)
-      for (int rh = 0; rh < Problem::stride_h; ++rh)
-        for (int rw = 0; rw < Problem::stride_w; ++rw) {
-          const int od = d * Problem::stride_d + rd, oh = h * Problem::stride_h + rh, ow = w_ * Problem::stride_w + rw;
+    for (int rd = 0; rd < window_d; ++rd)
+      for (int rh = 0; rh < window_h; ++rh)
+        for (int rw = 0; rw < window_w; ++rw) {
+          const int od = d * window_d + rd, oh = h * window_h + rh, ow = w_ * window_w + rw;
           if (od >= g.out_d || oh >= g.out_h || ow >= g.out_w) continue;
           const float y = direct_value<Problem>(x, w, s, g, n, group, column, od, oh, ow) + bias;
           best = Combine::combine(best, a.before(y, n, c, od, oh, ow));

@@ -37,6 +37,7 @@ struct Geometry {
   int linear;                        // consecutive rows of a plane, from anywhere: its width is the output's
   int over;                          // positions of the row behind the box, whose results complete its last sectors
   int region_h, region_w;            // of the box with halo, rows of shared memory
+  int copied_h, copied_w;            // of what a copy brings: other sizes where x lies there as planes
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
   int row_group;                     // rows from one group of eight to the next

@@ -126,6 +126,17 @@ FXFUSE_INLINE void mma_double(double (&c)[4], double a0, double a1, double b) {
       : "d"(a0), "d"(a1), "d"(b));
 }
 
+// --- a warp's matrix instruction of TF32 ----------------------------------------------------------------------------
+// c += a b for 16x8 a, 8x8 b. A lane has rows lane/4 and lane/4 + 8 of columns lane%4 and lane%4 + 4 of a, these rows of
+// column lane/4 of b, and columns lane%4*2 and the next one of c, of both rows, from `first` + `at` on. The last 13 bits of
+// a and b are not read.
+template <int first, int size>
+FXFUSE_INLINE void mma_tf32(float (&c)[size], int at, const uint32_t (&a)[4], const uint2& b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[first + at]), "+f"(c[first + at + 1]), "+f"(c[first + at + 2]), "+f"(c[first + at + 3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
+
 // --- numbers -------------------------------------------------------------------------------------------
 struct Half {
   uint16_t bits;

@@ -1,0 +1,100 @@
+"""Kernels for layers of few input channels that read float32 x as it lies: which, and whether they are faster. Pure.
+
+What prepares x for the other kernels reads all of it and writes rows of 16 numbers per position, however few channels
+there are; such a kernel reads x alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+from fxfuse.kernels.convolution import Layer, Shared, Specialisation, Unsupported
+from fxfuse.kernels.geometry import ONE, Pass, Residue, Tap, steps_of_sum, sum_of
+from fxfuse.kernels.specialise import TILE_CYCLES, specialise
+from fxfuse.kernels.tiles import Extents
+from fxfuse.kernels.tiling import seconds
+
+#: input channels up to which that is looked at, and shared memory that weights may take
+MOST_CHANNELS, MOST_FACTORS = 8, 65536
+#: how much faster such a kernel must be by estimate
+WORTH_IT = 1.03
+#: rows of matrix instructions per warpgroup, times 64; and accumulators of a thread
+TILES, MOST_ACCUMULATORS = (8, 4, 2, 1), 128
+
+
+def possible(x: Sequence[int | None], strides: Sequence[int]) -> bool:
+    """Whether an x (N, C, ...) of these sizes and strides may be copied as it lies, by 16 bytes."""
+    channels, width = x[1] or 0, x[-1] or 0
+    return channels <= MOST_CHANNELS and width % 4 == 0 and strides[-1] == 1 and all(s % 4 == 0 for s in strides[:-1])
+
+
+def as_planes(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool, step: Extents = ONE
+) -> Specialisation:
+    """The kernel for a layer like ``made`` that reads x as it lies.
+
+    ``step``: positions per dim whose sum makes one value. The others as of
+    :func:`~fxfuse.kernels.specialise.with_more_rows`. Raises Unsupported where there is none.
+    """
+    layer = made.layer
+    if step != ONE:
+        if not made.merged:
+            raise Unsupported("classes that are no sum have no sum of positions")
+        made = dataclasses.replace(made, passes=(_sum_of(layer, step),), step=step)
+    if made.exact or made.column_tiles * layer.groups * layer.joined > 1 or layer.beside or made.by_channel:
+        raise Unsupported("weights of several tiles of channels do not stay in shared memory")
+    ways = [
+        dataclasses.replace(made, planar=True, chunk=layer.in_channels, stages=1, x_buffers=2, m_tiles=m_tiles)
+        for m_tiles in TILES
+        if m_tiles * 2 * made.residues <= 32 and m_tiles * made.residues * made.columns <= 2 * MOST_ACCUMULATORS
+        if not (made.pooled and not made.merged) or m_tiles <= made.m_tiles
+    ]
+    if not ways:
+        raise Unsupported(f"{made.residues * made.columns} accumulators of a position are too many")
+    if layer.in_channels > MOST_CHANNELS:
+        raise Unsupported(
+            f"rows of {layer.in_channels} input channels are worth making (planes of at most {MOST_CHANNELS})"
+        )
+    if ways[0].stage_bytes > MOST_FACTORS:
+        raise Unsupported(f"weights take {ways[0].stage_bytes} bytes (at most {MOST_FACTORS})")
+
+    def time(one: Specialisation) -> float:
+        with contextlib.suppress(Unsupported):
+            return seconds(
+                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
+            )
+        return math.inf
+
+    best = min(ways, key=time)
+    if time(best) == math.inf:
+        raise Unsupported("x of a tile does not fit into shared memory")
+    return best
+
+
+def _sum_of(layer: Layer, step: Extents) -> Pass:
+    """All classes of so many positions as one class."""
+    places = itertools.product(*map(range, step))
+    taps = [
+        Tap(t.index, (t.delta[0] + d, t.delta[1] + h, t.delta[2] + w))
+        for d, h, w in places
+        for t in sum_of(layer.residues).taps
+    ]
+    one = Residue((0, 0, 0), tuple(taps))
+    return Pass((one,), steps_of_sum(one, added=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def takes(layer: Layer, samples: int, stored: Extents, step: Extents) -> bool:
+    """Whether there is a kernel that makes a sum of so many positions per dim, of ``samples`` whose sums have the sizes
+    ``stored``.
+    """
+    with contextlib.suppress(Unsupported):
+        made = specialise(layer, pooled=True, summed=True, contiguous=True, finite=True, stored=stored)
+        as_planes(made, samples, stored, stored[2], 4, keeps=True, step=step)
+        return True
+    return False
