@@ -197,11 +197,11 @@ def _classes(made: Specialisation) -> str:
 
 
 def _arithmetic(kernel: Launch, made: Specialisation) -> str:
+    if made.planar:
+        return "TF32 products, float32 sums; samples with Inf, NaN or denormal numbers by the kernel `direct`"
     if kernel.dtype is not torch.float32:
         watched = "; samples with Inf or NaN by the kernel `direct`" if made.watched else ""
         return f"{str(kernel.dtype).removeprefix('torch.')} products, float32 sums{watched}"
-    if made.planar:
-        return "TF32 products, float32 sums; samples with Inf, NaN or denormal numbers by the kernel `direct`"
     return "float32 of two 16-bit parts: three products" if made.exact else "TF32's accuracy of 16-bit products"
 
 

@@ -39,8 +39,8 @@ LINE, LINE_PITCH = 64, 156
 JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
-#: float32 that a copy of planes brings a multiple of, along w
-PLANE_UNIT = 4
+#: bytes that a copy of planes brings a multiple of, along w
+PLANE_UNIT = 16
 #: slabs of x along d that may be told apart; planes of positions of which that should pay, and what part of the time of
 #: a full batch of weights one batch more takes: a guess
 MOST_SLABS, TYPICAL_PLANES, BATCH = 16, 32, 0.1
@@ -159,10 +159,10 @@ class Specialisation:
     channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
     ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
     `direct`, as those of float32 always are.
-    ``planar``: x, of float32 and few channels, is not made rows: shared memory has a plane of positions for every
-    channel, as x itself, and each warp's own instructions, of TF32, read it there (``conv_planar.cuh``). Its only stage
-    holds all weights. ``step``: positions of x per dim from one position of the output to the next; of a planar kernel
-    whose only class is the sum of all classes of so many.
+    ``planar``: where x, of few channels, is not made rows, the bytes of a number of it: shared memory has a plane
+    of positions for every channel, as x itself, and each warp's own instructions, of TF32, read it there
+    (``conv_planar.cuh``). The only stage holds all weights. ``step``: positions of x per dim from one position of
+    the output to the next; of a planar kernel whose only class is the sum of all classes of so many.
     """
 
     layer: Layer
@@ -178,7 +178,7 @@ class Specialisation:
     merged: bool = False
     by_channel: bool = False
     watched: bool = False
-    planar: bool = False
+    planar: int = 0
     step: tuple[int, int, int] = (1, 1, 1)
 
     @property
@@ -194,7 +194,7 @@ class Specialisation:
     @property
     def row_bytes(self) -> int:
         """Shared memory of a position of x."""
-        return self.chunk * (4 if self.planar else 2)
+        return self.chunk * (self.planar or 2)
 
     @property
     def chunks(self) -> int:
@@ -306,7 +306,8 @@ class Specialisation:
         if not self.planar:
             return region
         d, h, w = ((n - 1) * s + 1 + r for n, s, r in zip(region, self.step, self.reach, strict=True))
-        return d, h, -(-w // PLANE_UNIT) * PLANE_UNIT
+        unit = PLANE_UNIT // self.planar
+        return d, h, -(-w // unit) * unit
 
     @functools.cached_property
     def pass_cycles(self) -> float:

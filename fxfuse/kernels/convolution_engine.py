@@ -36,7 +36,7 @@ from fxfuse.kernels.arguments import (
     Strides,
 )
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import MOST_TILES, PLANE_UNIT, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, planes_map, rows_map, stream_of
@@ -131,7 +131,8 @@ class _Call:
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
         self.device, self.bias, self.given = x.device.index, bias, given
-        self.scaled, self.planar = layer.dtype is torch.float32 and not made.planar, made.planar
+        self.planar = made.planar > 0
+        self.scaled = layer.dtype is torch.float32 and not self.planar
         self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
         self.in_place = self.planar or (not self.looks and _rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
@@ -167,7 +168,9 @@ class _Call:
         made, bfloat = layer.made, layer.dtype is torch.bfloat16
         if self.planar:
             planes_box = (x.shape[1], *made.copied(tiling.region))
-            return functools.partial(planes_map, shape=tuple(x.shape), strides=x.stride(), box=planes_box)
+            return functools.partial(
+                planes_map, shape=tuple(x.shape), strides=x.stride(), box=planes_box, dtype=x.dtype
+            )
         strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else dense(rows, "contiguous")
         box = (planes if first_planes(made, tiling) == planes else 1, *plane)
         return functools.partial(rows_map, shape=rows, strides=strides, bfloat=bfloat, box=box, channels=made.chunk)
@@ -210,8 +213,10 @@ class _Call:
         in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
         geometry = _geometry(x, of.extents, made, tiling, layer.output.itemsize)
 
+        wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
         if "unmark" in names and not given:
-            yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n)])
+            biases = [b_at, wide, I32(couts)] if self.planar else []
+            yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n), *biases])
         if not (self.planar or (given and of.shares is Shared.ALL)):
             if self.scaled:
                 ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
@@ -219,7 +224,6 @@ class _Call:
                 blocks = couts + (0 if given else n * told.samples.parts)
                 yield Launch(kernels["measure"], blocks, BLOCK, arguments)
             rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given, scaled=self.scaled)
-            wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
             taps = sum(s.count for p in made.passes for s in p.steps)
             blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
             blocks = rows_geometry.blocks + blocks_weights * shape.groups * made.column_tiles * made.chunks
@@ -267,8 +271,6 @@ class _Call:
             self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if moments is None else moments.data_ptr(), out.data_ptr(),
         )  # fmt: skip
-        if self.planar and bias is not None:
-            self.told.to.bias = bias.data_ptr()
         if operands != self.packed_operands:
             for place, packed in zip(self.places, operands, strict=True):
                 self.memory[place : place + len(packed)] = packed
@@ -293,7 +295,7 @@ class _Call:
         told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
         to.parts, to.counts = places[10:]
         told.scale = channels.scale
-        to.bias = channels.bias if self.bias and not self.planar else 0
+        to.bias = channels.bias if self.bias else 0
         told.direct.marks = samples.marks
         if self.scaled:
             to.sample_scale, to.channel_scale, told.direct.wrong = samples.scale, channels.reciprocal, channels.wrong
@@ -382,7 +384,8 @@ def _lines_by_quads(x: Tensor) -> bool:
 def _planes_in_place(x: Tensor) -> bool:
     """Whether TMA can read x as planes of channels as it lies."""
     *others, w = x.stride()
-    return w == 1 and all(s % 4 == 0 and s > 0 for s in others) and x.data_ptr() % 16 == 0
+    unit = PLANE_UNIT // x.element_size()
+    return w == 1 and all(s % unit == 0 and s > 0 for s in others) and x.data_ptr() % PLANE_UNIT == 0
 
 
 def _rows_in_place(x: Tensor, made: Specialisation) -> bool:

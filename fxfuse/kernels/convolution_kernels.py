@@ -64,7 +64,7 @@ class Convolution:
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
         many of them, where that is known. ``rows``: x, of 16-bit numbers, has to be made rows, and may be looked at.
-        ``planes``: x, of float32, may be read as it lies.
+        ``planes``: x may be read as it lies.
         """
         before = epilogue.before != Epilogue.before
         summed = epilogue.combine == "Sum" and not before
@@ -99,23 +99,30 @@ class Convolution:
 
         if dtype is torch.float32:  # what is not finite is left to the kernel `direct`
             made = specialised(layer.join(), fastest)
-            if planes and not exact and bias is dtype and extents is not None and samples:
-                with contextlib.suppress(Unsupported):
-                    other = specialised(layer, functools.partial(specialise, finite=True))
-                    other = planar.as_planes(
-                        other, samples, extents, row, output.itemsize, keeps=epilogue.keeps, step=epilogue.step
-                    )
-                    if epilogue.step != ONE or time(other) * planar.WORTH_IT < time(made):
-                        made = other
-            if made.step != epilogue.step:
-                raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
-            return Convolution(made, dtype, output, bias, epilogue, layout)
-        made = specialised(layer, specialise)
-        if rows and extents is not None and samples and not summed:
-            finite = specialised(layer.join(), functools.partial(specialise, finite=True))
-            watched = dataclasses.replace(finite, watched=True)
-            if time(watched) + WATCHING < time(made):
-                made = watched
+        else:
+            made = specialised(layer, specialise)
+            if rows and extents is not None and samples and not summed:
+                finite = specialised(layer.join(), functools.partial(specialise, finite=True))
+                watched = dataclasses.replace(finite, watched=True)
+                if time(watched) + WATCHING < time(made):
+                    made = watched
+        if planes and not exact and extents is not None and samples:
+            with contextlib.suppress(Unsupported):
+                other = specialised(layer, functools.partial(specialise, finite=True))
+                other = planar.as_planes(
+                    other,
+                    samples,
+                    extents,
+                    row,
+                    output.itemsize,
+                    keeps=epilogue.keeps,
+                    step=epilogue.step,
+                    of=dtype.itemsize,
+                )
+                if epilogue.step != ONE or time(other) * planar.WORTH_IT < time(made):
+                    made = other
+        if made.step != epilogue.step:
+            raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
         return Convolution(made, dtype, output, bias, epilogue, layout)
 
     def tiling(self, stored: Extents) -> tuple[Tiling, Store]:

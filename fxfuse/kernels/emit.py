@@ -336,11 +336,11 @@ def _fold_type(epilogue: Epilogue) -> str:
 
 def _entries(made: Specialisation, dtype: str, output: str, bias: str, *, gathers: bool) -> Iterator[str]:
     t = TYPES[dtype]
-    yield emit_planar.CONVOLUTION if made.planar else _multiplying(dtype, bias)
+    yield emit_planar.entries(t, TYPES[bias]) if made.planar else _multiplying(dtype, bias)
     yield _DIRECT.format(t=t)
     if dtype == "f32" and not made.planar:
         yield _SCALED.format(half=TYPES[OPERANDS[dtype]], bias=TYPES[bias])
-    if made.watched or made.planar:
+    if made.watched:
         yield _WATCHED
     if gathers:
         yield _MERGE.format(t=t, out=TYPES[output])

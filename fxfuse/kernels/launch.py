@@ -282,10 +282,16 @@ def rows_map(
 
 @functools.lru_cache(maxsize=4096)
 def planes_map(
-    pointer: int, *, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int, int]
+    pointer: int,
+    *,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, int, int, int],
+    dtype: torch.dtype,
 ) -> bytes:
-    """The CUtensorMap that copies boxes (c, d, h, w) of (N, C, D, H, W) float32. ``strides`` as of :func:`rows_map`."""
-    return _map(pointer, "FLOAT32", 4, shape, strides, (1, *box), "NONE")
+    """The CUtensorMap that copies boxes (c, d, h, w) of (N, C, D, H, W). ``strides`` as of :func:`rows_map`."""
+    kind = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}[dtype]
+    return _map(pointer, kind, dtype.itemsize, shape, strides, (1, *box), "NONE")
 
 
 def _map(

@@ -1,4 +1,4 @@
-"""Kernels for layers of few input channels that read float32 x as it lies: which, and whether they are faster. Pure.
+"""Kernels for layers of few input channels that read x as it lies: which, and whether they are faster. Pure.
 
 What prepares x for the other kernels reads all of it and writes rows of 16 numbers per position, however few channels
 there are; such a kernel reads x alone.
@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from fxfuse.kernels.convolution import Layer, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import PLANE_UNIT, Layer, Shared, Specialisation, Unsupported
 from fxfuse.kernels.geometry import ONE, Pass, Residue, Tap, steps_of_sum, sum_of
 from fxfuse.kernels.specialise import TILE_CYCLES, specialise
 from fxfuse.kernels.tiles import Extents
@@ -27,18 +27,27 @@ WORTH_IT = 1.03
 TILES, MOST_ACCUMULATORS = (8, 4, 2, 1), 128
 
 
-def possible(x: Sequence[int | None], strides: Sequence[int]) -> bool:
-    """Whether an x (N, C, ...) of these sizes and strides may be copied as it lies, by 16 bytes."""
-    channels, width = x[1] or 0, x[-1] or 0
-    return channels <= MOST_CHANNELS and width % 4 == 0 and strides[-1] == 1 and all(s % 4 == 0 for s in strides[:-1])
+def possible(x: Sequence[int | None], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether an x (N, C, ...) of numbers of ``itemsize`` bytes may be copied as it lies."""
+    channels, width, unit = x[1] or 0, x[-1] or 0, PLANE_UNIT // itemsize
+    few, *others = channels <= MOST_CHANNELS, width, *strides[:-1]
+    return few and strides[-1] == 1 and all(n % unit == 0 for n in others)
 
 
 def as_planes(
-    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool, step: Extents = ONE
+    made: Specialisation,
+    samples: int,
+    stored: Extents,
+    row: int,
+    itemsize: int,
+    *,
+    keeps: bool,
+    step: Extents = ONE,
+    of: int = 4,
 ) -> Specialisation:
     """The kernel for a layer like ``made`` that reads x as it lies.
 
-    ``step``: positions per dim whose sum makes one value. The others as of
+    ``step``: positions per dim whose sum makes one value. ``of``: bytes of a number of x. The others as of
     :func:`~fxfuse.kernels.specialise.with_more_rows`. Raises Unsupported where there is none.
     """
     layer = made.layer
@@ -49,7 +58,7 @@ def as_planes(
     if made.exact or made.column_tiles * layer.groups * layer.joined > 1 or layer.beside or made.by_channel:
         raise Unsupported("weights of several tiles of channels do not stay in shared memory")
     ways = [
-        dataclasses.replace(made, planar=True, chunk=layer.in_channels, stages=1, x_buffers=2, m_tiles=m_tiles)
+        dataclasses.replace(made, planar=of, chunk=layer.in_channels, stages=1, x_buffers=2, m_tiles=m_tiles)
         for m_tiles in TILES
         if m_tiles * 2 * made.residues <= 32 and m_tiles * made.residues * made.columns <= 2 * MOST_ACCUMULATORS
         if not (made.pooled and not made.merged) or m_tiles <= made.m_tiles
@@ -89,12 +98,12 @@ def _sum_of(layer: Layer, step: Extents) -> Pass:
 
 
 @functools.lru_cache(maxsize=1024)
-def takes(layer: Layer, samples: int, stored: Extents, step: Extents) -> bool:
+def takes(layer: Layer, samples: int, stored: Extents, step: Extents, itemsize: int) -> bool:
     """Whether there is a kernel that makes a sum of so many positions per dim, of ``samples`` whose sums have the sizes
-    ``stored``.
+    ``stored``; of numbers of ``itemsize`` bytes.
     """
     with contextlib.suppress(Unsupported):
         made = specialise(layer, pooled=True, summed=True, contiguous=True, finite=True, stored=stored)
-        as_planes(made, samples, stored, stored[2], 4, keeps=True, step=step)
+        as_planes(made, samples, stored, stored[2], itemsize, keeps=True, step=step, of=itemsize)
         return True
     return False

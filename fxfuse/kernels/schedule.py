@@ -241,7 +241,7 @@ class _Cutter:
             strides=self.strides[after.result],
             stages=tuple(stages),
             x_layout=self._layout_of(x),
-            planes=planar.possible(self.types[x].shape, self.strides[x]),
+            planes=planar.possible(self.types[x].shape, self.strides[x], self.types[x].dtype.itemsize),
             combine=found.combine if found else "",
             factor=found.factor if found else 1.0,
             step=three_of(found.step) if found and found.rest is None and found.step else ONE,
@@ -307,11 +307,10 @@ class _Cutter:
     def _takes(self, layer: Layer, whole: Pooling) -> bool:
         """Whether a planar kernel makes all of a pool."""
         x = _name(self.anchor, 0)
-        kind, strides = self.types[x], self.strides[x]
-        float32 = {kind.dtype, self._bias_dtype()} == {torch.float32}
-        if self.exact or not float32 or not planar.possible(kind.shape, strides):
+        kind, strides, itemsize = self.types[x], self.strides[x], self.types[x].dtype.itemsize
+        if (self.exact and kind.dtype is torch.float32) or not planar.possible(kind.shape, strides, itemsize):
             return False
-        return planar.takes(layer, kind.shape[0] or 0, three_of(whole.sizes), three_of(whole.step or ()))
+        return planar.takes(layer, kind.shape[0] or 0, three_of(whole.sizes), three_of(whole.step or ()), itemsize)
 
     def _folded(self, kernel: Launch) -> tuple[Launch, Sequence[Instr]]:
         """The kernel with the reduction over channels that alone reads what it stores, and what it takes for that."""

@@ -228,17 +228,31 @@ def rows_map(
 
 
 def planes_map(
-    pointer: int, *, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, int, int, int]
+    pointer: int,
+    *,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, int, int, int],
+    dtype: torch.dtype,
 ) -> bytes:
-    """The same for planes of float32."""
-    assert box[-1] % 4 == 0, box
-    return _map(pointer, 4, shape, strides, (1, *box))
+    """The same for planes."""
+    assert box[-1] * dtype.itemsize % 16 == 0, box
+    return _map(pointer, dtype.itemsize, shape, strides, (1, *box), planes=True)
 
 
-def _map(pointer: int, itemsize: int, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> bytes:
+def _map(
+    pointer: int,
+    itemsize: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    *,
+    planes: bool = False,
+) -> bytes:
     inner = [s * itemsize for s in reversed(strides[:4])]
     assert all(s % 16 == 0 for s in inner) and pointer % 16 == 0 and strides[4] == 1, (strides, pointer)
-    return struct.pack("<Q4Q5I5II", pointer, *inner, *reversed(shape), *reversed(box), itemsize).ljust(128, b"\0")
+    sizes = *reversed(shape), *reversed(box), itemsize, planes
+    return struct.pack("<Q4Q5I5I2I", pointer, *inner, *sizes).ljust(128, b"\0")
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ struct Warpgroup {
 
 struct Map {  // as device.py packs it: dims are C, W, H, D, N, or W, H, D, C, N of planes
   uint64_t pointer, strides[4];  // strides in bytes, of all but the first
-  uint32_t sizes[5], box[5], itemsize;  // 2: rows, which are swizzled; 4: planes
+  uint32_t sizes[5], box[5], itemsize, planes;  // rows are swizzled
 };
 
 std::mt19937 chance(0);
@@ -179,7 +179,7 @@ void finish(const Copy& c) {
             bool inside = true;
             for (int i = 1; i < 5; ++i) inside &= at[i] >= 0 && at[i] < m.sizes[i];
             const uint32_t linear = first + row * row_bytes + unit * 16;
-            uint8_t* to = dynamic + ((m.itemsize == 2 ? swizzled(linear, row_bytes) : linear) - emulated_address(dynamic));
+            uint8_t* to = dynamic + ((m.planes ? linear : swizzled(linear, row_bytes)) - emulated_address(dynamic));
             const uint8_t* from = (const uint8_t*)m.pointer + at[0] * (int64_t)m.itemsize;
             for (int i = 1; i < 5; ++i) from += at[i] * (int64_t)m.strides[i - 1];
             for (int k = 0; k < each; ++k) {

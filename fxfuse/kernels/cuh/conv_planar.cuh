@@ -1,6 +1,7 @@
-// The convolution of conv_wgmma.cuh for float32 with few input channels: x is copied as it lies, a plane of positions for
+// The convolution of conv_wgmma.cuh for few input channels: x is copied as it lies, a plane of positions for
 // every channel, and each warp multiplies sixteen positions with eight numbers at a time, which its lanes pick there
-// (factors.py). Numbers are TF32's, whose range is that of float32: nothing is scaled, and no rows are made.
+// (factors.py). Numbers are TF32's, whose range is that of float32, and which hold 16-bit numbers as they are: nothing is
+// scaled, and no rows are made.
 //
 // One warp copies; the next one looks at what came, and marks samples for the direct kernel: those with Inf or NaN, which
 // classes that are added up would mix, or with denormal numbers, which are lost. Two warpgroups multiply, as there; accumulators lie in their registers as those of warpgroup instructions do.
@@ -29,6 +30,25 @@ FXFUSE_INLINE bool ordinary(float v) {
 
 // Of an ordinary number, what the matrix units read as the nearest one of TF32: they leave out the last 13 bits.
 FXFUSE_INLINE uint32_t tf32_of(float v) { return __float_as_uint(v) + 0x1000u; }
+template <class T>
+FXFUSE_INLINE uint32_t tf32_of(T v) { return __float_as_uint(to_float(v)); }
+
+// Of 16 bytes of numbers, whether all are ordinary.
+FXFUSE_INLINE bool all_ordinary(const float4* at) {
+  const float4 v = *at;
+  return ordinary(v.x) & ordinary(v.y) & ordinary(v.z) & ordinary(v.w);
+}
+template <class T>
+FXFUSE_INLINE bool all_ordinary(const T* at) {
+  const uint4 v = *(const uint4*)at;
+  auto both = [](uint32_t two) {
+    T low, high;
+    low.bits = (uint16_t)two, high.bits = (uint16_t)(two >> 16);
+    return ordinary(to_float(low)) & ordinary(to_float(high));
+  };
+  return both(v.x) & both(v.y) & both(v.z) & both(v.w);
+}
+FXFUSE_INLINE bool all_ordinary(const float* at) { return all_ordinary((const float4*)at); }
 
 template <class Problem>
 struct PlanarBarriers {
@@ -49,7 +69,8 @@ struct Factors {
       : weights((uint2*)memory), places((int2*)(weights + Problem::instructions * blocks * 32)) {}
 
   // By all threads of a block; whether some weight is not ordinary.
-  FXFUSE_INLINE bool fill(const float* from, const Geometry& g) const {
+  template <class T>
+  FXFUSE_INLINE bool fill(const T* from, const Geometry& g) const {
     constexpr int volume = Problem::kernel_d * Problem::kernel_h * Problem::kernel_w;
     bool odd = false;
     for (int i = threadIdx.x; i < Problem::instructions * blocks * 32; i += kThreads) {
@@ -59,13 +80,13 @@ struct Factors {
       for (int k = 0; k < 2; ++k) {
         const Factor f = Problem::factor(instruction * 8 + k * 4 + lane % 4);
         for (int t = 0; t < f.count && column < g.out_channels; ++t) {
-          const float v = from[(f.channel * g.out_channels + column) * volume + Problem::tap(f.first + t)];
+          const float v = to_float(from[(f.channel * g.out_channels + column) * volume + Problem::tap(f.first + t)]);
           odd |= !ordinary(v), sums[k] += v;
         }
       }
       weights[i] = {tf32_of(sums[0]), tf32_of(sums[1])};
     }
-    const int plane = g.region_bytes / (int)(Problem::in_channels * sizeof(float));
+    const int plane = g.region_bytes / (int)(Problem::in_channels * sizeof(T));
     for (int i = threadIdx.x; i < Problem::instructions * 8; i += kThreads) {
       const Factor f = Problem::factor(i);
       const int place = f.channel * plane + (f.d * g.copied_h + f.h) * g.copied_w + f.w;
@@ -90,19 +111,16 @@ FXFUSE_INLINE void copy_planes(const TensorMap* map, const Geometry& g, uint8_t*
 }
 
 // A warp. `odd`: some weight is.
-template <class Problem>
-FXFUSE_INLINE void mark_samples(const Geometry& g, const uint8_t* x, uint32_t* marks, bool odd, PlanarBarriers<Problem>& barriers) {
+template <class Problem, class T>
+FXFUSE_INLINE void mark_samples(const Geometry& g, const T* x, uint32_t* marks, bool odd, PlanarBarriers<Problem>& barriers) {
   const int lane = threadIdx.x & 31, units = g.region_bytes / 16;
   Ring xs;
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    const float4* const at = (const float4*)(x + xs.slot * g.region_stride);
+    const T* const at = x + xs.slot * (g.region_stride / (int)sizeof(T));
     barrier_wait(&barriers.copied[xs.slot], xs.phase);
     bool marked = odd;
 #pragma unroll 4
-    for (int i = lane; i < units; i += 32) {
-      const float4 v = at[i];
-      marked |= !(ordinary(v.x) & ordinary(v.y) & ordinary(v.z) & ordinary(v.w));
-    }
+    for (int i = lane; i < units; i += 32) marked |= !all_ordinary(at + i * (16 / (int)sizeof(T)));
     if (marked) marks[tile_at(g, index).n] = kMarked;
     __syncwarp();
     if (lane == 0) barrier_arrive(&barriers.empty[xs.slot]);
@@ -112,8 +130,8 @@ FXFUSE_INLINE void mark_samples(const Geometry& g, const uint8_t* x, uint32_t* m
 
 // Products of the instructions from `begin` to `end`, all of class q: `x` has the planes, of which `rows` are this lane's
 // positions.
-template <class Problem, int q>
-FXFUSE_INLINE void multiply_series(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], const float* x,
+template <class Problem, int q, class T>
+FXFUSE_INLINE void multiply_series(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], const T* x,
                                    const int (&rows)[Problem::m_tiles][2], const Factors<Problem>& factors, int begin, int end) {
   const int lane = threadIdx.x & 31;
 #pragma unroll 4
@@ -138,17 +156,17 @@ FXFUSE_INLINE void multiply_series(float (&acc)[Problem::m_tiles][Problem::colum
 }
 
 // Those of a pass, from class q on.
-template <class Problem, int q = 0>
-FXFUSE_INLINE void multiply_planes(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], const float* x,
+template <class Problem, int q = 0, class T>
+FXFUSE_INLINE void multiply_planes(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], const T* x,
                                    const int (&rows)[Problem::m_tiles][2], const Factors<Problem>& factors, int pass) {
   multiply_series<Problem, q>(acc, x, rows, factors, Problem::series(pass, q), Problem::series(pass, q + 1));
   if constexpr (q + 1 < Problem::residues) multiply_planes<Problem, q + 1>(acc, x, rows, factors, pass);
 }
 
-template <class Problem>
+template <class Problem, class T>
 FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments,
                                   typename Problem::Table& table, float* gathered, typename Problem::Outbox outbox,
-                                  const uint8_t* x, const Factors<Problem>& factors, PlanarBarriers<Problem>& barriers) {
+                                  const T* x, const Factors<Problem>& factors, PlanarBarriers<Problem>& barriers) {
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   Ring xs;
   float acc[Problem::m_tiles][Problem::columns * Problem::residues / 2];
@@ -173,7 +191,7 @@ FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epi
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
         for (int j = 0; j < Problem::columns * Problem::residues / 2; ++j) acc[i][j] = 0.f;
-      multiply_planes<Problem>(acc, (const float*)(x + xs.slot * g.region_stride), rows, factors, pass);
+      multiply_planes<Problem>(acc, x + xs.slot * (g.region_stride / (int)sizeof(T)), rows, factors, pass);
       if (pass + 1 == Problem::passes) {  // the next tile but one is copied while accumulators become results
         named_barrier(1 + group, 128);
         if ((threadIdx.x & 127) == 0) barrier_arrive(&barriers.empty[xs.slot]);
@@ -185,8 +203,8 @@ FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epi
   }
 }
 
-template <class Problem>
-FXFUSE_INLINE void conv_planar(const TensorMap* map, const float* weights, const Geometry& g, uint32_t* marks,
+template <class Problem, class T>
+FXFUSE_INLINE void conv_planar(const TensorMap* map, const T* weights, const Geometry& g, uint32_t* marks,
                                const typename Problem::Epilogue::Arguments& arguments) {
   using Outbox = typename Problem::Outbox;
   extern __shared__ uint8_t raw[];
@@ -209,11 +227,11 @@ FXFUSE_INLINE void conv_planar(const TensorMap* map, const float* weights, const
   if (threadIdx.x < 128) {
     registers_down<72>();
     if (Problem::outbox && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
-    if (threadIdx.x >= 32 && threadIdx.x < 64) mark_samples<Problem>(g, x, marks, odd, barriers);
+    if (threadIdx.x >= 32 && threadIdx.x < 64) mark_samples<Problem>(g, (const T*)x, marks, odd, barriers);
     if (threadIdx.x == 0) copy_planes<Problem>(map, g, x, barriers);
   } else {
     registers_up<216>();
-    consume_planes<Problem>(g, arguments, table, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), x, factors, barriers);
+    consume_planes<Problem>(g, arguments, table, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), (const T*)x, factors, barriers);
   }
 }
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from place import DEVICE, kernels_always, needs
-from stages import Stages, made
+from place import DEVICE, kernels_always, needs, what_torch_has
+from stages import LIMIT, Stages, made
 from torch import Tensor, nn
 
 import fxfuse
@@ -24,15 +24,15 @@ from fxfuse.kernels.plan import Path
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
 
-TWO = {"stride": 2, "padding": 1}
+F32, TWO = torch.float32, {"stride": 2, "padding": 1}
 #: model, sizes of x, and positions per dim whose mean is one value
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int, int]]] = {
-    "alone": (lambda: made(3, 3, 16, 3, **TWO), (3, 3, 7, 9, 20), ONE),
+    "alone": (lambda: made(3, 3, 16, 3, **TWO), (3, 3, 7, 9, 24), ONE),
     "several classes at once": (lambda: made(3, 2, 24, 4, output_padding=1, **TWO), (3, 2, 5, 9, 32), ONE),
     "few output channels": (lambda: made(3, 3, 5, 3, bias=False, **TWO), (3, 3, 3, 4, 8), ONE),
     "stride 1, dilated": (lambda: made(3, 4, 12, 5, dilation=(1, 2, 1), padding=1), (3, 4, 6, 11, 24), ONE),
     "strides that differ": (
-        lambda: made(3, 1, 4, (2, 3, 5), stride=(1, 2, 3), padding=(0, 1, 2)), (3, 1, 3, 4, 12), ONE,
+        lambda: made(3, 1, 4, (2, 3, 5), stride=(1, 2, 3), padding=(0, 1, 2)), (3, 1, 3, 4, 16), ONE,
     ),
     "classes without taps": (lambda: made(3, 3, 8, 1, stride=2), (3, 3, 3, 4, 8), ONE),
     "two dims": (lambda: made(2, 1, 16, 3, **TWO), (3, 1, 37, 64), ONE),
@@ -49,25 +49,25 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int,
         lambda: Stages(made(3, 1, 8, 2, stride=2), nn.AdaptiveAvgPool3d((2, 3, 4))), (3, 1, 4, 6, 8), (2, 2, 2),
     ),
     "a mean in two dims": (
-        lambda: Stages(made(2, 3, 16, 4, **TWO), nn.AvgPool2d(4)), (3, 3, 9, 20), (1, 2, 2),
+        lambda: Stages(made(2, 3, 16, 4, **TWO), nn.AvgPool2d(4)), (3, 3, 9, 24), (1, 2, 2),
     ),
     "a mean's statistics": (
-        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.AvgPool3d(4), nn.InstanceNorm3d(16)), (3, 3, 8, 9, 20), (2, 2, 2),
+        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.AvgPool3d(4), nn.InstanceNorm3d(16)), (3, 3, 8, 9, 24), (2, 2, 2),
     ),
     "a mean's softmax": (
-        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.AvgPool3d(4), nn.Softmax(1)), (3, 3, 6, 7, 12), (2, 2, 2),
+        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.AvgPool3d(4), nn.Softmax(1)), (3, 3, 6, 7, 16), (2, 2, 2),
     ),
     "a maximum": (
-        lambda: Stages(made(3, 3, 16, 3, **TWO), lambda y: y * y.sigmoid(), nn.MaxPool3d(2)), (3, 3, 8, 9, 20), ONE,
+        lambda: Stages(made(3, 3, 16, 3, **TWO), lambda y: y * y.sigmoid(), nn.MaxPool3d(2)), (3, 3, 8, 9, 24), ONE,
     ),
     "a maximum of a monotone chain": (
-        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.LeakyReLU(0.2), Scale(16), nn.MaxPool3d(2)), (3, 3, 8, 9, 20), ONE,
+        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.LeakyReLU(0.2), Scale(16), nn.MaxPool3d(2)), (3, 3, 8, 9, 24), ONE,
     ),
     "statistics": (
-        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.SiLU(), nn.GroupNorm(4, 16), nn.Hardswish()), (3, 3, 8, 9, 20), ONE,
+        lambda: Stages(made(3, 3, 16, 3, **TWO), nn.SiLU(), nn.GroupNorm(4, 16), nn.Hardswish()), (3, 3, 8, 9, 24), ONE,
     ),
-    "softmax": (lambda: Stages(made(3, 3, 16, 3, **TWO), nn.Softmax(1), nn.Sigmoid()), (3, 3, 5, 9, 20), ONE),
-    "a sum of channels": (lambda: Stages(made(3, 3, 16, 3, **TWO), lambda y: y.relu().sum(1)), (3, 3, 5, 9, 20), ONE),
+    "softmax": (lambda: Stages(made(3, 3, 16, 3, **TWO), nn.Softmax(1), nn.Sigmoid()), (3, 3, 5, 9, 24), ONE),
+    "a sum of channels": (lambda: Stages(made(3, 3, 16, 3, **TWO), lambda y: y.relu().sum(1)), (3, 3, 5, 9, 24), ONE),
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def apart(x: Tensor) -> Tensor:
-    """The same, 4 bytes behind a place where copies may begin."""
+    """The same, a number behind a place where copies may begin."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -89,22 +89,27 @@ def wide(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("lies", [Tensor.contiguous, apart, wide], ids=lambda f: f.__name__)
-def test_values(name: str, lies: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("lies", "dtype"),
+    [(Tensor.contiguous, F32), (apart, F32), (wide, F32), (Tensor.contiguous, torch.float16), (wide, torch.bfloat16)],
+)
+def test_values(name: str, lies: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """The second of three samples is one that the kernel leaves to `direct`; the same bits twice."""
     make, sizes, step = CASES[name]
     torch.manual_seed(3)
-    model, x = make().eval().to(DEVICE), torch.randn(sizes, device=DEVICE)
+    model, x = make().eval().to(DEVICE, dtype), torch.randn(sizes, device=DEVICE, dtype=dtype)
     x[1].view(-1)[-1] = math.inf
-    fast = fxfuse.optimize(copy.deepcopy(model), (x,))
+    with what_torch_has():
+        fast = fxfuse.optimize(copy.deepcopy(model), (x,))
     with ops.watch() as runs:
         got = fast(lies(x))
     assert [r.path for r in runs] == [Path.KERNEL]
     (prepared,) = (p for p in execute._prepared.values() if p is not None)
-    assert prepared.convolution.made.planar and prepared.convolution.made.step == step
+    assert prepared.convolution.made.planar == dtype.itemsize
+    assert dtype is not F32 or prepared.convolution.made.step == step  # 16-bit pools round between each other
     truth = model.double()(x.double())
     assert torch.equal(got.isnan(), truth.isnan())
-    assert all(relative_error(got[i], truth[i]) < 1e-3 for i in range(0, len(x), 2))
+    assert all(relative_error(got[i], truth[i]) < LIMIT[dtype] for i in range(0, len(x), 2))
     assert torch.equal(got.nan_to_num(7), fast(lies(x)).nan_to_num(7))
 
 
