@@ -64,7 +64,7 @@ class Part:
 class Parts:
     """A sample of x, cut for all classes. ``cuts``: per dim, where parts begin, and where the last one ends.
 
-    ``all``: the parts, those of many jobs first, those that warps take alone last.
+    ``all``: the parts, those of several jobs first, those that warps take alone last.
     """
 
     cuts: tuple[tuple[int, ...], ...]
@@ -94,7 +94,7 @@ class Parts:
         begin = [0, *itertools.accumulate(p.jobs for p in self.all)]
         tiles = [d | h << 11 | w << 22 for d, h, w in (p.tile for p in self.all)]
         places = [_nibbles(*p.at, *p.spread) for p in self.all]
-        numbers = [self.blocks, self.wide, self.jobs, len(self.all)]
+        numbers = [self.blocks, self.wide, self.jobs, self.several, len(self.all)]
         for cut in self.cuts:
             numbers += _filled(cut, MOST_CUTS)
         for values, count in ((begin, MOST_PARTS + 1), (tiles, MOST_PARTS), (places, MOST_PARTS)):
@@ -305,10 +305,8 @@ def _parts(made: Correlation, sizes: Extents, extents: Extents) -> Parts:
     count = math.prod(len(c) - 1 for c in cuts)
     if count > MOST_PARTS or max(map(len, cuts)) > MOST_CUTS:
         raise Unsupported(f"borders cut x into {count} parts (at most {MOST_PARTS}, {MOST_CUTS - 1} per dim)")
-    boxes = [
-        (at, tuple(cut[i + 1] - cut[i] for cut, i in zip(cuts, at, strict=True)))
-        for at in itertools.product(*(range(len(c) - 1) for c in cuts))
-    ]
+    d, h, w = (range(len(c) - 1) for c in cuts)
+    boxes = [(at, _size(cuts, at)) for at in itertools.product(d, h, w)]
     tile_of = {size: size if made.alone(size) else made.tile(size) for size in {size for _, size in boxes}}
     each = -(-sum(_count(size, tile_of[size]) for _, size in boxes if not made.alone(size)) // ENOUGH_JOBS) or 1
     found = [
@@ -317,6 +315,11 @@ def _parts(made: Correlation, sizes: Extents, extents: Extents) -> Parts:
         for tile in [tile_of[size]]
     ]
     return Parts(cuts, tuple(sorted(found, key=lambda p: (p.alone, -p.jobs))))
+
+
+def _size(cuts: Sequence[Sequence[int]], at: Box) -> Box:
+    d, h, w = (cut[i + 1] - cut[i] for cut, i in zip(cuts, at, strict=True))
+    return d, h, w
 
 
 def _lags(residue: Residue) -> Iterator[Box]:

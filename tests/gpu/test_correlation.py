@@ -228,6 +228,19 @@ def test_weights_and_outputs_that_are_not_finite() -> None:
     torch.testing.assert_close(got[0], held[0], rtol=1e-3, atol=1e-3)
 
 
+def test_one_of_many_channels_is_not_finite() -> None:
+    """Of a second block of channels, and of a second group: no other one changes."""
+    convolution, x = made(3, 4, 40, 2, groups=2), sample(2, 4, 2, 3, 4)
+    whole = moments(convolution, x)
+    with torch.no_grad():
+        convolution.weight[2, 17] = math.inf
+    x[:, 2] = x[:, 2].abs() + 1
+    x[:, 3] = 0
+    got = moments(convolution, x)
+    assert got[:, 37, 0].isposinf().all() and got[:, 37, 1].isnan().all()
+    assert bool(got[:, [*range(37), 38, 39]].isfinite().all()) and torch.equal(got[:, :20], whole[:, :20])
+
+
 def test_a_value_that_nothing_reads() -> None:
     """Outputs that a padding leaves out are in no statistics, nor is what they alone would read."""
     convolution, x = made(3, 1, 2, 1, padding=1), sample(1, 1, 4, 4, 4)

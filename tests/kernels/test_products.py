@@ -30,7 +30,8 @@ from fxfuse.kernels.correlation import (
 )
 from fxfuse.kernels.correlation_engine import BLOCK, MOMENTS_BLOCK
 from fxfuse.kernels.estimate import BANDWIDTH, DOUBLE_RATE, LAUNCH, SQUARED, works
-from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.jit import MissingPackage, compile_cubin
+from fxfuse.kernels.sass import sass
 from fxfuse.kernels.twice import from_products
 
 F32 = torch.float32
@@ -165,6 +166,19 @@ def test_kernels_do_not_spill(name: str) -> None:
     ])  # fmt: skip
     for kernel, used in compile_cubin(source).kernels.items():
         assert used.spills == 0 and used.shared <= 48 * 1024, (kernel, used)
+
+
+@pytest.mark.parametrize(("kernel", "load"), [("correlate", r"LDG\.E "), ("moments", r"LDG?\.E\.64 ")])
+def test_loads_are_on_their_way_together(kernel: str, load: str) -> None:
+    """Eight of a thread, with no branch among them: one after the other they would be most of the time."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    cubin = compile_cubin(SOURCES["benchmark"].source())
+    try:
+        text = sass(cubin, kernel)
+    except MissingPackage as missing:
+        pytest.skip(str(missing))
+    runs = [len(re.findall(load, run)) for run in re.split(r"\bBRA\b", text)]
+    assert max(runs) >= 8, runs
 
 
 # --- what is chosen -------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ constexpr int kTileElements = 9600, kAlone = kTileElements / (kCorrelationThread
 constexpr int kMostCuts = 9, kMostParts = 128, kMostPatch = 64;
 constexpr int kResult = 128, kSummed = 4;    // numbers of a matrix instruction's result; results that are added up at a time
 constexpr int kChannels = 16;                // output channels of a block
-constexpr int kSquares = 4608, kRows = 128;  // elements and rows of the matrices M that are in shared memory
+constexpr int kSquares = 4608, kRows = 96;   // elements and rows of the matrices M that are in shared memory
 static_assert(kCorrelationThreads / 32 * kSummed * kResult <= kTileElements, "the warps' results lie where a tile was");
 static_assert(kMostPatch <= kRows && kMostPatch * (kMostPatch + 1) <= kSquares, "every class has room");
 
-// The parts, and the jobs that they are divided into. The `wide` first ones are a block's, the other ones a warp's.
+// The parts, and the jobs that they are divided into. The `wide` first jobs are a block's, the other ones a warp's; the
+// `several` first parts have more than one.
 struct Parts {
-  int blocks, wide, jobs, parts;  // blocks: of a sample and group
+  int blocks, wide, jobs, several, parts;  // blocks: of a sample and group
   int cut[3][kMostCuts];          // per dim, where parts begin, and where the last one ends
   int begin[kMostParts + 1];      // the first job of each part
   int tile[kMostParts];           // positions of a tile of each part: d + 2^11 * h + 2^22 * w
@@ -281,24 +282,28 @@ constexpr double kLargest = 3.4e38;
 template <>
 constexpr double kLargest<Half> = 65504.0;
 
-// Elements of M of the class, and a sum of x for each of its rows: [row][column, and the sum].
-template <class Problem>
-FXFUSE_INLINE int columns_of(int r) {
-  return (Problem::tap_begin(r + 1) - Problem::tap_begin(r)) * Problem::in_channels;
-}
+constexpr int kAtOnce = 8;  // sums that are on their way at the same time
+static_assert(kMostParts % kAtOnce == 0, "there is room for as many as are read at once");
 
-// What a class's sum of products needs of the parts: the element of M at row a and column b, or the sum of x for b = the
-// number of columns. `sums` are those of every part.
+// A row of a class's M in shared memory: [column, and behind them a sum of x]. Rows lie one behind the other.
+struct MatrixRow {
+  int first;             // how many elements are to be made for the rows in front of it: those from the diagonal on
+  int place, a, of;      // where it begins; which row of which class it is
+  int columns;
+};
+
+// What the sums of a class need of the parts: the element of M at row a and column b, or the sum of x for b = the number
+// of columns. `sums` are those of every part, which begins at `begins`.
 template <class Problem>
-FXFUSE_INLINE double element_of(int r, int a, int b, const Parts& p, const Size* begins, const double* const* sums,
+FXFUSE_INLINE double element_of(const MatrixRow& row, int b, int parts, const Size* begins, const double* const* sums,
                                 const Size& sizes, const Size& out) {
   constexpr int channels = Problem::in_channels;
-  const int first_tap = Problem::tap_begin(r);
-  const bool one = b == columns_of<Problem>(r);
-  if (one) b = a;
-  Offset from = Problem::tap(first_tap + a / channels), to = Problem::tap(first_tap + b / channels);
+  const int first_tap = Problem::tap_begin(row.of);
+  const bool one = b == row.columns;
+  if (one) b = row.a;
+  Offset from = Problem::tap(first_tap + row.a / channels), to = Problem::tap(first_tap + b / channels);
   Offset lag = {to.d - from.d, to.h - from.h, to.w - from.w};
-  int first = a % channels, second = b % channels;
+  int first = row.a % channels, second = b % channels;
   if (lag.d < 0 || (lag.d == 0 && (lag.h < 0 || (lag.h == 0 && lag.w < 0)))) {  // only the other one is there
     lag = {-lag.d, -lag.h, -lag.w};
     from = to;
@@ -306,21 +311,25 @@ FXFUSE_INLINE double element_of(int r, int a, int b, const Parts& p, const Size*
     first = second, second = other;
   }
   // what the class's outputs read of x by the tap of the first factor; the other one is zero outside of x
-  const Offset at = Problem::residue(r);
+  const Offset at = Problem::residue(row.of);
   const int end_d = min((out.d - at.d + Problem::stride_d - 1) / Problem::stride_d + from.d, sizes.d);
   const int end_h = min((out.h - at.h + Problem::stride_h - 1) / Problem::stride_h + from.h, sizes.h);
   const int end_w = min((out.w - at.w + Problem::stride_w - 1) / Problem::stride_w + from.w, sizes.w);
-  // behind the columns of the shift at which products of a channel and itself are, those of ones are in the same row
+  // the column of ones lies behind those of all shifts
   const int entry = Problem::entry(lag) + second * Problem::rows * 8 +
                     (one ? (Problem::copies - Problem::ones) * channels : first);
   double sum = 0;
-#pragma unroll 8
-  for (int part = 0; part < p.parts; ++part) {
-    const Size begin = begins[part];
-    const bool there = begin.d >= from.d & begin.d < end_d & begin.h >= from.h & begin.h < end_h & begin.w >= from.w &
-                       begin.w < end_w;
-    const double value = sums[part][entry];
-    sum += there ? value : 0;
+  for (int part = 0; part < parts; part += kAtOnce) {
+    double value[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) value[k] = sums[part + k][entry];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const Size begin = begins[part + k];
+      const bool there = begin.d >= from.d & begin.d < end_d & begin.h >= from.h & begin.h < end_h & begin.w >= from.w &
+                         begin.w < end_w;
+      sum += there ? value[k] : 0;
+    }
   }
   return sum;
 }
@@ -335,72 +344,71 @@ FXFUSE_INLINE void moments_of_products(const T* x, const T* w, const Bias* bias,
   constexpr int channels = Problem::in_channels, warps = kMomentsThreads / 32;
   constexpr int entries = (channels * Problem::rows + 15) / 16 * Problem::windows * kResult;
   __shared__ double m[kSquares];
+  __shared__ MatrixRow rows_of[kRows];
   __shared__ float weights[kRows][kChannels];
   __shared__ Size begins[kMostParts];
   __shared__ const double* sums[kMostParts];
-  __shared__ int several[kMostParts];
   __shared__ int wrong[kChannels];
   const int blocks = (out_channels + kChannels - 1) / kChannels, which = blockIdx.x / blocks, n = which / Problem::groups;
   const int group = which - n * Problem::groups, first_channel = (blockIdx.x - which * blocks) * kChannels;
   const Size sizes = {s.depth, s.height, s.width};
   products += (int64_t)which * p.jobs * entries;
-  int count = 0;  // parts of several jobs
-  for (int part = 0; part < p.parts; ++part) {
-    const bool more = p.jobs_of(part) > 1;
-    if (threadIdx.x == 0) {
-      begins[part] = p.from(part);
-      sums[part] = products + (int64_t)p.begin[part] * entries;
-      if (more) several[count] = part;
-    }
-    count += more;
+  room += (int64_t)blockIdx.x * p.several * entries;
+  for (int part = threadIdx.x; part < kMostParts; part += kMomentsThreads) {  // what is no part begins in no class
+    begins[part] = part < p.parts ? p.from(part) : Size{-0x7fffffff, 0, 0};
+    sums[part] = part < p.several ? room + part * entries : products + (part < p.parts ? (int64_t)p.begin[part] * entries : 0);
   }
-  room += (int64_t)blockIdx.x * count * entries;
-  __syncthreads();
-  for (int i = threadIdx.x; i < count * entries; i += kMomentsThreads) {
-    const int at = i / entries, part = several[at];
-    const double* const from = sums[part] + (i - at * entries);
+  for (int i = threadIdx.x; i < p.several * entries; i += kMomentsThreads) {
+    const int part = i / entries, jobs = p.jobs_of(part);
+    const double* const from = products + (int64_t)p.begin[part] * entries + i - part * entries;
     double sum = 0;
-#pragma unroll 16
-    for (int job = 0; job < p.jobs_of(part); ++job) sum += from[(int64_t)job * entries];
+    for (int job = 0; job < jobs; job += kAtOnce) {
+      double value[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) value[k] = from[(int64_t)min(job + k, jobs - 1) * entries];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) sum += job + k < jobs ? value[k] : 0;
+    }
     room[i] = sum;
   }
-  __syncthreads();
-  if (threadIdx.x < count) sums[several[threadIdx.x]] = room + threadIdx.x * entries;
-  __syncthreads();
-  const int mine = threadIdx.x % kChannels;
+  const int mine = threadIdx.x % kChannels, column = min(first_channel + mine, out_channels - 1);
   double sum = 0, squares = 0;
   for (int r = 0; r < Problem::classes;) {  // as many classes at a time as there is room for
-    int last = r, rows = 0, size = 0;
+    int last = r, rows = 0, size = 0, all = 0;
     for (; last < Problem::classes; ++last) {
-      const int columns = columns_of<Problem>(last);
+      const int columns = (Problem::tap_begin(last + 1) - Problem::tap_begin(last)) * channels;
       if (rows + columns > kRows || size + columns * (columns + 1) > kSquares) break;
-      rows += columns, size += columns * (columns + 1);
+      const int a = threadIdx.x - rows;
+      if (a >= 0 && a < columns)
+        rows_of[threadIdx.x] = {all + a * (columns + 1) - a * (a - 1) / 2, size + a * (columns + 1), a, last, columns};
+      rows += columns, size += columns * (columns + 1), all += columns * (columns + 3) / 2;
     }
     const int first_row = Problem::tap_begin(r) * channels;
-    for (int i = threadIdx.x; i < rows * kChannels; i += kMomentsThreads) {
-      const int row = i / kChannels, at = first_row + row, c = first_channel + mine, tap = Problem::tap(at / channels).index;
-      const int64_t from = ((int64_t)(group * channels + at % channels) * out_channels + c) * Problem::volume + tap;
-      weights[row][mine] = c < out_channels ? to_float(w[from]) : 0.f;
+#pragma unroll 4
+    for (int row = threadIdx.x / kChannels; row < rows; row += kMomentsThreads / kChannels) {
+      const int at = first_row + row, tap = Problem::tap(at / channels).index;
+      weights[row][mine] =
+          to_float(w[((int64_t)(group * channels + at % channels) * out_channels + column) * Problem::volume + tap]);
     }
-    for (int i = threadIdx.x; i < size; i += kMomentsThreads) {
-      int of = r, base = 0, columns = columns_of<Problem>(of);
-      while (i - base >= columns * (columns + 1)) base += columns * (columns + 1), columns = columns_of<Problem>(++of);
-      const int a = (i - base) / (columns + 1), b = i - base - a * (columns + 1);
-      if (b < a) continue;  // M is symmetric
-      const double made = element_of<Problem>(of, a, b, p, begins, sums, sizes, out);
-      m[i] = made;
-      if (b < columns) m[base + b * (columns + 1) + a] = made;
+    __syncthreads();  // sums of parts are there, too
+    for (int i = threadIdx.x; i < all; i += kMomentsThreads) {
+      int at = 0;
+#pragma unroll
+      for (int half = 64; half; half /= 2)
+        if (at + half < rows && rows_of[at + half].first <= i) at += half;
+      const MatrixRow row = rows_of[at];
+      const int b = row.a + i - row.first;
+      const double made = element_of<Problem>(row, b, p.parts, begins, sums, sizes, out);
+      m[row.place + b] = made;
+      if (b < row.columns) m[row.place + (b - row.a) * (row.columns + 1) + row.a] = made;  // M is symmetric
     }
     __syncthreads();
-    for (int row = threadIdx.x / kChannels; row < rows; row += kMomentsThreads / kChannels) {
-      int of = r, base = 0, before = 0, columns = columns_of<Problem>(of);
-      while (row - before >= columns)
-        base += columns * (columns + 1), before += columns, columns = columns_of<Problem>(++of);
-      const double* const from = m + base + (row - before) * (columns + 1);
+    for (int at = threadIdx.x / kChannels; at < rows; at += kMomentsThreads / kChannels) {
+      const MatrixRow row = rows_of[at];
       double product = 0;
 #pragma unroll 4
-      for (int b = 0; b < columns; ++b) product += from[b] * weights[before + b][mine];
-      sum += from[columns] * weights[row][mine], squares += product * weights[row][mine];
+      for (int b = 0; b < row.columns; ++b) product += m[row.place + b] * weights[at - row.a + b][mine];
+      sum += m[row.place + row.columns] * weights[at][mine], squares += product * weights[at][mine];
     }
     __syncthreads();
     r = last;
@@ -433,13 +441,13 @@ FXFUSE_INLINE void moments_of_products(const T* x, const T* w, const Bias* bias,
   g.out_channels = out_channels;
   for (int i = 0; i < kChannels; ++i) {
     if (!wrong[i]) continue;
-    const int column = first_channel + i, channel = group * out_channels + column;
+    const int channel = group * out_channels + first_channel + i;
     const float shift = bias ? to_float(bias[channel]) : 0.f;
     Running some;
     for (int64_t at = threadIdx.x; at < (int64_t)out.d * out.h * out.w; at += kMomentsThreads) {
       const int64_t rest = at / out.w;
       const int at_w = (int)(at - rest * out.w), at_h = (int)(rest % out.h), at_d = (int)(rest / out.h);
-      const float y = direct_value<Problem>(x, w, s, g, n, group, column, at_d, at_h, at_w) + shift;
+      const float y = direct_value<Problem>(x, w, s, g, n, group, first_channel + i, at_d, at_h, at_w) + shift;
       some.add(to_float(from_float<Out>(y)));
     }
     const Moments made = block_moments<kMomentsThreads>(some, m);
