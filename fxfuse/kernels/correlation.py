@@ -257,7 +257,7 @@ class Correlation:
                 for dim, value in zip("dhw", getattr(layer, name), strict=True)
             },
         }
-        blocks = 3 if factors.results <= 3 else 2 if factors.results <= 6 else 1  # that registers are there for
+        blocks = 3 if factors.results <= 2 else 2 if factors.results <= 6 else 1  # that registers are there for
         values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
         taps = [t for r in layer.residues for t in r.taps]
         begin = [0, *itertools.accumulate(len(r.taps) for r in layer.residues)]

@@ -12,6 +12,7 @@ constexpr int kCorrelationThreads = 256, kMomentsThreads = 512;
 constexpr int kTileElements = 9600, kAlone = kTileElements / (kCorrelationThreads / 32);  // of a block's tile, a warp's
 constexpr int kMostCuts = 9, kMostParts = 128, kMostPatch = 64;
 constexpr int kResult = 128, kSummed = 4;    // numbers of a matrix instruction's result; results that are added up at a time
+constexpr int kShort = 4;                    // steps of walks that are made across the rows
 constexpr int kChannels = 16;                // output channels of a block
 constexpr int kSquares = 4608, kRows = 96;   // elements and rows of the matrices M that are in shared memory
 static_assert(kCorrelationThreads / 32 * kSummed * kResult <= kTileElements, "the warps' results lie where a tile was");
@@ -64,12 +65,13 @@ struct PartTile {
   int count;
   FXFUSE_INLINE PartTile(const Parts& p, int part, int t) : from(p.from(part)) {
     const Size end = p.end(part), most = {p.tile[part] & 2047, p.tile[part] >> 11 & 2047, p.tile[part] >> 22};
-    const int tiles_h = (end.h - from.h + most.h - 1) / most.h, tiles_w = (end.w - from.w + most.w - 1) / most.w;
-    count = (end.d - from.d + most.d - 1) / most.d * tiles_h * tiles_w;
+    const int tiles_h = tiles(end.h - from.h, most.h), tiles_w = tiles(end.w - from.w, most.w);
+    count = tiles(end.d - from.d, most.d) * tiles_h * tiles_w;
     const int over = t / tiles_w, at_d = over / tiles_h;
     from.d += at_d * most.d, from.h += (over - at_d * tiles_h) * most.h, from.w += (t - over * tiles_w) * most.w;
     box = {min(most.d, end.d - from.d), min(most.h, end.h - from.h), min(most.w, end.w - from.w)};
   }
+  static FXFUSE_INLINE int tiles(int size, int most) { return Reciprocal(most)(size + most - 1); }
   // with what its positions' lags reach
   template <class Problem>
   FXFUSE_INLINE Size size() const {
@@ -164,7 +166,37 @@ FXFUSE_INLINE void add_products(double (&acc)[results][4], const double* tile, c
   const int first = (counts ? column % channels * pitch.channel : 0) + shift;
   const Reciprocal by_steps(walks.steps), by_h(box.h);
   const int end = walks.all * (warp + 1) / warps;
-  for (int step = walks.all * warp / warps; step < end;) {
+  int step = walks.all * warp / warps;
+  // across the rows, which takes less than short walks; of many tiles there are no registers for both
+  if (tiles <= 4 && walks.cut == 0 && walks.steps <= kShort && box.h >= 4) {
+    const int quads = walks.pieces + 3 >> 2;
+    const Reciprocal by_quads(quads);
+    while (step < end) {
+      const int t = by_quads(step), quad = step - t * quads, until = min(quads, quad + end - step);
+      const int along = Problem::low_w - Walks<Problem>::more + t;
+      const bool valid = (counts || one) && (unsigned)(t - Walks<Problem>::more + shift) < (unsigned)box.w;
+      int line = quad * 4 + (lane & 3), h = line - by_h(line) * box.h;
+      const double* const begin = tile + Problem::low_h * pitch.row + along;  // of the first row
+      const double* at = begin + by_h(line) * pitch.plane + h * pitch.row;
+      step += until - quad;
+#pragma unroll tiles > 2 ? 1 : 2
+      for (int q = quad; q < until; ++q) {
+        const bool there = line < walks.pieces;
+        const double* const from = there ? at : begin;
+        double factor = 0;
+        if (valid && there) factor = one ? 1.0 : from[first];
+#pragma unroll
+        for (int k = 0; k < windows; ++k)
+#pragma unroll
+          for (int i = 0; i < tiles; ++i)
+            mma_double(acc[k * tiles + i], from[second[i][0] + k], from[second[i][1] + k], factor);
+        line += 4, h += 4, at += 4 * pitch.row;
+        if (h >= box.h) h -= box.h, at += pitch.plane - box.h * pitch.row;
+      }
+    }
+    return;
+  }
+  while (step < end) {
     const int walk = by_steps(step), begin = step - walk * walks.steps, until = min(walks.steps, begin + end - step);
     const int mine = walk * 4 + (lane & 3), piece = mine < walks.pieces ? mine : 0, line = piece >> walks.cut;
     const int d = by_h(line), h = line - d * box.h, wanted = (piece - (line << walks.cut)) * walks.length;
@@ -179,7 +211,7 @@ FXFUSE_INLINE void add_products(double (&acc)[results][4], const double* tile, c
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int k = 0; k + 1 < windows; ++k) window[i][r][k] = at[second[i][r] + k];
-#pragma unroll results > 2 ? 2 : 4
+#pragma unroll results > 4 ? 1 : results > 2 ? 2 : 4
     for (int t = begin; t < until; ++t, ++at, ++position) {
       double factor = 0;
       if ((unsigned)position < (unsigned)left) factor = one ? 1.0 : at[first];
