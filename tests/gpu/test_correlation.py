@@ -183,6 +183,15 @@ def test_classes_that_lie_in_shared_memory_one_after_the_other() -> None:
     torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(32, 32, 32), (16, 40, 70)], ids=str)
+@pytest.mark.parametrize(("channels", "stride"), [(3, 2), (1, 1)])
+def test_sizes_of_models(channels: int, stride: int, size: tuple[int, int, int]) -> None:
+    """Tiles, faces, edges and corners as they are there; a mean far from zero."""
+    torch.manual_seed(0)
+    convolution, x = made(3, channels, 5, 3, stride=stride, padding=1), sample(1, channels, *size) + 20
+    torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-11, atol=0)
+
+
 @pytest.mark.skipif(CUDA, reason="the emulated GPU's threads take turns in orders of their own")
 def test_the_order_of_threads_changes_no_bit() -> None:
     convolution, x = made(3, 3, 4, 3, stride=2, padding=1), sample(2, 3, 4, 5, 6)
