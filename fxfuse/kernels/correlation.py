@@ -265,7 +265,7 @@ class Correlation:
         most = [max(abs(lag[i]) for lag in self.lags) for i in range(3)]
         around = itertools.product(*(range(-m, m + 1) for m in most))
         types = {name: TYPES[DTYPE_NAMES[getattr(self, name)]] for name in ("dtype", "output", "bias")}
-        return f"""#include "correlation.cuh"
+        return f"""#include "correlation_moments.cuh"
 __constant__ fxfuse::Offset kRows[] = {_offsets((row, 0) for row in factors.rows)};
 __constant__ int kEntries[] = {_list(entry.get((d, h, w), 0) for d, h, w in around)};
 __constant__ fxfuse::Offset kTaps[] = {_offsets((t.delta, t.index) for t in taps)};
