@@ -4,7 +4,7 @@ Over a residue class, ``y = b + w . patch``: the sum of ``(y - b)^2`` is ``w^T M
 every two elements of a patch. Such a sum depends on the distance of the two, the ``lag``, but for where it begins and
 ends: a class has so many positions. So x is cut into parts, boxes that no such border runs through;
 ``cuh/correlation.cuh`` adds up the products of all lags once per part, in float64 on the matrix units, as
-:mod:`~fxfuse.kernels.factors` arranges them. Those of a class are sums over the parts that it has. Float64 loses
+:mod:`~fxfuse.kernels.shifts` arranges them. Those of a class are sums over the parts that it has. Float64 loses
 nothing to a mean far from zero, nor to outputs much smaller than the terms that they are made of. Statistics that may
 be of outputs that are not finite are made of these.
 """
@@ -23,8 +23,8 @@ import torch
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.emit import TYPES
-from fxfuse.kernels.factors import BANKS, FACTORS, ROWS, SLOTS, Box, Factors, Spread
 from fxfuse.kernels.geometry import Residue
+from fxfuse.kernels.shifts import BANKS, FACTORS, ROWS, SLOTS, Box, Shifts, Spread
 from fxfuse.kernels.tiles import Extents
 
 #: input channels at lags; columns of M
@@ -146,8 +146,8 @@ class Correlation:
         return tuple(sorted({lag for r in self.layer.residues for lag in _lags(r)} | {(0, 0, 0)}))
 
     @functools.cached_property
-    def factors(self) -> Factors:
-        return Factors.of(self.lags, self.layer.in_channels)
+    def shifts(self) -> Shifts:
+        return Shifts.of(self.lags, self.layer.in_channels)
 
     @property
     def columns(self) -> int:
@@ -161,7 +161,7 @@ class Correlation:
     @property
     def entries(self) -> int:
         """Numbers of a job: sums of products, and of x."""
-        return self.factors.results * PRODUCTS
+        return self.shifts.results * PRODUCTS
 
     @functools.cached_property
     def reach(self) -> tuple[Box, Box]:
@@ -169,7 +169,7 @@ class Correlation:
         (low_d, low_h), (high_d, high_h) = (
             tuple(pick(lag[i] for lag in self.lags) for i in (0, 1)) for pick in (min, max)
         )
-        back, ahead = self.factors.reach
+        back, ahead = self.shifts.reach
         return (-low_d, -low_h, back), (high_d - low_d, high_h - low_h, back + ahead)
 
     def elements(self, tile: Box) -> int:
@@ -179,7 +179,7 @@ class Correlation:
     def spread(self, tile: Box) -> Spread:
         """How a tile lies in shared memory; without gaps where it is a warp's."""
         d, h, w = (t + s for t, s in zip(tile, self.reach[1], strict=True))
-        return Spread(0, w * h % BANKS, w * h * d % BANKS) if self.alone(tile) else self.factors.spread(w)
+        return Spread(0, w * h % BANKS, w * h * d % BANKS) if self.alone(tile) else self.shifts.spread(w)
 
     def room(self, tile: Box) -> int:
         """Of a tile in shared memory: ``Pitch`` of ``cuh/correlation.cuh``."""
@@ -191,7 +191,7 @@ class Correlation:
     def steps(self, tile: Box) -> int:
         """Steps of a warp that would take all of a tile: ``Walks`` of ``cuh/correlation.cuh``."""
         d, h, w = tile
-        return min(-(-d * h * n // SLOTS) * (-(-w // n) + self.factors.more) for n in PIECES)
+        return min(-(-d * h * n // SLOTS) * (-(-w // n) + self.shifts.more) for n in PIECES)
 
     # --- sizes ------------------------------------------------------------------------------------------
     def parts(self, sizes: Extents, extents: Extents) -> Parts:
@@ -207,7 +207,7 @@ class Correlation:
             products=which * parts.jobs * self.entries,
             sums=merging * parts.several * self.entries,
             blocks=max(which * parts.blocks, merging),
-            macs=which * sum(c * self.steps(tile) for c, tile in tiles) * self.factors.results * PRODUCTS * SLOTS,
+            macs=which * sum(c * self.steps(tile) for c, tile in tiles) * self.shifts.results * PRODUCTS * SLOTS,
             elements=which * sum(c * self.elements(tile) for c, tile in tiles),
         )
 
@@ -228,7 +228,7 @@ class Correlation:
 
     def cycles(self, tile: Box) -> float:
         """Of a multiprocessor."""
-        return TILE_CYCLES + self.elements(tile) * ELEMENT_CYCLES + self.steps(tile) * self.factors.cycles
+        return TILE_CYCLES + self.elements(tile) * ELEMENT_CYCLES + self.steps(tile) * self.shifts.cycles
 
     def alone(self, box: Box) -> bool:
         """A warp makes the products of such a part."""
@@ -237,18 +237,18 @@ class Correlation:
     # --- the source -------------------------------------------------------------------------------------
     def source(self) -> str:
         """Entries ``correlate`` and ``moments``: a function of what is compiled in alone."""
-        layer, factors, (low, span) = self.layer, self.factors, self.reach
+        layer, shifts, (low, span) = self.layer, self.shifts, self.reach
         constants = {
             "in_channels": layer.in_channels,
             "joined": 1,
             "groups": layer.groups,
             "volume": layer.volume,
             "classes": len(layer.residues),
-            "copies": factors.copies,
-            "unit": factors.unit,
-            "rows": len(factors.rows),
-            "windows": factors.windows,
-            "ones": factors.find((0, 0, 0))[2],
+            "copies": shifts.copies,
+            "unit": shifts.unit,
+            "rows": len(shifts.rows),
+            "windows": shifts.windows,
+            "ones": shifts.find((0, 0, 0))[2],
             **{f"span_{dim}": s for dim, s in zip("dhw", span, strict=True)},
             **{f"low_{dim}": s for dim, s in zip("dhw", low, strict=True)},
             **{
@@ -257,16 +257,16 @@ class Correlation:
                 for dim, value in zip("dhw", getattr(layer, name), strict=True)
             },
         }
-        blocks = 3 if factors.results <= 2 else 2 if factors.results <= 6 else 1  # that registers are there for
+        blocks = 3 if shifts.results <= 2 else 2 if shifts.results <= 6 else 1  # that registers are there for
         values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
         taps = [t for r in layer.residues for t in r.taps]
         begin = [0, *itertools.accumulate(len(r.taps) for r in layer.residues)]
-        entry = {lag: factors.entry(lag) for lag in self.lags}
+        entry = {lag: shifts.entry(lag) for lag in self.lags}
         most = [max(abs(lag[i]) for lag in self.lags) for i in range(3)]
         around = itertools.product(*(range(-m, m + 1) for m in most))
         types = {name: TYPES[DTYPE_NAMES[getattr(self, name)]] for name in ("dtype", "output", "bias")}
         return f"""#include "correlation_moments.cuh"
-__constant__ fxfuse::Offset kRows[] = {_offsets((row, 0) for row in factors.rows)};
+__constant__ fxfuse::Offset kRows[] = {_offsets((row, 0) for row in shifts.rows)};
 __constant__ int kEntries[] = {_list(entry.get((d, h, w), 0) for d, h, w in around)};
 __constant__ fxfuse::Offset kTaps[] = {_offsets((t.delta, t.index) for t in taps)};
 __constant__ int kTapBegin[] = {_list(begin)};

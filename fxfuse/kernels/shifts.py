@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class Shifts:
     """Rows and columns for some lags. Made by :meth:`of`.
 
     ``copies``: shifts along w of the first factor, 0, ``unit``, 2 ``unit`` and so on. ``rows``: distances of a
@@ -49,7 +49,7 @@ class Factors:
     windows: int
 
     @staticmethod
-    def of(lags: Sequence[Box], channels: int) -> Factors:
+    def of(lags: Sequence[Box], channels: int) -> Shifts:
         """Those that take the least time."""
         return min(_choices(lags, channels), key=lambda f: (f.cycles, f.copies, f.windows))
 
@@ -105,7 +105,7 @@ class Factors:
         return sum(_fullest(half, row, plane, channel) for half in _loads(self))
 
 
-def _choices(lags: Sequence[Box], channels: int) -> Iterator[Factors]:
+def _choices(lags: Sequence[Box], channels: int) -> Iterator[Shifts]:
     lines: dict[tuple[int, int], list[int]] = {}
     for d, h, w in sorted(lags):
         lines.setdefault((d, h), []).append(w)
@@ -114,10 +114,10 @@ def _choices(lags: Sequence[Box], channels: int) -> Iterator[Factors]:
     widest = max((at[-1] - at[0]) // unit + 1 for at in lines.values())
     for copies in range(1, max(min((FACTORS - 1) // channels, widest), 1) + 1):
         rows = ((d, h, w) for (d, h), at in lines.items() for w in _covering(at, copies, unit))
-        yield Factors(channels, copies, unit, tuple(rows), 1)
+        yield Shifts(channels, copies, unit, tuple(rows), 1)
         windows = high - low + 2 - copies
         if unit == 1 and windows > 1:
-            yield Factors(channels, copies, 1, tuple((d, h, low + copies - 1) for d, h in lines), windows)
+            yield Shifts(channels, copies, 1, tuple((d, h, low + copies - 1) for d, h in lines), windows)
 
 
 def _covering(at: Iterable[int], copies: int, unit: int) -> Iterator[int]:
@@ -134,7 +134,7 @@ Half = frozenset[tuple[int, int, int, int]]
 
 
 @functools.lru_cache(maxsize=256)
-def _loads(made: Factors) -> tuple[Half, ...]:
+def _loads(made: Shifts) -> tuple[Half, ...]:
     rows = [(c, *at) for c in range(made.channels) for at in made.rows]
     columns = [(c, 0, 0, s * made.unit) for s in range(made.copies) for c in range(made.channels)]
     halves = (of[i : i + SLOTS] for of in (rows, columns) for i in range(0, len(of), SLOTS))
@@ -151,7 +151,7 @@ def _fullest(half: Half, row: int, plane: int, channel: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _spread(made: Factors, width: int) -> Spread:
+def _spread(made: Shifts, width: int) -> Spread:
     def least(gap: int) -> tuple[int, Spread]:
         row = width + gap
         plane = min(range(BANKS), key=lambda p: made.wavefronts(row, p, -1))

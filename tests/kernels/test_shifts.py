@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fxfuse.kernels.factors import FACTORS, GAPS, ROWS, Box, Factors
+from fxfuse.kernels.shifts import FACTORS, GAPS, ROWS, Box, Shifts
 
 #: of taps that are neighbours; those of one plane; of taps two apart
 NEIGHBOURS: list[Box] = [lag for lag in itertools.product((-1, 0, 1), repeat=3) if lag >= (0, 0, 0)]
@@ -27,7 +27,7 @@ APART: list[Box] = [(0, h, w) for h in (0, 1) for w in (-4, -2, 0, 2, 4) if (h, 
     ],
 )
 def test_arrangements(lags: list[Box], channels: int, arranged: tuple[int, ...]) -> None:
-    made = Factors.of(lags, channels)
+    made = Shifts.of(lags, channels)
     assert (made.copies, made.unit, len(made.rows), made.windows, made.results) == arranged
 
 
@@ -38,7 +38,7 @@ def test_every_lag_is_there(seed: int) -> None:
     unit, channels = pick.choice((1, 1, 2, 3)), pick.randint(1, 7)
     lags = {(pick.randint(0, 2), pick.randint(-2, 2), unit * pick.randint(-3, 3)) for _ in range(pick.randint(1, 20))}
     lags = {max(lag, (-lag[0], -lag[1], -lag[2])) for lag in lags} | {(0, 0, 0)}
-    made = Factors.of(sorted(lags), channels)
+    made = Shifts.of(sorted(lags), channels)
     back, ahead = made.reach
     assert channels * made.copies < FACTORS  # the last columns are of ones
     for lag in lags:
@@ -60,7 +60,7 @@ def test_every_lag_is_there(seed: int) -> None:
 @pytest.mark.parametrize("width", range(1, 49))
 def test_few_lanes_meet_in_a_bank(width: int) -> None:
     """Of the benchmark's loads: the matrix instructions of a step take longer than these."""
-    made = Factors.of(NEIGHBOURS, 3)
+    made = Shifts.of(NEIGHBOURS, 3)
     spread = made.spread(width)
     assert 0 <= spread.gap < GAPS and 0 <= spread.plane < 16 and 0 <= spread.channel < 16
     assert made.wavefronts(width + spread.gap, spread.plane, spread.channel) <= 7 < made.cycles == 8
