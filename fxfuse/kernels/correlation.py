@@ -3,9 +3,10 @@
 Over a residue class, ``y = b + w . patch``: the sum of ``(y - b)^2`` is ``w^T M w`` with M the sums of products of
 every two elements of a patch. Such a sum depends on the distance of the two, the ``lag``, but for where it begins and
 ends: a class has so many positions. So x is cut into parts, boxes that no such border runs through;
-``cuh/correlation.cuh`` adds up the products of all lags once per part, in float64 on the matrix units. Those of a class
-are sums over the parts that it has. Float64 loses nothing to a mean far from zero, nor to outputs much smaller than the
-terms that they are made of. Statistics that may be of outputs that are not finite are made of these.
+``cuh/correlation.cuh`` adds up the products of all lags once per part, in float64 on the matrix units, as
+:mod:`~fxfuse.kernels.shifts` arranges them. Those of a class are sums over the parts that it has. Float64 loses
+nothing to a mean far from zero, nor to outputs much smaller than the terms that they are made of. Statistics that may
+be of outputs that are not finite are made of these.
 """
 
 from __future__ import annotations
@@ -23,48 +24,81 @@ from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.convolution import Layer, Unsupported
 from fxfuse.kernels.emit import TYPES
 from fxfuse.kernels.geometry import Residue
+from fxfuse.kernels.shifts import BANKS, FACTORS, ROWS, SLOTS, Box, Shifts, Spread
 from fxfuse.kernels.tiles import Extents
 
-#: columns of a warp's products: input channels at lags; columns of M
+#: input channels at lags; columns of M
 MOST_COLUMNS, MOST_PATCH = 192, 64
-#: columns of the other factor: input channels, and ones
-FACTORS = 8
-#: elements of x and positions in a block's shared memory; sizes of a tile
-TILE_ELEMENTS, TILE_POSITIONS, LONGEST = 5888, 1024, 256
+#: numbers of a matrix instruction's result
+PRODUCTS = ROWS * FACTORS
+#: elements of x in a block's shared memory, with what keeps them apart: three blocks share a multiprocessor
+TILE_ELEMENTS, LONGEST = 9600, 256
 #: parts of x, and cuts per dim
 MOST_PARTS, MOST_CUTS = 128, 9
-#: blocks per sample and group at most; and from which number on they take several tiles
-MOST_JOBS, ENOUGH_JOBS = 512, 256
-#: what a tile costs beside its elements, in elements
-TILE_COST = 512
+#: from which number of jobs of a sample and group on they take several tiles
+ENOUGH_JOBS = 256
+#: warps of a block; elements and steps that a part has at most whose products one of them makes alone
+WARPS, ALONE, FEW_STEPS = 8, TILE_ELEMENTS // 8, 64
+#: into how many pieces rows are cut, so that four are walked along at a time
+PIECES = (1, 2, 4)
+#: output channels of a block of `moments`
+CHANNELS = 16
+#: clock cycles of a multiprocessor that a tile takes, and an element of it
+TILE_CYCLES, ELEMENT_CYCLES = 1000, 0.25
 
-Box = tuple[int, int, int]
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A box of x that no border runs through. ``at``: which one it is per dim; ``tile``: the positions of a tile of it;
+    ``jobs``: how many take its tiles. ``alone``: the only one is a warp's; else they are blocks'."""
+
+    at: Box
+    size: Box
+    tile: Box
+    jobs: int
+    alone: bool
+    spread: Spread
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """A sample of x, cut for all classes. ``cuts``: per dim, where parts begin, and where the last one ends.
 
-    ``tiles``, ``jobs``: per part, w varying fastest, the positions of a tile, and how many blocks take its tiles.
+    ``all``: the parts, those of several jobs first, those that warps take alone last.
     """
 
     cuts: tuple[tuple[int, ...], ...]
-    tiles: tuple[Box, ...]
-    jobs: tuple[int, ...]
+    all: tuple[Part, ...]
 
     @property
-    def boxes(self) -> list[Box]:
-        """The sizes of the parts."""
-        return _boxes(self.cuts)
+    def jobs(self) -> int:
+        return sum(p.jobs for p in self.all)
+
+    @property
+    def wide(self) -> int:
+        """Jobs that are a block's."""
+        return sum(p.jobs for p in self.all if not p.alone)
+
+    @property
+    def blocks(self) -> int:
+        """Of a sample and group."""
+        return self.wide + -(-(self.jobs - self.wide) // WARPS)
+
+    @property
+    def several(self) -> int:
+        """Parts of several jobs."""
+        return sum(p.jobs > 1 for p in self.all)
 
     def packed(self) -> bytes:
         """``Parts`` of ``cuh/correlation.cuh``."""
-        begin = [0, *itertools.accumulate(self.jobs)]
-        tiles = [d | h << 11 | w << 22 for d, h, w in self.tiles]
-        numbers = [begin[-1], *(len(c) - 1 for c in self.cuts)]
+        begin = [0, *itertools.accumulate(p.jobs for p in self.all)]
+        tiles = [d | h << 11 | w << 22 for d, h, w in (p.tile for p in self.all)]
+        places = [_nibbles(*p.at, *p.spread) for p in self.all]
+        numbers = [self.blocks, self.wide, self.jobs, self.several, len(self.all)]
         for cut in self.cuts:
             numbers += _filled(cut, MOST_CUTS)
-        numbers += [*_filled(begin, MOST_PARTS + 1), *_filled(tiles, MOST_PARTS)]
+        for values, count in ((begin, MOST_PARTS + 1), (tiles, MOST_PARTS), (places, MOST_PARTS)):
+            numbers += _filled(values, count)
         return struct.pack(f"={len(numbers)}i", *numbers)
 
 
@@ -72,7 +106,7 @@ class Parts:
 class Work:
     """What the kernels do for some sizes.
 
-    ``products``, ``sums``: numbers in float64 that they keep, of jobs, and of classes and channels. ``blocks``: of the
+    ``products``, ``sums``: numbers in float64 that they keep, of jobs, and of parts of several ones. ``blocks``: of the
     largest grid. ``macs``: of the matrix units, idle columns included. ``elements``: of x, as often as tiles read them.
     """
 
@@ -111,14 +145,13 @@ class Correlation:
         """The distances of two taps of a class, but for those that are another one's negative."""
         return tuple(sorted({lag for r in self.layer.residues for lag in _lags(r)} | {(0, 0, 0)}))
 
+    @functools.cached_property
+    def shifts(self) -> Shifts:
+        return Shifts.of(self.lags, self.layer.in_channels)
+
     @property
     def columns(self) -> int:
         return self.layer.in_channels * len(self.lags)
-
-    @property
-    def row_tiles(self) -> int:
-        """Matrix instructions per four positions."""
-        return -(-self.columns // 16)
 
     @property
     def patch(self) -> int:
@@ -127,25 +160,38 @@ class Correlation:
 
     @property
     def entries(self) -> int:
-        """Sums of a part: of all products, and of x."""
-        return self.columns * (self.layer.in_channels + 1)
+        """Numbers of a job: sums of products, and of x."""
+        return self.shifts.results * PRODUCTS
 
     @functools.cached_property
     def reach(self) -> tuple[Box, Box]:
         """Per dim, how far lags reach back, and by what a tile of x is larger than its positions."""
-        low, high = (tuple(pick(lag[i] for lag in self.lags) for i in range(3)) for pick in (min, max))
-        return tuple(-a for a in low), tuple(b - a for a, b in zip(low, high, strict=True))  # type: ignore[return-value]
+        (low_d, low_h), (high_d, high_h) = (
+            tuple(pick(lag[i] for lag in self.lags) for i in (0, 1)) for pick in (min, max)
+        )
+        back, ahead = self.shifts.reach
+        return (-low_d, -low_h, back), (high_d - low_d, high_h - low_h, back + ahead)
 
     def elements(self, tile: Box) -> int:
         """Of x, that a tile needs."""
         return self.layer.in_channels * math.prod(t + s for t, s in zip(tile, self.reach[1], strict=True))
 
+    def spread(self, tile: Box) -> Spread:
+        """How a tile lies in shared memory; without gaps where it is a warp's."""
+        d, h, w = (t + s for t, s in zip(tile, self.reach[1], strict=True))
+        return Spread(0, w * h % BANKS, w * h * d % BANKS) if self.alone(tile) else self.shifts.spread(w)
+
     def room(self, tile: Box) -> int:
         """Of a tile in shared memory: ``Pitch`` of ``cuh/correlation.cuh``."""
         d, h, w = (t + s for t, s in zip(tile, self.reach[1], strict=True))
-        row = w + (6 - w) % 16
-        plane = row * h + (2 - row * h) % 16
-        return self.layer.in_channels * (plane * d + (4 - plane * d) % 16)
+        spread = self.spread(tile)
+        plane = _spaced((w + spread.gap) * h, spread.plane)
+        return self.layer.in_channels * _spaced(plane * d, spread.channel)
+
+    def steps(self, tile: Box) -> int:
+        """Steps of a warp that would take all of a tile: ``Walks`` of ``cuh/correlation.cuh``."""
+        d, h, w = tile
+        return min(-(-d * h * n // SLOTS) * (-(-w // n) + self.shifts.more) for n in PIECES)
 
     # --- sizes ------------------------------------------------------------------------------------------
     def parts(self, sizes: Extents, extents: Extents) -> Parts:
@@ -154,15 +200,15 @@ class Correlation:
 
     def work(self, batch: int, sizes: Extents, extents: Extents) -> Work:
         """For a batch of such x. Raises Unsupported as :meth:`parts`."""
-        layer, parts, which = self.layer, self.parts(sizes, extents), batch * self.layer.groups
-        tiles = [_count(box, tile) for box, tile in zip(parts.boxes, parts.tiles, strict=True)]
-        jobs, classes = sum(parts.jobs), len(layer.residues)
+        parts, which = self.parts(sizes, extents), batch * self.layer.groups
+        tiles = [(_count(p.size, p.tile), p.tile) for p in parts.all]
+        merging = which * -(-self.layer.out_channels // CHANNELS)
         return Work(
-            products=which * jobs * self.entries,
-            sums=which * classes * layer.out_channels * 2,
-            blocks=which * max(jobs, classes, layer.out_channels),
-            macs=which * sum(map(math.prod, parts.boxes)) * self.row_tiles * 16 * FACTORS,
-            elements=which * sum(c * self.elements(tile) for c, tile in zip(tiles, parts.tiles, strict=True)),
+            products=which * parts.jobs * self.entries,
+            sums=merging * parts.several * self.entries,
+            blocks=max(which * parts.blocks, merging),
+            macs=which * sum(c * self.steps(tile) for c, tile in tiles) * self.shifts.results * PRODUCTS * SLOTS,
+            elements=which * sum(c * self.elements(tile) for c, tile in tiles),
         )
 
     def cuts(self, dim: int, size: int, extent: int) -> tuple[int, ...]:
@@ -175,28 +221,34 @@ class Correlation:
         return tuple(sorted(found)) or (0, size)
 
     def tile(self, box: Box) -> Box:
-        """The positions of a tile of a part of these sizes: those that read the least of x."""
-        choices = ([*{min(b, LONGEST), *(2**k for k in range(8) if 2**k < b)}] for b in box)
-        fit = (
-            tile
-            for tile in itertools.product(*choices)
-            if math.prod(tile) <= TILE_POSITIONS and self.room(tile) <= TILE_ELEMENTS
-        )
-        return min(fit, key=lambda tile: (_count(box, tile) * (self.elements(tile) + TILE_COST), tile))
+        """The positions of a tile of a part of these sizes: those that take the least time."""
+        choices = ([*{min(-(-b // n), LONGEST) for n in (*range(1, 9), *(2**k for k in range(4, 12)))}] for b in box)
+        fit = (tile for tile in itertools.product(*choices) if self.room(tile) <= TILE_ELEMENTS)
+        return min(fit, key=lambda tile: (_count(box, tile) * self.cycles(tile), tile))
+
+    def cycles(self, tile: Box) -> float:
+        """Of a multiprocessor."""
+        return TILE_CYCLES + self.elements(tile) * ELEMENT_CYCLES + self.steps(tile) * self.shifts.cycles
+
+    def alone(self, box: Box) -> bool:
+        """A warp makes the products of such a part."""
+        return self.elements(box) <= ALONE and self.steps(box) <= FEW_STEPS
 
     # --- the source -------------------------------------------------------------------------------------
     def source(self) -> str:
-        """Entries ``correlate``, ``square`` and ``moments``: a function of what is compiled in alone."""
-        layer, (low, span) = self.layer, self.reach
+        """Entries ``correlate`` and ``moments``: a function of what is compiled in alone."""
+        layer, shifts, (low, span) = self.layer, self.shifts, self.reach
         constants = {
             "in_channels": layer.in_channels,
             "joined": 1,
             "groups": layer.groups,
             "volume": layer.volume,
             "classes": len(layer.residues),
-            "lags": len(self.lags),
-            "columns": self.columns,
-            "entries": self.entries,
+            "copies": shifts.copies,
+            "unit": shifts.unit,
+            "rows": len(shifts.rows),
+            "windows": shifts.windows,
+            "ones": shifts.find((0, 0, 0))[2],
             **{f"span_{dim}": s for dim, s in zip("dhw", span, strict=True)},
             **{f"low_{dim}": s for dim, s in zip("dhw", low, strict=True)},
             **{
@@ -205,24 +257,26 @@ class Correlation:
                 for dim, value in zip("dhw", getattr(layer, name), strict=True)
             },
         }
-        blocks = 3 if self.row_tiles <= 3 else 2 if self.row_tiles <= 6 else 1  # that registers are there for
+        blocks = 3 if shifts.results <= 2 else 2 if shifts.results <= 6 else 1  # that registers are there for
         values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
         taps = [t for r in layer.residues for t in r.taps]
         begin = [0, *itertools.accumulate(len(r.taps) for r in layer.residues)]
-        index = {lag: i for i, lag in enumerate(self.lags)}
-        around = itertools.product(*(range(-a, s - a + 1) for a, s in zip(low, span, strict=True)))
+        entry = {lag: shifts.entry(lag) for lag in self.lags}
+        most = [max(abs(lag[i]) for lag in self.lags) for i in range(3)]
+        around = itertools.product(*(range(-m, m + 1) for m in most))
         types = {name: TYPES[DTYPE_NAMES[getattr(self, name)]] for name in ("dtype", "output", "bias")}
-        return f"""#include "correlation.cuh"
-__constant__ fxfuse::Offset kLags[] = {_offsets((lag, 0) for lag in self.lags)};
-__constant__ int kLagIndex[] = {_list(index.get((d, h, w), 0) for d, h, w in around)};
+        return f"""#include "correlation_moments.cuh"
+__constant__ fxfuse::Offset kRows[] = {_offsets((row, 0) for row in shifts.rows)};
+__constant__ int kEntries[] = {_list(entry.get((d, h, w), 0) for d, h, w in around)};
 __constant__ fxfuse::Offset kTaps[] = {_offsets((t.delta, t.index) for t in taps)};
 __constant__ int kTapBegin[] = {_list(begin)};
 __constant__ fxfuse::Offset kResidues[] = {_offsets((r.at, 0) for r in layer.residues)};
 struct Problem {{
 {values}
-  static FXFUSE_INLINE fxfuse::Offset lag(int i) {{ return kLags[i]; }}
-  static FXFUSE_INLINE int lag_index(const fxfuse::Offset& lag) {{
-    return kLagIndex[((lag.d + low_d) * (span_h + 1) + lag.h + low_h) * (span_w + 1) + lag.w + low_w];
+  static FXFUSE_INLINE fxfuse::Offset row(int i) {{ return kRows[i]; }}
+  static FXFUSE_INLINE int entry(const fxfuse::Offset& lag) {{
+    const int d = lag.d + {most[0]}, h = lag.h + {most[1]}, w = lag.w + {most[2]};
+    return kEntries[(d * {2 * most[1] + 1} + h) * {2 * most[2] + 1} + w];
   }}
   static FXFUSE_INLINE fxfuse::Offset tap(int i) {{ return kTaps[i]; }}
   static FXFUSE_INLINE int tap_begin(int i) {{ return kTapBegin[i]; }}
@@ -234,18 +288,13 @@ correlate(const {types["dtype"]}* x, const __grid_constant__ fxfuse::Strides str
   fxfuse::begin_dependent();
   fxfuse::correlate<Problem>(x, stride, sizes, parts, products);
 }}
-extern "C" __global__ void __launch_bounds__(fxfuse::kCorrelationThreads, 1)
-square(const {types["dtype"]}* weight, const __grid_constant__ fxfuse::Parts parts, fxfuse::Size sizes,
-       fxfuse::Size out, int out_channels, const double* products, double2* sums) {{
-  fxfuse::begin_dependent();
-  fxfuse::square<Problem>(weight, parts, sizes, out, out_channels, products, sums);
-}}
-extern "C" __global__ void __launch_bounds__(fxfuse::kMomentsThreads)
+extern "C" __global__ void __launch_bounds__(fxfuse::kMomentsThreads, 1)
 moments(const {types["dtype"]}* x, const {types["dtype"]}* weight, const {types["bias"]}* bias,
-        const __grid_constant__ fxfuse::DirectGeometry s, fxfuse::Size out, int out_channels, const double2* sums,
-        fxfuse::Moments* moments) {{
+        const __grid_constant__ fxfuse::DirectGeometry s, const __grid_constant__ fxfuse::Parts parts, fxfuse::Size out,
+        int out_channels, const double* products, double* sums, fxfuse::Moments* moments) {{
   fxfuse::begin_dependent();
-  fxfuse::moments_of_sums<Problem, {types["output"]}>(x, weight, bias, s, out, out_channels, sums, moments);
+  fxfuse::moments_of_products<Problem, {types["output"]}>(x, weight, bias, s, parts, out, out_channels, products, sums,
+                                                       moments);
 }}
 """
 
@@ -256,17 +305,21 @@ def _parts(made: Correlation, sizes: Extents, extents: Extents) -> Parts:
     count = math.prod(len(c) - 1 for c in cuts)
     if count > MOST_PARTS or max(map(len, cuts)) > MOST_CUTS:
         raise Unsupported(f"borders cut x into {count} parts (at most {MOST_PARTS}, {MOST_CUTS - 1} per dim)")
-    boxes = _boxes(cuts)
-    tile_of = {box: made.tile(box) for box in {*boxes}}
-    counts = [_count(box, tile_of[box]) for box in boxes]
-    each = -(-sum(counts) // ENOUGH_JOBS)
-    return Parts(cuts, tuple(tile_of[box] for box in boxes), tuple(-(-c // each) for c in counts))
+    d, h, w = (range(len(c) - 1) for c in cuts)
+    boxes = [(at, _size(cuts, at)) for at in itertools.product(d, h, w)]
+    tile_of = {size: size if made.alone(size) else made.tile(size) for size in {size for _, size in boxes}}
+    each = -(-sum(_count(size, tile_of[size]) for _, size in boxes if not made.alone(size)) // ENOUGH_JOBS) or 1
+    found = [
+        Part(at, size, tile, -(-_count(size, tile) // each), made.alone(size), made.spread(tile))
+        for at, size in boxes
+        for tile in [tile_of[size]]
+    ]
+    return Parts(cuts, tuple(sorted(found, key=lambda p: (p.alone, -p.jobs))))
 
 
-def _boxes(cuts: Sequence[Sequence[int]]) -> list[Box]:
-
-    d, h, w = ([b - a for a, b in itertools.pairwise(c)] for c in cuts)
-    return [*itertools.product(d, h, w)]
+def _size(cuts: Sequence[Sequence[int]], at: Box) -> Box:
+    d, h, w = (cut[i + 1] - cut[i] for cut, i in zip(cuts, at, strict=True))
+    return d, h, w
 
 
 def _lags(residue: Residue) -> Iterator[Box]:
@@ -278,6 +331,15 @@ def _lags(residue: Residue) -> Iterator[Box]:
 
 def _count(box: Sequence[int], tile: Sequence[int]) -> int:
     return math.prod(-(-b // t) for b, t in zip(box, tile, strict=True))
+
+
+def _spaced(least: int, residue: int) -> int:
+    """The first number from ``least`` on of this residue."""
+    return least + (residue - least) % BANKS
+
+
+def _nibbles(*values: int) -> int:
+    return sum(v << 4 * i for i, v in enumerate(values))
 
 
 def _filled(values: Sequence[int], count: int) -> list[int]:

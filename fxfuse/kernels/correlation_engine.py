@@ -1,4 +1,4 @@
-"""Run a :class:`Correlation` on a Hopper GPU: the workspace and the three launches of a call."""
+"""Run a :class:`Correlation` on a Hopper GPU: the workspace and the two launches of a call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.convolution import Unsupported
-from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.correlation import CHANNELS, TILE_ELEMENTS, Correlation
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Module, empty, sender, stream_of
 from fxfuse.kernels.tiles import Extents
 
-KERNELS = ("correlate", "square", "moments")
+KERNELS = ("correlate", "moments")
 #: threads of their blocks
-BLOCK, MOMENTS_BLOCK = 256, 128
+BLOCK, MOMENTS_BLOCK = 256, 512
 #: blocks of a grid
 MOST = 2**31 - 1
 #: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
@@ -45,21 +45,29 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
     size, cuts = f"{_SIZES.size}s", f"{len(table)}s"
     which = n * layer.groups
     correlate = sender(
-        kernels["correlate"], sum(parts.jobs) * which, BLOCK, "q", f"{len(strides)}s", size, cuts, "q", follows=follows
-    )
-    square = sender(
-        kernels["square"], len(layer.residues) * which, BLOCK, "q", cuts, size, size, "i", "q", "q", follows=True
+        kernels["correlate"],
+        parts.blocks * which,
+        BLOCK,
+        "q",
+        f"{len(strides)}s",
+        size,
+        cuts,
+        "q",
+        shared=TILE_ELEMENTS * 8,
+        follows=follows,
     )
     finish = sender(
         kernels["moments"],
-        which * layer.out_channels,
+        which * -(-layer.out_channels // CHANNELS),
         MOMENTS_BLOCK,
         "q",
         "q",
         "q",
         f"{len(direct)}s",
+        cuts,
         size,
         "i",
+        "q",
         "q",
         "q",
         follows=True,
@@ -69,12 +77,10 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
         stream, weight = stream_of(index), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         room = empty((work.products + work.sums,), (1,), torch.float64)
-        # pairs of sums lie behind an even number of products: channels * (channels + 1) for each lag
         products, sums = room.data_ptr(), room.data_ptr() + work.products * 8
         places = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         correlate(stream, places[0], strides, sizes, table, products)
-        square(stream, places[1], table, sizes, out, layer.out_channels, products, sums)
-        finish(stream, *places, direct, out, layer.out_channels, sums, moments.data_ptr())
+        finish(stream, *places, direct, table, out, layer.out_channels, products, sums, moments.data_ptr())
 
     return run
 

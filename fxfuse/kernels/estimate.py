@@ -34,10 +34,10 @@ BANDWIDTH = MACHINES["cuda"].bandwidth
 HALF_RATE, TF32_RATE = 3.75e14, MACHINES["cuda"].macs
 #: multiply-adds per second of float32 without matrix units (67 TFLOP/s, as specified)
 FLOAT_RATE = 3.35e13
-#: multiply-adds per second of the matrix units in float64 (67 TFLOP/s, as specified), and how much of that was seen
-DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.25
-#: seconds that an element of a tile of x takes until it lies in shared memory, and that sums of a class take at least
-TILED, SQUARED = 2.5e-12, 2.3e-5
+#: multiply-adds per second of the matrix units in float64 (67 TFLOP/s, as specified), and how much of that is expected
+DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.7
+#: seconds that an element of a tile of x takes until it lies in shared memory, and that moments of its products take
+TILED, SQUARED = 5e-13, 6e-6
 #: bytes of the moments of a sample and channel, where the slots of a sample are one piece
 MOMENTS = 24
 #: seconds that one more kernel in a queue takes at least
@@ -141,7 +141,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
 
 
 def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
-    """Three kernels. Products of every tile of x are written, and read again."""
+    """Two kernels. Products of every job are written, and read again."""
     n, _, *sizes = (s or 0 for s in types[kernel.x].shape)
     work = made.work(n, three_of(sizes), kernel.extents)
     kept = (work.products + work.sums) * torch.float64.itemsize
@@ -150,11 +150,11 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     traffic = (read + written) / BANDWIDTH
     products = work.macs / (DOUBLE_RATE * DOUBLE_PART)
     return Work(
-        launches=3,
+        launches=2,
         read=read,
         written=written,
         macs=work.macs,
-        seconds=traffic + products + work.elements * TILED + SQUARED + 3 * LAUNCH,
+        seconds=traffic + products + work.elements * TILED + SQUARED + 2 * LAUNCH,
         floor=max(traffic, work.macs / DOUBLE_RATE),
     )
 

@@ -228,7 +228,7 @@ class Schedule:
     def __str__(self) -> str:
         first = [f"first {s}" for s in self.ahead]
         run = self.measuring
-        measuring = [f"{'three kernels' if run.correlates else 'one kernel'}: {run}"] if run is not None else []
+        measuring = [f"{'two kernels' if run.correlates else 'one kernel'}: {run}"] if run is not None else []
         again = "one kernel" if run is None else f"then the convolution{'' if run.correlates else ' again'}"
         kernel = [f"{again}: {self.kernel}"] if self.kernel is not None else []
         between, steps = ([f"then {s}" for s in each] for each in (self.between, self.steps))

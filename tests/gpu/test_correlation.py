@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from stages import LAST, Stages, check, made, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import correlation_engine
+from fxfuse.kernels import correlation, correlation_engine
 from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.correlation import Correlation
 
@@ -35,16 +37,29 @@ def always_products() -> Iterator[None]:
 
 
 # --- moments --------------------------------------------------------------------------------------
-def moments(convolution: nn.Module, x: Tensor) -> Tensor:
-    """(N, C, 2): mean and sum of squares around it of every sample and channel, by the kernels."""
+@contextlib.contextmanager
+def by_blocks() -> Iterator[None]:
+    """No warp makes the products of a part alone, however small it is."""
+    with mock.patch.object(correlation, "ALONE", 0):
+        correlation._parts.cache_clear()
+        yield
+    correlation._parts.cache_clear()
+
+
+def correlation_of(convolution: nn.Module, x: Tensor) -> Correlation:
     c: Any = convolution
     layer = Layer(
         c.in_channels // c.groups, c.out_channels // c.groups, c.groups, c.kernel_size, c.stride, c.padding, c.dilation
     )
-    correlation = Correlation.of(layer, x.dtype, x.dtype, x.dtype)
+    return Correlation.of(layer, x.dtype, x.dtype, x.dtype)
+
+
+def moments(convolution: nn.Module, x: Tensor) -> Tensor:
+    """(N, C, 2): mean and sum of squares around it of every sample and channel, by the kernels."""
+    c: Any = convolution
     with torch.no_grad():
         extents = copy.deepcopy(c).to("meta")(x.to("meta")).shape[2:]
-        run = correlation_engine.prepare(correlation, x, extents)
+        run = correlation_engine.prepare(correlation_of(c, x), x, extents)
         found = torch.zeros(x.shape[0], c.out_channels, 3, dtype=torch.float64, device=DEVICE)
         run(x, c.weight, c.bias, found)
     assert bool((found[..., 0] == math.prod(extents)).all())
@@ -112,11 +127,69 @@ def test_nothing_is_lost_to_what_cancels() -> None:
 
 
 def test_many_tiles_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block takes several of them."""
-    monkeypatch.setattr("fxfuse.kernels.correlation.ENOUGH_JOBS", 3)
-    monkeypatch.setattr("fxfuse.kernels.correlation.TILE_POSITIONS", 64)
+    """A block takes several of them, and the sums of a part are of several blocks."""
+    monkeypatch.setattr("fxfuse.kernels.correlation.ENOUGH_JOBS", 20)
+    monkeypatch.setattr("fxfuse.kernels.correlation.TILE_ELEMENTS", 200)
     convolution, x = made(3, 2, 3, 3, stride=2, padding=1), sample(2, 2, 6, 7, 11)
+    with by_blocks():
+        parts = correlation_of(convolution, x).parts((6, 7, 11), (11, 13, 21))
+        assert any(1 < p.jobs < math.prod(-(-b // t) for b, t in zip(p.size, p.tile, strict=True)) for p in parts.all)
+        torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(4, 5, 6), (4, 3, 50)], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_parts_that_blocks_take(layer: str, size: tuple[int, int, int]) -> None:
+    """Not one warp each."""
+    torch.manual_seed(0)
+    convolution, x = made(3, 3, 5, **LAYERS[layer]), sample(2, 3, *size)
+    with by_blocks():
+        torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("channels", "layer"),
+    [
+        (1, {"kernel_size": 3}),
+        (1, {"kernel_size": (3, 4, 4)}),
+        (2, {"kernel_size": (2, 2, 5)}),
+        (3, {"kernel_size": (1, 3, 3), "dilation": (1, 1, 2)}),
+        (3, {"kernel_size": (1, 1, 6)}),
+        (6, {"kernel_size": 2, "padding": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_arrangements_of_the_lags(channels: int, layer: dict[str, Any], alone: bool) -> None:
+    """Shifts, windows and several instructions per step; pieces of rows of all sizes."""
+    torch.manual_seed(0)
+    convolution, x = made(3, channels, 3, **layer), sample(1, channels, 2, 3, 9)
+    with contextlib.nullcontext() if alone else by_blocks():
+        torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("out", [1, 15, 16, 17, 40])
+def test_output_channels(out: int) -> None:
+    """A block of the second kernel has 16 of a group."""
+    torch.manual_seed(0)
+    convolution, x = made(3, 4, 2 * out, 2, stride=2, groups=2), sample(2, 4, 2, 3, 4)
     torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
+
+
+def test_classes_that_lie_in_shared_memory_one_after_the_other() -> None:
+    """All of their rows are more than it has room for."""
+    torch.manual_seed(0)
+    convolution, x = made(3, 7, 3, (3, 3, 4), stride=2, padding=1), sample(1, 7, 3, 4, 5)
+    torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(32, 32, 32), (16, 40, 70)], ids=str)
+@pytest.mark.parametrize(("channels", "stride"), [(3, 2), (1, 1)])
+def test_sizes_of_models(channels: int, stride: int, size: tuple[int, int, int]) -> None:
+    """Tiles, faces, edges and corners as they are there; a mean far from zero."""
+    torch.manual_seed(0)
+    convolution, x = made(3, channels, 5, 3, stride=stride, padding=1), sample(1, channels, *size) + 20
+    torch.testing.assert_close(moments(convolution, x), expected(convolution, x), rtol=1e-11, atol=0)
 
 
 @pytest.mark.skipif(CUDA, reason="the emulated GPU's threads take turns in orders of their own")
@@ -162,6 +235,19 @@ def test_weights_and_outputs_that_are_not_finite() -> None:
     got, held = moments(convolution, x), expected(convolution, x)
     assert got[1, :, 0].isposinf().all() and got[1, :, 1].isnan().all()
     torch.testing.assert_close(got[0], held[0], rtol=1e-3, atol=1e-3)
+
+
+def test_one_of_many_channels_is_not_finite() -> None:
+    """Of a second block of channels, and of a second group: no other one changes."""
+    convolution, x = made(3, 4, 40, 2, groups=2), sample(2, 4, 2, 3, 4)
+    whole = moments(convolution, x)
+    with torch.no_grad():
+        convolution.weight[2, 17] = math.inf
+    x[:, 2] = x[:, 2].abs() + 1
+    x[:, 3] = 0
+    got = moments(convolution, x)
+    assert got[:, 37, 0].isposinf().all() and got[:, 37, 1].isnan().all()
+    assert bool(got[:, [*range(37), 38, 39]].isfinite().all()) and torch.equal(got[:, :20], whole[:, :20])
 
 
 def test_a_value_that_nothing_reads() -> None:

@@ -8,17 +8,30 @@
 
 namespace fxfuse {
 
-constexpr int kCorrelationThreads = 256, kMomentsThreads = 128;
-constexpr int kTileElements = 5888, kTilePositions = 1024;  // of x in shared memory, all there is of it
-constexpr int kMostCuts = 9, kMostParts = 128, kMostJobs = 512, kMostPatch = 64;
+constexpr int kCorrelationThreads = 256;
+constexpr int kTileElements = 9600, kAlone = kTileElements / (kCorrelationThreads / 32);  // of a block's tile, a warp's
+constexpr int kMostCuts = 9, kMostParts = 128;
+constexpr int kResult = 128, kSummed = 4;    // numbers of a matrix instruction's result; results that are added up at a time
+constexpr int kShort = 4;                    // steps of walks that are made across the rows
+static_assert(kCorrelationThreads / 32 * kSummed * kResult <= kTileElements, "the warps' results lie where a tile was");
 
-// The parts, w varying fastest, and the jobs that they are divided into, one block each.
+// The parts, and the jobs that they are divided into. The `wide` first jobs are a block's, the other ones a warp's; the
+// `several` first parts have more than one.
 struct Parts {
-  int jobs;
-  int count[3];                      // parts per dim
-  int cut[3][kMostCuts];             // where they begin, and where the last one ends
-  int begin[kMostParts + 1];         // the first job of each part
-  int tile[kMostParts];              // positions of a tile of each part: d + 2^11 * h + 2^22 * w
+  int blocks, wide, jobs, several, parts;  // blocks: of a sample and group
+  int cut[3][kMostCuts];          // per dim, where parts begin, and where the last one ends
+  int begin[kMostParts + 1];      // the first job of each part
+  int tile[kMostParts];           // positions of a tile of each part: d + 2^11 * h + 2^22 * w
+  int place[kMostParts];          // digits of base 16: which part it is along d, h and w; of Pitch
+
+  FXFUSE_INLINE int digit(int part, int i) const { return place[part] >> 4 * i & 15; }
+  FXFUSE_INLINE Size from(int part) const {
+    return {cut[0][digit(part, 0)], cut[1][digit(part, 1)], cut[2][digit(part, 2)]};
+  }
+  FXFUSE_INLINE Size end(int part) const {
+    return {cut[0][digit(part, 0) + 1], cut[1][digit(part, 1) + 1], cut[2][digit(part, 2) + 1]};
+  }
+  FXFUSE_INLINE int jobs_of(int part) const { return begin[part + 1] - begin[part]; }
 };
 
 struct Offset {
@@ -33,231 +46,264 @@ struct Reciprocal {
   FXFUSE_INLINE int operator()(int i) const { return (int)(((float)i + 0.5f) * reciprocal); }
 };
 
-FXFUSE_INLINE int volume(const Size& s) { return s.d * s.h * s.w; }
-
-FXFUSE_INLINE int part_of(const Parts& p, int job) {
-  int part = 0;
-  while (p.begin[part + 1] <= job) ++part;
-  return part;
-}
-
-// How a box of x lies in shared memory: with distances that let lags to neighbours lie in different banks.
+// How a box of x lies in shared memory: at distances at which few lanes meet in a bank.
 struct Pitch {
   int row, plane, channel;
-  static FXFUSE_INLINE int spread(int least, int to) { return least + ((to - least) & 15); }
-  FXFUSE_INLINE explicit Pitch(const Size& box)
-      : row(spread(box.w, 6)), plane(spread(row * box.h, 2)), channel(spread(plane * box.d, 4)) {}
+  static FXFUSE_INLINE int spaced(int least, int to) { return least + ((to - least) & 15); }
+  FXFUSE_INLINE Pitch(const Size& box, const Parts& p, int part)
+      : row(box.w + p.digit(part, 3)),
+        plane(spaced(row * box.h, p.digit(part, 4))),
+        channel(spaced(plane * box.d, p.digit(part, 5))) {}
 };
 
-// Fills `tile`, as doubles, with the box `size` of every channel of x from (d0, h0, w0) on; zeros outside of x.
-template <class Problem, class T>
+// The positions of a part's t-th tile, `box` from `from` on. There are `count` tiles.
+struct PartTile {
+  Size from, box;
+  int count;
+  FXFUSE_INLINE PartTile(const Parts& p, int part, int t) : from(p.from(part)) {
+    const Size end = p.end(part), most = {p.tile[part] & 2047, p.tile[part] >> 11 & 2047, p.tile[part] >> 22};
+    const int tiles_h = tiles(end.h - from.h, most.h), tiles_w = tiles(end.w - from.w, most.w);
+    count = tiles(end.d - from.d, most.d) * tiles_h * tiles_w;
+    const int over = t / tiles_w, at_d = over / tiles_h;
+    from.d += at_d * most.d, from.h += (over - at_d * tiles_h) * most.h, from.w += (t - over * tiles_w) * most.w;
+    box = {min(most.d, end.d - from.d), min(most.h, end.h - from.h), min(most.w, end.w - from.w)};
+  }
+  static FXFUSE_INLINE int tiles(int size, int most) { return Reciprocal(most)(size + most - 1); }
+  // with what its positions' lags reach
+  template <class Problem>
+  FXFUSE_INLINE Size size() const {
+    return {box.d + Problem::span_d, box.h + Problem::span_h, box.w + Problem::span_w};
+  }
+};
+
+// Threads that share a job, a warp or a block, meet.
+template <int threads>
+FXFUSE_INLINE void meet() {
+  if (threads == 32)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
+// Fills `tile`, as doubles, with the box `size` of every channel of x from `at` on; zeros outside of x. Neighbouring threads
+// read along w. A thread reads along d or h, where that takes less: a batch is on its way before it waits for some of it.
+template <class Problem, int threads, class T>
 FXFUSE_INLINE void load_tile(double* tile, const Pitch& pitch, const T* x, const Strides& stride, const Size& sizes,
-                             const Size& size, int d0, int h0, int w0) {
-  const Reciprocal by_w(size.w), by_h(size.h), by_d(size.d);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < Problem::in_channels * volume(size); i += kCorrelationThreads) {
-    const int row = by_w(i), plane = by_h(row), c = by_d(plane);
-    const int at_d = plane - c * size.d, at_h = row - plane * size.h, at_w = i - row * size.w;
-    const int d = d0 + at_d, h = h0 + at_h, w = w0 + at_w;
-    const bool inside = d >= 0 && d < sizes.d && h >= 0 && h < sizes.h && w >= 0 && w < sizes.w;
-    tile[c * pitch.channel + at_d * pitch.plane + at_h * pitch.row + at_w] =
-        inside ? (double)to_float(x[c * stride.c + d * stride.d + h * stride.h + w * stride.w]) : 0.0;
-  }
+                             const Size& size, const Size& at) {
+  constexpr int batch = 8;
+  const int thread = threadIdx.x % threads, log = size.w > 16 ? 5 : size.w > 8 ? 4 : size.w > 4 ? 3 : 2;
+  const int step = threads >> log;
+  auto batches = [&](int across, int along) {
+    return (Problem::in_channels * across + step - 1) / step * ((along + batch - 1) / batch);
+  };
+  const bool along_d = batches(size.h, size.d) < batches(size.d, size.h);
+  const int along = along_d ? size.d : size.h, along_at = along_d ? at.d : at.h, along_x = along_d ? sizes.d : sizes.h;
+  const int across = along_d ? size.h : size.d, across_at = along_d ? at.h : at.d, across_x = along_d ? sizes.h : sizes.d;
+  const int64_t along_stride = along_d ? stride.d : stride.h, across_stride = along_d ? stride.h : stride.d;
+  const int along_pitch = along_d ? pitch.plane : pitch.row, across_pitch = along_d ? pitch.row : pitch.plane;
+  const Reciprocal by_across(across);
+  for (int w = thread & (1 << log) - 1; w < size.w; w += 1 << log)
+    for (int row = thread >> log; row < Problem::in_channels * across; row += step) {
+      const int c = by_across(row), i = row - c * across;
+      const bool inside = at.w + w >= 0 && at.w + w < sizes.w && across_at + i >= 0 && across_at + i < across_x;
+      const int last = inside ? along_x : 0;
+      const T* from = x + c * stride.c + (across_at + i) * across_stride + (at.w + w) * stride.w + along_at * along_stride;
+      double* to = tile + c * pitch.channel + i * across_pitch + w;
+      for (int first = 0; first < along; first += batch) {
+        T read[batch];
+#pragma unroll
+        for (int k = 0; k < batch; ++k, from += along_stride) {
+          read[k] = {};
+          if ((unsigned)(along_at + first + k) < (unsigned)last) read[k] = *from;
+        }
+#pragma unroll
+        for (int k = 0; k < batch; ++k, to += along_pitch)
+          if (first + k < along) *to = (double)to_float(read[k]);
+      }
+    }
 }
 
-// The products of a job: [lag and channel of the second factor][channel of the first factor; 1 behind them]. A block per
-// sample, group and job.
-template <class Problem, class T>
-FXFUSE_INLINE void correlate(const T* x, const Strides& stride, const Size& sizes, const Parts& p, double* products) {
-  constexpr int channels = Problem::in_channels, row_tiles = (Problem::columns + 15) / 16;
-  constexpr int warps = kCorrelationThreads / 32;
-  __shared__ double tile[kTileElements];
-  __shared__ uint16_t places[kTilePositions];
-  const int which = blockIdx.x / p.jobs, job = blockIdx.x - which * p.jobs, n = which / Problem::groups;
-  x += n * stride.n + (int64_t)(which - n * Problem::groups) * channels * stride.c;
-  const int part = part_of(p, job), row = part / p.count[2], pd = row / p.count[1];
-  const int ph = row - pd * p.count[1], pw = part - row * p.count[2];
-  const Size from = {p.cut[0][pd], p.cut[1][ph], p.cut[2][pw]};
-  const Size all = {p.cut[0][pd + 1] - from.d, p.cut[1][ph + 1] - from.h, p.cut[2][pw + 1] - from.w};
-  const Size most = {p.tile[part] & 2047, p.tile[part] >> 11 & 2047, p.tile[part] >> 22};
-  const int tiles_h = (all.h + most.h - 1) / most.h, tiles_w = (all.w + most.w - 1) / most.w;
-  const int tiles = (all.d + most.d - 1) / most.d * tiles_h * tiles_w;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, column = lane >> 2;
-  double acc[row_tiles][4];
+// How the positions of a box are walked along: rows, cut into pieces of `length` where that takes fewer steps. A lane has
+// one of four pieces, all of which are walked along at the same time.
+template <class Problem>
+struct Walks {
+  static constexpr int more = (Problem::copies - 1) * Problem::unit;  // steps beyond a piece's positions
+  int cut, length, pieces, steps;  // 2^cut pieces of a row; steps of a walk, and `all` of them
+  int all;
+  FXFUSE_INLINE explicit Walks(const Size& box) : all(0x7fffffff) {
 #pragma unroll
-  for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[i][e] = 0;
-  for (int t = job - p.begin[part]; t < tiles; t += p.begin[part + 1] - p.begin[part]) {
-    const int over = t / tiles_w, td = over / tiles_h * most.d, th = over % tiles_h * most.h, tw = t % tiles_w * most.w;
-    const Size box = {min(most.d, all.d - td), min(most.h, all.h - th), min(most.w, all.w - tw)};
-    const Size size = {box.d + Problem::span_d, box.h + Problem::span_h, box.w + Problem::span_w};
-    const Pitch pitch(size);
-    __syncthreads();  // what was there has been read
-    load_tile<Problem>(tile, pitch, x, stride, sizes, size, from.d + td, from.h + th - Problem::low_h,
-                       from.w + tw - Problem::low_w);
-    const Reciprocal by_w(box.w), by_h(box.h);
-    for (int i = threadIdx.x; i < volume(box); i += kCorrelationThreads) {
-      const int line = by_w(i), d = by_h(line), h = line - d * box.h, w = i - line * box.w;
-      places[i] = d * pitch.plane + (h + Problem::low_h) * pitch.row + w + Problem::low_w;
-    }
-    int second[row_tiles][2];
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int at = i * 16 + r * 8 + column, c = at / Problem::lags;
-        const Offset lag = at < Problem::columns ? Problem::lag(at - c * Problem::lags) : Offset{};
-        second[i][r] = (at < Problem::columns ? c * pitch.channel : 0) + lag.d * pitch.plane + lag.h * pitch.row + lag.w;
-      }
-    __syncthreads();
-#pragma unroll 2
-    for (int i = warp * 4 + (lane & 3); i < (volume(box) + 3 & ~3); i += warps * 4) {
-      const bool there = i < volume(box);
-      const double* at = tile + places[there ? i : 0];
-      const double first = !there || column > channels ? 0.0 : column == channels ? 1.0 : at[column * pitch.channel];
-#pragma unroll
-      for (int k = 0; k < row_tiles; ++k) mma_double(acc[k], at[second[k][0]], at[second[k][1]], first);
+    for (int i = 0; i < 3; ++i) {
+      const int each = (box.w + (1 << i) - 1) >> i, count = box.d * box.h << i, of = (count + 3 >> 2) * (each + more);
+      if (of < all) cut = i, length = each, pieces = count, steps = each + more, all = of;
     }
   }
-  for (int turn = 0; turn < warps; ++turn) {  // one warp after the other adds what it has
-    __syncthreads();
-    if (warp != turn) continue;
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        double& sum = tile[(i * 16 + (e >> 1) * 8 + column) * 8 + (lane & 3) * 2 + (e & 1)];
-        sum = turn == 0 ? acc[i][e] : sum + acc[i][e];
-      }
-  }
-  __syncthreads();
-  products += (int64_t)blockIdx.x * Problem::entries;
-  for (int i = threadIdx.x; i < Problem::entries; i += kCorrelationThreads) {
-    const int at = i / (channels + 1);
-    products[i] = tile[at * 8 + i - at * (channels + 1)];
-  }
-}
+};
 
-// Sums and sums of squares of every output channel, bias aside, over the outputs of one residue class: [channel]. A block
-// per sample, group and class.
-template <class Problem, class T>
-FXFUSE_INLINE void square(const T* weight, const Parts& p, const Size& sizes, const Size& out, int out_channels,
-                          const double* products, double2* sums) {
-  constexpr int channels = Problem::in_channels;
-  __shared__ double m[kMostPatch][kMostPatch + 1];
-  __shared__ double ones[kMostPatch];  // sums of x
-  __shared__ Size begins[kMostJobs];  // where a job's part does
-  const int which = blockIdx.x / Problem::classes, r = blockIdx.x - which * Problem::classes;
-  const int first_tap = Problem::tap_begin(r), columns = (Problem::tap_begin(r + 1) - first_tap) * channels;
-  for (int job = threadIdx.x; job < p.jobs; job += kCorrelationThreads) {
-    const int part = part_of(p, job), row = part / p.count[2], pd = row / p.count[1];
-    begins[job] = {p.cut[0][pd], p.cut[1][row - pd * p.count[1]], p.cut[2][part - row * p.count[2]]};
-  }
-  __syncthreads();
-  const Offset at = Problem::residue(r);
-  const int count_d = (out.d - at.d + Problem::stride_d - 1) / Problem::stride_d;
-  const int count_h = (out.h - at.h + Problem::stride_h - 1) / Problem::stride_h;
-  const int count_w = (out.w - at.w + Problem::stride_w - 1) / Problem::stride_w;
-  products += (int64_t)which * p.jobs * Problem::entries;
-  for (int e = threadIdx.x; e < columns * (columns + 1); e += kCorrelationThreads) {
-    int a = e / (columns + 1), b = e - a * (columns + 1);
-    if (b < a) continue;  // M is symmetric
-    const bool one = b == columns;
-    if (one) b = a;
-    Offset from = Problem::tap(first_tap + a / channels), to = Problem::tap(first_tap + b / channels);
-    Offset lag = {to.d - from.d, to.h - from.h, to.w - from.w};
-    int first = a % channels, second = b % channels;
-    if (lag.d < 0 || (lag.d == 0 && (lag.h < 0 || (lag.h == 0 && lag.w < 0)))) {  // only the other one is there
-      lag = {-lag.d, -lag.h, -lag.w};
-      from = to;
-      const int other = first;
-      first = second, second = other;
-    }
-    // what the class's outputs read of x by the tap of the first factor; the other one is zero outside of x
-    const Size end = {min(count_d + from.d, sizes.d), min(count_h + from.h, sizes.h), min(count_w + from.w, sizes.w)};
-    const int entry = (second * Problem::lags + Problem::lag_index(lag)) * (channels + 1) + (one ? channels : first);
-    double sum = 0;
-#pragma unroll 8
-    for (int job = 0; job < p.jobs; ++job) {
-      const Size at = begins[job];
-      if (at.d >= from.d && at.d < end.d && at.h >= from.h && at.h < end.h && at.w >= from.w && at.w < end.w)
-        sum += products[(int64_t)job * Problem::entries + entry];
-    }
-    if (one)
-      ones[a] = sum;
-    else
-      m[a][b] = m[b][a] = sum;
-  }
-  __syncthreads();
-  const int lane = threadIdx.x & 31, group = which % Problem::groups;
-  weight += (int64_t)group * channels * out_channels * Problem::volume;
-  for (int c = threadIdx.x >> 5; c < out_channels; c += kCorrelationThreads / 32) {
-    auto of = [&](int column) {
-      const int at = (column % channels * out_channels + c) * Problem::volume;
-      return (double)to_float(weight[at + Problem::tap(first_tap + column / channels).index]);
-    };
-    double w[2], sum = 0, squares = 0;  // a lane has two columns
+// Adds the products of a tile's positions, as far as they are this warp's: [window and tile of rows][rows][columns]. Rows
+// are channels of the second factor at Problem::rows distances each, and at the next ones along w; columns are channels
+// of the first factor at every shift along w, and ones.
+template <class Problem, int warps, int tiles, int results>
+FXFUSE_INLINE void add_products(double (&acc)[results][4], const double* tile, const Pitch& pitch, const Size& box) {
+  constexpr int channels = Problem::in_channels, windows = Problem::windows;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % warps;
+  int column = lane >> 2;
+  settle(column);  // what follows from it is made for every tile anew, and takes no registers while one is loaded
+  const Walks<Problem> walks(box);
+  int second[tiles][2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) w[k] = lane + 32 * k < columns ? of(lane + 32 * k) : 0;
+  for (int i = 0; i < tiles; ++i)
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int a = lane + 32 * k;
-      double row = 0;
-      for (int b = 0; b < columns; ++b) {
-        const double other = __shfl_sync(~0u, b < 32 ? w[0] : w[1], b & 31);
-        if (a < columns) row += m[a][b] * other;
+    for (int r = 0; r < 2; ++r) {
+      const int at = min(i * 16 + r * 8 + column, channels * Problem::rows - 1), c = at / Problem::rows;
+      const Offset row = Problem::row(at - c * Problem::rows);
+      second[i][r] = c * pitch.channel + row.d * pitch.plane + row.h * pitch.row + row.w;
+    }
+  const bool counts = column < channels * Problem::copies, one = column == channels * Problem::copies;
+  const int shift = (one ? Problem::ones : column / channels) * Problem::unit;
+  const int first = (counts ? column % channels * pitch.channel : 0) + shift;
+  const Reciprocal by_steps(walks.steps), by_h(box.h);
+  const int end = walks.all * (warp + 1) / warps;
+  int step = walks.all * warp / warps;
+  // across the rows, which takes less than short walks; of many tiles there are no registers for both
+  if (tiles <= 4 && walks.cut == 0 && walks.steps <= kShort && box.h >= 4) {
+    const int quads = walks.pieces + 3 >> 2;
+    const Reciprocal by_quads(quads);
+    while (step < end) {
+      const int t = by_quads(step), quad = step - t * quads, until = min(quads, quad + end - step);
+      const int along = Problem::low_w - Walks<Problem>::more + t;
+      const bool valid = (counts || one) && (unsigned)(t - Walks<Problem>::more + shift) < (unsigned)box.w;
+      int line = quad * 4 + (lane & 3), h = line - by_h(line) * box.h;
+      const double* const begin = tile + Problem::low_h * pitch.row + along;  // of the first row
+      const double* at = begin + by_h(line) * pitch.plane + h * pitch.row;
+      step += until - quad;
+#pragma unroll tiles > 2 ? 1 : 2
+      for (int q = quad; q < until; ++q) {
+        const bool there = line < walks.pieces;
+        const double* const from = there ? at : begin;
+        double factor = 0;
+        if (valid && there) factor = one ? 1.0 : from[first];
+#pragma unroll
+        for (int k = 0; k < windows; ++k)
+#pragma unroll
+          for (int i = 0; i < tiles; ++i)
+            mma_double(acc[k * tiles + i], from[second[i][0] + k], from[second[i][1] + k], factor);
+        line += 4, h += 4, at += 4 * pitch.row;
+        if (h >= box.h) h -= box.h, at += pitch.plane - box.h * pitch.row;
       }
-      if (a < columns) sum += w[k] * ones[a], squares += w[k] * row;
     }
-    for (int distance = 16; distance; distance /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, distance);
-      squares += __shfl_xor_sync(~0u, squares, distance);
-    }
-    if (lane == 0) sums[(int64_t)blockIdx.x * out_channels + c] = {sum, squares};
-  }
-}
-
-template <class T>
-constexpr double kLargest = 3.4e38;
-template <>
-constexpr double kLargest<Half> = 65504.0;
-
-// Mean and squares around it of a sample and channel: a block each. Where an output may not be finite in `Out`, they are
-// made of the outputs, one by one, as they would be stored.
-template <class Problem, class Out, class T, class Bias>
-FXFUSE_INLINE void moments_of_sums(const T* x, const T* w, const Bias* bias, const DirectGeometry& s, const Size& out,
-                                   int out_channels, const double2* sums, Moments* moments) {
-  const int all = out_channels * Problem::groups, n = blockIdx.x / all, c = blockIdx.x - n * all;
-  const int group = c / out_channels, column = c - group * out_channels;
-  sums += (int64_t)(n * Problem::groups + group) * Problem::classes * out_channels + column;
-  double sum = 0, squares = 0;
-#pragma unroll
-  for (int r = 0; r < Problem::classes; ++r) {
-    const double2 one = sums[r * out_channels];
-    sum += one.x, squares += one.y;
-  }
-  const float shift = bias ? to_float(bias[c]) : 0.f;
-  const int64_t size = (int64_t)out.d * out.h * out.w;
-  const double count = (double)size, mean = sum / count;
-  // no output is further from zero than the root of this; the comparison fails where something is NaN
-  if (squares + shift * (2 * sum + shift * count) < kLargest<Out> * kLargest<Out>) {
-    const double around = squares - sum * mean;
-    if (threadIdx.x == 0) moments[blockIdx.x] = {count, mean + shift, around < 0 ? 0 : around};
     return;
   }
-  Geometry g = {};
-  g.out_channels = out_channels;
-  Running mine;
-  for (int64_t i = threadIdx.x; i < size; i += kMomentsThreads) {
-    const int64_t rest = i / out.w;
-    const int at_w = (int)(i - rest * out.w), at_h = (int)(rest % out.h), at_d = (int)(rest / out.h);
-    const float y = direct_value<Problem>(x, w, s, g, n, group, column, at_d, at_h, at_w) + shift;
-    mine.add(to_float(from_float<Out>(y)));
+  while (step < end) {
+    const int walk = by_steps(step), begin = step - walk * walks.steps, until = min(walks.steps, begin + end - step);
+    const int mine = walk * 4 + (lane & 3), piece = mine < walks.pieces ? mine : 0, line = piece >> walks.cut;
+    const int d = by_h(line), h = line - d * box.h, wanted = (piece - (line << walks.cut)) * walks.length;
+    const int w = min(wanted, box.w - walks.length);  // a row's last piece begins where it is as long as the other ones
+    const int skip = wanted - w, left = (counts || one) && mine < walks.pieces ? max(walks.length - skip, 0) : 0;
+    const double* at = tile + d * pitch.plane + (h + Problem::low_h) * pitch.row + w + Problem::low_w - Walks<Problem>::more + begin;
+    int position = begin - Walks<Problem>::more + shift - skip;  // of this lane's column, in its piece
+    double window[tiles][2][windows];
+#pragma unroll
+    for (int i = 0; i < tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int k = 0; k + 1 < windows; ++k) window[i][r][k] = at[second[i][r] + k];
+#pragma unroll results > 4 ? 1 : results > 2 ? 2 : 4
+    for (int t = begin; t < until; ++t, ++at, ++position) {
+      double factor = 0;
+      if ((unsigned)position < (unsigned)left) factor = one ? 1.0 : at[first];
+#pragma unroll
+      for (int i = 0; i < tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) window[i][r][windows - 1] = at[second[i][r] + windows - 1];
+#pragma unroll
+      for (int k = 0; k < windows; ++k)
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) mma_double(acc[k * tiles + i], window[i][0][k], window[i][1][k], factor);
+#pragma unroll
+      for (int i = 0; i < tiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int k = 0; k + 1 < windows; ++k) window[i][r][k] = window[i][r][k + 1];
+    }
+    step += until - begin;
   }
-  __shared__ double room[3 * kMomentsThreads];
-  const Moments made = block_moments<kMomentsThreads>(mine, room);
-  if (threadIdx.x == 0) moments[blockIdx.x] = made;
+}
+
+// The products of a job, by a block's threads or a warp's, in their own shared memory.
+template <class Problem, int threads, class T>
+FXFUSE_INLINE void correlate_job(double* tile, const T* x, const Strides& stride, const Size& sizes, const Parts& p, int job,
+                                 double* products) {
+  constexpr int channels = Problem::in_channels, tiles = (channels * Problem::rows + 15) / 16;
+  constexpr int results = tiles * Problem::windows, warps = threads / 32;
+  int part = warps == 1 ? p.parts - (p.jobs - job) : 0;  // a warp's part has no other job, and is one of the last ones
+  if (warps > 1)
+    while (p.begin[part + 1] <= job) ++part;
+  double acc[results][4];
+#pragma unroll
+  for (int i = 0; i < results; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[i][e] = 0;
+  // what is known of the part and its tile is made where it is needed: it takes no registers elsewhere
+  for (int t = job - p.begin[part];; t += p.jobs_of(part)) {
+    {
+      settle(part);
+      const PartTile at(p, part, t);
+      if (t >= at.count) break;
+      const Size size = at.template size<Problem>();
+      if (warps > 1) meet<threads>();  // what was there has been read
+      load_tile<Problem, threads>(tile, Pitch(size, p, part), x, stride, sizes, size,
+                                  {at.from.d, at.from.h - Problem::low_h, at.from.w - Problem::low_w});
+    }
+    meet<threads>();
+    settle(part);
+    const PartTile at(p, part, t);
+    add_products<Problem, warps, tiles>(acc, tile, Pitch(at.template size<Problem>(), p, part), at.box);
+    if (warps == 1) break;  // a warp's is one tile
+  }
+  int block = blockIdx.x;
+  settle(block);
+  products += (block / p.blocks * (int64_t)p.jobs + job) * (results * kResult);
+  // a lane's numbers: of two rows, two neighbouring columns
+  const int lane = threadIdx.x & 31, thread = threadIdx.x % threads, mine = (lane >> 2) * 8 + (lane & 3) * 2;
+#pragma unroll
+  for (int first = 0; first < results; first += kSummed) {
+    const int some = min(kSummed, results - first);
+    double* const to = warps == 1 ? products + first * kResult : tile + thread / 32 * kSummed * kResult;
+    if (warps > 1) meet<threads>();
+#pragma unroll
+    for (int i = 0; i < kSummed; ++i)
+      if (first + i < results) {
+        const double(&v)[4] = acc[first + i < results ? first + i : 0];
+        *(double2*)(to + i * kResult + mine) = {v[0], v[1]};
+        *(double2*)(to + i * kResult + mine + kResult / 2) = {v[2], v[3]};
+      }
+    if (warps > 1) {
+      meet<threads>();
+      for (int i = thread; i < some * kResult; i += threads) {
+        double sum = tile[i];
+#pragma unroll
+        for (int warp = 1; warp < warps; ++warp) sum += tile[warp * kSummed * kResult + i];
+        products[first * kResult + i] = sum;
+      }
+    }
+  }
+}
+
+// The products of every sample, group and job.
+template <class Problem, class T>
+FXFUSE_INLINE void correlate(const T* x, const Strides& stride, const Size& sizes, const Parts& p, double* products) {
+  extern __shared__ uint8_t raw[];
+  double* const tile = (double*)raw;
+  const int which = blockIdx.x / p.blocks, block = blockIdx.x - which * p.blocks, n = which / Problem::groups;
+  x += n * stride.n + (int64_t)(which - n * Problem::groups) * Problem::in_channels * stride.c;
+  if (block < p.wide) {
+    correlate_job<Problem, kCorrelationThreads>(tile, x, stride, sizes, p, block, products);
+    return;
+  }
+  const int warp = threadIdx.x / 32, job = p.wide + (block - p.wide) * (kCorrelationThreads / 32) + warp;
+  if (job < p.jobs) correlate_job<Problem, 32>(tile + warp * kAlone, x, stride, sizes, p, job, products);
 }
 
 }  // namespace fxfuse
