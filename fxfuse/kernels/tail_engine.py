@@ -25,8 +25,9 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_f
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.operands import Operands, Place
+from fxfuse.kernels.operands import Operands, Place, told_by
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
 
 Values = dict[str, Tensor]
@@ -38,17 +39,24 @@ ROWS, MEASURED = 8, 32
 
 
 def prepare(
-    step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str], *, follows: bool = False
+    step: Step,
+    device: torch.device,
+    places: Mapping[str, Place],
+    tensors: Set[str],
+    *,
+    follows: bool = False,
+    moments: Moments | None = None,
 ) -> Run:
     """Compile and load what ``step`` needs on ``device``, the current one.
 
     ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
-    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
+    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`. ``moments``: those that a step takes,
+    where the kernel that makes its value gathers on its way.
     """
     if isinstance(step, Map):
         return _prepare_map(step, device, places, follows)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device, tensors, follows)
+        return _prepare_gather(step, device, tensors, follows, moments)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device, places, follows)
     if isinstance(step, Sums):
@@ -184,11 +192,10 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
     packed = struct.pack(f"={len(sizes)}i", *sizes)
-    form = f"qq{len(packed)}s{''.join(o.form for o in operands)}"
-    launch = sender(kernel, grid, BLOCK, form, follows=follows)
+    launch = sender(kernel, grid, BLOCK, ("qq", packed, *(p for o in operands for p in o.parts)), follows=follows)
 
     given, stored, planned = step.value, step.stored, dense(step.given.shape, step.layouts[0])
-    asked = [o.tell for o in operands if o.told]
+    tell = told_by(operands)
 
     def run(values: Values) -> None:
         value = values[given]
@@ -198,11 +205,9 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         if at % 16:
             value = value.clone()
             at = value.data_ptr()
-        told: list[int | bytes] = []
-        for tell in asked:
-            told += tell(values)
+        told = tell(values)
         values[stored] = out = empty(shape, strides, dtype)
-        launch(stream_of(index), at, out.data_ptr(), packed, *told)
+        launch(stream_of(index), at, out.data_ptr(), *told)
 
     return run
 
@@ -218,7 +223,7 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
     numbers, blocks, doubtful = step.made.numbers, -(-step.made.elements // BLOCK), step.doubtful
-    launch = sender(kernel, blocks, BLOCK, f"{len(reads) + len(makes)}q{len(numbers)}s", follows=follows)
+    launch = sender(kernel, blocks, BLOCK, ("q" * (len(reads) + len(makes)), numbers), follows=follows)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
@@ -236,7 +241,7 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
         for name, shape, strides, dtype in forms:
             values[name] = made = empty(shape, strides, dtype)
             addresses.append(made.data_ptr())
-        launch(stream_of(index), *addresses, numbers)
+        launch(stream_of(index), *addresses)
 
     return run
 
@@ -246,11 +251,37 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 PARTIALS = "qqii"
 
 
-def form_of_moments(kind: TensorType, count: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    """Shape, strides and dtype of the moments of a value, (N, count, C, 3) for as many pieces of every sample: how many
-    elements, their mean, and the sum of squares around it, of every channel."""
-    n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return (n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Where the moments of a value lie, (N, pieces, C, 3) in float64 for as many pieces of every sample: how many
+    elements, their mean, and the sum of squares around it, of every channel.
+
+    They come behind ``front`` bytes of the same tensor, for statistics that are made of them. ``room``: its elements.
+    """
+
+    pieces: int
+    front: int
+    room: tuple[int]
+
+    @staticmethod
+    def of(kind: TensorType, pieces: int = 1, front: int = 0) -> Moments:
+        n, c, *_ = _sizes(kind)
+        return Moments(pieces, front, (front // 8 + n * pieces * c * 3,))
+
+    def empty(self) -> Tensor:
+        return empty(self.room, (1,), torch.float64)
+
+
+def front_of(step: Gather, tensors: Set[str]) -> int:
+    """Bytes that the first statistics of a step take in front of the moments; none where they are read as tensors.
+
+    One tensor takes half of the time of two, and both are small.
+    """
+    first = step.instrs[0]
+    if not tensors.isdisjoint(first.outs):
+        return 0
+    _, (size, *_) = _statistics_form(first, step.kind)
+    return -(-3 * size * torch.float32.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def moments_name(value: str) -> str:
@@ -279,40 +310,59 @@ def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], t
     return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
 
 
-def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool) -> Run:
+def _prepare_gather(
+    step: Gather, device: torch.device, tensors: Set[str], follows: bool, moments: Moments | None
+) -> Run:
     kernels = load(source_of(step), ("measure", "merge", "finish"), device)
-    measure = _prepare_measure(step, kernels, device, follows) if step.layout else None
-    name = moments_name(step.value)
+    measure, front = None, front_of(step, tensors)
+    if step.layout:
+        measure, moments = _prepare_measure(step, kernels, device, follows, front)
+    assert moments is not None
+    assert moments.front == front
+    name, value = moments_name(step.value), step.value
     finishes = [
-        _prepare_finish(instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0)
+        _prepare_finish(
+            instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0, moments, i
+        )
         for i, instr in enumerate(step.instrs)
     ]
 
     def run(values: Values) -> None:
-        moments = measure(values[step.value]) if measure is not None else values.pop(name)
+        given = measure(values[value]) if measure is not None else values.pop(name)
         for finish in finishes:
-            finish(values, moments)
+            finish(values, given)
 
     return run
 
 
 def _prepare_finish(
-    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str], follows: bool
+    instr: Instr,
+    kind: TensorType,
+    kernel: Kernel,
+    device: torch.device,
+    tensors: Set[str],
+    follows: bool,
+    moments: Moments,
+    number: int,
 ) -> Callable[[Values, Tensor], None]:
+    """``number``: of the instruction among those that are made of the same moments."""
     n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
     shape, strides = _statistics_form(instr, kind)
     rows = shape[1]
-    index, size = device.index, rows * c * 4
+    index, size, front = device.index, rows * c * 4, moments.front
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
-    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
+    numbers = [struct.pack("=i", v) for v in (n, c, c // groups, int(batch), moments.pieces)]
+    told = *numbers, struct.pack("=d", float(attributes["eps"]))
+    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqq", *told, follows=follows)
+    in_front = front > 0 and number == 0
 
-    def run(values: Values, moments: Tensor) -> None:
-        results = empty(shape, strides, torch.float32)
+    def run(values: Values, given: Tensor) -> None:
+        results = given if in_front else empty(shape, strides, torch.float32)
         at = results.data_ptr()
-        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told, moments.shape[1], eps)
+        source = at + front if in_front else given.data_ptr() + front
+        launch(stream_of(index), source, at, at + size, at + 2 * size)
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -321,30 +371,31 @@ def _prepare_finish(
 
 
 def _prepare_measure(
-    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool
-) -> Callable[[Tensor], Tensor]:
+    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool, front: int
+) -> tuple[Callable[[Tensor], Tensor], Moments]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
-    first = sender(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
+    partials = PARTIALS[:2], struct.pack(f"={PARTIALS[2:]}", slots, c)
+    first = sender(kernels["measure"], blocks, BLOCK, "q", partials, struct.pack("=i", positions), follows=follows)
     count = pieces(n, c, slots)
     blocks_merge = n * count * -(-c // MERGED)
-    second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
+    second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, partials, struct.pack("=i", count), "q", follows=True)
 
-    planned, moments_form = dense(step.kind.shape, step.layout), form_of_moments(step.kind, count)
-    room = (n * slots * (2 * c + 1),)
+    planned, moments = dense(step.kind.shape, step.layout), Moments.of(step.kind, count, front)
+    room, before_counts = (n * slots * (2 * c + 1),), n * slots * c * 8
 
     def run(value: Tensor) -> Tensor:
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = empty(room, (1,), torch.float32)
-        moments, at, stream = empty(*moments_form), parts.data_ptr(), stream_of(index)
-        partials = (at, at + n * slots * c * 8, slots, c)
-        first(stream, value.data_ptr(), *partials, positions)
-        second(stream, *partials, count, moments.data_ptr())
-        return moments
+        made, at, stream = empty(moments.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
+        counts = at + before_counts
+        first(stream, value.data_ptr(), at, counts)
+        second(stream, at, counts, made.data_ptr() + front)
+        return made
 
-    return run
+    return run, moments
