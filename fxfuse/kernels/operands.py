@@ -40,6 +40,14 @@ class Place:
     def of(name: str, tensor: Tensor) -> Place:
         return Place(name, 0, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
+    @property
+    def end(self) -> int:
+        """Bytes from the first element of ``base`` to the end of the last one here."""
+        if 0 in self.shape:
+            return self.offset
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + (last + 1) * self.dtype.itemsize
+
 
 def views(program: Program, places: Mapping[str, Place]) -> dict[str, Place]:
     """Where the outputs of ``program`` lie, if it does nothing but look at tensors in ``places`` in other ways.
@@ -99,6 +107,11 @@ class Operands:
 def told_by(operands: Sequence[Operands]) -> Callable[[Values], tuple[int | bytes, ...]]:
     """The values of a call for the parts of all of these."""
     return _written([t for o in operands for t in o.told])
+
+
+def addresses(reads: Sequence[tuple[str, int]]) -> Callable[[Values], tuple[int, ...]]:
+    """A function of the values: where they lie, so many bytes behind their first elements."""
+    return _written([_Operand(value, offset, (), b"") for value, offset in reads])
 
 
 def _written(operands: Sequence[_Operand], pack: Callable[..., bytes] | None = None) -> Callable[[Values], Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fxfuse.kernels.merge import pieces
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import Moments, Run, Values, front_of, moments_name, prepare, statistics_places
+from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
 
 # past torch.cuda's checks that CUDA is up: inputs lie on a GPU
@@ -150,7 +151,23 @@ def _without_views(
         tensors |= _tensors(part)
         for name in looks.get(i, ()):
             del known[name]  # it is there as a tensor
-    return kept[::-1], known, tensors
+    return kept[::-1], _in_rooms(kept, known, tensors), tensors
+
+
+def _in_rooms(parts: Sequence[Part], places: Mapping[str, Place], tensors: Set[str]) -> dict[str, Place]:
+    """The places, with what a bundle makes for kernels alone in one tensor, which costs a call less than several."""
+    moved: dict[str, tuple[str, int]] = {}
+    for part in parts:
+        inner = [n for n in part.makes if n not in tensors] if isinstance(part, Bundle) else []
+        at = 0
+        for name in inner if len(inner) > 1 else ():
+            moved[name] = f"room of {inner[0]}", at
+            at += -(-places[name].end // ALIGNMENT) * ALIGNMENT
+    found = dict(places)
+    for name, place in places.items():
+        room, at = moved.get(place.base, (place.base, 0))
+        found[name] = dataclasses.replace(place, base=room, offset=place.offset + at)
+    return found
 
 
 def _tensors(part: Part) -> set[str]:

@@ -25,7 +25,7 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_f
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.operands import Operands, Place, told_by
+from fxfuse.kernels.operands import Operands, Place, addresses, told_by
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
 from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
@@ -222,26 +222,41 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
+    inside = {n: places[n] for n in makes if n in places and places[n].base != n}
+    room, end = next((p.base for p in inside.values()), ""), max((p.end for p in inside.values()), default=0)
+    size = (-(-end // ALIGNMENT) * ALIGNMENT,)
+    #: offsets in the room; None for what is a tensor of its own
+    made = [(*form, inside[form[0]].offset if form[0] in inside else None) for form in forms]
     numbers, blocks, doubtful = step.made.numbers, -(-step.made.elements // BLOCK), step.doubtful
     launch = sender(kernel, blocks, BLOCK, ("q" * (len(reads) + len(makes)), numbers), follows=follows)
+    tell = addresses(reads)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
-        for (name, shape, strides, dtype), result in zip(forms, results, strict=True):
-            values[name] = empty(shape, strides, dtype).copy_(result)
+        values[room] = whole = empty(size, (1,), torch.uint8)
+        for (name, shape, strides, dtype, offset), result in zip(made, results, strict=True):
+            if offset is None:
+                values[name] = empty(shape, strides, dtype).copy_(result)
+            else:
+                whole.view(dtype).as_strided(shape, strides, offset // dtype.itemsize).copy_(result)
 
     def run(values: Values) -> None:
         for name, planned in doubtful:
             if values[name].stride() != planned:
                 by_torch(values)
                 return
-        addresses = []
-        for name, offset in reads:
-            addresses.append(values[name].data_ptr() + offset)
-        for name, shape, strides, dtype in forms:
-            values[name] = made = empty(shape, strides, dtype)
-            addresses.append(made.data_ptr())
-        launch(stream_of(index), *addresses)
+        begin = 0
+        if room:
+            values[room] = whole = empty(size, (1,), torch.uint8)
+            begin = whole.data_ptr()
+        at = []
+        for name, shape, strides, dtype, offset in made:
+            if offset is None:
+                values[name] = own = empty(shape, strides, dtype)
+                at.append(own.data_ptr())
+            else:
+                at.append(begin + offset)
+        launch(stream_of(index), *tell(values), *at)
 
     return run
 
