@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.arguments import (
-    ADDRESSES,
-    ADDRESSES_AT,
+    BIAS,
     I32,
     I64,
+    MOMENTS,
+    OUT,
     POOLED,
+    WEIGHT,
     Arguments,
     Channels,
     Direct,
@@ -32,6 +34,7 @@ from fxfuse.kernels.arguments import (
     Geometry,
     Rows,
     Strides,
+    X,
 )
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
@@ -173,6 +176,7 @@ class _Call:
         self.places = tuple(places)
         self.arguments = ctypes.create_string_buffer(end + POOLED.size)
         self.memory = memoryview(self.arguments).cast("B")
+        self.words = self.memory.cast("q")
         self.told = Arguments.from_buffer(self.arguments)
         return end
 
@@ -252,10 +256,9 @@ class _Call:
             bases = 0 if prepared is None else prepared.data_ptr(), 0
         if bases != self.bases:
             self._place(bases)
-        ADDRESSES.pack_into(
-            self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            moments, out.data_ptr(),
-        )  # fmt: skip
+        words = self.words
+        words[X], words[WEIGHT], words[OUT] = at, weight.data_ptr(), out.data_ptr()
+        words[BIAS], words[MOMENTS] = 0 if bias is None else bias.data_ptr(), moments
         if operands != self.packed_operands:
             for place, packed in zip(self.places, operands, strict=True):
                 self.memory[place : place + len(packed)] = packed

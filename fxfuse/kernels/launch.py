@@ -117,21 +117,24 @@ class Module:
         torch.cuda.current_stream()  # torch makes the context
         self._module = _checked("cuModuleLoadData", _driver().cuModuleLoadData(cubin))
         overlaps = torch.cuda.get_device_capability() == (9, 0)
-        self.kernels = {name: Kernel(self._function(name), overlaps) for name in names}
+        self.kernels = {name: self._kernel(name, overlaps) for name in names}
 
-    def _function(self, name: str) -> ctypes.c_void_p:
+    def _kernel(self, name: str, overlaps: bool) -> Kernel:
         found = _checked("cuModuleGetFunction", _driver().cuModuleGetFunction(self._module, name.encode()))
-        return ctypes.c_void_p(int(found))
+        handle = int(found)
+        # the address of what lies there, which nothing reads: of a c_void_p ctypes looks for a converter in every call
+        return Kernel(ctypes.byref(ctypes.c_char.from_address(handle)), overlaps, handle)
 
 
 class Kernel:
     """A kernel of a loaded module. ``overlaps``: a launch may begin before the kernel in front of it has ended.
 
-    All kernels are emitted for that (see ``cuh/dependent.cuh``); Hopper GPUs are where they have run so.
+    All kernels are emitted for that (see ``cuh/dependent.cuh``); Hopper GPUs are where they have run so. ``function``:
+    the driver's ``handle``, as ctypes passes it on.
     """
 
-    def __init__(self, function: ctypes.c_void_p, overlaps: bool = False) -> None:
-        self.function = function
+    def __init__(self, function: Any, overlaps: bool = False, handle: int = 0) -> None:
+        self.function, self._handle = function, handle
         self.overlaps = overlaps
         self._shared = 0
         self._lock = threading.Lock()
@@ -141,7 +144,7 @@ class Kernel:
         with self._lock:
             if size > self._shared:
                 attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self.function.value, attribute, size))
+                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self._handle, attribute, size))
                 self._shared = size
 
 
