@@ -233,12 +233,14 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
-        values[room] = whole = empty(size, (1,), torch.uint8)
+        whole = empty(size, (1,), torch.uint8)
         for (name, shape, strides, dtype, offset), result in zip(made, results, strict=True):
             if offset is None:
                 values[name] = empty(shape, strides, dtype).copy_(result)
             else:
-                whole.view(dtype).as_strided(shape, strides, offset // dtype.itemsize).copy_(result)
+                whole[offset:].view(dtype).as_strided(shape, strides).copy_(result)
+        if room:
+            values[room] = whole
 
     def run(values: Values) -> None:
         for name, planned in doubtful:
