@@ -112,7 +112,7 @@ class Guards:
             compare(part, keys, held)
         given = ", ".join(f"{name}={name}" for name in space)  # arguments are read faster than globals
         exec(f"def identical({given}):\n    return {' and '.join(terms) or True}", space)  # noqa: S102 - written above
-        return space["identical"]  # type: ignore[no-any-return]
+        return space.pop("identical")  # type: ignore[no-any-return]
 
     def hold(self) -> bool:
         """Whether the model is still as it was."""

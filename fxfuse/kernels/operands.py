@@ -134,7 +134,7 @@ def _written(operands: Sequence[_Operand], pack: Callable[..., bytes] | None = N
             terms += f"strides{i}, "
     lines.append(f"return {'' if pack is None else 'pack'}({terms})")
     exec("\n    ".join(["def written(values):", *lines]), space)  # noqa: S102 - written above
-    return space["written"]  # type: ignore[no-any-return]
+    return space.pop("written")  # type: ignore[no-any-return]
 
 
 def _read(expression: Expression) -> Iterator[tuple[str, tuple[int, ...]]]:
