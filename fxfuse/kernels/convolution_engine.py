@@ -149,7 +149,6 @@ class _Call:
             [n * slots * couts * 8, n * slots * 4],
             of.shares,
         )
-        #: a call allocates one block: a first run's own lies behind what it hands on, and is small beside that
         self.hands_on = self.workspace.handed > 0 and not given
         whole = self.workspace.own + (self.workspace.handed if self.hands_on else 0)
         self.room = (whole,) if whole else None

@@ -17,9 +17,10 @@ from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.merge import pieces
+from fxfuse.kernels.moments import Moments, front_of, moments_name, statistics_places
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
-from fxfuse.kernels.tail_engine import Moments, Run, Values, front_of, moments_name, prepare, statistics_places
+from fxfuse.kernels.tail_engine import Run, Values, prepare
 from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
 
@@ -265,15 +266,18 @@ def _known_dense(name: str, places: Mapping[str, Place]) -> bool:
 def _correlation(kernel: Launch, correlation: Correlation, follows: bool, moments: Moments) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
-    moments_of_it = moments_name(kernel.stored)
+    moments_of_it, room, front = moments_name(kernel.stored), moments.room, moments.front
+    name_x, name_w, name_b = kernel.x, kernel.weight, kernel.bias
 
     def run(values: Values) -> None:
-        x, weight = three_dims(values[kernel.x]), three_dims(values[kernel.weight])
-        form = x.shape, x.stride()
-        if form not in calls:
-            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
-        values[moments_of_it] = made = empty(moments.room, (1,), torch.float64)
-        bias = None if kernel.bias is None else values[kernel.bias]
-        calls[form](x, weight, bias, made.data_ptr() + moments.front)
+        x, weight = values[name_x], values[name_w]
+        if x.dim() < 5:
+            x, weight = three_dims(x), three_dims(weight)
+        form = x.stride()
+        queue = calls.get(form)
+        if queue is None:
+            queue = calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
+        values[moments_of_it] = made = empty(room, (1,), torch.float64)
+        queue(x, weight, None if name_b is None else values[name_b], made.data_ptr() + front)
 
     return run

@@ -25,6 +25,7 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_f
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
+from fxfuse.kernels.moments import Moments, form_of_statistics, front_of, moments_name, statistics_name
 from fxfuse.kernels.operands import Operands, Place, addresses, told_by
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
 from fxfuse.kernels.workspace import ALIGNMENT
@@ -268,65 +269,6 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 PARTIALS = "qqii"
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """Where the moments of a value lie, (N, pieces, C, 3) in float64 for as many pieces of every sample: how many
-    elements, their mean, and the sum of squares around it, of every channel.
-
-    They come behind ``front`` bytes of the same tensor, for statistics that are made of them. ``room``: its elements.
-    """
-
-    pieces: int
-    front: int
-    room: tuple[int]
-
-    @staticmethod
-    def of(kind: TensorType, pieces: int = 1, front: int = 0) -> Moments:
-        n, c, *_ = _sizes(kind)
-        return Moments(pieces, front, (front // 8 + n * pieces * c * 3,))
-
-    def empty(self) -> Tensor:
-        return empty(self.room, (1,), torch.float64)
-
-
-def front_of(step: Gather, tensors: Set[str]) -> int:
-    """Bytes that the first statistics of a step take in front of the moments; none where they are read as tensors.
-
-    One tensor takes half of the time of two, and both are small.
-    """
-    first = step.instrs[0]
-    if not tensors.isdisjoint(first.outs):
-        return 0
-    _, (size, *_) = _statistics_form(first, step.kind)
-    return -(-3 * size * torch.float32.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-def moments_name(value: str) -> str:
-    """The name under which a value's moments are handed from the kernel that makes them to :class:`Gather`."""
-    return f"moments of {value}"
-
-
-def statistics_name(instr: Instr) -> str:
-    """The name of the one tensor in which the results of ``statistics`` lie."""
-    return f"statistics {' '.join(instr.outs)}"
-
-
-def statistics_places(instr: Instr, kind: TensorType) -> dict[str, Place]:
-    """Where in that tensor the mean, the variance and the scale of a value lie."""
-    shape, strides = _statistics_form(instr, kind)
-    size = strides[0] * torch.float32.itemsize
-    return {
-        out: Place(statistics_name(instr), i * size, torch.float32, shape[1:], strides[1:])
-        for i, out in enumerate(instr.outs)
-    }
-
-
-def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    rows = 1 if dict(instr.attributes)["batch"] else n
-    return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
-
-
 def _prepare_gather(
     step: Gather, device: torch.device, tensors: Set[str], follows: bool, moments: Moments | None
 ) -> Run:
@@ -366,7 +308,7 @@ def _prepare_finish(
     n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
-    shape, strides = _statistics_form(instr, kind)
+    shape, strides = form_of_statistics(instr, kind)
     rows = shape[1]
     index, size, front = device.index, rows * c * 4, moments.front
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
