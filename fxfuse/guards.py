@@ -93,22 +93,26 @@ class Guards:
             space[name] = value
             return name
 
-        def compare(part: str, keys: Iterable[str], values: Iterable[Any]) -> None:
-            terms.extend(f"{part}[{named(k)}] is {named(v)}" for k, v in zip(keys, values, strict=True))
+        def spelled(key: Any) -> str:
+            return repr(key) if type(key) is str else named(key)
+
+        def compare(part: str, keys: Iterable[Any], values: Iterable[Any]) -> None:
+            terms.extend(f"{part}[{spelled(k)}] is {named(v)}" for k, v in zip(keys, values, strict=True))
 
         terms += [f"not {named(state)}" for state in self._empty]
         for state, names, values in self._fixed:
             compare(named(state), names, values)
         for state, absent in self._absent:
             part = named(state)
-            terms += [f"{named(name)} not in {part}" for name in sorted(absent)]
-        terms += [f"{named(state)}.get({named(name)}) is None" for state, name in self._none]
+            terms += [f"{spelled(name)} not in {part}" for name in sorted(absent)]
+        terms += [f"{named(state)}.get({spelled(name)}) is None" for state, name in self._none]
         for state, keys, held in self._full:
             part = named(state)
             terms.append(f"[*{part}] == {named(keys)}")
             compare(part, keys, held)
-        exec(f"def identical():\n    return {' and '.join(terms) or True}", space)  # noqa: S102 - written above
-        return space["identical"]  # type: ignore[no-any-return]
+        given = ", ".join(f"{name}={name}" for name in space)  # arguments are read faster than globals
+        exec(f"def identical({given}):\n    return {' and '.join(terms) or True}", space)  # noqa: S102 - written above
+        return space.pop("identical")  # type: ignore[no-any-return]
 
     def hold(self) -> bool:
         """Whether the model is still as it was."""

@@ -80,20 +80,22 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
         return _separate(region.original.run(inputs), inputs)
 
 
-def repeated(text: str) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """:func:`run_region` for inputs that torch's guards do not tell apart from call to call, as the caller knows."""
+def repeated(text: str, output: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """An output of :func:`run_region` for inputs that torch's guards do not tell apart from call to call, as the caller
+    knows.
+    """
     like: recent.Call | None = None  # a call with such inputs
 
-    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    def run(inputs: Sequence[Tensor]) -> Tensor:
         nonlocal like
         if like is None or _watchers or not recent.holds(text, like):
             made = run_region(inputs, text)
             if like is None or like is not recent.last(text):
                 like = recent.like(text, inputs)
-            return made
+            return made[output]
         known = like.runs
         made = known.run(inputs)
-        return made if known.apart else _separate(made, inputs)
+        return made[output] if known.apart else _separate(made, inputs)[output]
 
     return run
 

@@ -37,5 +37,4 @@ class Straight(NamedTuple):
 
     def way(self) -> Callable[[Sequence[Tensor]], Tensor]:
         """A function of what the region takes, for calls that torch's guards do not tell apart."""
-        output, run = self.output, repeated(self.text)
-        return lambda inputs: run(inputs)[output]
+        return repeated(self.text, self.output)

@@ -13,6 +13,7 @@ from fxfuse.kernels.convolution import MOST_TILES
 #: bytes of a launch's parameters
 MOST_PARAMETERS = 4096
 I32, I64 = ctypes.c_int, ctypes.c_int64
+WORD = ctypes.sizeof(I64)
 
 
 class Strides(ctypes.Structure):
@@ -93,8 +94,9 @@ class Arguments(ctypes.Structure):
     ]
 
 
-#: of :class:`Arguments` from ``x`` on: addresses of x, the weights, the bias, the moments and the output
-ADDRESSES = struct.Struct("<5q")
-ADDRESSES_AT = Arguments.x.offset
+#: where in :class:`Arguments`, in words, the addresses of a call lie
+X, WEIGHT, BIAS, MOMENTS, OUT = (
+    getattr(Arguments, name).offset // WORD for name in ("x", "weight", "bias", "moments", "to")
+)
 #: the end of a pool's arguments: extents of the result, and the factor of a sum
 POOLED = struct.Struct("<iiif")

@@ -29,12 +29,12 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
     strides, planned = dense(shape, step.made_layout), dense(step.given.shape, step.layout)
     aligned = step.count * step.given.dtype.itemsize
     first = sender(
-        kernels["tap_sums"], step.blocks, SUM_BLOCK, f"qq{len(packed)}s", shared=step.cells * WARPS * 4, follows=follows
+        kernels["tap_sums"], step.blocks, SUM_BLOCK, ("qq", packed), shared=step.cells * WARPS * 4, follows=follows
     )
     several, boxes = step.slots > 1, len(step.outer.firsts)
     elements = step.slot * boxes
     told = struct.pack("=3i4x", step.slot, max(step.outer.out_stride, 1), elements) + _boxes(step.outer)
-    second = sender(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, f"qq{len(told)}s", follows=True)
+    second = sender(kernels["add_slots"], -(-elements // SUM_BLOCK), SUM_BLOCK, ("qq", told), follows=True)
 
     given, made, room = step.value, step.stored, (step.slots * step.slot,)
 
@@ -49,10 +49,10 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
         values[made] = out = empty(shape, strides, torch.float32)
         if several:
             slots = empty(room, (1,), torch.float32)
-            first(stream, at, slots.data_ptr(), packed)
-            second(stream, slots.data_ptr(), out.data_ptr(), told)
+            first(stream, at, slots.data_ptr())
+            second(stream, slots.data_ptr(), out.data_ptr())
         else:
-            first(stream, at, out.data_ptr(), packed)
+            first(stream, at, out.data_ptr())
 
     return run
 
@@ -73,7 +73,7 @@ def prepare_contraction(
     packed += bytes(-len(packed) % 8)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), step.strides, step.kind.dtype
     after = Operands(step.after, places)
-    launch = sender(kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, f"qqq{len(packed)}s{after.form}")
+    launch = sender(kernels["contract_taps"], step.blocks, CONTRACT_BLOCK, ("qqq", packed, *after.parts))
     given, weights, made = step.value, step.weight, step.stored
 
     def run(values: Values) -> None:
@@ -82,7 +82,7 @@ def prepare_contraction(
             weight = _as_planned(weight, planned)
         told = after.tell(values)
         values[made] = out = empty(shape, strides, dtype)
-        launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), packed, *told)
+        launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), *told)
 
     return run
 

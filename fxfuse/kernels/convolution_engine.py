@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels.arguments import (
-    ADDRESSES,
-    ADDRESSES_AT,
+    BIAS,
     I32,
     I64,
+    MOMENTS,
+    OUT,
     POOLED,
+    WEIGHT,
     Arguments,
     Channels,
     Direct,
@@ -34,6 +36,7 @@ from fxfuse.kernels.arguments import (
     Rows,
     Samples,
     Strides,
+    X,
 )
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import MOST_TILES, PLANE_UNIT, Shared, Specialisation, Unsupported
@@ -77,33 +80,36 @@ class Calls:
         bias: Tensor | None,
         out: Tensor,
         operands: tuple[bytes, bytes, bytes] = (b"", b"", b""),
-        moments: Tensor | None = None,
+        moments: int = 0,
         prepared: Tensor | None = None,
     ) -> Tensor | None:
         """Fill ``out`` (N, Cout, ...) from ``x`` (N, Cin, D, H, W) and ``weight`` (Cin, Cout/groups, kd, kh, kw).
 
-        All may have fewer of the spatial dims. Where the epilogue makes one value of all channels, ``out`` has one of
-        them, or, ``squeezed``, no dim for them. ``operands``: of the epilogue's expressions, packed. ``moments``:
-        (N, pieces, Cout, 3) in float64, where the epilogue gathers statistics; where it does not keep the values,
-        ``out`` is a meta tensor. ``prepared``: what the first run returned, for the second one.
+        All may have fewer of the spatial dims; the weights and the bias are contiguous. Where the epilogue makes one
+        value of all channels, ``out`` has one of them, or, ``squeezed``, no dim for them. ``operands``: of the
+        epilogue's expressions, packed. ``moments``: the address of (N, pieces, Cout, 3) in float64, where the epilogue
+        gathers statistics; where it does not keep the values, ``out`` is a meta tensor. ``prepared``: what the first
+        run returned, for the second one.
         Everything is queued on the current stream of the current device, x's. Raises Unsupported before anything is
         queued where sizes exceed what the kernels count.
         """
-        form = x.stride(), x.data_ptr() % 16 == 0
+        at = x.data_ptr()
+        form = x.stride(), at % 16 == 0
         free = self.free.get(form)
         if free is None:
             if out.numel() == 0:
                 return None
             if prepared is None and not self._takes(three_dims(x)):
                 x = x.clone(memory_format=torch.contiguous_format)
-                form = x.stride(), x.data_ptr() % 16 == 0
+                at = x.data_ptr()
+                form = x.stride(), at % 16 == 0
             free = self.free.setdefault(form, [])
         try:
             call = free.pop()  # no other thread has it now
         except IndexError:
             room = three_dims(out.unsqueeze(1) if self.squeezed else out)
             call = _Call(self, three_dims(x), room, bias is not None, [*map(len, operands)], prepared is not None)
-        prepared = call.run(x, weight.contiguous(), bias, out, operands, moments, prepared)
+        prepared = call.run(at, weight, bias, out, operands, moments, prepared)
         free.append(call)
         return prepared
 
@@ -149,6 +155,9 @@ class _Call:
             [n * slots * couts * 8, n * slots * 4],
             of.shares,
         )
+        self.hands_on = self.workspace.handed > 0 and not given
+        whole = self.workspace.own + (self.workspace.handed if self.hands_on else 0)
+        self.room = (whole,) if whole else None
         self.bases, self.source = (-1, -1), -1
         self.placed = dict[tuple[int, int], bytes]()
         self.packed_operands = (b"", b"", b"")
@@ -185,6 +194,7 @@ class _Call:
         self.places = tuple(places)
         self.arguments = ctypes.create_string_buffer(end + POOLED.size)
         self.memory = memoryview(self.arguments).cast("B")
+        self.words = self.memory.cast("q")
         self.told = Arguments.from_buffer(self.arguments)
         return end
 
@@ -251,26 +261,31 @@ class _Call:
 
     def run(
         self,
-        x: Tensor,
+        at: int,
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
         operands: tuple[bytes, bytes, bytes],
-        moments: Tensor | None,
+        moments: int,
         prepared: Tensor | None,
     ) -> Tensor | None:
-        """Queue everything; what of it a second run uses, or what this one was given."""
-        room, at = self.workspace, x.data_ptr()
-        if room.handed and not self.given:
-            prepared = empty((room.handed,), (1,), torch.uint8)
-        own = empty((room.own,), (1,), torch.uint8) if room.own else None
-        bases = 0 if prepared is None else prepared.data_ptr(), 0 if own is None else own.data_ptr()
+        """Queue everything; what of it a second run uses, or what this one was given. ``at``: the address of x."""
+        room, own = self.room, None
+        if room is not None:
+            own = empty(room, (1,), torch.uint8)
+            begin = own.data_ptr()
+            if self.hands_on:
+                prepared = own
+                bases = begin, begin + self.workspace.handed
+            else:
+                bases = 0 if prepared is None else prepared.data_ptr(), begin
+        else:
+            bases = 0 if prepared is None else prepared.data_ptr(), 0
         if bases != self.bases:
             self._place(bases)
-        ADDRESSES.pack_into(
-            self.arguments, ADDRESSES_AT, at, weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            0 if moments is None else moments.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
+        words = self.words
+        words[X], words[WEIGHT], words[OUT] = at, weight.data_ptr(), out.data_ptr()
+        words[BIAS], words[MOMENTS] = 0 if bias is None else bias.data_ptr(), moments
         if operands != self.packed_operands:
             for place, packed in zip(self.places, operands, strict=True):
                 self.memory[place : place + len(packed)] = packed

@@ -23,8 +23,8 @@ MOST = 2**31 - 1
 #: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
 _STRIDES, _DIRECT, _SIZES = struct.Struct("=5q"), struct.Struct("=5q4i3q"), struct.Struct("=3i")
 
-#: fills the moments (N, 1, Cout, 3), in float64, from x (N, Cin, D, H, W), the weights and the bias
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
+#: fills the moments (N, 1, Cout, 3), in float64, at an address, from x (N, Cin, D, H, W), the weights and the bias
+Run = Callable[[Tensor, Tensor, Tensor | None, int], None]
 
 
 def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = False) -> Run:
@@ -42,45 +42,27 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
     strides, table = _STRIDES.pack(*x.stride()), parts.packed()
     sizes, out = _SIZES.pack(d, h, w), _SIZES.pack(*extents)
     direct = _DIRECT.pack(*x.stride(), d, h, w, n, 0, 0, layer.out_channels * layer.groups)
-    size, cuts = f"{_SIZES.size}s", f"{len(table)}s"
-    which = n * layer.groups
+    which, channels = n * layer.groups, struct.pack("=i", layer.out_channels)
     correlate = sender(
-        kernels["correlate"],
-        parts.blocks * which,
-        BLOCK,
-        "q",
-        f"{len(strides)}s",
-        size,
-        cuts,
-        "q",
-        shared=TILE_ELEMENTS * 8,
-        follows=follows,
-    )
+        kernels["correlate"], parts.blocks * which, BLOCK, "q", strides, sizes, table, "q",
+        shared=TILE_ELEMENTS * 8, follows=follows,
+    )  # fmt: skip
     finish = sender(
-        kernels["moments"],
-        which * -(-layer.out_channels // CHANNELS),
-        MOMENTS_BLOCK,
-        "q",
-        "q",
-        "q",
-        f"{len(direct)}s",
-        cuts,
-        size,
-        "i",
-        "q",
-        "q",
-        "q",
-        follows=True,
-    )
+        kernels["moments"], which * -(-layer.out_channels // CHANNELS), MOMENTS_BLOCK,
+        "q", "q", "q", direct, table, out, channels, "q", "q", "q", follows=True,
+    )  # fmt: skip
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, moments: Tensor) -> None:
+    words, before_sums = (work.products + work.sums,), work.products * 8
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, moments: int) -> None:
         stream, weight = stream_of(index), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        room = empty((work.products + work.sums,), (1,), torch.float64)
-        products, sums = room.data_ptr(), room.data_ptr() + work.products * 8
-        places = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        correlate(stream, places[0], strides, sizes, table, products)
-        finish(stream, *places, direct, table, out, layer.out_channels, products, sums, moments.data_ptr())
+        room = empty(words, (1,), torch.float64)
+        products = room.data_ptr()
+        sums = products + before_sums
+        x_at, weight_at, bias_at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        correlate(stream, x_at, products)
+        finish(stream, x_at, weight_at, bias_at, products, sums, moments)
 
     return run
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -117,21 +117,24 @@ class Module:
         torch.cuda.current_stream()  # torch makes the context
         self._module = _checked("cuModuleLoadData", _driver().cuModuleLoadData(cubin))
         overlaps = torch.cuda.get_device_capability() == (9, 0)
-        self.kernels = {name: Kernel(self._function(name), overlaps) for name in names}
+        self.kernels = {name: self._kernel(name, overlaps) for name in names}
 
-    def _function(self, name: str) -> ctypes.c_void_p:
+    def _kernel(self, name: str, overlaps: bool) -> Kernel:
         found = _checked("cuModuleGetFunction", _driver().cuModuleGetFunction(self._module, name.encode()))
-        return ctypes.c_void_p(int(found))
+        handle = int(found)
+        # the address of what lies there, which nothing reads: of a c_void_p ctypes looks for a converter in every call
+        return Kernel(ctypes.byref(ctypes.c_char.from_address(handle)), overlaps, handle)
 
 
 class Kernel:
     """A kernel of a loaded module. ``overlaps``: a launch may begin before the kernel in front of it has ended.
 
-    All kernels are emitted for that (see ``cuh/dependent.cuh``); Hopper GPUs are where they have run so.
+    All kernels are emitted for that (see ``cuh/dependent.cuh``); Hopper GPUs are where they have run so. ``function``:
+    the driver's ``handle``, as ctypes passes it on.
     """
 
-    def __init__(self, function: ctypes.c_void_p, overlaps: bool = False) -> None:
-        self.function = function
+    def __init__(self, function: Any, overlaps: bool = False, handle: int = 0) -> None:
+        self.function, self._handle = function, handle
         self.overlaps = overlaps
         self._shared = 0
         self._lock = threading.Lock()
@@ -141,7 +144,7 @@ class Kernel:
         with self._lock:
             if size > self._shared:
                 attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self.function.value, attribute, size))
+                _checked("cuFuncSetAttribute", _driver().cuFuncSetAttribute(self._handle, attribute, size))
                 self._shared = size
 
 
@@ -203,62 +206,97 @@ def _again(start: Callable[[], int], status: int) -> None:
         _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
 
 
-#: launches a kernel: takes a stream and the values of its parameters
+#: launches a kernel: takes a stream and the values of its parameters that change
 Send = Callable[..., None]
+#: a part of a kernel's parameters: bytes that stay as they are, or a format of :mod:`struct` for values of a call,
+#: without a mark of byte order
+Part = str | bytes
 
 
 def sender(
     kernel: Kernel,
     grid: int | tuple[int, int, int],
     block: int,
-    *parameters: str,
+    *parameters: Part | tuple[Part, ...],
     shared: int = 0,
     follows: bool = False,
 ) -> Send:
     """What launches a kernel with this grid, for any thread.
 
-    ``parameters``: one format of :mod:`struct` for each, without a mark of byte order. ``follows``: as of
+    ``parameters``: of the kernel, one part each, or several without room between them. ``follows``: as of
     :class:`Chain`.
     """
-    formats = [f"={p}" for p in parameters]
-    sizes = [-(-struct.calcsize(f) // 8) * 8 for f in formats]
-    *offsets, end = itertools.accumulate(sizes, initial=0)
-    padded = (f"{p}{size - struct.calcsize(f)}x" for p, f, size in zip(parameters, formats, sizes, strict=True))
-    form = struct.Struct("=" + "".join(padded))
+    image, offsets, runs = bytearray(), list[int](), list[tuple[int, str]]()
+    joins = False  # whether nothing but padding lies behind the last run of numbers of several sizes
+    for parameter in parameters:
+        offsets.append(len(image))
+        for part in parameter if isinstance(parameter, tuple) else (parameter,):
+            if isinstance(part, bytes):
+                image += part
+                joins = False
+                continue
+            words = {*part} == {"q"} and len(image) % 8 == 0
+            if joins and not words:
+                at, before = runs.pop()
+                runs.append((at, f"{before}{len(image) - at - struct.calcsize(f'={before}')}x{part}"))
+            else:
+                runs.append((len(image), part))
+            joins = not words
+            image += bytes(struct.calcsize(f"={part}"))
+        image += bytes(-len(image) % 8)
+    lines, space = list[str](), dict[str, Any]()
+    count = 0
+    for at, form in runs:
+        count += _fill(form, at, count, lines, space)
 
     def make() -> list[Any]:
-        buffer = ctypes.create_string_buffer(end)
+        buffer = bytearray(image)
         places = [ctypes.c_char.from_buffer(buffer, offset) for offset in offsets]
         launch = Launch(kernel, grid, block, places, shared)
         launch.config.count = int(kernel.overlaps and follows)
-        return [form.pack_into, buffer, launch.config, launch.start, 0]
+        return [memoryview(buffer).cast("q"), buffer, launch.config, launch.start, 0]
 
-    return _sender(make)
-
-
-def _sender(make: Callable[[], list[Any]]) -> Send:
-    """A function, and no object that can be called: of a short one that costs less than what it does.
-
-    ``make``: a buffer and what packs values into it; the launch that reads them, its configuration, and its stream.
-    """
     free: list[list[Any]] = []  # those that no call is filling
-    pop, append = free.pop, free.append
+    space.update(make=make, pop=free.pop, append=free.append, again=_again)
+    values = "".join(f", v{i}" for i in range(count))
+    exec(_compiled(_SEND.format(values=values, fill="\n    ".join(lines))), space)  # noqa: S102
+    return space.pop("send")  # type: ignore[no-any-return]
 
-    def send(stream: int, *values: float | bytes) -> None:
-        try:
-            made = pop()
-        except IndexError:
-            made = make()
-        pack_into, buffer, config, start, last = made
-        pack_into(buffer, 0, *values)
-        if stream != last:
-            config.stream = made[4] = stream
-        status = start()  # which reads the values
-        if status:
-            _again(start, status)
-        append(made)
 
-    return send
+#: Written out for its values, since it is on the way of every call: a function of any values takes 0.2 us more, which
+#: is as much as ctypes takes. A call fills arguments that no other one has, and the driver reads them in ``start``.
+_SEND = """
+def send(stream{values}):
+    try:
+        made = pop()
+    except IndexError:
+        made = make()
+    words, buffer, config, start, last = made
+    {fill}
+    if stream != last:
+        config.stream = made[4] = stream
+    status = start()
+    if status:
+        again(start, status)
+    append(made)
+"""
+
+
+def _fill(form: str, at: int, first: int, lines: list[str], space: dict[str, Any]) -> int:
+    """The statements that write values of a format to ``at``, the ``first`` value and those behind it; their count."""
+    if at % 8 == 0 and {*form} == {"q"}:
+        lines += [f"words[{at // 8 + i}] = v{first + i}" for i in range(len(form))]
+        return len(form)
+    packing = struct.Struct(f"={form}")
+    count = len(packing.unpack(bytes(packing.size)))
+    space[f"pack{first}"] = packing.pack_into
+    lines.append(f"pack{first}(buffer, {at}, {', '.join(f'v{first + i}' for i in range(count))})")
+    return count
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(text: str) -> CodeType:
+    return compile(text, __file__, "exec")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
+Values = Mapping[str, Tensor]
 #: address and strides of an operand; a struct without fields takes as much room as one with one
 WORD = 8
 
@@ -38,6 +39,14 @@ class Place:
     @staticmethod
     def of(name: str, tensor: Tensor) -> Place:
         return Place(name, 0, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    @property
+    def end(self) -> int:
+        """Bytes from the first element of ``base`` to the end of the last one here."""
+        if 0 in self.shape:
+            return self.offset
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + (last + 1) * self.dtype.itemsize
 
 
 def views(program: Program, places: Mapping[str, Place]) -> dict[str, Place]:
@@ -71,7 +80,7 @@ class _Operand(NamedTuple):
 
 
 class Operands:
-    """The fields of an expression's struct, 8 bytes each: call it with the values. For any thread.
+    """The fields of an expression's struct, 8 bytes each, as functions of the values. For any thread.
 
     ``places``: of the values of which more is known than a call tells.
     """
@@ -84,24 +93,48 @@ class Operands:
                 operands.append(_Operand(value, 0, axes, None))
             else:
                 operands.append(_Operand(place.base, place.offset, axes, _packed(place.shape, place.strides, axes)))
-        #: what a call fills in; with none of them it makes nothing
         self.told = tuple(operands)
-        #: what they are to :mod:`struct`, without a mark of byte order: C++ has no struct of size 0
-        self.form = "".join(f"q{WORD * len(o.axes)}s" for o in operands) or f"{WORD}x"
-        self._struct = struct.Struct(f"<{self.form}")
-        self.size = self._struct.size
+        strides = [f"{WORD * len(o.axes)}s" if o.strides is None else o.strides for o in operands]
+        #: parts of a kernel's parameters, as of :func:`~fxfuse.kernels.launch.sender`, and their values of a call
+        self.parts: tuple[str | bytes, ...] = tuple(p for s in strides for p in ("q", s)) or (bytes(WORD),)
+        self.tell = told_by([self])
+        packing = struct.Struct("<" + "".join(f"q{WORD * len(o.axes)}s" for o in operands))
+        self.size = packing.size or WORD
+        #: the fields, packed; None where there are none
+        self.pack: Callable[[Values], bytes] | None = _written(self.told, packing.pack) if self.told else None
 
-    def __call__(self, values: Mapping[str, Tensor]) -> bytes:
-        return self._struct.pack(*self.tell(values)) if self.told else b""
 
-    def tell(self, values: Mapping[str, Tensor]) -> list[int | bytes]:
-        """What goes into the fields, in order."""
-        told: list[int | bytes] = []
-        for value, offset, axes, strides in self.told:
-            tensor = values[value]
-            told.append(tensor.data_ptr() + offset)
-            told.append(_packed(tensor.shape, tensor.stride(), axes) if strides is None else strides)
-        return told
+def told_by(operands: Sequence[Operands]) -> Callable[[Values], tuple[int | bytes, ...]]:
+    """The values of a call for the parts of all of these."""
+    return _written([t for o in operands for t in o.told])
+
+
+def addresses(reads: Sequence[tuple[str, int]]) -> Callable[[Values], tuple[int, ...]]:
+    """A function of the values: where they lie, so many bytes behind their first elements."""
+    return _written([_Operand(value, offset, (), b"") for value, offset in reads])
+
+
+def _written(operands: Sequence[_Operand], pack: Callable[..., bytes] | None = None) -> Callable[[Values], Any]:
+    """A function of the values: what ``pack`` makes of the fields of ``operands``, or a tuple of those that change.
+
+    It is written out, since every call asks it: a loop takes twice as long. Where several operands lie in one tensor,
+    its address is asked for once.
+    """
+    space: dict[str, Any] = {"pack": pack, "packed": _packed}
+    tensors = {value: f"t{i}" for i, value in enumerate(dict.fromkeys(o.value for o in operands))}
+    lines = [f"{t} = values[{value!r}]; {t}_at = {t}.data_ptr()" for value, t in tensors.items()]
+    terms = ""
+    for i, (value, offset, axes, strides) in enumerate(operands):
+        t = tensors[value]
+        space[f"strides{i}"] = strides
+        terms += f"{t}_at + {offset}, "
+        if strides is None:
+            terms += f"packed({t}.shape, {t}.stride(), {axes}), "
+        elif pack is not None:
+            terms += f"strides{i}, "
+    lines.append(f"return {'' if pack is None else 'pack'}({terms})")
+    exec("\n    ".join(["def written(values):", *lines]), space)  # noqa: S102 - written above
+    return space.pop("written")  # type: ignore[no-any-return]
 
 
 def _read(expression: Expression) -> Iterator[tuple[str, tuple[int, ...]]]:

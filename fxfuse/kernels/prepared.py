@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.launch import empty
 from fxfuse.kernels.merge import pieces
+from fxfuse.kernels.moments import Moments, front_of, moments_name, statistics_places
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
-from fxfuse.kernels.tail_engine import Run, Values, form_of_moments, moments_name, prepare, statistics_places
+from fxfuse.kernels.tail_engine import Run, Values, prepare
+from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
 
 # past torch.cuda's checks that CUDA is up: inputs lie on a GPU
@@ -63,17 +65,22 @@ class Prepared:
         shares = Shared.NOTHING if made.kernel is None else made.kernel.shares
         steps = []
         follows = False  # whether a part comes behind one of our kernels
+        fronts = {p.value: front_of(p, tensors) for p in kept if isinstance(p, Gather) and not p.layout}
+        moments: dict[str, Moments] = {}
         with torch.cuda.device(device):
             for i, part in enumerate(kept):
                 if isinstance(part, Launch):
                     ours = measuring if part is made.measuring else convolution
                     assert ours is not None
+                    given = moments[part.stored] = _moments(part, ours, fronts.get(part.stored, 0))
                     if isinstance(ours, Correlation):
-                        run = _correlation(part, ours, follows)
+                        run = _correlation(part, ours, follows, given)
                     else:
-                        run = _convolution(part, ours, places, follows, first=part is made.measuring, shares=shares)
+                        first = part is made.measuring
+                        run = _convolution(part, ours, places, follows, given, first=first, shares=shares)
                 else:
-                    run = prepare(part, device, places, tensors, follows=follows)
+                    of = moments.get(part.value) if isinstance(part, Gather) else None
+                    run = prepare(part, device, places, tensors, follows=follows, moments=of)
                 follows = not isinstance(part, Torch)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
@@ -96,10 +103,7 @@ class Prepared:
         """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
         if current_device() != self.index:
             with torch.cuda.device(self.device):
-                return self._run(inputs)
-        return self._run(inputs)
-
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+                return self.run(inputs)
         # loops: dict() and a comprehension take twice as long, and this is on the way of every call
         values: Values = {}
         for name, tensor in zip(self.names, inputs):  # noqa: B905 - of as many inputs as it was prepared for
@@ -148,7 +152,23 @@ def _without_views(
         tensors |= _tensors(part)
         for name in looks.get(i, ()):
             del known[name]  # it is there as a tensor
-    return kept[::-1], known, tensors
+    return kept[::-1], _in_rooms(kept, known, tensors), tensors
+
+
+def _in_rooms(parts: Sequence[Part], places: Mapping[str, Place], tensors: Set[str]) -> dict[str, Place]:
+    """The places, with what a bundle makes for kernels alone in one tensor, which costs a call less than several."""
+    moved: dict[str, tuple[str, int]] = {}
+    for part in parts:
+        inner = [n for n in part.makes if n not in tensors] if isinstance(part, Bundle) else []
+        at = 0
+        for name in inner if len(inner) > 1 else ():
+            moved[name] = f"room of {inner[0]}", at
+            at += -(-places[name].end // ALIGNMENT) * ALIGNMENT
+    found = dict(places)
+    for name, place in places.items():
+        room, at = moved.get(place.base, (place.base, 0))
+        found[name] = dataclasses.replace(place, base=room, offset=place.offset + at)
+    return found
 
 
 def _tensors(part: Part) -> set[str]:
@@ -171,8 +191,25 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
+def _moments(kernel: Launch, made: Convolution | Correlation, front: int) -> Moments:
+    """Where the moments of the value lie that a launch makes, if it gathers."""
+    n, c = ((s or 0) for s in kernel.kind.shape[:2])
+    count = pieces(n, c, made.slots(kernel.sizes)) if kernel.gathers and isinstance(made, Convolution) else 1
+    return Moments.of(kernel.kind, count, front)
+
+
+_NO_OPERANDS = b"", b"", b""
+
+
 def _convolution(
-    kernel: Launch, convolution: Convolution, places: Mapping[str, Place], follows: bool, *, first: bool, shares: Shared
+    kernel: Launch,
+    convolution: Convolution,
+    places: Mapping[str, Place],
+    follows: bool,
+    moments: Moments,
+    *,
+    first: bool,
+    shares: Shared,
 ) -> Run:
     """The convolution with its epilogue, as a step among others.
 
@@ -181,45 +218,66 @@ def _convolution(
     calls = Calls(convolution, kernel.extents, kernel.factor, kernel.squeezed, shares, follows)
     kind = kernel.kind
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after, behind = (Operands(e, places) for e in (kernel.before, kernel.after, kernel.behind))
-    without = () if any((before.told, after.told, behind.told)) else (b"", b"", b"")
+    before, after, behind = (Operands(e, places).pack for e in (kernel.before, kernel.after, kernel.behind))
+    reads = any((before, after, behind))
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
-    merged = pieces(shape[0], shape[1], convolution.slots(kernel.sizes)) if kernel.gathers else 0
-    moments_form = form_of_moments(kind, merged) if kernel.gathers else None
+    gathers, room, front = kernel.gathers, moments.room, moments.front
     handed, takes = f"prepared {kernel.x}", shares is not Shared.NOTHING and not first
     name_x, name_w, name_b, stored, dtype = kernel.x, kernel.weight, kernel.bias, kernel.stored, kind.dtype
     queue = calls.run
+    scattered_w, scattered_b = (n is not None and not _known_dense(n, places) for n in (name_w, name_b))
 
     def run(values: Values) -> None:
-        bias = None if name_b is None else values[name_b].contiguous()
-        given = without or (before(values), after(values), behind(values))
+        weight, bias = values[name_w], None if name_b is None else values[name_b]
+        if scattered_w:
+            weight = weight.contiguous()
+        if scattered_b and bias is not None:
+            bias = bias.contiguous()
+        given = _NO_OPERANDS
+        if reads:
+            given = (
+                b"" if before is None else before(values),
+                b"" if after is None else after(values),
+                b"" if behind is None else behind(values),
+            )
         if not_kept is None:
             values[stored] = out = empty(shape, strides, dtype)
         else:
             out = not_kept
-        moments = None
-        if moments_form is not None:
-            values[moments_of_it] = moments = empty(*moments_form)
+        at = 0
+        if gathers:
+            values[moments_of_it] = made = empty(room, (1,), torch.float64)
+            at = made.data_ptr() + front
         prepared = values.pop(handed, None) if takes else None
-        prepared = queue(values[name_x], values[name_w], bias, out, given, moments, prepared)
+        prepared = queue(values[name_x], weight, bias, out, given, at, prepared)
         if first and prepared is not None:
             values[handed] = prepared
 
     return run
 
 
-def _correlation(kernel: Launch, correlation: Correlation, follows: bool) -> Run:
+def _known_dense(name: str, places: Mapping[str, Place]) -> bool:
+    """Whether a value is contiguous, as is known before a call."""
+    place = places.get(name)
+    return place is not None and torch.empty_strided(place.shape, place.strides, device="meta").is_contiguous()
+
+
+def _correlation(kernel: Launch, correlation: Correlation, follows: bool, moments: Moments) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
-    moments_of_it, moments_form = moments_name(kernel.stored), form_of_moments(kernel.kind)
+    moments_of_it, room, front = moments_name(kernel.stored), moments.room, moments.front
+    name_x, name_w, name_b = kernel.x, kernel.weight, kernel.bias
 
     def run(values: Values) -> None:
-        x, weight = three_dims(values[kernel.x]), three_dims(values[kernel.weight])
-        form = x.shape, x.stride()
-        if form not in calls:
-            calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
-        values[moments_of_it] = moments = empty(*moments_form)
-        calls[form](x, weight, None if kernel.bias is None else values[kernel.bias], moments)
+        x, weight = values[name_x], values[name_w]
+        if x.dim() < 5:
+            x, weight = three_dims(x), three_dims(weight)
+        form = x.stride()
+        queue = calls.get(form)
+        if queue is None:
+            queue = calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
+        values[moments_of_it] = made = empty(room, (1,), torch.float64)
+        queue(x, weight, None if name_b is None else values[name_b], made.data_ptr() + front)
 
     return run

@@ -25,8 +25,10 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_f
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.operands import Operands, Place
+from fxfuse.kernels.moments import Moments, form_of_statistics, front_of, moments_name, statistics_name
+from fxfuse.kernels.operands import Operands, Place, addresses, told_by
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
+from fxfuse.kernels.workspace import ALIGNMENT
 from fxfuse.program import Program
 
 Values = dict[str, Tensor]
@@ -38,17 +40,24 @@ ROWS, MEASURED = 8, 32
 
 
 def prepare(
-    step: Step, device: torch.device, places: Mapping[str, Place], tensors: Set[str], *, follows: bool = False
+    step: Step,
+    device: torch.device,
+    places: Mapping[str, Place],
+    tensors: Set[str],
+    *,
+    follows: bool = False,
+    moments: Moments | None = None,
 ) -> Run:
     """Compile and load what ``step`` needs on ``device``, the current one.
 
     ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
-    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`.
+    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`. ``moments``: those that a step takes,
+    where the kernel that makes its value gathers on its way.
     """
     if isinstance(step, Map):
         return _prepare_map(step, device, places, follows)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device, tensors, follows)
+        return _prepare_gather(step, device, tensors, follows, moments)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device, places, follows)
     if isinstance(step, Sums):
@@ -184,11 +193,10 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
     packed = struct.pack(f"={len(sizes)}i", *sizes)
-    form = f"qq{len(packed)}s{''.join(o.form for o in operands)}"
-    launch = sender(kernel, grid, BLOCK, form, follows=follows)
+    launch = sender(kernel, grid, BLOCK, ("qq", packed, *(p for o in operands for p in o.parts)), follows=follows)
 
     given, stored, planned = step.value, step.stored, dense(step.given.shape, step.layouts[0])
-    asked = [o.tell for o in operands if o.told]
+    tell = told_by(operands)
 
     def run(values: Values) -> None:
         value = values[given]
@@ -198,11 +206,9 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         if at % 16:
             value = value.clone()
             at = value.data_ptr()
-        told: list[int | bytes] = []
-        for tell in asked:
-            told += tell(values)
+        told = tell(values)
         values[stored] = out = empty(shape, strides, dtype)
-        launch(stream_of(index), at, out.data_ptr(), packed, *told)
+        launch(stream_of(index), at, out.data_ptr(), *told)
 
     return run
 
@@ -217,26 +223,43 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
         (name, tuple(s or 0 for s in kind.shape), strides, kind.dtype)
         for name, kind, strides in zip(makes, step.kinds, step.strides, strict=True)
     ]
+    inside = {n: places[n] for n in makes if n in places and places[n].base != n}
+    room, end = next((p.base for p in inside.values()), ""), max((p.end for p in inside.values()), default=0)
+    size = (-(-end // ALIGNMENT) * ALIGNMENT,)
+    #: offsets in the room; None for what is a tensor of its own
+    made = [(*form, inside[form[0]].offset if form[0] in inside else None) for form in forms]
     numbers, blocks, doubtful = step.made.numbers, -(-step.made.elements // BLOCK), step.doubtful
-    launch = sender(kernel, blocks, BLOCK, f"{len(reads) + len(makes)}q{len(numbers)}s", follows=follows)
+    launch = sender(kernel, blocks, BLOCK, ("q" * (len(reads) + len(makes)), numbers), follows=follows)
+    tell = addresses(reads)
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
-        for (name, shape, strides, dtype), result in zip(forms, results, strict=True):
-            values[name] = empty(shape, strides, dtype).copy_(result)
+        whole = empty(size, (1,), torch.uint8)
+        for (name, shape, strides, dtype, offset), result in zip(made, results, strict=True):
+            if offset is None:
+                values[name] = empty(shape, strides, dtype).copy_(result)
+            else:
+                whole[offset:].view(dtype).as_strided(shape, strides).copy_(result)
+        if room:
+            values[room] = whole
 
     def run(values: Values) -> None:
         for name, planned in doubtful:
             if values[name].stride() != planned:
                 by_torch(values)
                 return
-        addresses = []
-        for name, offset in reads:
-            addresses.append(values[name].data_ptr() + offset)
-        for name, shape, strides, dtype in forms:
-            values[name] = made = empty(shape, strides, dtype)
-            addresses.append(made.data_ptr())
-        launch(stream_of(index), *addresses, numbers)
+        begin = 0
+        if room:
+            values[room] = whole = empty(size, (1,), torch.uint8)
+            begin = whole.data_ptr()
+        at = []
+        for name, shape, strides, dtype, offset in made:
+            if offset is None:
+                values[name] = own = empty(shape, strides, dtype)
+                at.append(own.data_ptr())
+            else:
+                at.append(begin + offset)
+        launch(stream_of(index), *tell(values), *at)
 
     return run
 
@@ -246,73 +269,59 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 PARTIALS = "qqii"
 
 
-def form_of_moments(kind: TensorType, count: int = 1) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-    """Shape, strides and dtype of the moments of a value, (N, count, C, 3) for as many pieces of every sample: how many
-    elements, their mean, and the sum of squares around it, of every channel."""
-    n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    return (n, count, c, 3), (3 * c * count, 3 * c, 3, 1), torch.float64
-
-
-def moments_name(value: str) -> str:
-    """The name under which a value's moments are handed from the kernel that makes them to :class:`Gather`."""
-    return f"moments of {value}"
-
-
-def statistics_name(instr: Instr) -> str:
-    """The name of the one tensor in which the results of ``statistics`` lie."""
-    return f"statistics {' '.join(instr.outs)}"
-
-
-def statistics_places(instr: Instr, kind: TensorType) -> dict[str, Place]:
-    """Where in that tensor the mean, the variance and the scale of a value lie."""
-    shape, strides = _statistics_form(instr, kind)
-    size = strides[0] * torch.float32.itemsize
-    return {
-        out: Place(statistics_name(instr), i * size, torch.float32, shape[1:], strides[1:])
-        for i, out in enumerate(instr.outs)
-    }
-
-
-def _statistics_form(instr: Instr, kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    n, c = kind.shape[0] or 0, kind.shape[1] or 0
-    rows = 1 if dict(instr.attributes)["batch"] else n
-    return (3, rows, c, *(1 for _ in kind.shape[2:])), (rows * c, c, *(1 for _ in kind.shape[1:]))
-
-
-def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool) -> Run:
+def _prepare_gather(
+    step: Gather, device: torch.device, tensors: Set[str], follows: bool, moments: Moments | None
+) -> Run:
     kernels = load(source_of(step), ("measure", "merge", "finish"), device)
-    measure = _prepare_measure(step, kernels, device, follows) if step.layout else None
-    name = moments_name(step.value)
+    measure, front = None, front_of(step, tensors)
+    if step.layout:
+        measure, moments = _prepare_measure(step, kernels, device, follows, front)
+    assert moments is not None
+    assert moments.front == front
+    name, value = moments_name(step.value), step.value
     finishes = [
-        _prepare_finish(instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0)
+        _prepare_finish(
+            instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0, moments, i
+        )
         for i, instr in enumerate(step.instrs)
     ]
 
     def run(values: Values) -> None:
-        moments = measure(values[step.value]) if measure is not None else values.pop(name)
+        given = measure(values[value]) if measure is not None else values.pop(name)
         for finish in finishes:
-            finish(values, moments)
+            finish(values, given)
 
     return run
 
 
 def _prepare_finish(
-    instr: Instr, kind: TensorType, kernel: Kernel, device: torch.device, tensors: Set[str], follows: bool
+    instr: Instr,
+    kind: TensorType,
+    kernel: Kernel,
+    device: torch.device,
+    tensors: Set[str],
+    follows: bool,
+    moments: Moments,
+    number: int,
 ) -> Callable[[Values, Tensor], None]:
+    """``number``: of the instruction among those that are made of the same moments."""
     n, c, *_ = _sizes(kind)
     attributes = dict(instr.attributes)
     batch, groups = attributes["batch"], attributes["groups"]
-    shape, strides = _statistics_form(instr, kind)
+    shape, strides = form_of_statistics(instr, kind)
     rows = shape[1]
-    index, size = device.index, rows * c * 4
+    index, size, front = device.index, rows * c * 4, moments.front
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    told, eps = (n, c, c // groups, int(batch)), float(attributes["eps"])
-    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqqiiiiid", follows=follows)
+    numbers = [struct.pack("=i", v) for v in (n, c, c // groups, int(batch), moments.pieces)]
+    told = *numbers, struct.pack("=d", float(attributes["eps"]))
+    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqq", *told, follows=follows)
+    in_front = front > 0 and number == 0
 
-    def run(values: Values, moments: Tensor) -> None:
-        results = empty(shape, strides, torch.float32)
+    def run(values: Values, given: Tensor) -> None:
+        results = given if in_front else empty(shape, strides, torch.float32)
         at = results.data_ptr()
-        launch(stream_of(index), moments.data_ptr(), at, at + size, at + 2 * size, *told, moments.shape[1], eps)
+        source = at + front if in_front else given.data_ptr() + front
+        launch(stream_of(index), source, at, at + size, at + 2 * size)
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -321,30 +330,31 @@ def _prepare_finish(
 
 
 def _prepare_measure(
-    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool
-) -> Callable[[Tensor], Tensor]:
+    step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool, front: int
+) -> tuple[Callable[[Tensor], Tensor], Moments]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
     slots = -(-positions // (MEASURED * BLOCK // lanes))
     blocks = n * slots * (c if lanes == 1 else -(-c // lanes))
     index = device.index
-    first = sender(kernels["measure"], blocks, BLOCK, "q", PARTIALS, "i", follows=follows)
+    partials = PARTIALS[:2], struct.pack(f"={PARTIALS[2:]}", slots, c)
+    first = sender(kernels["measure"], blocks, BLOCK, "q", partials, struct.pack("=i", positions), follows=follows)
     count = pieces(n, c, slots)
     blocks_merge = n * count * -(-c // MERGED)
-    second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, PARTIALS, "i", "q", follows=True)
+    second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, partials, struct.pack("=i", count), "q", follows=True)
 
-    planned, moments_form = dense(step.kind.shape, step.layout), form_of_moments(step.kind, count)
-    room = (n * slots * (2 * c + 1),)
+    planned, moments = dense(step.kind.shape, step.layout), Moments.of(step.kind, count, front)
+    room, before_counts = (n * slots * (2 * c + 1),), n * slots * c * 8
 
     def run(value: Tensor) -> Tensor:
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = empty(room, (1,), torch.float32)
-        moments, at, stream = empty(*moments_form), parts.data_ptr(), stream_of(index)
-        partials = (at, at + n * slots * c * 8, slots, c)
-        first(stream, value.data_ptr(), *partials, positions)
-        second(stream, *partials, count, moments.data_ptr())
-        return moments
+        made, at, stream = empty(moments.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
+        counts = at + before_counts
+        first(stream, value.data_ptr(), at, counts)
+        second(stream, at, counts, made.data_ptr() + front)
+        return made
 
-    return run
+    return run, moments

@@ -1,6 +1,7 @@
 """Where in memory the kernels of a convolution leave what others of them read. Pure.
 
-Two blocks: what a second run of the convolution uses as well, which is handed on to it, and what is a run's own.
+Two blocks: what a second run of the convolution uses as well, which is handed on to it, and what is a run's own. A
+first run's own lies behind what it hands on: it is small beside that, and one allocation costs half as much as two.
 """
 
 from __future__ import annotations

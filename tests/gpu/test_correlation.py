@@ -61,7 +61,7 @@ def moments(convolution: nn.Module, x: Tensor) -> Tensor:
         extents = copy.deepcopy(c).to("meta")(x.to("meta")).shape[2:]
         run = correlation_engine.prepare(correlation_of(c, x), x, extents)
         found = torch.zeros(x.shape[0], c.out_channels, 3, dtype=torch.float64, device=DEVICE)
-        run(x, c.weight, c.bias, found)
+        run(x, c.weight, c.bias, found.data_ptr())
     assert bool((found[..., 0] == math.prod(extents)).all())
     return found[..., 1:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -21,7 +22,8 @@ from fxfuse.kernels.candidate import convolution_of
 from fxfuse.kernels.emit_bundle import MOST_ELEMENTS, Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import examples, observe
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.operands import Place
+from fxfuse.kernels.prepared import Prepared, _in_rooms
 from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.steps import Bundle, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import prepare
@@ -486,6 +488,32 @@ def test_other_strides_than_planned_are_torchs() -> None:
             assert device.launches == launches
         assert torch.equal(values["a"], given_ * 2) and torch.equal(values["b"], given_.reshape(24))
         assert values["a"].stride() == (6, 1) and values["b"].data_ptr() != given_.data_ptr()
+
+
+@needs_compiler
+def test_what_kernels_alone_read_lies_in_one_tensor() -> None:
+    """Also where torch runs the program."""
+    chain = program("x: f32[4, 6]", "a = mul(x, 2.0)\nb = neg(x)\nc = gt(x, 0.0)\nd = add(x, 1.0)\na, b, c, d")
+    x = tensor(4, 6)
+    doubted = dataclasses.replace(bundle_of(chain, [x]), doubtful=(("x", (6, 1)),))
+    kinds = dict(zip(chain.outputs, doubted.kinds, strict=True))
+    places = {n: Place(n, 0, k.dtype, (4, 6), (6, 1)) for n, k in kinds.items()}
+    places["v"] = Place("d", 4, torch.float32, (23,), (1,))  # a view
+    found = _in_rooms([doubted], places, {"b"})
+    where = {"a": ("room of a", 0), "b": ("b", 0), "c": ("room of a", 128), "d": ("room of a", 256)}
+    assert {n: (p.base, p.offset) for n, p in found.items()} == {**where, "v": ("room of a", 260)}
+    for given_, launches in ((x, ["bundle"]), (tensor(6, 4).t(), [])):
+        values = {"x": given_}
+        with emulated() as device:
+            prepare(doubted, torch.device("cpu"), found, {"b"})(values)
+            assert device.launches == launches and len(device.memory) == 2
+        assert {*values} == {"x", "b", "room of a"}
+        for name, expected in zip(chain.outputs, chain.run([given_]), strict=True):
+            place = found[name]
+            made = values[place.base]
+            if name != "b":
+                made = made[place.offset : place.end].view(place.dtype).view(4, 6)
+            assert torch.equal(made, expected) and made.stride() == (6, 1)
 
 
 @needs_compiler

@@ -88,6 +88,18 @@ def test_every_parameter_has_a_place(driver: Driver) -> None:
     assert len(driver.sizes) == 1  # one buffer served both
 
 
+def test_what_stays_as_it_is_is_no_value_of_a_call(driver: Driver) -> None:
+    constant = struct.pack("<i", 9)
+    call = sender(kernel(16, 4, 12, 4), 5, 128, ("q", constant, "i"), constant, ("i", constant, "f"), "i")
+    for first in (1, 2):
+        call(77, first, 3, 4, 0.5, 5)
+    for first, (_, _, told) in zip((1, 2), driver.calls, strict=True):
+        expected = ("<qii", first, 9, 3), ("<i", 9), ("<iif", 4, 9, 0.5), ("<i", 5)
+        assert told == [struct.pack(*e) for e in expected]
+    with pytest.raises(TypeError):
+        call(77, 1, 3)
+
+
 def test_threads_have_buffers_of_their_own(driver: Driver) -> None:
     call, driver.delay = sender(kernel(8), 1, 32, "q"), 2e-3
     threads = [threading.Thread(target=lambda n=n: [call(77, n) for _ in range(20)]) for n in range(6)]
@@ -254,11 +266,16 @@ def test_kept_arguments_follow_both_blocks_of_memory(
     for i, j in ((0, 0), (0, 0), (0, 1), (1, 1), (1, 0), (0, 1)):
         told = []
         for calls in (kept, calls_of(torch.float32, gathers=True, shares=shares)):
-            memory[:] = [own[j]] if given else [handed[i], own[j]]
+            memory[:] = [own[j]] if given else [handed[i]]  # a first run's own lies behind what it hands on
             driver.calls.clear()
             prepared = handed[i] if given else None
-            assert calls.run(x, w, b, out, moments=moments, prepared=prepared) is handed[i] and not memory
+            made = calls.run(x, w, b, out, moments=moments.data_ptr(), prepared=prepared)
+            assert made is handed[i] and not memory
             told.append(list(driver.calls))
+            (((call,),),) = (calls.free.values(),)  # the one that was kept
+            blocks = handed[i].data_ptr(), own[j].data_ptr() if given else handed[i].data_ptr() + call.workspace.handed
+            assert call.bases == blocks and call.workspace.handed and call.workspace.own
+            assert call.room == (call.workspace.own + (0 if given else call.workspace.handed),)
         assert told[0] == told[1]
     assert [len(free) for free in kept.free.values()] == [1]
 
@@ -350,6 +367,25 @@ def test_a_region_says_what_its_outputs_are(
         assert len(results) == len(program.outputs)
         memories = [t.untyped_storage().data_ptr() for t in (*results, *inputs)]
         assert (len({*memories}) == len(memories)) or not ready.apart
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
+def test_weights_with_holes_are_copied(driver: Driver, memory: list[Tensor], known: bool) -> None:
+    program = Program.parse(CHAIN.format("relu(s)", "o", no=(0,) * 3, one=(1,) * 3, two=(2,) * 3))[1]
+    made = schedule(program, examples(program))
+    assert made.kernel is not None
+    x, w, b, g = (torch.randn([s or 0 for s in kind.shape]) for _, kind in program.inputs)
+    turned, spread = w.transpose(2, 4), torch.randn(32)[::2]
+    for weight, bias in ((w, b), (turned, b), (w, spread)):
+        inputs, copied = [x, weight, b if bias is b else spread, g], [weight is turned, bias is spread]
+        how = (torch.device("cpu"), None, inputs) if known else (torch.device("cpu"),)
+        ready = Prepared.of(program, made, execute.convolution_of(made.kernel), *how)  # type: ignore[arg-type]
+        driver.calls.clear()
+        with torch.no_grad():
+            ready.run(inputs)
+        (told,) = [c[2] for c in driver.calls if c[0] == "measure"]
+        found = [struct.unpack("<q", t[:8])[0] for t in told[:2]]
+        assert [at != t.data_ptr() for at, t in zip(found, (weight, bias), strict=True)] == copied
 
 
 def test_behind_torchs_operators_a_kernel_waits_as_usual(driver: Driver, memory: list[Tensor], small: None) -> None:

@@ -41,15 +41,19 @@ def test_fields_are_those_of_the_tensor() -> None:
     for known in ([], ["g"], ["h"], ["g", "h"]):
         made = Operands(took, {n: Place.of(n, values[n]) for n in known})
         assert made.size == 64
-        assert read(made(values)) == expected
+        assert made.pack is not None
+        assert read(made.pack(values)) == expected
+        told = iter(made.tell(values))  # what a call has to say of it
+        parts = [p if isinstance(p, bytes) else struct.pack(f"<{p}", next(told)) for p in made.parts]
+        assert b"".join(parts) == made.pack(values) and not [*told]
         moved = {n: t.clone(memory_format=torch.preserve_format) for n, t in values.items()}
-        assert read(made(moved))[::3] == (moved["g"].data_ptr(), moved["h"].data_ptr(), moved["h"].data_ptr())
+        assert read(made.pack(moved))[::3] == (moved["g"].data_ptr(), moved["h"].data_ptr(), moved["h"].data_ptr())
 
 
 def test_no_fields() -> None:
     for none in (None, expression()):
         made = Operands(none, {})
-        assert (made.size, made({})) == (8, b"")
+        assert (made.size, made.pack, made.parts, made.tell({})) == (8, None, (bytes(8),), ())
 
 
 def test_views_lie_where_their_tensors_lie() -> None:
