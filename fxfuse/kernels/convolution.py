@@ -39,7 +39,7 @@ LINE, LINE_PITCH = 64, 156
 JOINED = 16
 #: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
 PROMOTE_EVERY = 128
-#: bytes that a copy of planes brings a multiple of, along w
+#: bytes along w, of a multiple of which a copy of planes begins and ends
 PLANE_UNIT = 16
 #: slabs of x along d that may be told apart; planes of positions of which that should pay, and what part of the time of
 #: a full batch of weights one batch more takes: a guess
@@ -301,13 +301,17 @@ class Specialisation:
         """The same where rows of x in shared memory follow each other as those of instructions do."""
         return (0, 0, 0) if self.planar else self.reach
 
-    def copied(self, region: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Sizes of what is copied of x for a tile with this ``region``: of planes whole units of 16 bytes along w."""
+    def copied(self, region: tuple[int, int, int], tile_w: int) -> tuple[int, int, int]:
+        """Sizes of what is copied of x for a tile with this ``region``: of planes whole units of 16 bytes along w.
+
+        ``tile_w``: from one tile to the next along w; zero where there is but one.
+        """
         if not self.planar:
             return region
         d, h, w = ((n - 1) * s + 1 + r for n, s, r in zip(region, self.step, self.reach, strict=True))
-        unit = PLANE_UNIT // self.planar
-        return d, h, -(-w // unit) * unit
+        unit, (low, _) = PLANE_UNIT // self.planar, self.layer.reach
+        ahead = low[2] % unit if tile_w * self.step[2] % unit == 0 else unit - 1  # where a copy begins
+        return d, h, -(-(w + ahead) // unit) * unit
 
     @functools.cached_property
     def pass_cycles(self) -> float:

@@ -44,7 +44,7 @@ from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolut
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, planes_map, rows_map, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tiles import Extents, Tiling, first_planes, outbox_blocks, region_stride
+from fxfuse.kernels.tiles import Extents, Tiling, copied, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.tiling import Store
 from fxfuse.kernels.workspace import Workspace
 
@@ -176,7 +176,7 @@ class _Call:
         planes, *plane = tiling.region
         made, bfloat = layer.made, layer.dtype is torch.bfloat16
         if self.planar:
-            planes_box = (x.shape[1], *made.copied(tiling.region))
+            planes_box = (x.shape[1], *copied(made, tiling))
             return functools.partial(
                 planes_map, shape=tuple(x.shape), strides=x.stride(), box=planes_box, dtype=x.dtype
             )
@@ -345,14 +345,14 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
 def _geometry(x: Tensor, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:
     """What kernels behind `prepare` are told of sizes and tiles. ``itemsize``: of results."""
     layer, (samples, _, *sizes) = made.layer, x.shape
-    copied = made.copied(tiling.region)
+    sizes_copied = copied(made, tiling)
     depth, *_ = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
     tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
     divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
-        tiling.linear, tiling.over, *tiling.region[1:], *copied[1:],
-        math.prod(copied) * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
+        tiling.linear, tiling.over, *tiling.region[1:], *sizes_copied[1:],
+        math.prod(sizes_copied) * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
         layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
         first_planes(made, tiling), *map(Divisor.of, divided),

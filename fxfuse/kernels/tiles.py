@@ -72,8 +72,13 @@ class Tiling:
 
 def region_stride(made: Specialisation, tiling: Tiling) -> int:
     """Bytes of shared memory from one buffer of x to the next."""
-    rows = math.prod(made.copied(tiling.region)) if made.planar else tiling.rows_needed(made.halo)
+    rows = math.prod(copied(made, tiling)) if made.planar else tiling.rows_needed(made.halo)
     return -(-rows * made.row_bytes // 1024) * 1024
+
+
+def copied(made: Specialisation, tiling: Tiling) -> Extents:
+    """Sizes of what is copied of x for a tile."""
+    return made.copied(tiling.region, tiling.tile[2] if tiling.counts[2] > 1 else 0)
 
 
 def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
@@ -105,7 +110,7 @@ def joint_tilings(made: Specialisation, extents: Extents, over: int) -> Iterator
 
 def _fits_copied(made: Specialisation, tiling: Tiling) -> bool:
     """Whether planes of x for a tile fit into shared memory, and into a copy."""
-    sizes = made.copied(tiling.region)
+    sizes = copied(made, tiling)
     return math.prod(sizes) <= _room(made) and max(sizes) <= MOST_COPIED
 
 

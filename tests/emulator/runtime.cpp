@@ -324,6 +324,7 @@ void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* 
   Map m;
   memcpy(&m, map, sizeof m);
   if (emulated_address(to) % 128 || m.pointer % 16) emulated_fail("a box that is not aligned");
+  if (at[0] * (int64_t)m.itemsize % 16) emulated_fail("a box that begins beside a multiple of 16 bytes");
   for (int i = 0; i < 5; ++i)
     if (m.box[i] > 256) emulated_fail("a box with a side of more than 256");
   check_shared(to, (size_t)m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4] * m.itemsize);

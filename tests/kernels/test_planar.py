@@ -24,7 +24,7 @@ from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.factors import DEPTH, factors_of, instructions
 from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiles import MOST_COPIED, joint_tilings, region_stride, tilings
+from fxfuse.kernels.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
 
 F32, Sizes = torch.float32, tuple[int, int, int]
 UP = Layer(3, 16, 1, (3, 3, 3), (2, 2, 2), ONE, ONE)
@@ -113,14 +113,16 @@ def test_x_of_a_tile_is_what_its_positions_read(layer: Layer, extents: Sizes, st
     low, _ = layer.reach
     found = itertools.chain(tilings(made, extents, linear=True), joint_tilings(made, extents, 2))
     for each in itertools.islice(found, 12):
-        copied, stride = made.copied(each.region), region_stride(made, each)
-        assert copied[2] % 4 == 0 and max(copied) <= MOST_COPIED
-        assert math.prod(copied) * layer.in_channels * 4 <= stride <= made.region_bytes
+        sizes, stride = copied(made, each), region_stride(made, each)
+        assert sizes[2] % 4 == 0 and max(sizes) <= MOST_COPIED
+        assert math.prod(sizes) * layer.in_channels * 4 <= stride <= made.region_bytes
         assert 1024 + made.stage_bytes + 2 * stride + made.staging_bytes <= made.dynamic_bytes
         last = [(n - 1) * s for n, s in zip(each.region, made.step, strict=True)]
         for delta in deltas:
             assert all(d - a >= 0 for d, a in zip(delta, low, strict=True))
-            assert all(n + d - a < c for n, d, a, c in zip(last, delta, low, copied, strict=True))
+            for number in range(each.counts[2]):  # a copy begins at a multiple of 16 bytes
+                ahead = 0, 0, (number * each.tile[2] * made.step[2] + low[2]) % 4
+                assert all(m + n + d - a < c for m, n, d, a, c in zip(ahead, last, delta, low, sizes, strict=True))
 
 
 # --- which layers have one --------------------------------------------------------------------------

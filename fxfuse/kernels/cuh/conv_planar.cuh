@@ -96,7 +96,18 @@ struct Factors {
   }
 };
 
+// Where x of a tile begins along w; and how many positions in front of that its copy does, which begins at a multiple of 16
+// bytes.
 template <class Problem>
+FXFUSE_INLINE int begin_of_planes(const Geometry& g, const Tile& t) {
+  return t.w * Problem::step_w + g.low_w;
+}
+template <class Problem, class T>
+FXFUSE_INLINE int ahead_of_planes(const Geometry& g, const Tile& t) {
+  return begin_of_planes<Problem>(g, t) & (16 / (int)sizeof(T) - 1);
+}
+
+template <class Problem, class T>
 FXFUSE_INLINE void copy_planes(const TensorMap* map, const Geometry& g, uint8_t* x, PlanarBarriers<Problem>& barriers) {
   Ring xs;
   bulk_after_stores();
@@ -104,7 +115,8 @@ FXFUSE_INLINE void copy_planes(const TensorMap* map, const Geometry& g, uint8_t*
     const Tile t = tile_at(g, index);
     barrier_wait(&barriers.empty[xs.slot], xs.phase ^ 1);
     barrier_expect(&barriers.copied[xs.slot], g.region_bytes);
-    const int d = t.d * Problem::step_d + g.low_d, h = t.h * Problem::step_h + g.low_h, w = t.w * Problem::step_w + g.low_w;
+    const int d = t.d * Problem::step_d + g.low_d, h = t.h * Problem::step_h + g.low_h;
+    const int w = begin_of_planes<Problem>(g, t) - ahead_of_planes<Problem, T>(g, t);
     copy_box(x + xs.slot * g.region_stride, map, &barriers.copied[xs.slot], w, h, d, 0, t.n);
     xs.template next<Problem::x_buffers>();
   }
@@ -175,15 +187,16 @@ FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epi
     return (d * Problem::step_d * g.copied_h + h * Problem::step_h) * g.copied_w + w * Problem::step_w;
   };
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    place.move(g, tile_at(g, index), group, warp);
+    const Tile tile = tile_at(g, index);
+    place.move(g, tile, group, warp);
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
-    const int part = group * at(g.half_d, g.half_h, g.half_w);
+    const int part = group * at(g.half_d, g.half_h, g.half_w) + ahead_of_planes<Problem, T>(g, tile);
     int rows[Problem::m_tiles][2];
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        rows[i][r] = place.inside(i, r) ? part + at(place.z(i, r), place.y(i, r), place.x(i, r)) : 0;
+        rows[i][r] = place.inside(i, r) ? part + at(place.z(i, r), place.y(i, r), place.x(i, r)) : part;
     barrier_wait(&barriers.copied[xs.slot], xs.phase);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
@@ -228,7 +241,7 @@ FXFUSE_INLINE void conv_planar(const TensorMap* map, const T* weights, const Geo
     registers_down<72>();
     if (Problem::outbox && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
     if (threadIdx.x >= 32 && threadIdx.x < 64) mark_samples<Problem>(g, (const T*)x, marks, odd, barriers);
-    if (threadIdx.x == 0) copy_planes<Problem>(map, g, x, barriers);
+    if (threadIdx.x == 0) copy_planes<Problem, T>(map, g, x, barriers);
   } else {
     registers_up<216>();
     consume_planes<Problem>(g, arguments, table, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), (const T*)x, factors, barriers);
