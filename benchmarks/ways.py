@@ -35,6 +35,7 @@ def measured(case: Case, mode: str, dtype: torch.dtype) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_file(parser)
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="names of chains and models (default: all)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "float16"], choices=DTYPES)
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -47,6 +48,7 @@ def main() -> None:
     }
     results = opened(given, machine, key=("model", "mode", "dtype"))
     todo = [(c, m, d) for d in given.dtype for c in (*CHAINS, *CASES) for m in bench.modes(c)]
+    todo = [row for row in todo if not given.cases or row[0].name in given.cases]
     budget = Budget(given.minutes, len(todo))
     for case, mode, dtype in todo:
         row: dict[str, Any] = {"model": case.name, "mode": mode, "dtype": dtype}

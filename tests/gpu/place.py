@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest import mock
 
 import many_chains
 import pytest
 import torch
 from emulator.device import emulated, needs_compiler
 
-from fxfuse.kernels import execute
+from fxfuse.kernels import execute, planar
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -26,11 +27,16 @@ def needs(capability: tuple[int, int]) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def kernels_always(*, twice: bool = False, any_size: bool = True) -> Iterator[None]:
-    """As :func:`many_chains.kernels_always`; TF32 is allowed, and nothing is prepared before or stays so afterwards."""
+def kernels_always(*, twice: bool = False, any_size: bool = True, planes: bool = True) -> Iterator[None]:
+    """As :func:`many_chains.kernels_always`; TF32 is allowed, and nothing is prepared before or stays so afterwards.
+
+    Not ``planes``: no kernel reads x as it lies.
+    """
     with contextlib.ExitStack() as stack:
         if not CUDA:
             stack.enter_context(emulated())
+        if not planes:
+            stack.enter_context(mock.patch.object(planar, "MOST_CHANNELS", 0))
         execute.forget()
         stack.callback(execute.forget)
         stack.enter_context(many_chains.kernels_always(twice=twice, any_size=any_size))

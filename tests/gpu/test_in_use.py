@@ -39,7 +39,7 @@ def block(channels: int, *stages: str | Callable[[Tensor], Tensor]) -> nn.Module
 
 #: a model for x (N, C, D, H, W), C, and a word of the schedule
 WAYS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
-    "means": (lambda: block(4, halved), 4, "avg_pool 2x2x2"),
+    "means": (lambda: block(4, halved), 4, "avg_pool 4x4x4"),
     "products": (lambda: block(3, "batch", halved), 3, "from products of x"),
     "softmax": (lambda: block(4, softmax), 4, "conv_transpose > softmax > sigmoid"),
     "twice": (lambda: block(8, "instance", F.hardswish), 8, "the convolution again"),

@@ -30,7 +30,7 @@ ROUNDED, FLOAT = 1e-3, 2e-6
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(convolution_kernels, "SAMPLED", 2**9)
     monkeypatch.setattr(convolution_kernels, "SAMPLED_EACH", 2**9)  # one run of values in 64
-    with kernels_always():
+    with kernels_always(planes=False):
         yield
 
 
