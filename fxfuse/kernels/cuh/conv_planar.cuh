@@ -71,18 +71,28 @@ struct Factors {
   // By all threads of a block; whether some weight is not ordinary.
   template <class T>
   FXFUSE_INLINE bool fill(const T* from, const Geometry& g) const {
-    constexpr int volume = Problem::kernel_d * Problem::kernel_h * Problem::kernel_w;
+    constexpr int volume = Problem::kernel_d * Problem::kernel_h * Problem::kernel_w, at_once = 8;
     bool odd = false;
     for (int i = threadIdx.x; i < Problem::instructions * blocks * 32; i += kThreads) {
       const int lane = i & 31, column = i / 32 % blocks * 8 + lane / 4, instruction = i / 32 / blocks;
+      const Factor two[2] = {Problem::factor(instruction * 8 + lane % 4), Problem::factor(instruction * 8 + 4 + lane % 4)};
+      const int most = column < g.out_channels ? max(two[0].count, two[1].count) : 0;
       float sums[2] = {0.f, 0.f};
+      for (int first = 0; first < most; first += at_once) {  // loads of several taps are on their way together
+        float values[2][at_once];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const Factor f = Problem::factor(instruction * 8 + k * 4 + lane % 4);
-        for (int t = 0; t < f.count && column < g.out_channels; ++t) {
-          const float v = to_float(from[(f.channel * g.out_channels + column) * volume + Problem::tap(f.first + t)]);
-          odd |= !ordinary(v), sums[k] += v;
-        }
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int t = 0; t < at_once; ++t) {
+            const bool there = first + t < two[k].count;
+            const int tap = Problem::tap(there ? two[k].first + first + t : 0);
+            const float v = to_float(from[(two[k].channel * g.out_channels + column) * volume + tap]);
+            values[k][t] = there ? v : 0.f;
+          }
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int t = 0; t < at_once; ++t) odd |= !ordinary(values[k][t]), sums[k] += values[k][t];
       }
       weights[i] = {tf32_of(sums[0]), tf32_of(sums[1])};
     }
