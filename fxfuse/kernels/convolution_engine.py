@@ -4,9 +4,9 @@ A call queues up to six kernels: `measure` (scales of weights and samples of flo
 numbers of x are looked at), `prepare` (x as rows of channels, packed weights), `again` (rows of large samples whose
 scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked, and `merge` where
 statistics of the output are wanted. Of planar kernels, which read x as it lies and mark samples themselves, there are
-`unmark`, `convolution`, `direct` and `merge`. A second run on the
-same x leaves out what the first one has made for it. What depends on shapes alone is computed once, in a
-:class:`_Call`, which :class:`Calls` keep; a call fills in the pointers.
+`unmark`, `convolution`, `direct` and `merge`. A second run on the same x leaves out what the first one has made for it.
+What depends on shapes alone is computed once, in a :class:`_Call`, which :class:`Calls` keep; a call fills in the
+pointers.
 """
 
 from __future__ import annotations
@@ -147,8 +147,6 @@ class _Call:
         parts = 32 * max(1, min(8, each // every // 2**16, -(-64 // n)))
         slots = layer.slots(stored) if epilogue.gathers else 0
         couts = shape.out_channels * shape.groups
-        if self.planar:
-            width = 0
         self.workspace = Workspace.of(
             [0 if self.in_place else n * positions * width * 2, n * parts * 4, n * 4, n * 4, n * 4],
             [shape.groups * made.column_tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
