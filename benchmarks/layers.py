@@ -28,11 +28,12 @@ from fxfuse import environment
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.convolution import Layer
+from fxfuse.kernels.layer import Layer
 
 
 def rows_of(layer: Layer, x: Tensor) -> Tensor:

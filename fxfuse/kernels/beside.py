@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from fxfuse.kernels.convolution import Layer, Specialisation, Unsupported
+from fxfuse.kernels.convolution import Specialisation, Unsupported
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import sample_seconds, specialise
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import PROCESSORS, ROWS_RATE

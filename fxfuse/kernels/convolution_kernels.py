@@ -16,9 +16,10 @@ import torch
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels import planar
 from fxfuse.kernels.beside import fastest
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import ONE
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise, with_more_room, with_more_rows
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
 from fxfuse.kernels.tiling import Store, seconds, store_of, tile

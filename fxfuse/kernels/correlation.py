@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.convolution import Layer, Unsupported
-from fxfuse.kernels.emit import TYPES
+from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.emit_entries import TYPES
 from fxfuse.kernels.geometry import Residue
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.shifts import BANKS, FACTORS, ROWS, SLOTS, Box, Shifts, Spread
 from fxfuse.kernels.tiles import Extents
 

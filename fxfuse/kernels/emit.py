@@ -5,18 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fxfuse.kernels import emit_planar
-from fxfuse.kernels.convolution import ROWS, Layer, Specialisation
+from fxfuse.kernels.convolution import ROWS, Specialisation
+from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, entries
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
-
-#: C++ types of elements in memory
-TYPES = {"f32": "float", "f16": "fxfuse::Half", "bf16": "fxfuse::BFloat"}
-ITEMSIZES = {"f32": 4, "f16": 2, "bf16": 2}
-#: types of matrix operands
-OPERANDS = {"f32": "f16", "f16": "f16", "bf16": "bf16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +57,7 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         _residues(made),
         *(emit_planar.tables(made) if made.planar else _tables(made)),
         _problem(made, runs, dtype, output, epilogue, store),
-        *_entries(made, dtype, output, bias, gathers=epilogue.gathers),
+        *entries(made, dtype, output, bias, gathers=epilogue.gathers),
     ])  # fmt: skip
 
 
@@ -332,88 +328,3 @@ def _fold_type(epilogue: Epilogue) -> str:
     if fold is None:
         return "  using Fold = fxfuse::NoFold;"
     return f"  struct Fold : fxfuse::Fold{fold.combine} {{\n    static constexpr int channels = {fold.channels};\n  }};"
-
-
-def _entries(made: Specialisation, dtype: str, output: str, bias: str, *, gathers: bool) -> Iterator[str]:
-    t = TYPES[dtype]
-    yield emit_planar.entries(t, TYPES[bias]) if made.planar else _multiplying(dtype, bias)
-    yield _DIRECT.format(t=t)
-    if dtype == "f32" and not made.planar:
-        yield _SCALED.format(half=TYPES[OPERANDS[dtype]], bias=TYPES[bias])
-    if made.watched:
-        yield _WATCHED
-    if gathers:
-        yield _MERGE.format(t=t, out=TYPES[output])
-
-
-def _multiplying(dtype: str, bias: str) -> str:
-    t, half, scaled = TYPES[dtype], TYPES[OPERANDS[dtype]], str(dtype == "f32").lower()
-    return f"""
-extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
-convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
-            const __grid_constant__ fxfuse::Geometry g,
-            const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
-}}
-extern "C" __global__ void __launch_bounds__(256, 4)
-prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
-        const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
-        int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes,
-        int blocks_weights{_BIAS.format(bias=TYPES[bias]) if scaled == "false" else ""}) {{
-  fxfuse::begin_dependent();{_WIDEN if scaled == "false" else ""}
-  if (blockIdx.x < g.blocks)
-    fxfuse::to_rows<{t}, {half}, Problem>(blockIdx.x, x, rows, samples, g);
-  else
-    fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_weights, w, packed, scale,
-                                                         chunks, column_tiles, in_channels, out_channels, volume,
-                                                         weight_bytes);
-}}
-"""
-
-
-_DIRECT = """
-extern "C" __global__ void __launch_bounds__(256, 4)
-direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-       const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::begin_dependent();
-  fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
-}}
-"""
-#: without scales to be measured, `prepare` has what `measure` does of the bias
-_BIAS = ", const {bias}* bias, float* wide, int all_channels"
-_WIDEN = """
-  if (bias) fxfuse::widen(bias, wide, all_channels);"""
-_SCALED = """
-extern "C" __global__ void __launch_bounds__(256)
-measure(const float* w, const {bias}* bias, const __grid_constant__ fxfuse::ChannelState channels, const float* x,
-        const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
-        int volume, int all_channels) {{
-  fxfuse::begin_dependent();
-  if (blockIdx.x < all_channels)
-    fxfuse::measure_weights<{bias}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels, out_channels,
-                                                       volume);
-  else
-    fxfuse::measure_sample(blockIdx.x - all_channels, x, samples, size);
-}}
-extern "C" __global__ void __launch_bounds__(256, 4)
-again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
-      const __grid_constant__ fxfuse::RowGeometry g) {{
-  fxfuse::begin_dependent();
-  fxfuse::to_rows_again<float, {half}, Problem>(x, rows, samples, g);
-}}
-"""
-_WATCHED = """
-extern "C" __global__ void __launch_bounds__(256)
-unmark(const __grid_constant__ fxfuse::SampleState samples, int count) {
-  fxfuse::begin_dependent();
-  fxfuse::unmark_samples(samples, count);
-}
-"""
-_MERGE = """
-extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
-merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments) {{
-  fxfuse::begin_dependent();
-  fxfuse::direct_statistics<Problem, Direct, {out}>(x, w, d, g, arguments, pieces, moments);
-}}
-"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxfuse.kernels.emit import TYPES
+from fxfuse.kernels.emit_entries import TYPES
 from fxfuse.kernels.expression import Expression
 
 

@@ -1,4 +1,4 @@
-"""CUDA C++ of a planar convolution kernel, beside what ``emit.py`` has for all: the tables and the entry."""
+"""CUDA C++ of a planar convolution kernel, beside what ``emit.py`` has for all: the tables."""
 
 from __future__ import annotations
 
@@ -6,27 +6,6 @@ from collections.abc import Iterable
 
 from fxfuse.kernels.convolution import Specialisation
 from fxfuse.kernels.factors import DEPTH, factors_of, instructions
-
-_ENTRIES = """
-extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
-convolution(const __grid_constant__ fxfuse::TensorMap map, const {t}* weights,
-            const __grid_constant__ fxfuse::Geometry g, uint32_t* marks,
-            const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
-  fxfuse::conv_planar<Problem>(&map, weights, g, marks, arguments);
-}}
-extern "C" __global__ void __launch_bounds__(256)
-unmark(const __grid_constant__ fxfuse::SampleState samples, int count, const {bias}* bias, float* wide,
-       int all_channels) {{
-  fxfuse::begin_dependent();
-  fxfuse::unmark_samples(samples, count);
-  if (bias) fxfuse::widen(bias, wide, all_channels);
-}}
-"""
-
-
-def entries(t: str, bias: str) -> str:
-    """For x and weights of the C++ type ``t``, and a ``bias`` of that."""
-    return _ENTRIES.format(t=t, bias=bias)
 
 
 def tables(made: Specialisation) -> list[str]:

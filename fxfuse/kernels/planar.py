@@ -13,8 +13,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from fxfuse.kernels.convolution import PLANE_UNIT, Layer, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import PLANE_UNIT, Shared, Specialisation, Unsupported
 from fxfuse.kernels.geometry import ONE, Pass, Residue, Tap, steps_of_sum, sum_of
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import TILE_CYCLES, specialise
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import seconds

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels import execute, prepared, recent, tail_engine
 from fxfuse.kernels.arithmetic import FLOATS
-from fxfuse.kernels.emit import TYPES
+from fxfuse.kernels.emit_entries import TYPES
 from fxfuse.kernels.launch import Send, sender
 
 log = logging.getLogger(__name__)

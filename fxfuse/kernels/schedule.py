@@ -23,8 +23,9 @@ from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels import planar
 from fxfuse.kernels.bundle import Bundler, reads_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
-from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.geometry import ONE, three_of
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of

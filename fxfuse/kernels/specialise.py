@@ -13,13 +13,13 @@ from fxfuse.kernels.convolution import (
     MOST_TILES,
     ROWS,
     STAGE_BYTES,
-    Layer,
     Shared,
     Specialisation,
     Unsupported,
     cycles,
 )
 from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.tiles import Extents, best_fit, outbox_blocks
 from fxfuse.kernels.tiling import (
     CLOCK,

@@ -10,9 +10,10 @@ from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import layout_of
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.convolution import Layer, Shared
+from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold, Rows, Window
 from fxfuse.program import Program
 

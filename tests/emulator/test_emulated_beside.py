@@ -9,11 +9,11 @@ from rows import rows_of
 from torch import Tensor
 
 from fxfuse.kernels.arguments import I32, I64, Samples
-from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_engine import _lines_by_quads, _rows_geometry
 from fxfuse.kernels.convolution_kernels import BLOCK, Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.launch import Chain, Launch
+from fxfuse.kernels.layer import Layer
 
 pytestmark = needs_compiler
 

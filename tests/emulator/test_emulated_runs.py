@@ -13,10 +13,10 @@ from orientation import by_channel_never
 from test_emulated_folds import BF16, F16, F32, LIMIT, TWO, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.tiles import Tiling, positions_over
 from fxfuse.kernels.tiling import Store

@@ -17,10 +17,11 @@ from test_emulated_folds import LIMIT, assert_near, run_prepared
 from torch import Tensor, nn
 
 from fxfuse.kernels import convolution
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation
+from fxfuse.kernels.convolution import CONSUMERS, Specialisation
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.tiles import Tiling, first_planes
 
 pytestmark = needs_compiler

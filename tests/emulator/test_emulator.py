@@ -11,11 +11,11 @@ from emulator import device
 from emulator.device import Device, EmulationError, emulated, needs_compiler
 from torch import Tensor
 
-from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.launch import Chain, Launch
+from fxfuse.kernels.layer import Layer
 
 pytestmark = needs_compiler
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.kernels import correlation, correlation_engine
-from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.layer import Layer
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

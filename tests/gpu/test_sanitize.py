@@ -11,11 +11,11 @@ import sanitize
 import torch
 
 from fxfuse.kernels import running
-from fxfuse.kernels.convolution import Layer
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold, Window
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fxfuse.kernels import choice, execute
 from fxfuse.kernels.account import account
 from fxfuse.kernels.beside import MOST_NUMBERS, fastest, side_by_side
-from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents
 

@@ -20,18 +20,17 @@ from fxfuse.kernels import tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
-    JOINED,
     MOST_BLOCKS,
     MOST_TILES,
     MOST_WAITING,
     PROMOTE_EVERY,
     SHARED_BYTES,
     STAGE_BYTES,
-    Layer,
     Specialisation,
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
+from fxfuse.kernels.layer import JOINED, Layer
 from fxfuse.kernels.specialise import check_holding, specialise, with_more_room, with_more_rows
 from fxfuse.kernels.tiles import (
     MOST_COPIED,

@@ -12,9 +12,10 @@ import torch
 from reports import explained
 
 from fxfuse.bench import chains
-from fxfuse.kernels.convolution import CONSUMERS, Layer
+from fxfuse.kernels.convolution import CONSUMERS
 from fxfuse.kernels.estimate import works
 from fxfuse.kernels.execute import candidates
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import CLOCK, PROCESSORS, seconds, tile

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import convolution_engine, execute, launch, prepared, running, tail_engine
-from fxfuse.kernels.convolution import Layer, Shared
+from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, sender
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule

@@ -17,12 +17,13 @@ from test_twice import ways
 from torch import Tensor
 
 from fxfuse.kernels import planar
-from fxfuse.kernels.convolution import CONSUMERS, Layer, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.convolution_engine import _planes_in_place
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.factors import DEPTH, factors_of, instructions
 from fxfuse.kernels.geometry import ONE
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
 

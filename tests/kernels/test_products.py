@@ -14,7 +14,7 @@ from test_twice import region, ways
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.account import account
-from fxfuse.kernels.convolution import Layer, Unsupported
+from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import (
     ALONE,
     CHANNELS,
@@ -31,6 +31,7 @@ from fxfuse.kernels.correlation import (
 from fxfuse.kernels.correlation_engine import BLOCK, MOMENTS_BLOCK
 from fxfuse.kernels.estimate import BANDWIDTH, DOUBLE_RATE, LAUNCH, SQUARED, works
 from fxfuse.kernels.jit import MissingPackage, compile_cubin
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.sass import sass
 from fxfuse.kernels.twice import from_products
 

@@ -10,10 +10,11 @@ import torch
 from test_twice import of_rows, region, ways  # noqa: F401
 
 from fxfuse.kernels.account import account_of
-from fxfuse.kernels.convolution import Layer, Shared, Specialisation
+from fxfuse.kernels.convolution import Shared, Specialisation
 from fxfuse.kernels.convolution_kernels import Convolution, sampled
 from fxfuse.kernels.estimate import bytes_of
 from fxfuse.kernels.execute import Candidate
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.schedule import Schedule
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiling import LAUNCHES_WEIGHTS, LAUNCHES_X, ROWS_RATE

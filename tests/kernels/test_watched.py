@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
-from fxfuse.kernels.convolution import Layer, Shared, Specialisation
+from fxfuse.kernels.convolution import Shared, Specialisation
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.layer import Layer
 
 CLAMP_DIVIDE = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 GROUPS = Layer(8, 8, 4, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
