@@ -39,10 +39,11 @@ from fxfuse.kernels.arguments import (
     X,
 )
 from fxfuse.kernels.chains import dense
-from fxfuse.kernels.convolution import MOST_TILES, PLANE_UNIT, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, empty, planes_map, rows_map, stream_of
+from fxfuse.kernels.lies import by_quads, lines_by_quads, planes_in_place, rows_in_place, samples_are_dense, three_dims
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tiles import Extents, Tiling, copied, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.tiling import Store
@@ -116,8 +117,8 @@ class Calls:
     def _takes(self, x: Tensor) -> bool:
         """Whether the kernels read x where it is."""
         if self.convolution.made.planar:
-            return _planes_in_place(x)
-        return self.convolution.dtype is not torch.float32 or _dense(x)
+            return planes_in_place(x)
+        return self.convolution.dtype is not torch.float32 or samples_are_dense(x)
 
 
 class _Call:
@@ -140,7 +141,7 @@ class _Call:
         self.planar = made.planar > 0
         self.scaled = layer.dtype is torch.float32 and not self.planar
         self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
-        self.in_place = self.planar or (not self.looks and _rows_in_place(x, made))
+        self.in_place = self.planar or (not self.looks and rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
         self.map = self._map_of(x, (n, *rows_sizes, width), layer, tiling)
         every = sampled(n, each) if self.scaled else 1
@@ -330,9 +331,9 @@ def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled
     layer, groups, width = made.layer, made.layer.groups, made.padded_channels * made.layer.groups
     rows = d, h, w = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
     if layer.beside:  # four neighbours along w at once
-        quads, positions = _lines_by_quads(x), d * h * -(-w // 4) * 4
+        quads, positions = lines_by_quads(x), d * h * -(-w // 4) * 4
     else:
-        quads, positions = scaled and _by_quads(x), math.prod(rows)
+        quads, positions = scaled and by_quads(x), math.prod(rows)
     span = (8192 if quads or layer.beside else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
     blocks_positions = -(-positions // span)
     blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
@@ -366,47 +367,3 @@ def _module(source: str, names: tuple[str, ...], device: int) -> Module:
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def three_dims(x: Tensor) -> Tensor:
-    """(A, B, *spatial) with one to three spatial dims as (A, B, d, h, w)."""
-    while x.dim() < 5:
-        x = x.unsqueeze(2)
-    return x
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether every sample is a block of memory without holes, one behind the other."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def _by_quads(x: Tensor) -> bool:
-    """Whether positions of x are neighbours, and every four of them can be read at once."""
-    n, c, d, h, w = x.stride()
-    *_, height, width = x.shape
-    whole = math.prod(x.shape[2:]) % 4 == 0 and x.data_ptr() % 16 == 0
-    return whole and w == 1 and h == width and d == height * width and n % 4 == 0 and c % 4 == 0
-
-
-def _lines_by_quads(x: Tensor) -> bool:
-    """Whether positions along w are neighbours, and every four of them can be read at once."""
-    *others, w = x.stride()
-    return w == 1 and x.shape[-1] % 4 == 0 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in others)
-
-
-def _planes_in_place(x: Tensor) -> bool:
-    """Whether TMA can read x as planes of channels as it lies."""
-    *others, w = x.stride()
-    unit = PLANE_UNIT // x.element_size()
-    return w == 1 and all(s % unit == 0 and s > 0 for s in others) and x.data_ptr() % PLANE_UNIT == 0
-
-
-def _rows_in_place(x: Tensor, made: Specialisation) -> bool:
-    """Whether TMA can read x as rows of channels as it lies."""
-    strides = x.stride()
-    return (
-        strides[1] == 1
-        and made.padded_channels == made.layer.in_channels
-        and all(s % 8 == 0 and s > 0 for i, s in enumerate(strides) if i != 1)
-        and x.data_ptr() % 16 == 0
-    )

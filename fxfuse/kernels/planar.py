@@ -20,8 +20,9 @@ from fxfuse.kernels.specialise import TILE_CYCLES, specialise
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import seconds
 
-#: input channels up to which that is looked at, and shared memory that weights may take
-MOST_CHANNELS, MOST_FACTORS = 8, 65536
+#: input channels up to which that is looked at; taps that are added up, which lie in constant memory; and shared memory
+#: that weights may take
+MOST_CHANNELS, MOST_TAPS, MOST_FACTORS = 8, 2**14, 65536
 #: how much faster such a kernel must be by estimate
 WORTH_IT = 1.03
 #: rows of matrix instructions per warpgroup, times 64; and accumulators of a thread
@@ -55,6 +56,8 @@ def as_planes(
     if step != ONE:
         if not made.merged:
             raise Unsupported("classes that are no sum have no sum of positions")
+        if layer.volume * math.prod(step) > MOST_TAPS:
+            raise Unsupported(f"{layer.volume} taps of {math.prod(step)} positions are too many (at most {MOST_TAPS})")
         made = dataclasses.replace(made, passes=(_sum_of(layer, step),), step=step)
     if made.exact or made.column_tiles * layer.groups * layer.joined > 1 or layer.beside or made.by_channel:
         raise Unsupported("weights of several tiles of channels do not stay in shared memory")

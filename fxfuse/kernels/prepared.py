@@ -12,10 +12,11 @@ from fxfuse.kernels import correlation_engine
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared
-from fxfuse.kernels.convolution_engine import Calls, three_dims
+from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.launch import empty
+from fxfuse.kernels.lies import three_dims
 from fxfuse.kernels.merge import pieces
 from fxfuse.kernels.moments import Moments, front_of, moments_name, statistics_places
 from fxfuse.kernels.operands import Operands, Place, views

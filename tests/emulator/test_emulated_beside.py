@@ -9,11 +9,12 @@ from rows import rows_of
 from torch import Tensor
 
 from fxfuse.kernels.arguments import I32, I64, Samples
-from fxfuse.kernels.convolution_engine import _lines_by_quads, _rows_geometry
+from fxfuse.kernels.convolution_engine import _rows_geometry
 from fxfuse.kernels.convolution_kernels import BLOCK, Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.launch import Chain, Launch
 from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.lies import lines_by_quads
 
 pytestmark = needs_compiler
 
@@ -73,8 +74,8 @@ def test_rows(name: str, last: bool, kernel: str) -> None:
 def test_four_at_once() -> None:
     """Only where they are neighbours, and 16 bytes that begin where such reads may."""
     x = torch.zeros(2, 3, 4, 5, 8)
-    assert _lines_by_quads(x)
-    assert not _lines_by_quads(x.contiguous(memory_format=torch.channels_last_3d))
-    assert not _lines_by_quads(torch.zeros(2, 3, 4, 5, 6))
-    assert not _lines_by_quads(torch.zeros(16 * 60 + 1)[1:].view(2, 3, 4, 5, 8))
-    assert not _lines_by_quads(torch.zeros(64).as_strided((1, 1, 1, 1, 6), (8, 8, 8, 8, 1)))
+    assert lines_by_quads(x)
+    assert not lines_by_quads(x.contiguous(memory_format=torch.channels_last_3d))
+    assert not lines_by_quads(torch.zeros(2, 3, 4, 5, 6))
+    assert not lines_by_quads(torch.zeros(16 * 60 + 1)[1:].view(2, 3, 4, 5, 8))
+    assert not lines_by_quads(torch.zeros(64).as_strided((1, 1, 1, 1, 6), (8, 8, 8, 8, 1)))

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fxfuse.kernels import planar
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
-from fxfuse.kernels.convolution_engine import _planes_in_place
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.factors import DEPTH, factors_of, instructions
 from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.lies import planes_in_place
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
 
@@ -146,11 +146,11 @@ def test_what_may_be_copied_as_it_lies(sizes: tuple[int, ...], strides: tuple[in
 
 def test_addresses_are_those_of_copies() -> None:
     x = torch.zeros(2, 3, 4, 5, 8)
-    assert _planes_in_place(x) and _planes_in_place(x[:, :, ::2, 1:])
-    assert not _planes_in_place(x.contiguous(memory_format=torch.channels_last_3d))
-    assert not _planes_in_place(torch.zeros(x.numel() + 1)[1:].view(x.shape))
-    assert not _planes_in_place(x[:1].expand(2, 3, 4, 5, 8))
-    assert not _planes_in_place(torch.zeros(2, 3, 4, 5, 10)[..., :8])
+    assert planes_in_place(x) and planes_in_place(x[:, :, ::2, 1:])
+    assert not planes_in_place(x.contiguous(memory_format=torch.channels_last_3d))
+    assert not planes_in_place(torch.zeros(x.numel() + 1)[1:].view(x.shape))
+    assert not planes_in_place(x[:1].expand(2, 3, 4, 5, 8))
+    assert not planes_in_place(torch.zeros(2, 3, 4, 5, 10)[..., :8])
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,8 @@ def test_addresses_are_those_of_copies() -> None:
         (dataclasses.replace(UP, in_channels=8, kernel=(7, 7, 7)), {}, "bytes"),
         (dataclasses.replace(UP, in_channels=9), {}, "9 input channels"),
         (UP, {"step": (2, 2, 2)}, "no sum"),
+        (UP, {"step": (32, 32, 32), "pooled": True}, "27 taps of 32768 positions"),
+        (dataclasses.replace(UP, in_channels=1), {"step": (8, 8, 8), "pooled": True}, "does not fit"),
     ],
 )
 def test_what_is_refused(layer: Layer, more: dict[str, Any], why: str) -> None:

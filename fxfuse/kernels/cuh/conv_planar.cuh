@@ -1,10 +1,11 @@
-// The convolution of conv_wgmma.cuh for few input channels: x is copied as it lies, a plane of positions for
-// every channel, and each warp multiplies sixteen positions with eight numbers at a time, which its lanes pick there
-// (factors.py). Numbers are TF32's, whose range is that of float32, and which hold 16-bit numbers as they are: nothing is
-// scaled, and no rows are made.
+// The convolution of conv_wgmma.cuh for few input channels: x is copied as it lies, a plane of positions for every channel,
+// and each warp multiplies sixteen positions with eight numbers at a time, which its lanes pick there (factors.py). Numbers
+// are TF32's, whose range is that of float32, and which hold 16-bit numbers as they are: nothing is scaled, and no rows are
+// made.
 //
 // One warp copies; the next one looks at what came, and marks samples for the direct kernel: those with Inf or NaN, which
-// classes that are added up would mix, or with denormal numbers, which are lost. Two warpgroups multiply, as there; accumulators lie in their registers as those of warpgroup instructions do.
+// classes that are added up would mix, or with denormal numbers, which are lost. Two warpgroups multiply, as there;
+// accumulators lie in their registers as those of warpgroup instructions do.
 //
 // `Problem` has, beside what that of conv_wgmma.cuh has of sizes and epilogue: instructions, of all passes; static functions
 // factor(i), eight per instruction; tap(i); series(pass, q), where the instructions of a class begin.
@@ -14,8 +15,8 @@
 
 namespace fxfuse {
 
-// A number of a position, at the least delta and so many positions further. Its weight is the sum of those of `count` taps:
-// what fills up has none, and multiplies the first channel with zero.
+// A number of a position, at the least delta and so many positions further, as many as a copy has. Its weight is the sum of
+// those of `count` taps: what fills up has none, and multiplies the first channel with zero.
 struct Factor {
   unsigned char d, h, w, channel;
   unsigned short first, count;
