@@ -21,7 +21,7 @@ from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.factors import DEPTH, factors_of, instructions
-from fxfuse.kernels.geometry import ONE
+from fxfuse.kernels.geometry import ONE, Pass, steps_of_sum, sum_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.lies import planes_in_place
 from fxfuse.kernels.specialise import specialise
@@ -101,6 +101,13 @@ def test_a_class_multiplies_its_own_numbers_alone() -> None:
     assert instructions(made.passes, 3) == 1 + 3 * 1 + 3 * 2 + 3
     assert instructions(of_planes(UP, pooled=True).passes, 3) == 3  # of the sum of classes, 8 positions
     assert instructions(of_planes(UP, (2, 2, 2), pooled=True, stored=(15, 15, 15)).passes, 3) == 11  # 27 positions
+
+
+def test_taps_of_one_delta_are_one_number() -> None:
+    """Also where warpgroup instructions would multiply them one by one."""
+    one = sum_of(UP.residues)
+    apart, added = (factors_of(Pass((one,), steps_of_sum(one, added=added)), 3) for added in (False, True))
+    assert [{*map(dataclasses.astuple, f)} for f in apart] == [{*map(dataclasses.astuple, f)} for f in added]
 
 
 @given(few, st.tuples(*[st.integers(1, 70)] * 3), st.tuples(*[st.integers(1, 3)] * 3), st.booleans())
