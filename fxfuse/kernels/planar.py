@@ -30,9 +30,13 @@ TILES, MOST_ACCUMULATORS = (8, 4, 2, 1), 128
 
 
 def possible(x: Sequence[int | None], strides: Sequence[int], itemsize: int) -> bool:
-    """Whether an x (N, C, ...) of numbers of ``itemsize`` bytes may be copied as it lies."""
-    *others, w = strides
-    return (x[1] or 0) <= MOST_CHANNELS and w == 1 and all(s * itemsize % PLANE_UNIT == 0 for s in others)
+    """Whether an x (N, C, ...) of numbers of ``itemsize`` bytes may be copied as it lies.
+
+    Also its width: an x of these strides that begins elsewhere is copied first, without holes.
+    """
+    channels, width, unit = x[1] or 0, x[-1] or 0, PLANE_UNIT // itemsize
+    few, *others = channels <= MOST_CHANNELS, width, *strides[:-1]
+    return few and strides[-1] == 1 and all(n % unit == 0 for n in others)
 
 
 def as_planes(
