@@ -102,13 +102,15 @@ def _tables(made: Specialisation) -> list[str]:
         begins.append(
             _list([_list([len(steps) + sum(o < (r, d) for o in order) for d in slabs]) for r in range(len(runs))])
         )
+        ends = {run: i for i, run in enumerate((s.first, s.count) for s in one.steps)}  # the last step of each
+        number = 0
         for batch in made.batches(one.steps):
             size, inside = sum(map(made.step_bytes, batch)), 0
             for i, step in enumerate(batch):
                 d, h, w = (a - b for a, b in zip(step.delta, low, strict=True))
-                steps.append(
-                    f"{{{d}, {h}, {w}, {int(i == len(batch) - 1)}, {inside // 16}, {size // 16 if i == 0 else 0}}}"
-                )
+                last = int(i == len(batch) - 1) + 2 * (number == ends[step.first, step.count])
+                steps.append(f"{{{d}, {h}, {w}, {last}, {inside // 16}, {size // 16 if i == 0 else 0}}}")
+                number += 1
                 inside += made.step_bytes(step)
     begins.append(_list([_list([len(steps)] * (made.slabs + 1))] * len(runs)))
     return [
@@ -251,6 +253,7 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     return f"""{values}
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
+  static constexpr bool in_turn = {str(_in_turn(made, runs)).lower()};
 {_rows_type(made.layer)}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
@@ -270,6 +273,13 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     constexpr int values[] = {_list([c for _, c in runs])};
     return values[r];
   }}"""
+
+
+def _in_turn(made: Specialisation, runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether every pass of a tile multiplies every run, once and all of it."""
+    return (
+        made.resident and made.slabs == 1 and all({(s.first, s.count) for s in p.steps} == {*runs} for p in made.passes)
+    )
 
 
 def _pair(made: Specialisation) -> int:

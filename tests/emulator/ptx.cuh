@@ -28,6 +28,8 @@ inline void barrier_wait(uint64_t* b, uint32_t parity) { emulated_barrier_wait(b
 inline void schedule_barrier() {}
 template <class T>
 void settle(T&) {}
+template <class T>
+void settle_shared(T*&) {}
 inline void named_barrier(int id, int threads) { emulated_meet(id, threads); }
 
 inline void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {

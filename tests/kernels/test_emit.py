@@ -246,3 +246,15 @@ def test_sizes_are_not_compiled_in_around_convolutions(tail: list[nn.Module]) ->
         return {text for name, text in made.sources() if name not in ("measuring", "convolution")}
 
     assert texts(5, 8, 12, 12, 12) == texts(6, 8, 13, 12, 14)
+
+
+def test_steps_in_turn() -> None:
+    """Every pass of a tile multiplies every run, once, and all of it: not by chunks of channels, nor slab by slab."""
+    ways = {
+        "strided": kernel((16, 32), (3, 3, 3), s=TWO, p=ONE),
+        "chunks": kernel((128, 32), (3, 3, 3), s=TWO, p=ONE),
+        "slabs": kernel((32, 64), (3, 3, 3), p=ONE),
+        "a class without taps": kernel((16, 32), (1, 1, 1), s=TWO),
+    }
+    found = {name: re.search(r"bool in_turn = (\w+)", made.source())[1] for name, made in ways.items()}
+    assert found == {"strided": "true", "chunks": "false", "slabs": "false", "a class without taps": "false"}

@@ -13,7 +13,8 @@
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
-// apart), by_slab (each of them is copied, waited for and given back by itself); static functions pass_begin(i),
+// apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
+// run of every pass, one behind the other); static functions pass_begin(i),
 // step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "divisor.cuh"
@@ -24,7 +25,7 @@ namespace fxfuse {
 // One tap of one or more residue classes, contiguous among the pass's: from `first`, `count` of them.
 struct Step {
   unsigned char d, h, w;         // delta less the least delta: below 256, as are sizes of what a copy brings
-  unsigned char last;            // of its stage
+  unsigned char last;            // 1: of its stage; 3: and of its run
   unsigned short weights;        // offset in the stage, in units of 16 bytes
   unsigned short batch;          // units of 16 bytes of the stage that starts here; 0: the stage goes on
 };
@@ -200,9 +201,16 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
 // A step as the multiplying warpgroups read it, from shared memory.
 struct StepAddress {
   uint32_t x;        // units of 16 bytes that the rows are shifted by
-  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does; kSlab times its d
+  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does; kLast where a run ends;
+                     // kSlab times its d
 };
-constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17, kSlab = 1u << 18;
+constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17, kLast = 1u << 18, kSlab = 1u << 19;
+
+// The step that comes next, of a problem `in_turn`.
+struct NextStep {
+  int number;
+  StepAddress step;
+};
 
 // What of the output lies in shared memory goes out from there: a warp per multiplying warpgroup.
 template <class Problem, class Outbox>
@@ -232,17 +240,20 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
                             float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, const Geometry& g, Slabs slabs, Barriers<Problem>& barriers, Ring& ring,
-                            SlabRing& apart, bool leader) {
+                            SlabRing& apart, NextStep& next, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
-  int begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
+  constexpr bool in_turn = Problem::in_turn;
+  int begin = next.number, end = 0;
+  if constexpr (!in_turn) begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
   if constexpr (Problem::slabs > 1) settle(begin), settle(end);  // read once, not for every step
-  if ((!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
+  if (in_turn || (!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
     int slab = 0, came = SlabRing::first(g, slabs), gone = came;  // by slab: the batch's, those that came and went
-    StepAddress step = steps[begin];
+    StepAddress step = in_turn ? next.step : steps[begin];
     int s = begin;
+    bool goes_on;
 #pragma unroll 1
     do {
       if (step.weights & kBegins) {
@@ -262,7 +273,9 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
       }
       const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
       const bool ends = step.weights & kEnds;
-      step = steps[s + 1];  // one more than there are is allocated
+      ++s;
+      goes_on = in_turn ? !(step.weights & kLast) : s < end;
+      step = steps[s];  // one more than there are is there
       if constexpr (Problem::by_channel) {
         constexpr int first = Problem::run_first(r) * Problem::columns / 64, count = Problem::run_count(r) * Problem::columns / 64;
 #pragma unroll
@@ -288,7 +301,8 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
           wgmma_wait<1>();  // the products of the stage before are done
         }
       }
-    } while (++s < end);
+    } while (goes_on);
+    next = {s, step};
     wgmma_wait<0>();
     if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
     if (leader) barrier_arrive(&barriers.empty[ring.slot]);
@@ -300,13 +314,16 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     }
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, leader);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader);
 }
 
 template <class Problem>
 FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, typename Problem::Table& table,
-                                const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& barriers) {
+                                const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& all) {
   constexpr int row_bytes = Problem::chunk * 2;
+  Barriers<Problem>* settled = &all;
+  settle_shared(settled), settle_shared(steps);
+  Barriers<Problem>& barriers = *settled;
   const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
@@ -331,6 +348,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     const Tile tile = tile_at(g, index);
     const Slabs slabs = slabs_of<Problem>(g, tile);
     place.move(g, tile, group, warp);
+    NextStep next{0, steps[0]};
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
     for (int pass = 0; pass < Problem::passes; ++pass) {
@@ -348,7 +366,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
-          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, leader);
+          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader);
           if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
@@ -386,7 +404,8 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
     const Step s = Problem::step(i);
     const int rows = (s.d * g.region_h + s.h) * g.region_w + s.w;
-    const uint32_t where = (s.batch ? kBegins : 0) | (s.last ? kEnds : 0) | (Problem::by_slab ? s.d * kSlab : 0);
+    const uint32_t ends = (s.last & 1 ? kEnds : 0) | (s.last & 2 ? kLast : 0);
+    const uint32_t where = (s.batch ? kBegins : 0) | ends | (Problem::by_slab ? s.d * kSlab : 0);
     steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | where};
   }
   __syncthreads();

@@ -60,6 +60,13 @@ FXFUSE_INLINE void settle(T*& v) {  // to global memory
   asm volatile("" : "+l"(address));
   v = (T*)__cvta_global_to_generic(address);
 }
+// The same of shared memory. Or its address, which two instructions tell late, is made wherever it is used.
+template <class T>
+FXFUSE_INLINE void settle_shared(T*& v) {
+  uint32_t address = shared_address(v);
+  asm volatile("" : "+r"(address));
+  v = (T*)__cvta_shared_to_generic(address);
+}
 // Threads of a subset of the warps meet.
 FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
