@@ -211,6 +211,7 @@ def _problem(
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
+  static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};

@@ -7,10 +7,12 @@ namespace fxfuse {
 struct Maximum {
   static FXFUSE_INLINE float zero() { return __uint_as_float(0xff800000u); }
   static FXFUSE_INLINE float combine(float a, float b) { return max_or_nan(a, b); }
+  static FXFUSE_INLINE float scaled(float v, float) { return v; }
 };
 struct Sum {
   static FXFUSE_INLINE float zero() { return 0.f; }
   static FXFUSE_INLINE float combine(float a, float b) { return a + b; }
+  static FXFUSE_INLINE float scaled(float v, float factor) { return v * factor; }
 };
 
 // An expression as kernels/expression.py emits them: y itself.

@@ -133,7 +133,7 @@ struct DirectPool {
           const float y = direct_value<Problem>(x, w, s, g, n, group, column, od, oh, ow) + bias;
           best = Combine::combine(best, a.before(y, n, c, od, oh, ow));
         }
-    return a.after(best * a.factor, n, c, d, h, w_);
+    return a.after(Combine::scaled(best, a.factor), n, c, d, h, w_);
   }
 };
 

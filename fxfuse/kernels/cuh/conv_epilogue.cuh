@@ -228,7 +228,7 @@ struct Pool {
 
   FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2]) {
     const Place<Problem> place = this->place.now();
-    auto kept = [&](int i, int r, int j, int e, int) { return combined[i][j * 4 + r * 2 + e] * a.factor; };
+    auto kept = [&](int i, int r, int j, int e, int) { return Combine::scaled(combined[i][j * 4 + r * 2 + e], a.factor); };
     if constexpr (Problem::bare)
       conclude(combined, place, Scaled<Problem, decltype(kept)>{kept, table, place, group});
     else

@@ -15,6 +15,12 @@ struct Strides {
   int64_t n, c, d, h, w;
 };
 
+// The output's positions as stores see them: `size` of them; a step of q is `step` of them.
+struct Extent {
+  int size_d, size_h, size_w;
+  int step_d, step_h, step_w;
+};
+
 // A position in a box: three fields of ten bits, the last of which is not set. One that is not in it is beyond every limit,
 // and negative.
 constexpr int kField = 511, kTops = (kField + 1) * (1 << 20 | 1 << 10 | 1);
@@ -60,6 +66,14 @@ struct Place {
     return p;
   }
   FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
+  // Whether all rows of a thread are positions of the box, and all elements of these are some of the output.
+  FXFUSE_INLINE bool whole(const Geometry& g, const Extent& o) const {
+    int any = 0;
+#pragma unroll
+    for (int i = 0; i < Problem::m_tiles; ++i) any |= packed[i][0] | packed[i][1];
+    return any >= 0 && (box.d + g.box_d) * o.step_d <= o.size_d && (box.h + g.box_h) * o.step_h <= o.size_h &&
+           (box.w + g.box_w) * o.step_w <= o.size_w;
+  }
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
   FXFUSE_INLINE int y(int i, int r) const { return packed[i][r] >> 10 & 1023; }
   FXFUSE_INLINE int x(int i, int r) const { return packed[i][r] & 1023; }
@@ -149,12 +163,6 @@ FXFUSE_INLINE Made<Kept> made(Kept kept) {
   return {kept};
 }
 
-// The output's positions as stores see them: `size` of them; a step of q is `step` of them.
-struct Extent {
-  int size_d, size_h, size_w;
-  int step_d, step_h, step_w;
-};
-
 // Of positions of a box those whose element of a class is one of the output: `limits - packed` has the top bit of each field.
 // `most_h`: rows of the box that may be.
 FXFUSE_INLINE int limits_of(const Tile& t, const Extent& o, const Residue& residue, int most_h) {
@@ -171,7 +179,10 @@ FXFUSE_INLINE int limits_of(const Tile& t, const Extent& o, const Residue& resid
 template <class Problem, int classes>
 FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& place, const Extent& o,
                                    const Residue (&residue)[classes], bool over = false) {
-  static_assert(Problem::m_tiles * 2 * classes <= 32, "one bit per row and class");
+  constexpr int bits = Problem::m_tiles * 2 * classes;
+  static_assert(bits <= 32, "one bit per row and class");
+  if constexpr (Problem::even && !Problem::joint)  // most tiles are, of an output whose sizes its tiles divide
+    if (place.whole(g, o)) return ~0u >> (32 - bits);
   uint32_t inside = 0;
 #pragma unroll
   for (int q = 0; q < classes; ++q) {

@@ -14,7 +14,7 @@
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
 // apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
-// run of every pass, one behind the other); static functions pass_begin(i),
+// run of every pass, one behind the other), even (all passes have as many classes); static functions pass_begin(i),
 // step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "divisor.cuh"
