@@ -17,14 +17,14 @@ from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds, tile
 
-#: below this estimate a call is launches and little else, and cuDNN has fewer of them
-LEAST_SECONDS = 6e-5
+#: below this estimate a call is launches and nothing else, and cuDNN has fewer of them
+LEAST_SECONDS = 1.8e-5
 #: the same where other operators are behind the convolution, which the kernel takes as well
-LEAST_SECONDS_CHAIN = 2.5e-5
+LEAST_SECONDS_CHAIN = 1.6e-5
 #: part of a tile's rows that are positions of the output
 LEAST_FIT = 0.55
 #: the same for grouped convolutions, of which cuDNN makes little
-LEAST_SECONDS_GROUPED = 3e-5
+LEAST_SECONDS_GROUPED = 1.6e-5
 #: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's; and where there are fewer output
 #: channels than cuDNN's tiles have
 LARGE_KERNEL, LARGE_KERNEL_NARROW, NARROW = 64, 27, 64

@@ -15,12 +15,13 @@ import torch
 
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels import planar
+from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles
 from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.specialise import specialise, with_more_room, with_more_rows
+from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
 from fxfuse.kernels.tiling import Store, seconds, store_of, tile
 
@@ -107,6 +108,11 @@ class Convolution:
                 watched = dataclasses.replace(finite, watched=True)
                 if time(watched) + WATCHING < time(made):
                     made = watched
+        if extents is not None and samples:
+            divisible = epilogue.fold is None
+            made = with_more_tiles(
+                made, samples, extents, row, output.itemsize, keeps=epilogue.keeps, divisible=divisible
+            )
         if planes and not exact and extents is not None and samples:
             with contextlib.suppress(Unsupported):
                 other = specialised(layer, functools.partial(specialise, finite=True))

@@ -13,10 +13,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from fxfuse.kernels.adapted import TILE_CYCLES
 from fxfuse.kernels.convolution import PLANE_UNIT, Shared, Specialisation, Unsupported
 from fxfuse.kernels.geometry import ONE, Pass, Residue, Tap, steps_of_sum, sum_of
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.specialise import TILE_CYCLES, specialise
+from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import seconds
 
@@ -53,7 +54,7 @@ def as_planes(
     """The kernel for a layer like ``made`` that reads x as it lies.
 
     ``step``: positions per dim whose sum makes one value. ``of``: bytes of a number of x. The others as of
-    :func:`~fxfuse.kernels.specialise.with_more_rows`. Raises Unsupported where there is none.
+    :func:`~fxfuse.kernels.adapted.with_more_rows`. Raises Unsupported where there is none.
     """
     layer = made.layer
     if step != ONE:

@@ -10,26 +10,21 @@ import math
 
 from fxfuse.kernels.convolution import (
     CONSUMERS,
-    MOST_TILES,
     ROWS,
     STAGE_BYTES,
-    Shared,
     Specialisation,
     Unsupported,
     cycles,
 )
 from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.tiles import Extents, best_fit, outbox_blocks
+from fxfuse.kernels.tiles import Extents, best_fit
 from fxfuse.kernels.tiling import (
     CLOCK,
     PARTIAL_SECTOR,
     POOLED,
-    RUNS,
     STORE_RATE,
     multiply_seconds,
-    seconds,
-    store_of,
     store_seconds,
     tile,
 )
@@ -43,11 +38,6 @@ WORTH_COMPILING = 1.08
 MOST_FILLED, MOST_ALONG = 1.5, 4
 #: residue classes along a dim, which a kernel counts in 8 bits
 MOST_STRIDE = 256
-#: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
-#: beside its products and stores: its place, its channels, waiting for one after the other
-FEW_ACCUMULATORS, TILE_CYCLES = 64, 1000
-#: of weights: one is multiplied, one is there, one is on its way
-LEAST_STAGES = 3
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -190,48 +180,6 @@ def specialise(
             f"a kernel of {layer.kernel} with dilation {layer.dilation} reaches too far for shared memory"
         )
     return usual
-
-
-def with_more_rows(
-    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
-) -> Specialisation:
-    """The same with twice the rows per tile, where there are registers for their accumulators and it saves time.
-
-    ``samples``, ``stored``, ``row``, ``itemsize``: of the stored tensor, as in :mod:`fxfuse.kernels.tiling`; ``keeps``:
-    it is stored.
-    """
-    larger = dataclasses.replace(made, m_tiles=2 * made.m_tiles)
-    if made.by_channel or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
-        return made
-    if math.prod(larger.accumulators) > FEW_ACCUMULATORS or 2 * larger.m_tiles * made.residues > 32:
-        return made
-
-    def time(one: Specialisation) -> float:
-        with contextlib.suppress(Unsupported):
-            return seconds(
-                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
-            )
-        return math.inf
-
-    best = min((dataclasses.replace(larger, stages=stages) for stages in range(made.stages, 2, -1)), key=time)
-    return best if time(best) * WORTH_COMPILING < time(made) else made
-
-
-def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: int) -> Specialisation:
-    """The same with a stage of weights less, where shared memory is scarce (x has one buffer) and what a pass stores
-    does not fit into it otherwise. Arguments as of :func:`with_more_rows`.
-    """
-    fewer = dataclasses.replace(made, stages=made.stages - 1)
-    if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
-        return made
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
-    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    at, other = (tile(one, (d, h, w), row, itemsize) for one in (made, fewer))
-    if at != other or store_of(made, at, (d, h, w), row, itemsize)[0] not in RUNS:
-        return made
-    blocks = outbox_blocks(made, at, itemsize)
-    scarce = blocks < made.columns // made.lines and blocks < outbox_blocks(fewer, at, itemsize)
-    return fewer if scarce else made
 
 
 @functools.lru_cache(maxsize=1024)

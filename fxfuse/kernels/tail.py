@@ -21,7 +21,7 @@ from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
 #: elements of a tensor from which on a kernel of ours is worth its launch
-LEAST_ELEMENTS = 2**20
+LEAST_ELEMENTS = 2**10
 #: elements of a tensor that a kernel counts; samples, where they are a dim of its grid
 MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 #: how often an element may be computed again because windows overlap

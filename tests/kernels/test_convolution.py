@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxfuse.kernels import specialise as specialising
 from fxfuse.kernels import tiles
+from fxfuse.kernels.adapted import with_more_room, with_more_rows
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
@@ -31,7 +32,7 @@ from fxfuse.kernels.convolution import (
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.layer import JOINED, Layer
-from fxfuse.kernels.specialise import check_holding, specialise, with_more_room, with_more_rows
+from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiles import (
     MOST_COPIED,
     Tiling,

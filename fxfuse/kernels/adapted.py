@@ -1,0 +1,113 @@
+"""The kernel of a layer as sizes want it: more rows per tile, more tiles, more room for what is stored. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, Shared, Specialisation, Unsupported
+from fxfuse.kernels.specialise import WORTH_COMPILING
+from fxfuse.kernels.tiles import Extents, outbox_blocks
+from fxfuse.kernels.tiling import PROCESSORS, RUNS, seconds, store_of, tile
+
+#: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
+#: beside its products and stores: its place, its channels, waiting for one after the other
+FEW_ACCUMULATORS, TILE_CYCLES = 64, 1000
+#: of weights: one is multiplied, one is there, one is on its way
+LEAST_STAGES = 3
+#: tiles from which on few of a GPU's multiprocessors are idle; the fewest channels that more tiles are made with, and
+#: how much faster each halving must be by estimate
+ENOUGH_TILES, LEAST_COLUMNS, WORTH_HALVING = PROCESSORS // 2, 16, 1.1
+
+
+def with_more_rows(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
+) -> Specialisation:
+    """The same with twice the rows per tile, where there are registers for their accumulators and it saves time.
+
+    ``samples``, ``stored``, ``row``, ``itemsize``: of the stored tensor, as in :mod:`fxfuse.kernels.tiling`; ``keeps``:
+    it is stored.
+    """
+    larger = dataclasses.replace(made, m_tiles=2 * made.m_tiles)
+    if made.by_channel or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
+        return made
+    if math.prod(larger.accumulators) > FEW_ACCUMULATORS or 2 * larger.m_tiles * made.residues > 32:
+        return made
+
+    def time(one: Specialisation) -> float:
+        with contextlib.suppress(Unsupported):
+            return seconds(
+                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
+            )
+        return math.inf
+
+    best = min((dataclasses.replace(larger, stages=stages) for stages in range(made.stages, 2, -1)), key=time)
+    return best if time(best) * WORTH_COMPILING < time(made) else made
+
+
+def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: int) -> Specialisation:
+    """The same with a stage of weights less, where shared memory is scarce (x has one buffer) and what a pass stores
+    does not fit into it otherwise. Arguments as of :func:`with_more_rows`.
+    """
+    fewer = dataclasses.replace(made, stages=made.stages - 1)
+    if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
+        return made
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    at, other = (tile(one, (d, h, w), row, itemsize) for one in (made, fewer))
+    if at != other or store_of(made, at, (d, h, w), row, itemsize)[0] not in RUNS:
+        return made
+    blocks = outbox_blocks(made, at, itemsize)
+    scarce = blocks < made.columns // made.lines and blocks < outbox_blocks(fewer, at, itemsize)
+    return fewer if scarce else made
+
+
+def with_more_tiles(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool, divisible: bool
+) -> Specialisation:
+    """The same with fewer rows per tile, then with fewer channels, where most of a GPU is idle and that saves time.
+
+    ``divisible``: a tile need not hold all channels. The others as of :func:`with_more_rows`.
+    """
+    if made.planar or (tiles := _tiles(made, samples, stored, row, itemsize)) == 0 or tiles >= ENOUGH_TILES:
+        return made
+    best = made
+    for half in (_half_the_rows, _half_the_columns) if divisible else (_half_the_rows,):
+        while (other := half(best)) is not None and _faster(other, best, samples, stored, row, itemsize, keeps=keeps):
+            best = other
+    return best
+
+
+def _half_the_rows(made: Specialisation) -> Specialisation | None:
+    return dataclasses.replace(made, m_tiles=made.m_tiles // 2) if made.m_tiles > 1 else None
+
+
+def _half_the_columns(made: Specialisation) -> Specialisation | None:
+    if made.by_channel or made.columns < 2 * LEAST_COLUMNS or made.columns % 16:
+        return None
+    return dataclasses.replace(made, columns=made.columns // 2)
+
+
+def _tiles(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> int:
+    """Thread blocks that have one; 0 where there are no tiles."""
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    with contextlib.suppress(Unsupported):
+        return samples * made.layer.groups * made.column_tiles * math.prod(tile(made, (d, h, w), row, itemsize).counts)
+    return 0
+
+
+def _faster(
+    one: Specialisation, other: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
+) -> bool:
+    """Whether ``one`` is worth being compiled beside ``other``."""
+
+    def time(made: Specialisation) -> float:
+        return seconds(
+            made, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
+        )
+
+    with contextlib.suppress(Unsupported):
+        return time(one) * WORTH_HALVING < time(other)
+    return False
