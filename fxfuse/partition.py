@@ -169,7 +169,9 @@ class Order:
             return False
         between = range(_index(view), _index(reader))
         return not any(
-            _written(n) & memory or (facts(n).switches and _index(n) in between) for n in self.before if n.op != "output"
+            _written(n) & memory or (facts(n).switches and _index(n) in between)
+            for n in self.before
+            if n.op != "output"
         )
 
     def sorted(self, graph: fx.Graph) -> list[fx.Node]:
