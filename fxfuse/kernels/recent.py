@@ -43,6 +43,8 @@ class Call(NamedTuple):
 
 
 _recent: dict[str, Call] = {}
+#: regions whose last call torch's operators ran as the model wrote it, while gradients were on (True) or off
+_as_written: set[tuple[str, bool]] = set()
 
 
 def _known_guards() -> Any:
@@ -125,6 +127,38 @@ def remember(text: str, inputs: Sequence[Tensor], runs: Prepared | ByTorch) -> N
     _recent[text] = Call(runs, len(inputs), guards.check, requires_grad, tf32)
 
 
+def note(text: str, *, as_written: bool) -> None:
+    """Whether torch's operators run calls of the region like this one for good, as the model wrote it."""
+    (_as_written.add if as_written else _as_written.discard)((text, _grad_enabled()))
+
+
+def as_written(texts: Sequence[str], unless: Sequence[object]) -> Callable[[], bool] | None:
+    """A function that tells whether calls like the last ones of all of these regions are still as the model wrote them;
+    None where those were not. Nor are they where ``unless`` holds anything."""
+    gradients = _grad_enabled()
+    if not texts or not all((t, gradients) in _as_written for t in texts):
+        return None
+    times = _forgotten[0]
+    tf32 = tf32_allowed() if torch.cuda.is_initialized() else None  # of no consequence on a CPU
+
+    def still() -> bool:
+        return (
+            times == _forgotten[0]
+            and not unless
+            and _grad_enabled() is gradients
+            and (tf32 is None or tf32 is tf32_allowed())
+            and not _modes()
+        )
+
+    return still
+
+
+#: how often everything was forgotten
+_forgotten = [0]
+
+
 def forget() -> None:
     """Let the next call of every region go the long way."""
+    _forgotten[0] += 1
     _recent.clear()
+    _as_written.clear()
