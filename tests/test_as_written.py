@@ -122,12 +122,13 @@ def test_what_a_model_does_not_serve(what: str) -> None:
     if what == "hooks":
         model[1].register_forward_hook(lambda *_: seen.append(1))
     fast, x = fxfuse.optimize(model, **options), torch.randn(2, 4, 8, 8, 8)
-    with torch.no_grad():
-        for _ in range(4):
-            fast(x)
-        seen.clear()
-        assert served(fast, x)[1] == (what == "hooks")
-    assert bool(seen) == (what == "hooks")
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            for _ in range(4):
+                fast(x)
+            seen.clear()
+            assert served(fast, x)[1] == (what == "hooks" or (gradients and what != "a precision"))
+        assert bool(seen) == (what == "hooks")
 
 
 def test_kernels_are_not_left_for_it() -> None:
@@ -156,3 +157,14 @@ def test_the_chain_that_torchs_operators_run(size: int, path: Path) -> None:
     assert before is not None and after is not None
     assert before.calls == 3 < after.calls and before.bytes > after.bytes
     assert before.one_by_one(MACHINES["cpu"]) - before.seconds(MACHINES["cpu"]) == pytest.approx(1.2e-5)
+
+
+def test_who_serves_calls_with_gradients_and_without() -> None:
+    """What kernels or a shorter chain run without gradients may be the model's with them, and the other way round."""
+    model, x = up(nn.MaxPool3d(2), nn.MaxPool3d(2)), torch.randn(2, 4, 8, 8, 8)
+    fast = fxfuse.optimize(model, x)
+    for _ in range(3):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                own = [served(fast, x)[1] for _ in range(4)]
+            assert own[2:] == [gradients, gradients]
