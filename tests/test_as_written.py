@@ -63,7 +63,9 @@ def test_the_model_serves_small_calls(name: str, gradients: bool) -> None:
     with torch.set_grad_enabled(gradients):
         found = [served(fast, x) for _ in range(5)]
         expected = [twin(x) for _ in range(5)]
-    assert [own for _, own in found] == [True, False, False, True, True]  # captured; by regions until calls are alike
+    # captured; by regions until calls are alike; without gradients one region is as short a way
+    alike = gradients or name in ("train", "two regions")
+    assert [own for _, own in found] == [True, False, False, alike, alike]
     for (got, _), wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted) and got.requires_grad == wanted.requires_grad
     for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
@@ -77,7 +79,7 @@ def test_the_model_serves_small_calls(name: str, gradients: bool) -> None:
 
 
 def test_what_ends_it() -> None:
-    model, x = MODELS["instance_norm"](), torch.randn(2, 4, 3, 4, 5)
+    model, x = MODELS["two regions"](), torch.randn(2, 4, 3, 4, 5)
     fast = fxfuse.optimize(model, x)
 
     def settle() -> None:
@@ -89,7 +91,7 @@ def test_what_ends_it() -> None:
     settle()
     with torch.no_grad(), watch() as runs:
         assert torch.equal(fast(x), model(x))
-    assert [r.path for r in runs] == [Path.ORIGINAL]
+    assert len(runs) == 2
     settle()
     assert not served(fast, x)[1] and fast(x).requires_grad  # gradients are on
     settle()
@@ -103,7 +105,7 @@ def test_what_ends_it() -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert fast(x).dtype is model(x).dtype
     settle()
-    model[1].eps = 1.0
+    model[4].eps = 1.0
     with torch.no_grad():
         assert torch.equal(fast(x), model(x))
     settle()
@@ -117,7 +119,11 @@ def test_what_ends_it() -> None:
 @pytest.mark.parametrize("what", ["a precision", "a pool that is one", "hooks"])
 def test_what_a_model_does_not_serve(what: str) -> None:
     options: dict[str, Any] = {"precision": "ieee"} if what == "a precision" else {}
-    model = up(nn.MaxPool3d(2), nn.MaxPool3d(2)) if what == "a pool that is one" else MODELS["group_norm"]()
+    model = (
+        up(nn.MaxPool3d(2), nn.MaxPool3d(2), nn.Conv3d(8, 2, 1))
+        if what == "a pool that is one"
+        else MODELS["two regions"]()
+    )
     seen: list[int] = []
     if what == "hooks":
         model[1].register_forward_hook(lambda *_: seen.append(1))
@@ -150,7 +156,12 @@ def test_kernels_are_not_left_for_it() -> None:
 @pytest.mark.parametrize(("size", "path"), [(3, Path.ORIGINAL), (48, Path.REWRITTEN)])
 def test_the_chain_that_torchs_operators_run(size: int, path: Path) -> None:
     """A folded norm is arithmetic on weights, which large tensors are worth."""
-    report = fxfuse.explain(MODELS["norm, folded"](), torch.randn(2, 4, size, size, size))
+    model, x = MODELS["norm, folded"](), torch.randn(2, 4, size, size, size)
+    fast = fxfuse.optimize(model, x)
+    with torch.no_grad(), watch() as runs:
+        torch.testing.assert_close(fast(x), model(x))
+    assert [r.path for r in runs] == [path]
+    report = fast.fxfuse_report
     (region,) = [r.region for r in report.regions]
     assert plan.by_torch(region, "cpu") is path
     before, after = estimate(region.original), estimate(region.rewritten)
@@ -161,7 +172,7 @@ def test_the_chain_that_torchs_operators_run(size: int, path: Path) -> None:
 
 def test_who_serves_calls_with_gradients_and_without() -> None:
     """What kernels or a shorter chain run without gradients may be the model's with them, and the other way round."""
-    model, x = up(nn.MaxPool3d(2), nn.MaxPool3d(2)), torch.randn(2, 4, 8, 8, 8)
+    model, x = up(nn.MaxPool3d(2), nn.MaxPool3d(2), nn.Conv3d(8, 2, 1)), torch.randn(2, 4, 8, 8, 8)
     fast = fxfuse.optimize(model, x)
     for _ in range(3):
         for gradients in (False, True):

@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxfuse import vocabulary
+from fxfuse.kernels.formulas import COPIES
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.program import Program
 from fxfuse.tolerance import tf32_allowed
+from fxfuse.vocabulary import Kind
 
 #: regions of which the last call is known; beyond it all are forgotten
 MOST_RECENT = 1024
@@ -26,10 +29,17 @@ MOST_RECENT = 1024
 class ByTorch:
     """Torch's operators in place of kernels: what they ask of settings, they ask themselves."""
 
-    apart = False
-
     def __init__(self, program: Program) -> None:
         self.run = functools.partial(program.run, reuse=True)
+        made = {out: vocabulary.lookup(i.op) for i in program.body for out in i.outs}
+        outputs = program.outputs
+        #: every output has memory of its own
+        self.apart = len({*outputs}) == len(outputs) and all(n in made and computes(made[n]) for n in outputs)
+
+
+def computes(op: vocabulary.Op) -> bool:
+    """Whether the results of an operator are never its operands, nor views of them."""
+    return op.name not in COPIES and op.kind in (Kind.ANCHOR, Kind.POINTWISE, Kind.POOL, Kind.NORM, Kind.REDUCTION)
 
 
 class Call(NamedTuple):
