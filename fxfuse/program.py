@@ -234,8 +234,9 @@ def _fits_inplace(operands: Sequence[Any]) -> bool:
         if isinstance(other, Tensor):
             if other.dtype is not first.dtype or other.dim() > first.dim():
                 return False
-            if torch.broadcast_shapes(other.shape, first.shape) != first.shape:
-                return False
+            for own, wanted in zip(reversed(other.shape), reversed(first.shape)):  # noqa: B905 - it has no more dims
+                if own != wanted and own != 1:
+                    return False
     return True
 
 

@@ -167,7 +167,7 @@ def test_the_chain_that_torchs_operators_run(size: int, path: Path) -> None:
     before, after = estimate(region.original), estimate(region.rewritten)
     assert before is not None and after is not None
     assert before.calls == 3 < after.calls and before.bytes > after.bytes
-    assert before.one_by_one(MACHINES["cpu"]) - before.seconds(MACHINES["cpu"]) == pytest.approx(1.2e-5)
+    assert before.one_by_one(MACHINES["cpu"]) > before.macs / MACHINES["cpu"].macs + 1.2e-5
 
 
 def test_who_serves_calls_with_gradients_and_without() -> None:

@@ -20,17 +20,21 @@ from fxfuse.vocabulary import Kind
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Rates of a device, for comparing programs on it: multiply-adds and bytes per second, seconds of a call."""
+    """Rates of a device, for comparing programs on it: multiply-adds and bytes per second, seconds of a call.
+
+    ``cached``: bytes per second of what caches hold.
+    """
 
     macs: float
     bandwidth: float
+    cached: float
     call: float
 
 
 #: two CPU cores; one H100 (TF32 matrix rate and copy bandwidth as measured there)
 MACHINES = {
-    "cpu": Machine(macs=5e10, bandwidth=1e10, call=4e-6),
-    "cuda": Machine(macs=2e14, bandwidth=3e12, call=5e-6),
+    "cpu": Machine(macs=5e10, bandwidth=1e10, cached=4e10, call=4e-6),
+    "cuda": Machine(macs=2e14, bandwidth=3e12, cached=3e12, call=5e-6),
 }
 
 
@@ -46,8 +50,8 @@ class Cost:
         return self.macs / machine.macs + self.bytes / machine.bandwidth
 
     def one_by_one(self, machine: Machine) -> float:
-        """Seconds where each operator is called by itself, which small tensors cost as much as large ones."""
-        return self.seconds(machine) + self.calls * machine.call
+        """Seconds of calls of small tensors, of which the calls themselves may be the most."""
+        return self.macs / machine.macs + self.bytes / machine.cached + self.calls * machine.call
 
 
 @dataclasses.dataclass(frozen=True)
