@@ -39,7 +39,7 @@ def choose(region: Region, device: str, gradients: bool) -> Path:
     if before is None or after is None:
         return Path.ORIGINAL
     machine = MACHINES.get(device, MACHINES["cuda"])
-    worth = after.seconds(machine) <= RECOMPUTE_BELOW * before.seconds(machine)
+    worth = after.one_by_one(machine) <= RECOMPUTE_BELOW * before.one_by_one(machine)
     return Path.RECOMPUTE if worth else Path.ORIGINAL
 
 
