@@ -61,7 +61,7 @@ class Again(NamedTuple):
             inputs=f"{', '.join(inputs)}{',' * bool(inputs)}" or "()",
             fetched="\n    ".join(fetched),
             tensors=", ".join(names),
-            grad=f"grad_enabled() is not {_grad_enabled()} or " if capture.asks_grad else "",
+            grad=_grad_enabled(),
             taken="".join(f"{names[i]}, " for i in taken),
         )
         exec(text, space)  # noqa: S102 - written below
@@ -77,7 +77,8 @@ def given(args):
     {fetched}
     if (
         not check({tensors})
-        or {grad}default_dtype() is not dtype
+        or grad_enabled() is not {grad}
+        or default_dtype() is not dtype
         or forward_ad._current_level >= 0
         or hooked()
     ):

@@ -118,7 +118,7 @@ def lower(graph: fx.Graph, order: Order, regions: Sequence[Rewritten], target: C
             item.meta.update((k, v) for k, v in member.meta.items() if not k.startswith("fxfuse"))
             for user in [u for u in member.users if u not in rewritten.draft.members]:
                 user.replace_input_with(member, item)
-    members = {m for r in regions for m in r.draft.members}
+    members = {m for r in regions for m in r.draft.operators}
     for node in sequence:
         for moved in placed.get(node, [node]):
             if moved not in members and moved is not output:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxfuse.chain import no_autocast
 from fxfuse.kernels import execute, recent, running
-from fxfuse.kernels.plan import Path, choose
+from fxfuse.kernels.plan import Path, by_torch, choose, program_of
 from fxfuse.region import Region
 
 _library = torch.library.Library("fxfuse", "DEF")
@@ -73,11 +73,20 @@ def run_region(inputs: Sequence[Tensor], text: str) -> Sequence[Tensor]:
     region = Region.parse(text)
     path = choose(region, inputs[0].device.type, gradients=True)
     if path is Path.RECOMPUTE:
+        recent.note(text, as_written=False)
         return torch.ops.fxfuse.region(inputs, text)  # type: ignore[no-any-return]
     region.original.check(inputs)
     _report(region, path)
-    with no_autocast(), _precision(region):
-        return _separate(region.original.run(inputs), inputs)
+    with no_autocast() as casts, _precision(region):
+        made = _separate(region.original.run(inputs), inputs)
+    recent.note(text, as_written=region.precision is None and not casts.active)
+    return made
+
+
+def as_written(texts: Sequence[str]) -> Callable[[], bool] | None:
+    """A function that tells whether a model of these regions does as well, in calls like the last one, without them;
+    None where it does not: a region is rewritten, has kernels, or somebody watches."""
+    return recent.as_written(texts, unless=_watchers)
 
 
 def repeated(text: str, output: int) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -162,21 +171,29 @@ def _rewritten(text: str, inputs: Sequence[Tensor], *, remember: bool = False) -
             _report(Region.parse(text), Path.KERNEL)
         made = prepared.run(inputs)
         if remember:
+            recent.note(text, as_written=False)
             recent.remember(text, inputs, prepared)
         return made if prepared.apart else _separate(made, inputs)
     region = Region.parse(text)
     region.rewritten.check(inputs)
     with no_autocast() as casts, _precision(region):
         outputs = prepared.run(inputs) if prepared is not None else execute.run(region, inputs, key)
-        _report(region, Path.REWRITTEN if outputs is None else Path.KERNEL)
+        path, program = Path.KERNEL, region.rewritten
         if outputs is None:
-            outputs = region.rewritten.run(inputs, reuse=True)
+            path = by_torch(region, inputs[0].device.type) if remember else Path.REWRITTEN
+        _report(region, path)
+        if outputs is None:
+            program = program_of(region, path)
+            outputs = program.run(inputs, reuse=True)
             prepared = None
-    if remember and not casts.active and region.precision is None:
-        if prepared is not None:
+    if remember:
+        known = not casts.active and region.precision is None
+        for_good = known and prepared is None and execute.torch_for_good(region, inputs, key)
+        recent.note(text, as_written=for_good and program == region.original)
+        if known and prepared is not None:
             recent.remember(text, inputs, prepared)
-        elif execute.torch_for_good(region, inputs, key):
-            recent.remember(text, inputs, recent.ByTorch(region.rewritten))
+        elif for_good:
+            recent.remember(text, inputs, recent.ByTorch(program))
     return _separate(outputs, inputs)
 
 

@@ -4,6 +4,9 @@ A region takes every operator of the vocabulary that depends on its anchor, as l
 stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes order:
 a node that writes to memory comes after earlier readers of it and before later ones, random
 operators keep their order, and nothing moves across a switch of autocast or of gradients.
+
+Of a view of a tensor from outside, ``weight.view(-1, 1, 1, 1)``, a region is given the tensor, and has the view as
+an operator of its own. Where others read that view, too, it also stays a node of the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +40,16 @@ class Draft:
     build: Builder
     members: dict[fx.Node, fx.Node]  #: node of the user's graph -> its value in the chain
     inputs: dict[fx.Node, fx.Node]  #: node of the user's graph -> placeholder of the chain
+    views: dict[fx.Node, fx.Node]  #: view of an input, a node of the user's graph -> its value in the chain
     statistics: list[tuple[Statistics, fx.Node, fx.Node]]  #: buffers to update, from (mean, var) of the chain
     ended: list[tuple[fx.Node, str]]  #: the nodes that ended it, and why
     outputs: list[fx.Node] = dataclasses.field(default_factory=list)  #: members whose value is used outside
+    own_views: list[fx.Node] = dataclasses.field(default_factory=list)  #: views that nothing outside of regions reads
+
+    @property
+    def operators(self) -> list[fx.Node]:
+        """The nodes of the user's graph that it stands for, in order."""
+        return sorted([*self.members, *self.own_views], key=_index)
 
 
 def label(node: fx.Node) -> str:
@@ -64,6 +74,7 @@ def partition(graph: fx.Graph, order: Order) -> list[Draft]:
             drafts.append(draft)
             taken.update(draft.members)
             order.merge(draft.members)
+    _own_views(drafts)
     return drafts
 
 
@@ -81,6 +92,17 @@ def forward_inplace_results(graph: fx.Graph) -> None:
                 if call is not None:
                     operands = tuple(node if o is base else o for o in call.operands)
                     facts(user).call = dataclasses.replace(call, operands=operands)
+
+
+def _own_views(drafts: Sequence[Draft]) -> None:
+    """Hand the views that no one reads but regions, each of which has them by itself, to the first of these."""
+    readers: set[fx.Node] = {m for draft in drafts for m in draft.members}
+    given: set[fx.Node] = {n for draft in drafts for n in draft.inputs}
+    first = {view: draft for draft in reversed(drafts) for view in draft.views}
+    for view in sorted(first, key=_index, reverse=True):
+        if view not in given and readers.issuperset(view.users):
+            first[view].own_views.append(view)
+            readers.add(view)
 
 
 # --- what must come before what -------------------------------------------------------------------
@@ -130,8 +152,27 @@ class Order:
     def written_after(self, value: fx.Node, members: Collection[fx.Node]) -> bool:
         """Whether the memory of ``value``, which the region ``members`` reads, is written to once that has run."""
         memory = facts(value).holds
-        now = min(_index(m) for m in members if (call := facts(m).call) is not None and value in call.operands)
+        read = [m for m in members if (call := facts(m).call) is not None and value in call.operands]
+        now = min(map(_index, read), default=len(self.before))  # read in views alone: never written to
         return any(_index(w) > now and _written(w) & memory for w in self.before if w not in members)
+
+    def sees_through(self, view: fx.Node, reader: fx.Node) -> bool:
+        """Whether ``view`` is one, and a region may have it by itself, for its operator ``reader``.
+
+        It looks later than the model does: nothing may write to that memory, nor switch a mode in between.
+        """
+        call, memory = facts(view).call, facts(view).holds
+        if call is None or call.inplace or not vocabulary.lookup(call.op).view:
+            return False
+        base = call.operands[0]
+        if not isinstance(base, fx.Node) or facts(base).tensor is None or facts(base).holds != memory:
+            return False
+        between = range(_index(view), _index(reader))
+        return not any(
+            _written(n) & memory or (facts(n).switches and _index(n) in between)
+            for n in self.before
+            if n.op != "output"
+        )
 
     def sorted(self, graph: fx.Graph) -> list[fx.Node]:
         """All nodes in an order that respects ``needs``, units together, else as captured."""
@@ -178,8 +219,8 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
     if val is None or not val.is_floating_point():
         return None
     mode = detect_fake_mode([val]) or FakeTensorMode()
-    draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, [], [])
-    reason = _join(draft, anchor)
+    draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, {}, [], [])
+    reason = _join(draft, anchor, order)
     if reason is not None:
         facts(anchor).refusal = reason
         return None
@@ -193,7 +234,7 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
         inside = order.needs_inside(node)
         reason = _refuse(draft, node, inside, tainted, taken) if reads else "not a reader of the region"
         if reason is None:
-            reason = _join(draft, node)
+            reason = _join(draft, node, order)
         if reason is not None:
             tainted.add(node)
             if node in taken:  # the whole other region comes after this one
@@ -284,7 +325,7 @@ def _touching(node: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
     ]
 
 
-def _join(draft: Draft, node: fx.Node) -> str | None:
+def _join(draft: Draft, node: fx.Node, order: Order) -> str | None:
     """Add ``node`` to the chain; why not, and nothing changed, where it does not mean what torch did."""
     call, wanted = facts(node).call, facts(node).tensor
     assert call is not None
@@ -298,9 +339,9 @@ def _join(draft: Draft, node: fx.Node) -> str | None:
     if len(devices) > 1:
         return "its operands are on several devices"
     graph, marks = draft.build.graph, set(draft.build.graph.nodes)
-    inputs = dict(draft.inputs)
+    inputs, views = dict(draft.inputs), dict(draft.views)
     try:
-        operands = [_operand(draft, o) for o in call.operands]
+        operands = [_operand(draft, o, node, order) for o in call.operands]
         new = _call_as_eager(draft.build, call, operands, wanted, facts(node).autocast)
         value = draft.build.output(new, 0) if op_of(new).outputs > 1 else new
         if not same_type(value.meta["val"], wanted):
@@ -309,7 +350,7 @@ def _join(draft: Draft, node: fx.Node) -> str | None:
         for added in reversed(graph.nodes):
             if added not in marks:
                 graph.erase_node(added)
-        draft.inputs = inputs
+        draft.inputs, draft.views = inputs, views
         return f"its meaning could not be built ({type(error).__name__}: {error})"
     value.meta["label"] = new.meta["label"] = label(node)
     draft.members[node] = value
@@ -318,11 +359,15 @@ def _join(draft: Draft, node: fx.Node) -> str | None:
     return None
 
 
-def _operand(draft: Draft, operand: Any) -> Any:
+def _operand(draft: Draft, operand: Any, reader: fx.Node, order: Order) -> Any:
     if not isinstance(operand, fx.Node):
         return operand
     if operand in draft.members:
         return draft.members[operand]
+    if reader is not draft.anchor and order.sees_through(operand, reader):
+        if operand not in draft.views:
+            draft.views[operand] = _view(draft, operand, reader, order)
+        return draft.views[operand]
     if operand not in draft.inputs:
         if facts(operand).val.dtype not in DTYPE_NAMES:
             raise TypeError(f"{label(operand)} is of {facts(operand).val.dtype}")
@@ -334,6 +379,15 @@ def _operand(draft: Draft, operand: Any) -> Any:
             with graph.inserting_before(first):
                 draft.inputs[operand] = draft.build.input(operand.name, facts(operand).val)
     return draft.inputs[operand]
+
+
+def _view(draft: Draft, node: fx.Node, reader: fx.Node, order: Order) -> fx.Node:
+    view = facts(node).call
+    assert view is not None
+    operands = [_operand(draft, o, reader, order) for o in view.operands]
+    value = draft.build.call(view.op, *operands, **view.attributes)
+    value.meta["label"] = label(node)
+    return value
 
 
 def _call_as_eager(build: Builder, call: Call, operands: list[Any], wanted: Tensor, autocast: bool) -> fx.Node:

@@ -26,7 +26,7 @@ from fxfuse.again import Again
 from fxfuse.capture import CallForm, Capture, graph_module
 from fxfuse.compare import disagreement, edges, fresh, gradient_disagreement
 from fxfuse.guards import Guards
-from fxfuse.ops import update_running_statistics
+from fxfuse.ops import as_written, run_region, update_running_statistics
 from fxfuse.patterns import Settings
 from fxfuse.pipeline import Options, fuse
 from fxfuse.propagate import facts, isolated
@@ -59,10 +59,16 @@ class Specialisation:
     report: Report
     verified: bool = False
     straight: Straight | None = None
+    texts: tuple[str, ...] = ()  #: of its regions
 
 
 #: runs a call of what was taken of it
 Way = Callable[[Sequence[Tensor]], Any]
+
+
+#: an entry and a specialisation of it; what tells calls that are like the one before, where there is such a thing, and
+#: how these go on: by a shorter way, or by the model itself as long as a function says so
+_Last = tuple["Entry", Specialisation, Again | None, Way | None, Callable[[], bool] | None]
 
 
 @dataclasses.dataclass
@@ -87,18 +93,22 @@ class Runtime:
         self._entries: dict[Any, list[Entry]] = {}
         self._lock = threading.RLock()
         self._served = self._captured = 0
-        self._last: tuple[Entry, Specialisation, Again | None, Way | None] | None = None  # what served the call before
+        self._last: _Last | None = None  # what served the call before
         if overrides_call(type(model)):
             self._note(f"left alone: {type(model).__name__} overrides __call__, which runs before forward")
 
     # --- calls --------------------------------------------------------------------------------
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._last is not None and not kwargs:
-            entry, special, again, way = self._last
+            entry, special, again, way, as_it_is = self._last
             given = None if again is None else again.given(args)
             if given is not None:
-                self._served += 1
-                return self._run(entry, special, given, args, kwargs) if way is None else way(given)
+                if as_it_is is None:
+                    self._served += 1
+                    return self._run(entry, special, given, args, kwargs) if way is None else way(given)
+                if as_it_is():
+                    self._served += 1
+                    return self.model.forward(*args)
         return self._long_way(args, kwargs)
 
     def _long_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,8 +143,17 @@ class Runtime:
             if straight is not None and entry.capture.out_spec.is_leaf():
                 taken, way = tuple([taken[i] for i in straight.takes]), straight.way()
             again = Again.of(entry.capture, entry.guards, taken, tensors, lifted)
-        self._last = entry, special, again, way
-        return self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
+        self._last = entry, special, again, way, None
+        result = self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
+        if again is not None and (way is None or torch.is_grad_enabled()):
+            self._last = (
+                entry,
+                special,
+                again,
+                way,
+                as_written(special.texts),
+            )  # the model itself, where nothing is better
+        return result
 
     def _needs_no_more(self, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:
         """Whether calls like this one need nothing that :class:`Again` does not do."""
@@ -327,7 +346,8 @@ class Runtime:
             if not node.users:
                 graph.erase_node(node)
         run = graph_module(capture.modules, graph).forward
-        return Specialisation(run, tuple(kept), _written(graph), report, straight=Straight.of(graph))
+        texts = tuple(n.args[1] for n in graph.nodes if n.target is run_region)
+        return Specialisation(run, tuple(kept), _written(graph), report, straight=Straight.of(graph), texts=texts)
 
     def _note(self, reason: str) -> None:
         if reason not in self.report.notes:

@@ -206,6 +206,8 @@ BY_NAME: dict[str, list[Sample]] = {
     "unflatten": [S(X, 2, (2, 2)), S(X, -2, [2, -1]), S(X, dim=2, sizes=(4, 1))],
     "squeeze": [S(X[:, :1]), S(X[:1, :, :1]), S(X[:, :1], 1), S(X[:, :1], -3), S(X[:1, :, :1], (0, 2)), S(X, 0),
     S(X[:, :1], dim=1)],
+    "getitem": [S(V, (slice(None), None, None)), S(X, None), S(X, (..., None)), S(X, ...), S(X, slice(None)),
+    S(X, (None, slice(None), None, ..., None, slice(None))), S(ZERO_DIM, (None, None))],
     "unsqueeze": [S(X, 0), S(X, -1), S(X, dim=2)],
     "permute": [S(X, (0, 2, 3, 1)), S(X, 3, -2, 0, 1), S(X, [1, 0, 2, 3]), S(X, dims=(0, 1, 3, 2))],
     **{n: [*_SWAP, S(X, dim0=1, dim1=-1)] for n in ("transpose", "swapaxes", "swapdims")},

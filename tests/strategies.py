@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -252,10 +253,21 @@ def other(draw: Draw, g: Growing, v: str) -> str:
         (1,),
         tuple(1 if d % 2 else s for d, s in enumerate(shape)),
     ]
-    kind = draw(st.sampled_from(["parameter", "value", "value"]))
+    kind = draw(st.sampled_from(["parameter", "view", "value", "value"]))
     if kind == "value":
         return str(draw(st.sampled_from(same)))
-    return g.parameter(draw(st.sampled_from(shapes)))
+    wanted = draw(st.sampled_from(shapes))
+    if kind == "parameter" or not wanted:
+        return g.parameter(wanted)
+    flat, turned = g.parameter((math.prod(wanted),)), g.parameter(wanted[::-1])
+    views = [
+        f"{flat}.view{wanted}",
+        f"{turned}.permute{tuple(reversed(range(len(wanted))))}",
+        f"{flat}[:, None].reshape({wanted})",
+    ]
+    if max(wanted) == math.prod(wanted):
+        views.append(f"{flat}[{', '.join(':' if s == max(wanted) else 'None' for s in wanted)}]")
+    return str(draw(st.sampled_from(views)))
 
 
 def pointwise(draw: Draw, g: Growing, v: str) -> str:
@@ -358,7 +370,7 @@ SHAPES = (
     "{v}.flatten(1)", "torch.flatten({v}, 2)", "nn.Flatten()", "{v}.unsqueeze({new})", "torch.squeeze({v})", "{v}.squeeze({dim})", "{v}.transpose({dim}, {dim2})",
     "torch.transpose({v}, {dim}, {dim2})", "{v}.permute({order})", "torch.permute({v}, ({order}))", "{v}.reshape({v}.shape[0], -1)", "{v}.view({v}.shape[0], -1)",
     "{v}.permute({order}).contiguous()", "{v}.flatten(2).softmax(-1).reshape({v}.shape)", "{v}.view({v}.size())", "torch.reshape({v}, (-1,))",
-    "{v}.unflatten({dim}, (1, -1))", "{v}.mean(({dim},), keepdim=True).view({v}.shape[0], -1)",
+    "{v}.unflatten({dim}, (1, -1))", "{v}[:, None]", "{v}[..., None]", "{v}.mean(({dim},), keepdim=True).view({v}.shape[0], -1)",
 )  # fmt: skip
 
 
@@ -378,7 +390,7 @@ ALGEBRA = (
     "F.relu({v})", "{v}.clamp({lo}, {hi})", "nn.LeakyReLU(0.3)", "{v}.clone()", "F.relu6({v})", "F.hardtanh({v}, {lo}, {hi})",
     "nn.BatchNorm{n}d({ch})", "nn.BatchNorm{n}d({ch})", "nn.BatchNorm{n}d({ch}, affine=False)", "nn.InstanceNorm{n}d({ch})", "nn.GroupNorm({ch}, {ch})",
     "F.max_pool{n}d({v}, 2)", "F.max_pool{n}d({v}, 3, 2, 1)", "F.max_pool{n}d({v}, 2, 1)", "F.max_pool{n}d({v}, 2, 2, 1)", "nn.MaxPool{n}d(3, 2, ceil_mode=True)",
-    "F.avg_pool{n}d({v}, 2)", "F.avg_pool{n}d({v}, 2, 1)", "F.avg_pool{n}d(F.avg_pool{n}d({v}, 2), {avg})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.adaptive_avg_pool{n}d({v}, 1)", "nn.AdaptiveAvgPool{n}d(2)",
+    "F.avg_pool{n}d({v}, 2)", "F.avg_pool{n}d({v}, 2, 1)", "F.avg_pool{n}d(F.avg_pool{n}d({v}, 2), {avg})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.adaptive_avg_pool{n}d({v}, 1)", "nn.AdaptiveAvgPool{n}d(2)",
     "{v}.mean({space}, keepdim=True)", "{v}.mean({space})", "{v}.sum({space}, True)", "{v}.mean(2, True)", "{v}.mean(-1)", "{v}.sum(1, keepdim=True)", "{v}.mean(1)",
     "torch.softmax({v} + {s}, 1)", "F.log_softmax({v} - {s}, -1)",
 )  # fmt: skip
@@ -395,7 +407,9 @@ def algebra(draw: Draw, g: Growing, v: str) -> str | None:
         template = template.replace("{max}", draw(st.sampled_from(("2, 1", "2", "3, 2, 1", "3, 1, 1", "1, 2"))), 1)
     template = template.replace("{avg}", draw(st.sampled_from(("2, 1", "2", "3, 1", "1"))))
     if "{c}" in template:
-        template = template.replace("{c}", g.parameter((shape[1], *(1 for _ in range(n)))))
+        view = draw(st.booleans())
+        column = (shape[1], *(1 for _ in range(n)))
+        template = template.replace("{c}", f"{g.parameter(column[:1])}.view{column}" if view else g.parameter(column))
     return fill(draw, g, template.replace("{space}", str(tuple(range(2, n + 2)))), v)
 
 

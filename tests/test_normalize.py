@@ -30,8 +30,11 @@ from samples import (
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxfuse import vocabulary
 from fxfuse.call import ATEN, FUNCTIONS, INPLACE_FUNCTIONS, METHODS, MODULES
+from fxfuse.kernels.recent import computes
 from fxfuse.normalize import values_only
+from fxfuse.propagate import storages
 from fxfuse.spellings.reductions import max_values, min_values
 
 #: what torch itself raises for arguments that a spelling does not take
@@ -59,6 +62,8 @@ def _agrees(op: str, target: Any, function: Callable[..., Any], sample: Sample, 
     if found.call.inplace and got.dtype is not expected.dtype:  # and what is of another type
         return False
     assert same(got, expected), f"{target} of {sample} does not mean {found.call}"
+    disjoint = storages(got).isdisjoint(storages([*found.values.values()]))
+    assert disjoint or found.call.inplace or not computes(vocabulary.lookup(found.call.op))
     before, after = (next(iter([*s.args, s.kwargs.get("input")])) for s in (sample, given))
     writes = isinstance(before, Tensor) and not same(after, before)
     assert found.call.inplace or not writes, f"{target} of {sample} writes to its operand, its meaning does not"
@@ -243,7 +248,10 @@ REFUSED = [
     (F.instance_norm, S(X, T(3), T(3).abs(), use_input_stats=False), "instance_norm with running statistics"),
     (operator.and_, S(X.long(), Y.long()), "a bitwise operator on integers"),
     (operator.invert, S(X.long()), "a bitwise operator on integers"),
-    (operator.getitem, S(X, 0), "getitem is not in the vocabulary"),
+    (operator.getitem, S(X, 0), "an index that takes some elements"),
+    (operator.getitem, S(X, (None, slice(1, None))), "an index that takes some elements"),
+    (operator.getitem, S(X, True), "an index that takes some elements"),
+    (operator.getitem, S((X, Y), 1), "an index that takes some elements, or an output of several"),
     (torch.cumsum, S(X, 0), "torch.cumsum is not in the vocabulary"),
     (torch.ops.aten.elu.default, S(X, 1.0, 2.0), "aten.elu with a scale"),
     (torch.ops.aten.convolution.default, S(T(1, 2, 5), T(3, 2, 3), None, [1], [0], [1], False, [0], 1),

@@ -20,6 +20,7 @@ from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_bundle import Emitted, emit_bundle
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.indices import axes_of
+from fxfuse.kernels.operands import Place, views
 from fxfuse.kernels.steps import Bundle, Map, Step, Torch
 from fxfuse.program import Program
 
@@ -33,16 +34,22 @@ _VIEWS = ("reshape", "permute", "lay_out", "crop", "detach")
 class Bundler:
     """Makes bundles of the instructions that torch has left, for one schedule.
 
-    ``values``: all of the schedule's, without their elements. ``kernels``: it has other kernels.
+    ``values``: all of the schedule's, without their elements; ``stored``: those of its convolutions. ``kernels``: it
+    has other kernels.
     """
 
-    def __init__(self, values: Mapping[str, Form], steps: Sequence[Step], *, kernels: bool) -> None:
+    def __init__(
+        self, values: Mapping[str, Form], steps: Sequence[Step], *, kernels: bool, stored: Collection[str] = ()
+    ) -> None:
         self.types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
         self.strides = {n: tuple(t.stride()) for n, t in values.items()}
         body = [i for s in steps if isinstance(s, Torch) for i in s.program.body]
         self.views = {i.outs[0]: i for i in body if i.op in _VIEWS}
         self.small = {i.outs[0] for i in body if self._emits(i)}
         self.by_torch: set[str] = set()  # values whose strides are torch's affair
+        self.inputs = {n: Place.of(n, t) for n, t in values.items()}  # of the schedule
+        for name in (*stored, *(n for s in steps for n in s.makes), *(n for i in body for n in i.outs)):
+            self.inputs.pop(name, None)
         self.kernels = kernels
 
     def _emits(self, instr: Instr) -> bool:
@@ -102,6 +109,13 @@ class Bundler:
         made, given = ([s or 0 for s in self.types[n].shape] for n in (name, source))
         axes = axes_of(view, made, given) if math.prod(made) else None
         return None if axes is None else (source, axes)
+
+    def looks(self, body: Sequence[Instr], outputs: Collection[str]) -> list[Instr]:
+        """What of ``body`` makes those ``outputs`` that are views of inputs: for kernels there is nothing to run."""
+        seen = [i for i in body if i.op in _VIEWS]
+        chains = [needed_by(seen, [name]) for name in outputs]
+        only = [c[-1].outs[0] for c in chains if c and views(self.program(c, c[-1].outs), self.inputs)]
+        return needed_by(seen, only)
 
     # --- order --------------------------------------------------------------------------------------
     def needed(self, steps: Sequence[Step], outputs: Collection[str]) -> list[Step | Instr]:
@@ -164,22 +178,27 @@ class _Arrangement:
     def _run(self, body: Sequence[Instr]) -> None:
         """One kernel of these, or torch."""
         rest = [i for i in self.waiting if all(i is not b for b in body)]
-        bundle = self._bundle(body, rest)
+        wanted = self._wanted(body, (*self.left, *rest))
+        looks = self.bundler.looks(body, wanted)
+        looked = {o for i in looks for o in i.outs}
+        outputs = tuple(o for o in wanted if o not in looked)
+        body = needed_by(body, outputs)
+        bundle = self._bundle(body, outputs)
+        self.torch += looks
         if bundle is None:
-            self._by_torch(body)
+            self._by_torch([i for i in body if i.outs[0] not in looked])
         else:
             self._flush()
             self.found.append(bundle)
         self.waiting = rest
 
-    def _bundle(self, body: Sequence[Instr], rest: Sequence[Instr]) -> Bundle | None:
+    def _bundle(self, body: Sequence[Instr], outputs: tuple[str, ...]) -> Bundle | None:
         operators = sum(i.op not in _VIEWS for i in body)
         kinds = self.bundler.types
         if not body or (operators < LEAST_OPERATORS and not self.all_small):
             return None
         if not operators and any(elements(kinds[i.outs[0]]) > MOST_COPIED for i in body):
             return None
-        outputs = self._wanted(body, (*self.left, *rest))
         program, strides = self.bundler.program(body, outputs), self.bundler.strides
         try:
             made = self.bundler.emit(program)

@@ -15,29 +15,43 @@ from fxfuse import vocabulary
 from fxfuse.chain import no_autocast
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Rates of a device, for comparing programs on it: multiply-adds and bytes per second."""
+    """Rates of a device, for comparing programs on it: multiply-adds and bytes per second, seconds of a call.
+
+    ``cached``: bytes per second of what caches hold.
+    """
 
     macs: float
     bandwidth: float
+    cached: float
+    call: float
 
 
 #: two CPU cores; one H100 (TF32 matrix rate and copy bandwidth as measured there)
-MACHINES = {"cpu": Machine(macs=5e10, bandwidth=1e10), "cuda": Machine(macs=2e14, bandwidth=3e12)}
+MACHINES = {
+    "cpu": Machine(macs=5e10, bandwidth=1e10, cached=4e10, call=4e-6),
+    "cuda": Machine(macs=2e14, bandwidth=3e12, cached=3e12, call=5e-6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """``macs`` multiply-adds; ``bytes`` read and written when every operator runs by itself."""
+    """``macs`` multiply-adds; ``bytes`` read and written when every operator runs by itself, in ``calls`` of torch."""
 
     macs: int
     bytes: int
+    calls: int
 
     def seconds(self, machine: Machine) -> float:
         return self.macs / machine.macs + self.bytes / machine.bandwidth
+
+    def one_by_one(self, machine: Machine) -> float:
+        """Seconds of calls of small tensors, of which the calls themselves may be the most."""
+        return self.macs / machine.macs + self.bytes / machine.cached + self.calls * machine.call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +70,12 @@ def estimate(program: Program) -> Cost | None:
     found = operators(program)
     if found is None:
         return None
-    return Cost(sum(o.macs for o in found), sum(o.read + o.written for o in found))
+    calls = sum(_CALLS.get(vocabulary.lookup(o.instr.op).kind, 1) for o in found)
+    return Cost(sum(o.macs for o in found), sum(o.read + o.written for o in found), calls)
+
+
+#: calls of torch that operators of some kinds are; the others are one
+_CALLS = {Kind.SHAPE: 0, Kind.DERIVED: 3}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -27,6 +27,7 @@ from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.estimate import Types, works
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.observe import Unscheduled, examples
+from fxfuse.kernels.plan import by_torch, program_of
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.schedule import schedule
 from fxfuse.kernels.steps import Launch, Torch
@@ -277,7 +278,8 @@ def _measure(region: Region, inputs: Sequence[Tensor], timer: measure.Timer) -> 
     def start(name: str) -> Callable[[], object]:
         made, _ = _try(found[name], region, inputs)
         if made is None:
-            return lambda: region.rewritten.run(inputs, reuse=True)
+            program = program_of(region, by_torch(region, device.type))
+            return lambda: program.run(inputs, reuse=True)
         return lambda: made.run(inputs)
 
     try:

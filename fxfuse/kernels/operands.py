@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fxfuse import vocabulary
+from fxfuse.forms import Form
 from fxfuse.kernels.expression import Expression
 from fxfuse.program import Program
-from fxfuse.vocabulary import Kind
 
 Values = Mapping[str, Tensor]
 #: address and strides of an operand; a struct without fields takes as much room as one with one
@@ -37,7 +37,7 @@ class Place:
     strides: tuple[int, ...]
 
     @staticmethod
-    def of(name: str, tensor: Tensor) -> Place:
+    def of(name: str, tensor: Tensor | Form) -> Place:
         return Place(name, 0, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     @property
@@ -54,8 +54,8 @@ def views(program: Program, places: Mapping[str, Place]) -> dict[str, Place]:
 
     Empty if it computes or copies, or looks at another tensor.
     """
-    shapes_only = all(vocabulary.lookup(i.op).kind is Kind.SHAPE for i in program.body)
-    if not shapes_only or not all(name in places for name, _ in program.inputs):
+    only_looks = all(vocabulary.lookup(i.op).view for i in program.body)
+    if not only_looks or not all(name in places for name, _ in program.inputs):
         return {}
     given = [places[name] for name, _ in program.inputs]
     tensors = [torch.empty_strided(p.shape, p.strides, dtype=p.dtype, device="meta") for p in given]

@@ -6,6 +6,7 @@ import enum
 import functools
 
 from fxfuse.kernels.cost import MACHINES, estimate
+from fxfuse.program import Program
 from fxfuse.region import Region
 
 
@@ -38,5 +39,25 @@ def choose(region: Region, device: str, gradients: bool) -> Path:
     if before is None or after is None:
         return Path.ORIGINAL
     machine = MACHINES.get(device, MACHINES["cuda"])
-    worth = after.seconds(machine) <= RECOMPUTE_BELOW * before.seconds(machine)
+    worth = after.one_by_one(machine) <= RECOMPUTE_BELOW * before.one_by_one(machine)
     return Path.RECOMPUTE if worth else Path.ORIGINAL
+
+
+@functools.lru_cache(maxsize=4096)
+def by_torch(region: Region, device: str) -> Path:
+    """The chain that torch's operators run in a call without gradients: the rewritten one only where it is faster.
+
+    On small tensors calls are what counts, and arithmetic on weights may be more of them than the chain is.
+    """
+    if region.rewritten == region.original:
+        return Path.REWRITTEN
+    before, after = estimate(region.original), estimate(region.rewritten)
+    if before is None or after is None:
+        return Path.REWRITTEN
+    machine = MACHINES.get(device, MACHINES["cuda"])
+    return Path.ORIGINAL if before.one_by_one(machine) <= after.one_by_one(machine) else Path.REWRITTEN
+
+
+def program_of(region: Region, path: Path) -> Program:
+    """The chain that a path runs."""
+    return region.original if path is Path.ORIGINAL else region.rewritten

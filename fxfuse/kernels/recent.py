@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxfuse import vocabulary
+from fxfuse.kernels.formulas import COPIES
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.program import Program
 from fxfuse.tolerance import tf32_allowed
+from fxfuse.vocabulary import Kind
 
 #: regions of which the last call is known; beyond it all are forgotten
 MOST_RECENT = 1024
@@ -26,10 +29,17 @@ MOST_RECENT = 1024
 class ByTorch:
     """Torch's operators in place of kernels: what they ask of settings, they ask themselves."""
 
-    apart = False
-
     def __init__(self, program: Program) -> None:
         self.run = functools.partial(program.run, reuse=True)
+        made = {out: vocabulary.lookup(i.op) for i in program.body for out in i.outs}
+        outputs = program.outputs
+        #: every output has memory of its own
+        self.apart = len({*outputs}) == len(outputs) and all(n in made and computes(made[n]) for n in outputs)
+
+
+def computes(op: vocabulary.Op) -> bool:
+    """Whether the results of an operator are never its operands, nor views of them."""
+    return op.name not in COPIES and op.kind in (Kind.ANCHOR, Kind.POINTWISE, Kind.POOL, Kind.NORM, Kind.REDUCTION)
 
 
 class Call(NamedTuple):
@@ -43,6 +53,8 @@ class Call(NamedTuple):
 
 
 _recent: dict[str, Call] = {}
+#: regions whose last call torch's operators ran as the model wrote it, while gradients were on (True) or off
+_as_written: set[tuple[str, bool]] = set()
 
 
 def _known_guards() -> Any:
@@ -125,6 +137,38 @@ def remember(text: str, inputs: Sequence[Tensor], runs: Prepared | ByTorch) -> N
     _recent[text] = Call(runs, len(inputs), guards.check, requires_grad, tf32)
 
 
+def note(text: str, *, as_written: bool) -> None:
+    """Whether torch's operators run calls of the region like this one for good, as the model wrote it."""
+    (_as_written.add if as_written else _as_written.discard)((text, _grad_enabled()))
+
+
+def as_written(texts: Sequence[str], unless: Sequence[object]) -> Callable[[], bool] | None:
+    """A function that tells whether calls like the last ones of all of these regions are still as the model wrote them;
+    None where those were not. Nor are they where ``unless`` holds anything."""
+    gradients = _grad_enabled()
+    if not texts or not all((t, gradients) in _as_written for t in texts):
+        return None
+    times = _forgotten[0]
+    tf32 = tf32_allowed() if torch.cuda.is_initialized() else None  # of no consequence on a CPU
+
+    def still() -> bool:
+        return (
+            times == _forgotten[0]
+            and not unless
+            and _grad_enabled() is gradients
+            and (tf32 is None or tf32 is tf32_allowed())
+            and not _modes()
+        )
+
+    return still
+
+
+#: how often everything was forgotten
+_forgotten = [0]
+
+
 def forget() -> None:
     """Let the next call of every region go the long way."""
+    _forgotten[0] += 1
     _recent.clear()
+    _as_written.clear()

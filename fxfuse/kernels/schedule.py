@@ -134,7 +134,8 @@ def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
     first = Torch(made.first)
     kernels = not all(isinstance(s, Torch) for s in (*made.steps, kernel))
-    bundler = Bundler(values, (first, *made.between, *made.steps), kernels=kernels)
+    stored = [k.stored for k in (kernel, measuring) if k is not None]
+    bundler = Bundler(values, (first, *made.between, *made.steps), kernels=kernels, stored=stored)
     kernel, measuring = (None if k is None else _direct(k, bundler) for k in (kernel, measuring))
     between, rest = ([bundler.see_through(s) for s in steps] for steps in (made.between, made.steps))
     behind = bundler.needed(rest, outputs)

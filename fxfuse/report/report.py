@@ -175,7 +175,7 @@ class Report:
 
 def summarize(graph: fx.Graph, regions: Sequence[Rewritten], before: fx.Graph) -> Report:
     """The report of a partitioned graph, before it is lowered."""
-    members = [frozenset(n.name for n in r.draft.members) for r in regions]
+    members = [frozenset(n.name for n in r.draft.operators) for r in regions]
     ended = {n.name: reason for r in regions for n, reason in r.draft.ended}
     report = Report(graph_before=before, nodes=node_reports(graph, before, members, ended))
     for rewritten in regions:
@@ -183,7 +183,7 @@ def summarize(graph: fx.Graph, regions: Sequence[Rewritten], before: fx.Graph) -
         report.regions.append(
             RegionReport(
                 anchor=label(draft.anchor),
-                operators=tuple(label(n) for n in draft.members),
+                operators=tuple(label(n) for n in draft.operators),
                 region=rewritten.region,
                 rules=tuple(rewritten.applied),
                 ended=tuple((label(n) if n.op != "output" else "the output", reason) for n, reason in draft.ended),

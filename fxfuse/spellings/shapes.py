@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,15 @@ def _squeeze(input, dim=None):
 @spells(*everywhere("unsqueeze"))
 def _unsqueeze(input, dim):
     return _reshaped(input, lambda x: x.unsqueeze(dim))
+
+
+@spells(operator.getitem)
+def _getitem(input, index):
+    """``x[:, None]``: new dims, and nothing left out."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(p is None or p is ... or (isinstance(p, slice) and p == slice(None)) for p in parts):
+        refuse("an index that takes some elements, or an output of several")
+    return _reshaped(input, lambda x: x[index])
 
 
 # --- orders of dims -------------------------------------------------------------------------------
