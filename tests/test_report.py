@@ -283,5 +283,5 @@ def test_a_region_shows_its_plan_and_its_source() -> None:
         "(by estimate _ with one run of the convolution, _ with two)"
     )
     assert region.source.count("__global__") == 6 + 3 + 2
-    small = fxfuse.explain(nn.ConvTranspose3d(2, 3, 3), torch.randn(1, 2, 4, 4, 4)).regions[0]
+    small = fxfuse.explain(nn.ConvTranspose3d(2, 3, 2, stride=3), torch.randn(1, 2, 4, 4, 4)).regions[0]
     assert small.plan.startswith("torch's operators: the layer is small") and small.source == ""

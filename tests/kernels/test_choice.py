@@ -65,7 +65,6 @@ def test_layers_that_win(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"size": 6, "batch": 1}, "the layer is small"),
         ({"kernel": (2, 2, 2), "stride": (3, 3, 3)}, "leave outputs that no tap reaches"),
         ({"kernel": (4, 4, 4), "stride": (1, 1, 4)}, "a stride of 4 along w scatters"),
         ({"channels": (64, 3)}, "3 output channels leave the matrix units idle"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxfuse.kernels import specialise as specialising
 from fxfuse.kernels import tiles
-from fxfuse.kernels.adapted import with_more_room, with_more_rows
+from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
@@ -35,6 +35,7 @@ from fxfuse.kernels.layer import JOINED, Layer
 from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiles import (
     MOST_COPIED,
+    Extents,
     Tiling,
     best_fit,
     joint_tilings,
@@ -45,7 +46,7 @@ from fxfuse.kernels.tiles import (
 )
 from fxfuse.kernels.tiling import RUNS, Store, multiply_seconds, seconds, store_of, store_seconds, tile
 
-ONE = (1, 1, 1)
+ONE, TWO = (1, 1, 1), (2, 2, 2)
 MODEL_1 = Layer(32, 64, 1, (5, 5, 5), (2, 2, 2), (2, 2, 2), ONE)
 
 
@@ -543,3 +544,37 @@ def test_joined_groups_have_the_models_channels(layer: Layer, groups: int) -> No
     assert not [
         f for f in range(2, JOINED + 1) if one.groups % f == 0 and max(one.in_channels, one.out_channels) * f <= JOINED
     ]
+
+
+# --- tiles for all of a GPU ------------------------------------------------------------------------
+def more_tiles(layer: Layer, samples: int, stored: Extents, *, divisible: bool = True) -> Specialisation:
+    made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
+    return with_more_tiles(made, samples, stored, stored[2], 4, keeps=True, divisible=divisible)
+
+
+def test_small_layers_have_more_tiles() -> None:
+    """A sample of 8 x 8 x 8: by a kernel of few rows and channels a tile, in less than half the time."""
+    layer, stored = Layer(128, 64, 1, (4, 4, 4), TWO, ONE, ONE), (16, 16, 16)
+    usual = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
+    made = more_tiles(layer, 2, stored)
+    assert (made.m_tiles, made.columns) == (1, 16) and (usual.m_tiles, usual.columns) == (2, 64)
+    assert dataclasses.replace(made, m_tiles=usual.m_tiles, columns=usual.columns) == usual
+    slow, fast = (seconds(m, 2, (8, 8, 8), stored, 16, 4) for m in (usual, made))
+    assert fast < slow / 2
+    held = more_tiles(layer, 2, stored, divisible=False)
+    assert (held.m_tiles, held.columns) == (1, 64)
+
+
+def test_large_layers_have_the_usual_ones() -> None:
+    layer = Layer(128, 64, 1, (4, 4, 4), TWO, ONE, ONE)
+    for samples, sizes in ((64, (16, 16, 16)), (1, (96, 96, 96))):
+        assert more_tiles(layer, samples, sizes) is specialise(
+            layer, pooled=False, contiguous=True, finite=True, stored=sizes
+        )
+
+
+@pytest.mark.parametrize("columns", [24, 40, 56, 320])
+def test_channels_that_cannot_be_halved(columns: int) -> None:
+    """Tiles have multiples of eight channels, sixteen at least."""
+    made = more_tiles(Layer(64, columns, 1, (3, 3, 3), TWO, ONE, ONE), 1, (15, 15, 15))
+    assert made.columns % 8 == 0 and made.columns >= 16 and made.column_tiles * made.columns >= columns
