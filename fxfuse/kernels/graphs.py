@@ -1,0 +1,105 @@
+"""CUDA graphs of kernels: what a stream is told is captured once, and queued again by one call of the driver.
+
+torch.cuda.CUDAGraph captures torch's operators. For that it takes the device's random numbers and memory from the whole
+process while a capture lasts: in another thread dropout fails then, or an allocation that others have to be freed for.
+Kernels need neither. What is captured here is unseen by other threads, and by captures that are going on.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfuse.kernels import launch
+
+#: CU_STREAM_NON_BLOCKING: the legacy default stream does not wait for it, nor it for that one
+NON_BLOCKING = 1
+
+
+class Graph:
+    """Kernels that were captured: ``start`` queues them and returns the driver's status. For one thread at a time.
+
+    ``memory``: what the kernels have for themselves, and the graph keeps.
+    """
+
+    def __init__(self, executable: Any, stream: int, memory: Tensor) -> None:
+        self._executable, self._memory = executable, memory
+        told = launch.pointer(int(executable)), launch.pointer(stream)
+        self.start: Callable[[], int] = functools.partial(launch.function("cuGraphLaunch"), *told)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            launch._driver().cuGraphExecDestroy(self._executable)
+
+
+class UncapturableError(Exception):
+    """A call does more than to launch kernels."""
+
+
+class _KernelsAlone(TorchDispatchMode):
+    """Torch's operators may look at tensors in other ways, but not make any: these would not stay where they are."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            raise UncapturableError(f"{func} runs")
+        return func(*args, **(kwargs or {}))
+
+
+class _Side(NamedTuple):
+    """A stream that nobody else knows: what another thread queues on it would be captured, too."""
+
+    handle: int
+    stream: torch.cuda.Stream
+
+
+@functools.cache
+def _side(device: int, priority: int) -> _Side:
+    made = launch._checked("cuStreamCreate", launch._driver().cuStreamCreateWithPriority(NON_BLOCKING, priority))
+    return _Side(int(made), torch.cuda.ExternalStream(int(made), device=device))
+
+
+def capture(queue: Callable[[], object], device: int, stream: int, memory: Tensor) -> Graph:
+    """A graph of what ``queue`` puts on torch's current stream; nothing of it runs now. For one thread at a time.
+
+    ``stream``: the handle of the one that the graph is for, on ``device``, the current one. Raises what ``queue`` does,
+    UncapturableError and CudaError.
+    """
+    driver, checked = launch._driver(), launch._checked
+    launch.bind_context()
+    # relaxed: this thread may do what it likes meanwhile, and what it does breaks nobody else's capture
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    mode = checked("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        side = _side(device, checked("cuStreamGetPriority", driver.cuStreamGetPriority(driver.CUstream(stream))))
+        graph = _captured(queue, side, relaxed)
+        try:
+            executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
+        finally:
+            driver.cuGraphDestroy(graph)
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(mode)
+    return Graph(executable, stream, memory)
+
+
+def _captured(queue: Callable[[], object], side: _Side, mode: Any) -> Any:
+    driver, checked = launch._driver(), launch._checked
+    handle = driver.CUstream(side.handle)
+    with torch.cuda.stream(side.stream):
+        checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(handle, mode))
+        try:
+            with _KernelsAlone():
+                queue()
+        except BaseException:
+            status, graph = driver.cuStreamEndCapture(handle)
+            if not int(status):
+                driver.cuGraphDestroy(graph)
+            raise
+        return checked("cuStreamEndCapture", driver.cuStreamEndCapture(handle))

@@ -1,0 +1,102 @@
+"""CUDA graphs on the emulated GPU: launches that are kept with their arguments as they lie, and run again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulator.device import Device
+from torch import Tensor
+
+from fxfuse.kernels import graphs, launch, memory, prepared, replays
+from fxfuse.kernels.launch import Launch
+
+#: tensors of a form that are handed out in turn, as by an allocator whose user keeps the last result
+TURNS = 2
+
+
+class Graphs:
+    """What was captured on a device: how often, how often it ran, and what its kernels have for themselves."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.captures = self.runs = 0
+        self.rooms: list[Tensor] = []
+        self.arguments: dict[int, list[Any]] = {}  # of launches, by where the pointers to them lie
+        self._handed: dict[Any, list[Tensor]] = {}
+
+    def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory that was handed out before, of NaN."""
+        found = self._handed.setdefault((shape, strides, dtype), [])
+        made = found.pop(0) if len(found) == TURNS else self.device.empty(shape, strides, dtype)
+        found.append(made)
+        made.untyped_storage()
+        return _poisoned(made)
+
+    def capture(self, queue: Callable[[], object], device: Any, stream: int, room: Tensor) -> SimpleNamespace:
+        kept: list[tuple[Any, Any, Any, Any]] = []
+
+        def keep(config: Any, function: Any, pointers: Any) -> int:
+            told = config._obj
+            same = SimpleNamespace(grid=[*told.grid], block=[*told.block], shared=told.shared, count=told.count)
+            copies = [*map(ctypes.create_string_buffer, self._copied(pointers._obj))]
+            array = (ctypes.c_void_p * len(copies))(*map(ctypes.addressof, copies))
+            kept.append((SimpleNamespace(_obj=same), function, array, copies))
+            return 0
+
+        def start() -> int:
+            self.runs += 1
+            _poisoned(room)
+            return sum(self.device.start(config, function, told, None) for config, function, told, _ in kept)
+
+        self.captures += 1
+        self.rooms.append(room)
+        self.device.keep = keep
+        try:
+            with graphs._KernelsAlone():
+                queue()
+        finally:
+            self.device.keep = None
+        return SimpleNamespace(start=start)
+
+    def _copied(self, pointers: Any) -> list[bytes]:
+        """The arguments of a launch, as they lie now."""
+        found = []
+        for argument in self.arguments[ctypes.addressof(pointers)]:
+            at, size = ctypes.addressof(argument), ctypes.sizeof(argument)
+            if isinstance(argument, ctypes.c_char):  # where one begins in a buffer, to whose end it reaches at most
+                (buffer,) = argument._objects.values()
+                size = ctypes.addressof(ctypes.c_char.from_buffer(buffer.obj)) + len(buffer.obj) - at
+            found.append(ctypes.string_at(at, size))
+        return found
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
+    """``tensor``, of NaN wherever it has elements."""
+    tensor.fill_(0xFF if tensor.dtype is torch.uint8 else float("nan"))
+    return tensor
+
+
+@contextlib.contextmanager
+def graphs_of(device: Device) -> Iterator[Graphs]:
+    """Inside, regions that are prepared have their calls replayed, as on a GPU."""
+    made, started = Graphs(device), Launch.__init__
+
+    def make(self: Launch, kernel: Any, grid: Any, block: int, arguments: Any, shared: int = 0) -> None:
+        started(self, kernel, grid, block, arguments, shared)
+        made.arguments[ctypes.addressof(self.start.args[2]._obj)] = self._arguments
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launch, "__init__", make)
+        patch.setattr(graphs, "capture", made.capture)
+        patch.setattr(memory, "allocate", made.allocate)
+        patch.setattr(launch, "stream_of", lambda _: 0)
+        patch.setattr(prepared, "wanted", lambda _: not replays._switched_off())
+        patch.setattr(replays, "capturing", lambda: False)
+        yield made
+        replays.forget()
