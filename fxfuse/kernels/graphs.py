@@ -7,9 +7,10 @@ Kernels need neither. What is captured here is unseen by other threads, and by c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,34 +67,43 @@ def _side(device: int, priority: int) -> _Side:
     return _Side(int(made), torch.cuda.ExternalStream(int(made), device=device))
 
 
+@contextlib.contextmanager
+def relaxed() -> Iterator[None]:
+    """Inside, whatever this thread does breaks no capture of anybody's, neither its own nor another thread's."""
+    driver = launch._driver()
+    launch.bind_context()
+    mode = launch._checked("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(_relaxed()))
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(mode)
+
+
+def _relaxed() -> Any:
+    return launch._driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+
+
 def capture(queue: Callable[[], object], device: int, stream: int, memory: Tensor) -> Graph:
     """A graph of what ``queue`` puts on torch's current stream; nothing of it runs now. For one thread at a time.
 
-    ``stream``: the handle of the one that the graph is for, on ``device``, the current one. Raises what ``queue`` does,
-    UncapturableError and CudaError.
+    ``stream``: the handle of the one that the graph is for, on ``device``, the current one. It is :func:`relaxed`.
+    Raises what ``queue`` does, UncapturableError and CudaError.
     """
     driver, checked = launch._driver(), launch._checked
-    launch.bind_context()
-    # relaxed: this thread may do what it likes meanwhile, and what it does breaks nobody else's capture
-    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    mode = checked("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    priority = checked("cuStreamGetPriority", driver.cuStreamGetPriority(driver.CUstream(stream)))
+    graph = _captured(queue, _side(device, priority))
     try:
-        side = _side(device, checked("cuStreamGetPriority", driver.cuStreamGetPriority(driver.CUstream(stream))))
-        graph = _captured(queue, side, relaxed)
-        try:
-            executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
-        finally:
-            driver.cuGraphDestroy(graph)
+        executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
     finally:
-        driver.cuThreadExchangeStreamCaptureMode(mode)
+        driver.cuGraphDestroy(graph)
     return Graph(executable, stream, memory)
 
 
-def _captured(queue: Callable[[], object], side: _Side, mode: Any) -> Any:
+def _captured(queue: Callable[[], object], side: _Side) -> Any:
     driver, checked = launch._driver(), launch._checked
     handle = driver.CUstream(side.handle)
     with torch.cuda.stream(side.stream):
-        checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(handle, mode))
+        checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(handle, _relaxed()))
         try:
             with _KernelsAlone():
                 queue()

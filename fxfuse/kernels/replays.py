@@ -150,11 +150,12 @@ class Replays:
         self, queue: Queue, inputs: Sequence[Tensor], stream: int, given: dict[str, Tensor], size: int
     ) -> graphs.Graph | None:
         try:
-            room = _room_of(self.device, stream, size)
-            if room is None:
-                return None
-            with memory.instead(memory.Parts(room)):
-                return graphs.capture(lambda: queue(inputs, dict(given)), self.device, stream, room)
+            with graphs.relaxed():
+                room = _room_of(self.device, stream, size)
+                if room is None:
+                    return None
+                with memory.instead(memory.Parts(room)):
+                    return graphs.capture(lambda: queue(inputs, dict(given)), self.device, stream, room)
         except Exception as error:  # noqa: BLE001 - the call goes on without
             self.stop(f"{type(error).__name__}: {error}")
             return None

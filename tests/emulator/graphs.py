@@ -35,7 +35,6 @@ class Graphs:
         found = self._handed.setdefault((shape, strides, dtype), [])
         made = found.pop(0) if len(found) == TURNS else self.device.empty(shape, strides, dtype)
         found.append(made)
-        made.untyped_storage()
         return _poisoned(made)
 
     def capture(self, queue: Callable[[], object], device: Any, stream: int, room: Tensor) -> SimpleNamespace:
@@ -70,8 +69,8 @@ class Graphs:
         for argument in self.arguments[ctypes.addressof(pointers)]:
             at, size = ctypes.addressof(argument), ctypes.sizeof(argument)
             if isinstance(argument, ctypes.c_char):  # where one begins in a buffer, to whose end it reaches at most
-                (buffer,) = argument._objects.values()
-                size = ctypes.addressof(ctypes.c_char.from_buffer(buffer.obj)) + len(buffer.obj) - at
+                buffer = argument._objects.obj
+                size = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) + len(buffer) - at
             found.append(ctypes.string_at(at, size))
         return found
 
@@ -94,6 +93,7 @@ def graphs_of(device: Device) -> Iterator[Graphs]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launch, "__init__", make)
         patch.setattr(graphs, "capture", made.capture)
+        patch.setattr(graphs, "relaxed", contextlib.nullcontext)
         patch.setattr(memory, "allocate", made.allocate)
         patch.setattr(launch, "stream_of", lambda _: 0)
         patch.setattr(prepared, "wanted", lambda _: not replays._switched_off())
