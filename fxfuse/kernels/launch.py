@@ -63,6 +63,7 @@ class _Config(ctypes.Structure):
 
 #: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin before the one in front of it has ended.
 #: Of value 0 no kernel does, from the next launch on: for comparisons, and for profiles, where waiting counts as time.
+#: Graphs keep what was there when they were captured.
 OVERLAP = _Attribute(id=6, value=1)
 
 

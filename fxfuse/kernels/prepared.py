@@ -91,7 +91,7 @@ class Prepared:
         asks_torch = any(isinstance(p, Torch) for p in kept)
         apart = len(set(outputs)) == len(outputs) and {*outputs} <= {*written}
         graphs = None
-        if inputs is not None and apart and not asks_torch and wanted(device) and _several(kept):
+        if inputs is not None and apart and not asks_torch and wanted(device):
             makes = [written[n] for n in outputs]
             if not any(0 in shape for shape in (*(o.shape for o in makes), *(t.shape for t in inputs))):
                 graphs = Replays(device.index, len(names), makes)
@@ -159,11 +159,6 @@ def _written(part: Part) -> list[Output]:
     else:
         forms = []
     return [Output(name, tuple(s or 0 for s in kind.shape), tuple(to), kind.dtype) for name, kind, to in forms]
-
-
-def _several(parts: Sequence[Part]) -> bool:
-    """Whether there is more than one kernel; a convolution has several."""
-    return len(parts) > 1 or any(isinstance(p, Launch) for p in parts)
 
 
 def _without_views(

@@ -80,7 +80,7 @@ class Replays:
 
     def __init__(self, device: int, inputs: int, outputs: Sequence[Output]) -> None:
         self.device, self.outputs = device, tuple(o.name for o in outputs)
-        self.graphs: dict[Any, graphs.Graph | None] = {}  # the least recently used first; _MARK among them
+        self.graphs: dict[Any, graphs.Graph | None] = {_MARK: None}  # the least recently used first
         self._space = space = _space(device, self.graphs)
         for i, (_, shape, strides, dtype) in enumerate(outputs):
             space |= {f"shape{i}": shape, f"strides{i}": strides, f"dtype{i}": dtype}
@@ -134,7 +134,7 @@ class Replays:
             if len(self._seen) == MOST_SEEN:
                 del self._seen[next(iter(self._seen))]
             self._seen[key] = None
-        elif len(self.graphs) < MOST_GRAPHS and self._captures < self._allowed():
+        elif len(self.graphs) - 1 < MOST_GRAPHS and self._captures < self._allowed():
             del self._seen[key]
             self._captures += 1
             graph = self._captured(queue, inputs, key[0], given, self._room)
@@ -189,6 +189,7 @@ class Replays:
     def drop(self) -> None:
         """Forget the graphs and the calls: they are captured anew."""
         self.graphs.clear()
+        self.graphs[_MARK] = None
         self._seen.clear()
 
 

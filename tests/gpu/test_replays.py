@@ -444,6 +444,16 @@ def test_what_needs_much_memory_goes_without(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
+def test_without_elements_there_is_nothing_to_run() -> None:
+    case = Case("pool")
+    for x in (case.x[:0], case.x):
+        for _ in range(3):
+            torch.testing.assert_close(case.fast(x), case.model(x), rtol=1e-2, atol=1e-2)
+    found = {p.replays is None for p in execute._prepared.values() if p is not None}
+    assert found == {True, False}
+
+
+@torch.no_grad()
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSE_GRAPHS", "0")
     case = Case("pool")
