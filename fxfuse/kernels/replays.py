@@ -134,7 +134,7 @@ class Replays:
             if len(self._seen) == MOST_SEEN:
                 del self._seen[next(iter(self._seen))]
             self._seen[key] = None
-        elif len(self.graphs) - 1 < MOST_GRAPHS and self._captures < self._allowed():
+        elif self.captured < MOST_GRAPHS and self._captures < self._allowed():
             del self._seen[key]
             self._captures += 1
             graph = self._captured(queue, inputs, key[0], given, self._room)
@@ -159,6 +159,11 @@ class Replays:
         except Exception as error:  # noqa: BLE001 - the call goes on without
             self.stop(f"{type(error).__name__}: {error}")
             return None
+
+    @property
+    def captured(self) -> int:
+        """How many graphs there are."""
+        return sum(g is not None for g in [*self.graphs.values()])
 
     def _allowed(self) -> int:
         return MOST_CAPTURES + self._replayed() // REPLAYS_PER_CAPTURE

@@ -16,9 +16,6 @@ from torch import Tensor
 from fxfuse.kernels import graphs, launch, memory, prepared, replays
 from fxfuse.kernels.launch import Launch
 
-#: tensors of a form that are handed out in turn, as by an allocator whose user keeps the last result
-TURNS = 2
-
 
 class Graphs:
     """What was captured on a device: how often, how often it ran, and what its kernels have for themselves."""
@@ -28,14 +25,16 @@ class Graphs:
         self.captures = self.runs = 0
         self.rooms: list[Tensor] = []
         self.arguments: dict[int, list[Any]] = {}  # of launches, by where the pointers to them lie
-        self._handed: dict[Any, list[Tensor]] = {}
+        self._made: dict[Any, list[tuple[Tensor, int]]] = {}  # with how many have it where nobody else has
 
     def allocate(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory that was handed out before, of NaN."""
-        found = self._handed.setdefault((shape, strides, dtype), [])
-        made = found.pop(0) if len(found) == TURNS else self.device.empty(shape, strides, dtype)
-        found.append(made)
-        return _poisoned(made)
+        """Memory of NaN, where there was some before that nobody has any more."""
+        found = self._made.setdefault((shape, strides, dtype), [])
+        made = next((tensor for tensor, least in found if _users(tensor) == least), None)
+        if made is None:
+            made = self.device.empty(shape, strides, dtype)
+            found.append((made, _users(made)))
+        return _poisoned(made.view_as(made))
 
     def capture(self, queue: Callable[[], object], device: Any, stream: int, room: Tensor) -> SimpleNamespace:
         kept: list[tuple[Any, Any, Any, Any]] = []
@@ -73,6 +72,11 @@ class Graphs:
                 size = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) + len(buffer) - at
             found.append(ctypes.string_at(at, size))
         return found
+
+
+def _users(tensor: Tensor) -> int:
+    """How many have its memory."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _poisoned(tensor: Tensor) -> Tensor:
