@@ -24,8 +24,8 @@ from fxfuse.kernels.prepared import Prepared
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
 
-#: calls with tensors in one place after which a graph is there: the first one is captured from the model, the next one
-#: prepares the kernels; one is measured, one is known for each place of an output, and then captured
+#: calls with tensors in one place among which one is replayed: one is measured, one is known for each place that an
+#: output has, and then captured
 SETTLED = 8
 CALLS = 12 if CUDA else 3
 
@@ -71,12 +71,16 @@ def counts() -> tuple[int, int]:
     return sum(r._captures for r in found), sum(r._replayed() for r in found)
 
 
-def replayed(call: Callable[[], Tensor], *, least: int = 1) -> Tensor:
-    """The result of a call that at least so many graphs run."""
-    before = counts()[1]
-    result = call()
-    assert counts()[1] - before >= least
-    return result
+def replayed(call: Callable[[], Tensor]) -> Tensor:
+    """The bits of the result of a call that a graph runs: where torch's allocator has another place for results than
+    before, of one of the next calls.
+    """
+    for _ in range(SETTLED):
+        before = counts()[1]
+        found = bits(call())
+        if counts()[1] > before:
+            return found
+    pytest.fail("no graph runs it")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -84,11 +88,12 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(bits(a), bits(b))
+    """Of bits, or of results."""
+    return torch.equal(*(t if t.dtype in (torch.int32, torch.int16) else bits(t) for t in (a, b)))
 
 
 class Case:
-    """A model of those above, its optimised twin, and an x that stays where it is."""
+    """A model of those above, its optimised twin, whose kernels are prepared, and an x that stays where it is."""
 
     def __init__(self, name: str) -> None:
         make, self.shape = CASES[name]
@@ -97,6 +102,9 @@ class Case:
         self.dtype = next(self.model.parameters()).dtype
         self.fast = fxfuse.optimize(self.model)
         self.x = self.input(0)
+        with torch.no_grad():
+            for _ in range(2):  # captured from the model, and prepared
+                self.fast(self.x)
 
     def input(self, seed: int) -> Tensor:
         torch.manual_seed(seed)
@@ -112,8 +120,7 @@ class Case:
     @torch.no_grad()
     def settle_with(self, x: Tensor) -> None:
         for _ in range(SETTLED):
-            y = self.fast(x)
-            del y
+            bits(self.fast(x))
 
     @torch.no_grad()
     def plain(self, x: Tensor) -> Tensor:
@@ -146,7 +153,8 @@ def test_the_same_bits(name: str) -> None:
             for turn in range(CALLS):
                 case.x.copy_(case.input(turn))
                 results.append(bits(case.fast(case.x)))
-            assert (counts()[1] - before) == (CALLS if graphs == "1" else 0)
+            ran = counts()[1] - before
+            assert ran >= CALLS // 2 if graphs == "1" else ran == 0
         found.append([*results, *[b.clone() for b in case.model.buffers()]])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][0], found[0][1])
@@ -160,10 +168,10 @@ def test_memory_is_as_it_comes(name: str) -> None:
     case = Case(name).settle()
     expected = case.plain(case.x)
     for value in (float("nan"), 1e30, 0.0):
-        y = replayed(lambda: case.fast(case.x))
-        assert same(y, expected)
+        y = case.fast(case.x)
         y.fill_(value)
         del y
+        assert same(replayed(lambda: case.fast(case.x)), expected)
         for room in replays._rooms.values():
             room.fill_(0xFF if value else 0)
 
@@ -218,9 +226,10 @@ def test_what_lies_there_is_read_when_a_graph_runs(name: str, change: str) -> No
     if change in (move.__name__, other_strides.__name__):
         case.settle_with(case.x)  # elsewhere, or with kernels that are prepared anew, and may ask torch for a copy
     for _ in range(3):
-        got = replayed(lambda: case.fast(case.x), least=int(change != other_strides.__name__))
-        assert same(got, case.plain(case.x))
-    assert not torch.equal(bits(got), before)
+        ran = bits(case.fast(case.x)) if change == other_strides.__name__ else replayed(lambda: case.fast(case.x))
+        assert same(ran, case.plain(case.x))
+    assert not torch.equal(ran, before)
+    got = case.fast(case.x)
     torch.testing.assert_close(got, case.model(case.x), rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
@@ -290,7 +299,6 @@ def test_a_users_capture_has_kernels_of_its_own(name: str) -> None:
 def test_streams_have_rooms_of_their_own() -> None:
     case = Case("statistics")
     xs = [case.input(seed) for seed in range(3)]
-    case.fast(xs[0])
     streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
     expected = [case.plain(x) for x in xs]
@@ -377,9 +385,8 @@ def test_captures_are_unseen_by_other_threads() -> None:
 @torch.no_grad()
 def test_a_capture_beside_a_global_one() -> None:
     """A user's capture forbids other threads what is unsafe; ours goes on all the same, and does not end it."""
-    case, started, done = Case("pool"), threading.Event(), threading.Event()
-    for _ in range(3):  # captured, prepared, known
-        case.fast(case.x)
+    case, started, done = Case("pool").settle(), threading.Event(), threading.Event()
+    x = case.input(1)
     y, graph = torch.zeros(1000, device=DEVICE), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
 
@@ -397,17 +404,15 @@ def test_a_capture_beside_a_global_one() -> None:
     assert started.wait(60)
     try:
         before = counts()[0]
-        results = [case.fast(case.x) for _ in range(2)]
-        del results
         for _ in range(6):
-            got = case.fast(case.x)
+            got = case.fast(x)  # nothing here waits for the GPU
         assert counts()[0] > before
     finally:
         done.set()
         thread.join()
     graph.replay()
     torch.cuda.synchronize()
-    assert same(got, case.plain(case.x)) and float(y[0]) == 2.0
+    assert same(got, case.plain(x)) and float(y[0]) == 2.0
 
 
 # --- memory -----------------------------------------------------------------------------------------
@@ -417,7 +422,6 @@ def test_what_is_held() -> None:
     """A room for each stream, and nothing of inputs and results; nothing at all when graphs are forgotten."""
     gc.collect()
     case = Case("statistics")
-    case.fast(case.x), case.fast(case.x)
     execute.forget()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
