@@ -1,8 +1,9 @@
 """CUDA graphs of kernels: what a stream is told is captured once, and queued again by one call of the driver.
 
-torch.cuda.CUDAGraph captures torch's operators. For that it takes the device's random numbers and memory from the whole
-process while a capture lasts: in another thread dropout fails then, or an allocation that others have to be freed for.
-Kernels need neither. What is captured here is unseen by other threads, and by captures that are going on.
+torch.cuda.CUDAGraph captures torch's operators, whatever they do. For that it takes the device's random numbers and
+memory from the whole process while a capture lasts: in another thread dropout fails then, or an allocation that others
+have to be freed for. Kernels need neither. What is captured here is unseen by other threads, and by captures that are
+going on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxfuse.kernels import launch
+from fxfuse.kernels import launch, memory
 
 #: CU_STREAM_NON_BLOCKING: the legacy default stream does not wait for it, nor it for that one
 NON_BLOCKING = 1
@@ -26,11 +27,11 @@ NON_BLOCKING = 1
 class Graph:
     """Kernels that were captured: ``start`` queues them and returns the driver's status. For one thread at a time.
 
-    ``memory``: what the kernels have for themselves, and the graph keeps.
+    ``room``: what the kernels have for themselves, and the graph keeps.
     """
 
-    def __init__(self, executable: Any, stream: int, memory: Tensor) -> None:
-        self._executable, self._memory = executable, memory
+    def __init__(self, executable: Any, stream: int, room: Tensor) -> None:
+        self._executable, self._room = executable, room
         told = launch.pointer(int(executable)), launch.pointer(stream)
         self.start: Callable[[], int] = functools.partial(launch.function("cuGraphLaunch"), *told)
 
@@ -40,18 +41,35 @@ class Graph:
 
 
 class UncapturableError(Exception):
-    """A call does more than to launch kernels."""
+    """A call does more than to launch kernels and to copy."""
 
 
-class _KernelsAlone(TorchDispatchMode):
-    """Torch's operators may look at tensors in other ways, but not make any: these would not stay where they are."""
+class Copies(TorchDispatchMode):
+    """Torch's operators may look at tensors in other ways, and copy them, to memory for kernels (:mod:`memory`). What
+    others make would not stay where it is.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not func.is_view:
-            raise UncapturableError(f"{func} runs")
-        return func(*args, **(kwargs or {}))
+        told = kwargs or {}
+        if func.is_view:
+            return func(*args, **told)
+        if func is _aten.copy_.default:
+            return self.copy(*args)
+        if func is _aten.empty_strided.default:
+            return memory.empty(tuple(args[0]), tuple(args[1]), told["dtype"])
+        if func is _aten.clone.default:
+            (given,) = args
+            strides = torch.empty_like(given, device="meta", **told).stride()
+            return self.copy(memory.empty(tuple(given.shape), strides, given.dtype), given)
+        raise UncapturableError(f"{func} runs")
+
+    def copy(self, to: Tensor, given: Tensor, non_blocking: bool = False) -> Tensor:
+        return to.copy_(given)
+
+
+_aten = torch.ops.aten
 
 
 class _Side(NamedTuple):
@@ -83,11 +101,11 @@ def _relaxed() -> Any:
     return launch._driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
 
 
-def capture(queue: Callable[[], object], device: int, stream: int, memory: Tensor) -> Graph:
+def capture(queue: Callable[[], object], device: int, stream: int, room: Tensor) -> Graph:
     """A graph of what ``queue`` puts on torch's current stream; nothing of it runs now. For one thread at a time.
 
-    ``stream``: the handle of the one that the graph is for, on ``device``, the current one. It is :func:`relaxed`.
-    Raises what ``queue`` does, UncapturableError and CudaError.
+    ``stream``: the handle of the one that the graph is for, on ``device``, the current one. ``room``: what the graph
+    keeps. It is :func:`relaxed`. Raises what ``queue`` does, UncapturableError and CudaError.
     """
     driver, checked = launch._driver(), launch._checked
     priority = checked("cuStreamGetPriority", driver.cuStreamGetPriority(driver.CUstream(stream)))
@@ -96,7 +114,7 @@ def capture(queue: Callable[[], object], device: int, stream: int, memory: Tenso
         executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
     finally:
         driver.cuGraphDestroy(graph)
-    return Graph(executable, stream, memory)
+    return Graph(executable, stream, room)
 
 
 def _captured(queue: Callable[[], object], side: _Side) -> Any:
@@ -105,7 +123,7 @@ def _captured(queue: Callable[[], object], side: _Side) -> Any:
     with torch.cuda.stream(side.stream):
         checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(handle, _relaxed()))
         try:
-            with _KernelsAlone():
+            with Copies():
                 queue()
         except BaseException:
             status, graph = driver.cuStreamEndCapture(handle)

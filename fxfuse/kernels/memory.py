@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: makes a tensor (shape, strides, dtype); shape and strides are plain tuples
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
@@ -40,12 +41,15 @@ empty = allocate
 
 @contextlib.contextmanager
 def instead(take: Empty) -> Iterator[None]:
-    """Inside, ``take`` stands in for :func:`allocate` in this thread. For one thread at a time."""
+    """Inside, ``take`` stands in for :func:`allocate` in this thread, past torch's modes. For one thread at a time."""
     global empty
     thread, before = threading.get_ident(), empty
 
     def chosen(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return (take if threading.get_ident() == thread else before)(shape, strides, dtype)
+        if threading.get_ident() != thread:
+            return before(shape, strides, dtype)
+        with _disable_current_modes():
+            return take(shape, strides, dtype)
 
     empty = chosen
     try:

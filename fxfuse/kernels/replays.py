@@ -123,13 +123,7 @@ class Replays:
         if self.run is None or _switched_off():
             return False
         if self._room is None:
-            count = memory.Counted()
-            with memory.instead(count):
-                queue(inputs, given)
-            self._room = count.size
-            if count.size > MOST_HELD:
-                self.stop(f"its kernels need {count.size} bytes for themselves (at most {MOST_HELD})")
-            return True
+            return self._measured(queue, inputs, given)
         if key not in self._seen:
             if len(self._seen) == MOST_SEEN:
                 del self._seen[next(iter(self._seen))]
@@ -145,6 +139,20 @@ class Replays:
                 self.graphs[key] = graph
                 return True
         return False
+
+    def _measured(self, queue: Queue, inputs: Sequence[Tensor], given: dict[str, Tensor]) -> bool:
+        """Queue a call's kernels, if that is all there is to queue, and see what they are given for themselves."""
+        count = memory.Counted()
+        try:
+            with memory.instead(count), graphs.Copies():
+                queue(inputs, dict(given))
+        except graphs.UncapturableError as error:
+            self.stop(str(error))
+            return False
+        self._room = count.size
+        if count.size > MOST_HELD:
+            self.stop(f"its kernels need {count.size} bytes for themselves (at most {MOST_HELD})")
+        return True
 
     def _captured(
         self, queue: Queue, inputs: Sequence[Tensor], stream: int, given: dict[str, Tensor], size: int

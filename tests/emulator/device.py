@@ -28,6 +28,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.kernels import (
     collapsed_engine,
@@ -197,7 +198,7 @@ class Device:
         if self.keep is not None:
             return self.keep(config, function, pointers)
         told, (run, name) = config._obj, function
-        with _one_at_a_time:
+        with _one_at_a_time, _disable_current_modes():
             why = run(pointers, (ctypes.c_int * 3)(*told.grid), told.block[0], told.shared)
             if why:
                 raise EmulationError(f"{name}: {why.decode()}")

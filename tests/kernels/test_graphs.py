@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.kernels import graphs, launch, memory, replays
 from fxfuse.kernels.launch import CudaError
@@ -36,7 +37,7 @@ class Machine:
         self.log: list[str] = []
         self.stream, self.captured, self.capturing = 7, False, False
         self.outputs = [torch.empty(4)]
-        self.room = 1000
+        self.room, self.torchs = 1000, False
         self.fails: Exception | None = None
         self.running: Callable[[], object] = lambda: None
         self.graphs: list[weakref.ref[Any]] = []
@@ -51,10 +52,13 @@ class Machine:
         """The region's kernels, one by one: the sum of two inputs, by way of memory of their own."""
         between = memory.empty((self.room,), (1,), torch.uint8)
         assert between.numel() == self.room
+        if self.torchs:
+            torch.ones(3)
         if self.capturing:
             return [given["y"]]
         self.log.append("queue")
-        torch.add(inputs[0], inputs[1], out=given["y"])
+        with _disable_current_modes():  # it stands for a kernel
+            torch.add(inputs[0], inputs[1], out=given["y"])
         return [given["y"]]
 
     def capture(self, queue: Callable[[], list[Tensor]], device: int, stream: int, room: Tensor) -> Any:
@@ -325,6 +329,13 @@ def test_what_cannot_be_captured_goes_without(
     assert not replays._one_at_a_time.locked()
 
 
+def test_torchs_operators_go_without(region: Region, caplog: pytest.LogCaptureFixture) -> None:
+    region.machine.torchs = True
+    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.replays"):
+        assert [region.call() for _ in range(4)] == ["queue"] * 4
+    assert region.replays.run is None and "aten.ones" in caplog.text
+
+
 def test_an_interrupted_capture_leaves_all_as_it_was(region: Region) -> None:
     region.machine.fails = KeyboardInterrupt()  # type: ignore[assignment]
     region.call(), region.call()
@@ -529,6 +540,24 @@ def test_what_a_capture_leaves_behind_where_it_fails(driver: Driver) -> None:
     assert driver.log[-2:] == ["back", "ThreadExchangeStreamCaptureMode global"]
 
 
-def test_views_are_no_work(driver: Driver) -> None:
-    x = torch.randn(3, 4)
-    captured(driver, lambda: x.unsqueeze(0).as_strided((2,), (1,)).view(torch.int32))
+def test_copies_lie_in_memory_for_kernels() -> None:
+    x, room = torch.randn(3, 4), torch.zeros(4096, dtype=torch.uint8)
+    parts = memory.Parts(room)
+    with memory.instead(parts), graphs.Copies():
+        assert x.unsqueeze(0).view(torch.int32).data_ptr() == x.data_ptr()
+        assert parts.end == 0
+        made = [
+            x.t().contiguous(), x[:, ::2].clone(), x.t().clone(), x.clone(memory_format=torch.contiguous_format),
+            torch.empty_strided((4, 3), (1, 4), dtype=torch.float64).copy_(x.t()),
+        ]  # fmt: skip
+        for work in (lambda: x + 1, lambda: x.sum(), lambda: x.add_(1), lambda: torch.rand(2), lambda: x.double()):
+            with pytest.raises(graphs.UncapturableError):
+                work()
+    assert parts.end == len(made) * memory.ALIGNMENT
+    expected = [
+        x.t().contiguous(), x[:, ::2].clone(), x.t().clone(), x.clone(memory_format=torch.contiguous_format),
+        torch.empty_strided((4, 3), (1, 4), dtype=torch.float64).copy_(x.t()),
+    ]  # fmt: skip
+    for number, (tensor, like) in enumerate(zip(made, expected, strict=True)):
+        assert tensor.data_ptr() - room.data_ptr() == number * memory.ALIGNMENT
+        assert torch.equal(tensor, like) and tensor.dtype is like.dtype and tensor.stride() == like.stride()
