@@ -54,6 +54,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "folded": (lambda: trained(layer(), "batch", F.relu).eval(), (3, 8, 4, 5, 6)),
     "means": (lambda: trained(layer(4), halved), (3, 4, 4, 4, 4)),
     "means of a folded norm": (lambda: trained(layer(3), "batch", halved).eval(), (3, 3, 4, 4, 4)),
+    "a mean of all": (lambda: trained(layer(4), lambda y: y.mean((2, 3, 4))), (3, 4, 4, 4, 4)),
     "products, twice": (lambda: trained(layer(3), "batch", halved), (3, 3, 4, 4, 4)),
     "two runs, twice": (lambda: trained(layer(), F.silu, "instance", F.hardswish), (3, 8, 4, 5, 6)),
     "2-D, float16, channels last": (
@@ -62,7 +63,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
 }  # fmt: skip
 #: an emulated GPU is slow
-EMULATED = ("pool", "statistics", "running statistics", "means of a folded norm", "products, twice", "two runs, twice")
+EMULATED = (
+    "pool", "statistics", "running statistics", "means of a folded norm", "a mean of all", "products, twice",
+    "two runs, twice",
+)  # fmt: skip
 
 
 def counts() -> tuple[int, int]:
@@ -265,6 +269,8 @@ def test_regions_have_one_room() -> None:
         for case in cases:
             assert same(replayed(lambda c=case: c.fast(c.x)), case.plain(case.x))
     assert len(replays._rooms) == 1
+    execute.forget()
+    assert not replays._rooms
 
 
 # --- who calls ------------------------------------------------------------------------------------
