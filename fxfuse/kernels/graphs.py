@@ -8,6 +8,7 @@ going on.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import sys
@@ -53,7 +54,7 @@ class Copies(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         told = kwargs or {}
-        if func.is_view:
+        if func.is_view or told.get("device") == _META:
             return func(*args, **told)
         if func is _aten.copy_.default:
             return self.copy(*args)
@@ -69,7 +70,7 @@ class Copies(TorchDispatchMode):
         return to.copy_(given)
 
 
-_aten = torch.ops.aten
+_aten, _META = torch.ops.aten, torch.device("meta")
 
 
 class _Side(NamedTuple):
@@ -95,6 +96,20 @@ def relaxed() -> Iterator[None]:
         yield
     finally:
         driver.cuThreadExchangeStreamCaptureMode(mode)
+
+
+def elsewhere(call: Callable[[], Tensor]) -> Tensor:
+    """What ``call`` allocates for the current stream, in a thread of its own: what stays must not be in a pool that this
+    thread's allocations go to just now, be it the user's or one of torch.compile's CUDA graphs.
+    """
+    stream = torch.cuda.current_stream()
+
+    def allocated() -> Tensor:
+        with torch.cuda.stream(stream), relaxed():
+            return call()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocated).result()
 
 
 def _relaxed() -> Any:

@@ -158,12 +158,11 @@ class Replays:
         self, queue: Queue, inputs: Sequence[Tensor], stream: int, given: dict[str, Tensor], size: int
     ) -> graphs.Graph | None:
         try:
-            with graphs.relaxed():
-                room = _room_of(self.device, stream, size)
-                if room is None:
-                    return None
-                with memory.instead(memory.Parts(room)):
-                    return graphs.capture(lambda: queue(inputs, dict(given)), self.device, stream, room)
+            room = _room_of(self.device, stream, size)
+            if room is None:
+                return None
+            with graphs.relaxed(), memory.instead(memory.Parts(room)):
+                return graphs.capture(lambda: queue(inputs, dict(given)), self.device, stream, room)
         except Exception as error:  # noqa: BLE001 - the call goes on without
             self.stop(f"{type(error).__name__}: {error}")
             return None
@@ -256,7 +255,7 @@ def _room_of(device: int, stream: int, size: int) -> Tensor | None:
         return None
     if room is None or room.numel() < size:
         whole = max(-(-size // ROOMS), 1) * ROOMS
-        room = _rooms[device, stream] = memory.allocate((whole,), (1,), torch.uint8)
+        room = _rooms[device, stream] = graphs.elsewhere(lambda: memory.allocate((whole,), (1,), torch.uint8))
     return room
 
 

@@ -446,6 +446,19 @@ def test_what_is_held() -> None:
     assert torch.cuda.memory_allocated() - before <= 2**20
 
 
+@needs_gpu
+@torch.no_grad()
+def test_a_room_is_in_no_pool() -> None:
+    """That this thread's allocations go to for the moment: who has it may free all of it, or wait for that."""
+    case, pool = Case("statistics"), torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        case.settle()
+    (room,) = replays._rooms.values()
+    segments = torch.cuda.memory_snapshot(pool.id)
+    assert segments and all(not 0 <= room.data_ptr() - s["address"] < s["total_size"] for s in segments)
+    assert same(replayed(lambda: case.fast(case.x)), case.plain(case.x))
+
+
 @torch.no_grad()
 def test_what_needs_much_memory_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replays, "MOST_HELD", 1024)

@@ -112,6 +112,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(memory, "empty", made.allocate)
     monkeypatch.setattr(graphs, "capture", made.capture)
     monkeypatch.setattr(graphs, "relaxed", contextlib.nullcontext)
+    monkeypatch.setattr(graphs, "elsewhere", lambda call: call())
     monkeypatch.setattr(launch, "stream_of", lambda _: made.stream)
     monkeypatch.setattr(replays, "capturing", lambda: made.captured)
     monkeypatch.setattr(replays, "_rooms", {})
@@ -538,6 +539,28 @@ def test_what_a_capture_leaves_behind_where_it_fails(driver: Driver) -> None:
     with pytest.raises(ValueError, match="first"):
         captured(driver, lambda: (_ for _ in ()).throw(ValueError("the first error is told")))
     assert driver.log[-2:] == ["back", "ThreadExchangeStreamCaptureMode global"]
+
+
+def test_what_stays_is_allocated_in_a_thread_of_its_own(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same stream; what fails there fails here."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "this stream")
+    here, threads = threading.get_ident(), list[int]()
+
+    def call() -> Tensor:
+        threads.append(threading.get_ident())
+        driver.log.append("allocates")
+        return torch.zeros(2)
+
+    assert graphs.elsewhere(call).numel() == 2
+    assert here not in threads
+    mode = "ThreadExchangeStreamCaptureMode"
+    assert driver.log == ["to this stream", f"{mode} relaxed", "allocates", f"{mode} global", "back"]
+
+    def fails() -> Tensor:
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.elsewhere(fails)
 
 
 def test_copies_lie_in_memory_for_kernels() -> None:
