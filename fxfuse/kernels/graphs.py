@@ -99,8 +99,8 @@ def relaxed() -> Iterator[None]:
 
 
 def elsewhere(call: Callable[[], Tensor]) -> Tensor:
-    """What ``call`` allocates for the current stream, in a thread of its own: what stays must not be in a pool that this
-    thread's allocations go to just now, be it the user's or one of torch.compile's CUDA graphs.
+    """What ``call`` allocates for the current stream, in a thread of its own: what stays must not be in a pool that
+    allocations of this thread go to just now, be it the user's or one of torch.compile's CUDA graphs.
     """
     stream = torch.cuda.current_stream()
 
