@@ -3,7 +3,8 @@
     python benchmarks/host.py [--json FILE]
 
 "module" is a call of what fxfuse.optimize returns, guards of the model included; "region" one of the fused operator
-alone; "kernels" what of that is left when it is known which kernels run: memory, arguments and launches. "eager" is
+alone; "kernels" what of that is left when it is known which kernels run: memory and addresses, and a CUDA graph, or
+arguments and launches where there is none. "no graph" is the module where kernels are launched one by one. "eager" is
 the model itself. And milliseconds until a first call returns: "again" of the region, prepared anew with its kernels
 compiled and loaded; "new size" of the module, the compiler's passes included, with one position more along the depth.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -63,6 +65,17 @@ def microseconds(call: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
+def without_graphs(call: Callable[[], object]) -> float:
+    """Microseconds of a call that launches kernels one by one."""
+    with mock.patch.dict(os.environ, {"FXFUSE_GRAPHS": "0"}):
+        execute.forget()
+        for _ in range(3):  # prepared anew, and known
+            call()
+        found = microseconds(call)
+    execute.forget()
+    return found
+
+
 def milliseconds(call: Callable[[], object]) -> float:
     """Until one call returns."""
     torch.cuda.synchronize()
@@ -92,12 +105,14 @@ def measure(model: nn.Module, x: torch.Tensor) -> dict[str, float | str]:
             ways["kernels"] = functools.partial(prepared.run, inputs)
         ways["eager"] = lambda: model(x)
         found: dict[str, float | str] = {name: round(microseconds(way), 2) for name, way in ways.items()}
+        if prepared is not None:
+            found["no graph"] = round(without_graphs(lambda: fast(x)), 2)
         larger = torch.cat([x, x[:, :, :1]], 2)
         size = milliseconds(lambda: fast(larger))
     return {**found, "again": round(again, 1), "new size": round(size, 1), "path": path}
 
 
-COLUMNS = ("module", "region", "kernels", "eager", "again", "new size", "path")
+COLUMNS = ("module", "region", "kernels", "no graph", "eager", "again", "new size", "path")
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
     python tests/many_chains.py [--count 320] [--processes 16] [--first 0] [--device cuda|emulated|cpu]
     python tests/many_chains.py --seed 17      # one of them, in this process
 
-Every chain runs on three shapes, of which one has the other memory format, and twice on each: the bits must be the
-same. Kernels run whether they are the faster or not. An emulated GPU runs them on the CPU, thread by thread. On a CPU
-the chains run through torch, and the steps that are counted are those of the schedule that a Hopper GPU would have.
+Every chain runs on three shapes, of which one has the other memory format, and some more times on each, in the end as
+a CUDA graph: the bits must be the same. Kernels run whether they are the faster or not. An emulated GPU runs them on
+the CPU, thread by thread. On a CPU the chains run through torch, and the steps that are counted are those of the
+schedule that a Hopper GPU would have.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from unittest import mock
 import torch
 from drawn import Drawn, draw
 from emulator.device import emulated
+from emulator.graphs import graphs_of
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
@@ -57,17 +59,20 @@ ROUNDING = {"tf32": 2**-11, "ieee": 2**-23, "float16": 2**-10, "bfloat16": 2**-8
 NOISY = 0.1
 #: seconds that one chain may take
 PATIENCE = 120.0
+#: calls with the same tensors until one is replayed: it is measured, known, and captured
+AGAIN = 3
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a chain: how often a region ran as kernels and by torch, which steps; what is wrong."""
+    """What became of a chain: how often a region ran as kernels, by torch, as a graph; which steps; what is wrong."""
 
     seed: int
     failure: str | None = None
     refused: str | None = None  # by eager mode
     kernels: int = 0
     by_torch: int = 0
+    replayed: int = 0
     kinds: dict[str, int] = dataclasses.field(default_factory=dict)
     noisy: int = 0
     seconds: float = 0.0
@@ -84,7 +89,7 @@ def run(seed: int, device: str) -> Outcome:
     outcome, began, drawn = Outcome(seed), time.monotonic(), draw(seed)
     heard = _Heard()
     try:
-        gpu = emulated(seed) if device == "emulated" else contextlib.nullcontext()
+        gpu = _emulated(seed) if device == "emulated" else contextlib.nullcontext()
         with heard, gpu, kernels_always(drawn.anchored, twice=seed % 2 == 1), _precision(drawn):
             _check(drawn, device, outcome)
         if heard.messages:
@@ -97,6 +102,12 @@ def run(seed: int, device: str) -> Outcome:
         outcome.ends = device == "cuda" and _lost()
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+@contextlib.contextmanager
+def _emulated(seed: int) -> Iterator[None]:
+    with emulated(seed) as machine, graphs_of(machine):
+        yield
 
 
 def _lost() -> bool:
@@ -125,7 +136,7 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
                 fast(x), truth(x.double())
             with ops.watch() as runs, _plans(drawn, device) as plans:
                 kept = [b.clone() for b in model.buffers()]
-                got = fast(x)
+                got = fast(x).clone()  # where others will lie
                 outcome.kernels += sum(r.path is Path.KERNEL for r in runs)
                 outcome.by_torch += sum(r.path is not Path.KERNEL for r in runs)
             made = [p.schedule for p in execute._prepared.values() if p is not None] if device != "cpu" else plans
@@ -133,11 +144,15 @@ def _check(drawn: Drawn, device: str, outcome: Outcome) -> None:
             outcome.kernels += len(plans)
             for each in made:
                 kinds.update(kinds_of(each))
-            for buffer, before in zip(model.buffers(), kept, strict=True):
-                buffer.copy_(before)
-            again = fast(x)
-            if made and all(each.kernel is not None for each in made):  # cuDNN's own promise nothing
-                assert _same_bits(got, again), f"other bits in a second run: {_difference(got, again)}"
+            for turn in range(AGAIN if device != "cpu" else 1):
+                for buffer, before in zip(model.buffers(), kept, strict=True):
+                    buffer.copy_(before)
+                again = fast(x)
+                if made and all(each.kernel is not None for each in made):  # cuDNN's own promise nothing
+                    assert _same_bits(got, again), f"other bits in run {turn + 2}: {_difference(got, again)}"
+                del again  # the next one shall lie there
+            found = [p.replays for p in execute._prepared.values() if p is not None]
+            outcome.replayed += sum(r is not None and r.captured > 0 for r in found)
             outcome.noisy += _compare(drawn, eager, truth, x, got)
         _compare_buffers(model, eager, truth)
     outcome.kinds = dict(kinds)
@@ -378,6 +393,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "failures": sum(o.failure is not None for o in outcomes),
         "refused by eager mode": sum(o.refused is not None for o in outcomes),
         "fused": sum(o.kernels > 0 for o in outcomes),
+        "replayed": sum(o.replayed > 0 for o in outcomes),
         "noisy": sum(o.noisy > 0 for o in outcomes),
         "kinds": dict(sorted(kinds.items())),
     }

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import memory
 from fxfuse.kernels.arguments import Divisor
 from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import MOST_BOXES, MOST_SEGMENTS, MOST_SLOTS, WARPS, Summed, Sums
 from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.launch import Kernel, empty, sender, stream_of
+from fxfuse.kernels.launch import Kernel, sender, stream_of
 from fxfuse.kernels.operands import Operands, Place
 
 Values = dict[str, Tensor]
@@ -46,9 +47,11 @@ def prepare_sums(step: Sums, device: torch.device, kernels: Mapping[str, Kernel]
         if at % aligned:
             value = value.clone()
             at = value.data_ptr()
-        values[made] = out = empty(shape, strides, torch.float32)
+        out = values.get(made)
+        if out is None:
+            values[made] = out = memory.empty(shape, strides, torch.float32)
         if several:
-            slots = empty(room, (1,), torch.float32)
+            slots = memory.empty(room, (1,), torch.float32)
             first(stream, at, slots.data_ptr())
             second(stream, slots.data_ptr(), out.data_ptr())
         else:
@@ -81,7 +84,9 @@ def prepare_contraction(
         if weight.stride() != planned:
             weight = _as_planned(weight, planned)
         told = after.tell(values)
-        values[made] = out = empty(shape, strides, dtype)
+        out = values.get(made)
+        if out is None:
+            values[made] = out = memory.empty(shape, strides, dtype)
         launch(stream_of(index), sums.data_ptr(), weight.data_ptr(), out.data_ptr(), *told)
 
     return run

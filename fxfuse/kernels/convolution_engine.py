@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import memory
 from fxfuse.kernels.arguments import (
     BIAS,
     I32,
@@ -42,7 +43,7 @@ from fxfuse.kernels.chains import dense
 from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Chain, Launch, Module, empty, planes_map, rows_map, stream_of
+from fxfuse.kernels.launch import Chain, Launch, Module, planes_map, rows_map, stream_of
 from fxfuse.kernels.lies import by_quads, lines_by_quads, planes_in_place, rows_in_place, samples_are_dense, three_dims
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tiles import Extents, Tiling, copied, first_planes, outbox_blocks, region_stride
@@ -271,7 +272,7 @@ class _Call:
         """Queue everything; what of it a second run uses, or what this one was given. ``at``: the address of x."""
         room, own = self.room, None
         if room is not None:
-            own = empty(room, (1,), torch.uint8)
+            own = memory.empty(room, (1,), torch.uint8)
             begin = own.data_ptr()
             if self.hands_on:
                 prepared = own

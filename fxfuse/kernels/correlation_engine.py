@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fxfuse.kernels import memory
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.correlation import CHANNELS, TILE_ELEMENTS, Correlation
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Module, empty, sender, stream_of
+from fxfuse.kernels.launch import Module, sender, stream_of
 from fxfuse.kernels.tiles import Extents
 
 KERNELS = ("correlate", "moments")
@@ -57,7 +58,7 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, moments: int) -> None:
         stream, weight = stream_of(index), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        room = empty(words, (1,), torch.float64)
+        room = memory.empty(words, (1,), torch.float64)
         products = room.data_ptr()
         sums = products + before_sums
         x_at, weight_at, bias_at = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr()

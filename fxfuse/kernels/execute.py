@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import timing
 from fxfuse.instr import TensorType
-from fxfuse.kernels import dump, kept, measure, recent
+from fxfuse.kernels import dump, kept, measure, recent, replays
 from fxfuse.kernels.candidate import AHEAD, CUDNN, ENGINE, PRODUCTS, TORCH, TWICE, Candidate, convolution_of
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
@@ -218,6 +218,7 @@ def forget() -> None:
     """Drop what is prepared: calls prepare it anew."""
     _prepared.clear()
     recent.forget()
+    replays.forget()
 
 
 def _first_run(region: Region, inputs: Sequence[Tensor]) -> tuple[Prepared | None, list[Tensor] | None]:

@@ -1,4 +1,4 @@
-"""Compiled kernels on a GPU: modules, launches on torch's current stream, memory, tensor maps.
+"""Compiled kernels on a GPU: modules, launches on torch's current stream, tensor maps.
 
 Needs ``fxfuse[cuda]``. What is here is on the way of every call: nothing is made anew that can be kept.
 """
@@ -14,23 +14,6 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor
-
-
-def _allocator() -> Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]:
-    """What Inductor's code allocates with: torch.empty_strided on the current GPU, past the dispatcher."""
-    guards = getattr(torch._C._dynamo, "guards", None)
-    found = getattr(guards, "_empty_strided_cuda", None)
-    return found or functools.partial(_empty_strided)
-
-
-def _empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
-
-
-#: a tensor (shape, strides, dtype) on the current GPU, for its current stream; shape and strides are plain tuples
-empty = _allocator()
-
 
 #: torch's current stream on a device, by its index
 stream_of: Callable[[int | None], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
@@ -80,19 +63,32 @@ class _Config(ctypes.Structure):
 
 #: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: the kernel may begin before the one in front of it has ended.
 #: Of value 0 no kernel does, from the next launch on: for comparisons, and for profiles, where waiting counts as time.
+#: Graphs keep what was there when they were captured.
 OVERLAP = _Attribute(id=6, value=1)
 
 
 @functools.cache
-def _launcher() -> Callable[..., int]:
-    """cuLaunchKernelEx by ctypes: of arguments that are C's already, a call takes half of the binding's time."""
+def function(name: str) -> Callable[..., int]:
+    """The driver's, by ctypes: of arguments that are C's already, a call takes half of the binding's time."""
     driver = _driver()
     streams = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM  # stream 0 is torch's default one
-    found = driver.cuGetProcAddress(b"cuLaunchKernelEx", 12000, streams)
+    found = driver.cuGetProcAddress(name.encode(), 12000, streams)
     address = _checked("cuGetProcAddress", found)
     if not address:
-        raise CudaError("the driver has no cuLaunchKernelEx: it is older than CUDA 12.0")
+        raise CudaError(f"the driver has no {name}: it is older than CUDA 12.0")
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)
+
+
+def _launcher() -> Callable[..., int]:
+    return function("cuLaunchKernelEx")
+
+
+def pointer(handle: int) -> Any:
+    """A handle of the driver's, as ctypes passes it on; None for 0.
+
+    It is the address of what lies there, which nothing reads: of a c_void_p ctypes looks for a converter in every call.
+    """
+    return ctypes.byref(ctypes.c_char.from_address(handle)) if handle else None
 
 
 #: the driver's status where a thread has no context, which CUDA's runtime makes at a thread's first call of it
@@ -122,8 +118,7 @@ class Module:
     def _kernel(self, name: str, overlaps: bool) -> Kernel:
         found = _checked("cuModuleGetFunction", _driver().cuModuleGetFunction(self._module, name.encode()))
         handle = int(found)
-        # the address of what lies there, which nothing reads: of a c_void_p ctypes looks for a converter in every call
-        return Kernel(ctypes.byref(ctypes.c_char.from_address(handle)), overlaps, handle)
+        return Kernel(pointer(handle), overlaps, handle)
 
 
 class Kernel:
@@ -194,16 +189,16 @@ class Chain:
         for start in self._starts:
             status = start()
             if status:
-                _again(start, status)
+                again(start, status)
 
 
-def _again(start: Callable[[], int], status: int) -> None:
+def again(start: Callable[[], int], status: int, call: str = "cuLaunchKernelEx") -> None:
     """Of a launch that failed: once more where it is this thread's first call of CUDA, else the error."""
     if status == NO_CONTEXT:
         bind_context()
         status = start()
     if status:
-        _checked("cuLaunchKernelEx", (_driver().CUresult(status),))
+        _checked(call, (_driver().CUresult(status),))
 
 
 #: launches a kernel: takes a stream and the values of its parameters that change
@@ -257,7 +252,7 @@ def sender(
         return [memoryview(buffer).cast("q"), buffer, launch.config, launch.start, 0]
 
     free: list[list[Any]] = []  # those that no call is filling
-    space.update(make=make, pop=free.pop, append=free.append, again=_again)
+    space.update(make=make, pop=free.pop, append=free.append, again=again)
     values = "".join(f", v{i}" for i in range(count))
     exec(_compiled(_SEND.format(values=values, fill="\n    ".join(lines))), space)  # noqa: S102
     return space.pop("send")  # type: ignore[no-any-return]

@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import correlation_engine
+from fxfuse.kernels import correlation_engine, memory
+from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.launch import empty
 from fxfuse.kernels.lies import three_dims
 from fxfuse.kernels.merge import pieces
 from fxfuse.kernels.moments import Moments, front_of, moments_name, statistics_places
 from fxfuse.kernels.operands import Operands, Place, views
+from fxfuse.kernels.replays import Output, Replays, wanted
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tail_engine import Run, Values, prepare
 from fxfuse.kernels.workspace import ALIGNMENT
@@ -43,6 +44,7 @@ class Prepared:
     asks_torch: bool  #: torch's operators are among what runs
     apart: bool  #: every output has memory of its own
     index: int | None  #: of the device
+    replays: Replays | None  #: of calls whose tensors lie where those of one before lay
 
     @staticmethod
     def of(
@@ -85,8 +87,14 @@ class Prepared:
                 follows = not isinstance(part, Torch)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
-        written = {p.stored for p in kept if isinstance(p, Launch) and p.keeps}
-        written.update(n for p in kept if isinstance(p, (Map, Bundle, Sums, Contraction)) for n in p.makes)
+        written = {o.name: o for p in kept for o in _written(p)}
+        asks_torch = any(isinstance(p, Torch) for p in kept)
+        apart = len(set(outputs)) == len(outputs) and {*outputs} <= {*written}
+        graphs = None
+        if inputs is not None and apart and not asks_torch and wanted(device):
+            makes = [written[n] for n in outputs]
+            if not any(0 in shape for shape in (*(o.shape for o in makes), *(t.shape for t in inputs))):
+                graphs = Replays(device.index, len(names), makes)
         return Prepared(
             names=names,
             outputs=outputs,
@@ -95,18 +103,27 @@ class Prepared:
             measuring=measuring,
             steps=tuple(steps),
             device=device,
-            asks_torch=any(isinstance(p, Torch) for p in kept),
-            apart=len(set(outputs)) == len(outputs) and {*outputs} <= written,
+            asks_torch=asks_torch,
+            apart=apart,
             index=device.index,
+            replays=graphs,
         )
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for."""
+    def run(self, inputs: Sequence[Tensor], given: Values | None = None) -> list[Tensor]:
+        """The outputs of the region. ``inputs`` have the shapes, strides and devices that it was prepared for.
+
+        ``given``: the outputs, to be filled by one kernel after the other; else a graph may do that.
+        """
         if current_device() != self.index:
             with torch.cuda.device(self.device):
-                return self.run(inputs)
+                return self.run(inputs, given)
+        if given is None:
+            replays = self.replays
+            if replays is not None and replays.run is not None:
+                return replays.run(self.run, inputs, replays)
+            given = {}
         # loops: dict() and a comprehension take twice as long, and this is on the way of every call
-        values: Values = {}
+        values = given
         for name, tensor in zip(self.names, inputs):  # noqa: B905 - of as many inputs as it was prepared for
             values[name] = tensor
         for step, dead in self.steps:
@@ -127,6 +144,21 @@ def _parts(made: Schedule) -> list[Part]:
     """Everything of a schedule, in the order in which it runs."""
     measuring, kernel = ([one] if one is not None else [] for one in (made.measuring, made.kernel))
     return [*made.ahead, *measuring, *made.between, *kernel, *made.steps]
+
+
+def _written(part: Part) -> list[Output]:
+    """What our kernels write of a part, in memory that is for that alone."""
+    if isinstance(part, Launch):
+        forms = [(part.stored, part.kind, part.strides)] if part.keeps else []
+    elif isinstance(part, Bundle):
+        forms = [*zip(part.makes, part.kinds, part.strides, strict=True)]
+    elif isinstance(part, Sums):
+        forms = [(part.stored, part.kind, dense(part.kind.shape, part.made_layout))]
+    elif isinstance(part, (Map, Contraction)):
+        forms = [(part.stored, part.kind, part.strides)]
+    else:
+        forms = []
+    return [Output(name, tuple(s or 0 for s in kind.shape), tuple(to), kind.dtype) for name, kind, to in forms]
 
 
 def _without_views(
@@ -243,12 +275,14 @@ def _convolution(
                 b"" if behind is None else behind(values),
             )
         if not_kept is None:
-            values[stored] = out = empty(shape, strides, dtype)
+            out = values.get(stored)
+            if out is None:
+                values[stored] = out = memory.empty(shape, strides, dtype)
         else:
             out = not_kept
         at = 0
         if gathers:
-            values[moments_of_it] = made = empty(room, (1,), torch.float64)
+            values[moments_of_it] = made = memory.empty(room, (1,), torch.float64)
             at = made.data_ptr() + front
         prepared = values.pop(handed, None) if takes else None
         prepared = queue(values[name_x], weight, bias, out, given, at, prepared)
@@ -278,7 +312,7 @@ def _correlation(kernel: Launch, correlation: Correlation, follows: bool, moment
         queue = calls.get(form)
         if queue is None:
             queue = calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
-        values[moments_of_it] = made = empty(room, (1,), torch.float64)
+        values[moments_of_it] = made = memory.empty(room, (1,), torch.float64)
         queue(x, weight, None if name_b is None else values[name_b], made.data_ptr() + front)
 
     return run

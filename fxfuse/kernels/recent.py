@@ -8,7 +8,6 @@ views that negate, and torch.func's transforms.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from fxfuse import vocabulary
 from fxfuse.kernels.formulas import COPIES
 from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.switches import encoded, environment
 from fxfuse.program import Program
 from fxfuse.tolerance import tf32_allowed
 from fxfuse.vocabulary import Kind
@@ -73,11 +73,7 @@ _guards = _known_guards()
 # asked on every call
 _grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
-# os.environ.get() takes a microsecond where a variable is not set; the dict behind it does not
-_environment: Any = getattr(os.environ, "_data", None)
-_KERNELS, _OFF = os.environ.encodekey("FXFUSE_KERNELS"), os.environ.encodevalue("0")
-if _environment is None:
-    _environment, _KERNELS, _OFF = os.environ, "FXFUSE_KERNELS", "0"
+_KERNELS, _OFF = encoded("FXFUSE_KERNELS", "0")
 
 
 def guards_of(inputs: Sequence[Tensor]) -> Any:
@@ -90,7 +86,7 @@ def guards_of(inputs: Sequence[Tensor]) -> Any:
 
 def switched_off() -> bool:
     """Whether FXFUSE_KERNELS leaves kernels out."""
-    return bool(_environment.get(_KERNELS) == _OFF)
+    return bool(environment.get(_KERNELS) == _OFF)
 
 
 def find(text: str, inputs: Sequence[Tensor]) -> Prepared | ByTorch | None:
@@ -120,7 +116,7 @@ def holds(text: str, call: Call) -> bool:
         and not (requires_grad and _grad_enabled())
         and (tf32 is None or tf32 is tf32_allowed())
         and not _modes()
-        and _environment.get(_KERNELS) != _OFF
+        and environment.get(_KERNELS) != _OFF
     )
 
 

@@ -1,7 +1,8 @@
 """Run the steps behind a convolution on a CUDA GPU: kernels compiled and loaded once, launches on torch's stream.
 
-A prepared step is a function of a dict of values, to which it adds what it makes. It is prepared for shapes and
-strides, and holds nothing that a call changes: several threads may run it.
+A prepared step is a function of a dict of values, to which it adds what it makes; an output of the region that is there
+already is filled. It is prepared for shapes and strides, and holds nothing that a call changes: several threads may run
+it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, Instr, TensorType
+from fxfuse.kernels import memory
 from fxfuse.kernels.chains import dense, layouts_of
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
@@ -23,7 +25,7 @@ from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics, vector
 from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.launch import Kernel, Module, empty, sender, stream_of
+from fxfuse.kernels.launch import Kernel, Module, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.moments import Moments, form_of_statistics, front_of, moments_name, statistics_name
 from fxfuse.kernels.operands import Operands, Place, addresses, told_by
@@ -207,7 +209,9 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
             value = value.clone()
             at = value.data_ptr()
         told = tell(values)
-        values[stored] = out = empty(shape, strides, dtype)
+        out = values.get(stored)
+        if out is None:
+            values[stored] = out = memory.empty(shape, strides, dtype)
         launch(stream_of(index), at, out.data_ptr(), *told)
 
     return run
@@ -234,10 +238,11 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 
     def by_torch(values: Values) -> None:
         results = step.program.run([values[n] for n in step.reads])
-        whole = empty(size, (1,), torch.uint8)
+        whole = memory.empty(size, (1,), torch.uint8)
         for (name, shape, strides, dtype, offset), result in zip(made, results, strict=True):
             if offset is None:
-                values[name] = empty(shape, strides, dtype).copy_(result)
+                own = values.get(name)
+                values[name] = (memory.empty(shape, strides, dtype) if own is None else own).copy_(result)
             else:
                 whole[offset:].view(dtype).as_strided(shape, strides).copy_(result)
         if room:
@@ -250,12 +255,14 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
                 return
         begin = 0
         if room:
-            values[room] = whole = empty(size, (1,), torch.uint8)
+            values[room] = whole = memory.empty(size, (1,), torch.uint8)
             begin = whole.data_ptr()
         at = []
         for name, shape, strides, dtype, offset in made:
             if offset is None:
-                values[name] = own = empty(shape, strides, dtype)
+                own = values.get(name)
+                if own is None:
+                    values[name] = own = memory.empty(shape, strides, dtype)
                 at.append(own.data_ptr())
             else:
                 at.append(begin + offset)
@@ -318,7 +325,7 @@ def _prepare_finish(
     in_front = front > 0 and number == 0
 
     def run(values: Values, given: Tensor) -> None:
-        results = given if in_front else empty(shape, strides, torch.float32)
+        results = given if in_front else memory.empty(shape, strides, torch.float32)
         at = results.data_ptr()
         source = at + front if in_front else given.data_ptr() + front
         launch(stream_of(index), source, at, at + size, at + 2 * size)
@@ -350,8 +357,8 @@ def _prepare_measure(
     def run(value: Tensor) -> Tensor:
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
-        parts = empty(room, (1,), torch.float32)
-        made, at, stream = empty(moments.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
+        parts = memory.empty(room, (1,), torch.float32)
+        made, at, stream = memory.empty(moments.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
         counts = at + before_counts
         first(stream, value.data_ptr(), at, counts)
         second(stream, at, counts, made.data_ptr() + front)

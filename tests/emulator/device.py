@@ -19,7 +19,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxfuse.kernels import (
     collapsed_engine,
@@ -36,6 +37,7 @@ from fxfuse.kernels import (
     execute,
     jit,
     launch,
+    memory,
     prepared,
     recent,
     running,
@@ -166,12 +168,13 @@ def broken(header: str, text: str, instead: str) -> Iterator[None]:
 @dataclasses.dataclass
 class Device:
     """What runs and what is allocated. ``launches``: the names of the kernels that ran; ``products``: matrix
-    instructions of their warpgroups.
+    instructions of their warpgroups. ``keep``: what has the launches instead, while they are captured.
     """
 
     launches: list[str] = dataclasses.field(default_factory=list)
     products: int = 0
     memory: list[Tensor] = dataclasses.field(default_factory=list)
+    keep: Callable[[Any, Any, Any], int] | None = None
 
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of NaN, between guards."""
@@ -192,8 +195,10 @@ class Device:
 
     # --- the driver's function that a launch calls
     def start(self, config: Any, function: Any, pointers: Any, _: None) -> int:
+        if self.keep is not None:
+            return self.keep(config, function, pointers)
         told, (run, name) = config._obj, function
-        with _one_at_a_time:
+        with _one_at_a_time, _disable_current_modes():
             why = run(pointers, (ctypes.c_int * 3)(*told.grid), told.block[0], told.shared)
             if why:
                 raise EmulationError(f"{name}: {why.decode()}")
@@ -261,8 +266,8 @@ def emulated(seed: int = 0) -> Iterator[Device]:
     device = Device()
     runtime().emulated_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
-        for where in (collapsed_engine, convolution_engine, correlation_engine, tail_engine, prepared):
-            patch.setattr(where, "empty", device.empty)
+        for name in ("allocate", "empty"):
+            patch.setattr(memory, name, device.empty)
         for where in (convolution_engine, correlation_engine, tail_engine):
             patch.setattr(where, "_module", functools.lru_cache(maxsize=None)(_module))
         for where in (collapsed_engine, convolution_engine, correlation_engine, tail_engine):

@@ -10,6 +10,7 @@ import many_chains
 import pytest
 import torch
 from emulator.device import emulated, needs_compiler
+from emulator.graphs import graphs_of
 
 from fxfuse.kernels import execute, planar
 
@@ -27,14 +28,18 @@ def needs(capability: tuple[int, int]) -> pytest.MarkDecorator:
 
 
 @contextlib.contextmanager
-def kernels_always(*, twice: bool = False, any_size: bool = True, planes: bool = True) -> Iterator[None]:
+def kernels_always(
+    *, twice: bool = False, any_size: bool = True, planes: bool = True, graphs: bool = False
+) -> Iterator[None]:
     """As :func:`many_chains.kernels_always`; TF32 is allowed, and nothing is prepared before or stays so afterwards.
 
-    Not ``planes``: no kernel reads x as it lies.
+    Not ``planes``: no kernel reads x as it lies. ``graphs``: calls are replayed on the emulated GPU, as on one.
     """
     with contextlib.ExitStack() as stack:
         if not CUDA:
-            stack.enter_context(emulated())
+            device = stack.enter_context(emulated())
+            if graphs:
+                stack.enter_context(graphs_of(device))
         if not planes:
             stack.enter_context(mock.patch.object(planar, "MOST_CHANNELS", 0))
         execute.forget()

@@ -53,6 +53,15 @@ def summed(step: Sums, x: Tensor) -> Tensor:
     return values["s"]
 
 
+def test_a_result_that_is_there_is_filled() -> None:
+    x = sample(2, 3, 4, 5, 6)
+    step, exact = planned(x, (2, 3, 4), (((0, 4),), ((0, 5), (1, 5)), ((0, 6),)))
+    assert step is not None
+    there = torch.full(exact.shape, NAN, device=DEVICE)
+    tail_engine.prepare(step, x.device, {}, set())({"x": x, step.stored: there})
+    torch.testing.assert_close(there.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def drawn(
     pick: random.Random, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[int, ...], tuple[tuple[tuple[int, int], ...]]]:

@@ -74,7 +74,7 @@ def test_what_is_wrong_is_found(seed: int) -> None:
 def test_other_bits_are_found() -> None:
     with mock.patch.object(many_chains, "_same_bits", return_value=False):
         outcome = many_chains.run(10, "cpu")
-    assert outcome.failure is not None and "other bits in a second run" in outcome.failure
+    assert outcome.failure is not None and "other bits in run 2" in outcome.failure
 
 
 def test_processes_that_die_are_one_chains_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.kernels import convolution_engine, execute, launch, prepared, running, tail_engine
+from fxfuse.kernels import memory as kernels_memory
 from fxfuse.kernels.convolution import Shared
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
@@ -195,8 +196,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     def module(*_: Any) -> SimpleNamespace:
         return SimpleNamespace(kernels={n: Kernel(n, overlaps=True) for n in (*KERNELS, "prepare", "merge", *TAIL)})
 
-    for where in (convolution_engine, tail_engine, prepared):
-        monkeypatch.setattr(where, "empty", empty)
+    monkeypatch.setattr(kernels_memory, "empty", empty)
     for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "_module", module)
     for name in ("_calls", "_launches"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import convolution_engine, execute, launch, prepared, recent, running, tail_engine
+from fxfuse.kernels import convolution_engine, execute, launch, memory, prepared, recent, running, tail_engine
 from fxfuse.kernels.launch import Kernel
 from fxfuse.kernels.prepared import Prepared
 
@@ -208,8 +208,7 @@ def kernels(gpu: type[Stand], allocated: list[tuple[int, ...]], monkeypatch: pyt
     def module(source: str, names: Sequence[str], *_: object) -> SimpleNamespace:
         return SimpleNamespace(kernels={n: Kernel(n) for n in names})
 
-    for where in (convolution_engine, tail_engine, prepared):
-        monkeypatch.setattr(where, "empty", empty)
+    monkeypatch.setattr(memory, "empty", empty)
     for where in (convolution_engine, tail_engine):
         monkeypatch.setattr(where, "_module", module)
         monkeypatch.setattr(where, "stream_of", lambda _: 0)
