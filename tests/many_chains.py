@@ -40,10 +40,11 @@ from torch._prims_common import suggest_memory_format
 import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
-from fxfuse.kernels import estimate, execute, schedule, tail
+from fxfuse.kernels import adapted, estimate, execute, schedule, tail
 from fxfuse.kernels.candidate import Candidate
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.plan import Path
 from fxfuse.kernels.steps import Bundle, Gather, Schedule, Torch
 from fxfuse.kernels.tail_engine import kind_of
@@ -90,7 +91,7 @@ def run(seed: int, device: str) -> Outcome:
     heard = _Heard()
     try:
         gpu = _emulated(seed) if device == "emulated" else contextlib.nullcontext()
-        with heard, gpu, kernels_always(drawn.anchored, twice=seed % 2 == 1), _precision(drawn):
+        with heard, gpu, _kernels(drawn, seed), _precision(drawn):
             _check(drawn, device, outcome)
         if heard.messages:
             raise AssertionError(heard.messages[0])
@@ -102,6 +103,10 @@ def run(seed: int, device: str) -> Outcome:
         outcome.ends = device == "cuda" and _lost()
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _kernels(drawn: Drawn, seed: int) -> contextlib.AbstractContextManager[None]:
+    return kernels_always(drawn.anchored, twice=seed % 2 == 1, spread=seed % 3 == 1)
 
 
 @contextlib.contextmanager
@@ -277,9 +282,12 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
 
 # --- switches -------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def kernels_always(anchored: bool = True, *, twice: bool = False, any_size: bool = True) -> Iterator[None]:
+def kernels_always(
+    anchored: bool = True, *, twice: bool = False, any_size: bool = True, spread: bool = False
+) -> Iterator[None]:
     """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``, or once
     behind statistics from products of its input where there are such. ``any_size``: behind it, on the smallest values.
+    ``spread``: small layers have tiles for all of a GPU, and not those of large layers.
     """
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
@@ -288,6 +296,10 @@ def kernels_always(anchored: bool = True, *, twice: bool = False, any_size: bool
         if any_size:
             stack.enter_context(mock.patch.object(tail, "ENOUGH_THREADS", 1))
         stack.enter_context(mock.patch.object(execute, "slower", slower))
+        if not spread:
+            stack.enter_context(mock.patch.object(adapted, "ENOUGH_TILES", 0))
+        Convolution.of.cache_clear()
+        stack.callback(Convolution.of.cache_clear)
         for part in ("WORTH_TWICE", "HOPELESS") if twice else ():
             stack.enter_context(mock.patch.object(execute, part, math.inf))
         if twice:
