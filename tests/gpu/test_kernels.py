@@ -268,7 +268,7 @@ def test_small_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxfuse.kernels.choice import slower
 
     monkeypatch.setattr("fxfuse.kernels.execute.slower", slower)
-    check(Chain(made(3, 7, 9, 3), F.relu), sample(1, 7, 5, 5, 5), Path.REWRITTEN)
+    check(Chain(made(3, 7, 9, 2), F.relu), sample(1, 7, 2, 2, 2), Path.REWRITTEN)
 
 
 def test_float64_is_torchs() -> None:
