@@ -35,6 +35,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "calls": results.calls,
     "counters": results.counters,
     "orientation": results.orientation,
+    "small": results.small,
     "cpu": results.cpu,
     "errors": results.errors,
     "first_report": first_report,

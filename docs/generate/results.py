@@ -211,6 +211,24 @@ def calls() -> str:
     return f"{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def small() -> str:
+    """Small layers whose convolution kernels ran: how much faster, and the extremes."""
+    data = json.loads((RESULTS / "h100_small.json").read_text())
+    ran = [r for r in data["rows"] if r["by, always"] == "kernels"]
+    ran.sort(key=lambda r: r["eager"] / r["always"], reverse=True)
+    mean = math.exp(sum(math.log(r["eager"] / r["always"]) for r in ran) / len(ran))
+    body = [
+        [f"{r['layer']}, {r['behind']}", r["x"], f"{r['eager']:.0f}", f"{r['fxfuse']:.0f}", f"{r['always']:.0f}"]
+        for r in (*ran[:5], *ran[-5:])
+    ]
+    made = table(["layer", "x", "eager, us", "as chosen then, us", "kernels, us"], body)
+    told = (
+        f"{len(ran)} of {len(data['rows'])} layers ran by kernels, {mean:.1f} times as fast as eager mode in the "
+        "geometric mean. The five that gain most, and the five that gain least:"
+    )
+    return f"{told}\n\n{made}\n\n*{measured_on(data['machine'])}.*"
+
+
 # --- numerics ---------------------------------------------------------------------------------------
 def errors() -> str:
     """Relative L2 errors against float64 of the five models, per class."""
