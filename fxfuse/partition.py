@@ -1,9 +1,8 @@
 """Grow a region from every anchor, and say why it stopped.
 
 A region takes every operator of the vocabulary that depends on its anchor, as long as the whole
-stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes order:
-a node that writes to memory comes after earlier readers of it and before later ones, random
-operators keep their order, and nothing moves across a switch of autocast or of gradients.
+stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes the order of effects
+(:mod:`fxfuse.order`).
 
 Of a view of a tensor from outside, ``weight.view(-1, 1, 1, 1)``, a region is given the tensor, and has the view as
 an operator of its own. Where others read that view, too, it also stays a node of the graph.
@@ -13,22 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from fxfuse import vocabulary
 from fxfuse.call import Call, Statistics
 from fxfuse.chain import Builder, eliminate_dead, op_of, same_type
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.propagate import UNKNOWN, Facts, facts
+from fxfuse.order import Order, index_of, is_number, writes_of
+from fxfuse.propagate import Facts, facts
 from fxfuse.vocabulary import Kind
 
 
@@ -49,7 +46,7 @@ class Draft:
     @property
     def operators(self) -> list[fx.Node]:
         """The nodes of the user's graph that it stands for, in order."""
-        return sorted([*self.members, *self.own_views], key=_index)
+        return sorted([*self.members, *self.own_views], key=index_of)
 
 
 def label(node: fx.Node) -> str:
@@ -99,118 +96,10 @@ def _own_views(drafts: Sequence[Draft]) -> None:
     readers: set[fx.Node] = {m for draft in drafts for m in draft.members}
     given: set[fx.Node] = {n for draft in drafts for n in draft.inputs}
     first = {view: draft for draft in reversed(drafts) for view in draft.views}
-    for view in sorted(first, key=_index, reverse=True):
+    for view in sorted(first, key=index_of, reverse=True):
         if view not in given and readers.issuperset(view.users):
             first[view].own_views.append(view)
             readers.add(view)
-
-
-# --- what must come before what -------------------------------------------------------------------
-class Order:
-    """The nodes that each node must come after, through data and through effects."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.before: dict[fx.Node, set[fx.Node]] = {n: set(n.all_input_nodes) for n in graph.nodes}
-        self._unit: dict[fx.Node, set[fx.Node]] = {}
-        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-        writers = [n for n in nodes if facts(n).writes or _opaque(n)]
-        for writer in writers:
-            touched = _written(writer)
-            for other in nodes:
-                if other is writer or not touched & (facts(other).reads | facts(other).holds):
-                    continue
-                first, last = sorted((writer, other), key=lambda n: facts(n).index)
-                self.before[last].add(first)
-        chained = [n for n in nodes if facts(n).random or _opaque(n)]
-        for first, last in itertools.pairwise(chained):
-            self.before[last].add(first)
-        for switch in [n for n in nodes if facts(n).switches]:
-            for other in nodes:
-                if facts(other).index < facts(switch).index:
-                    self.before[switch].add(other)
-                elif other is not switch:
-                    self.before[other].add(switch)
-
-    def merge(self, members: Any) -> None:
-        """From now on ``members`` are one node: whoever needs one needs all that any of them needs."""
-        unit = set(members)
-        for member in members:
-            self._unit[member] = unit
-
-    def needs(self, node: fx.Node) -> set[fx.Node]:
-        unit = self._unit.get(node)
-        if unit is None:
-            return self.before[node]
-        return set().union(*(self.needs_inside(m) for m in unit)) - unit
-
-    def needs_inside(self, node: fx.Node) -> set[fx.Node]:
-        """What ``node`` needs as a member of a region: sizes and other numbers are written into its text."""
-        if facts(node).call is None:
-            return self.before[node]
-        return self.before[node] - {n for n in node.all_input_nodes if _number(n) and not facts(n).switches}
-
-    def written_after(self, value: fx.Node, members: Collection[fx.Node]) -> bool:
-        """Whether the memory of ``value``, which the region ``members`` reads, is written to once that has run."""
-        memory = facts(value).holds
-        read = [m for m in members if (call := facts(m).call) is not None and value in call.operands]
-        now = min(map(_index, read), default=len(self.before))  # read in views alone: never written to
-        return any(_index(w) > now and _written(w) & memory for w in self.before if w not in members)
-
-    def sees_through(self, view: fx.Node, reader: fx.Node) -> bool:
-        """Whether ``view`` is one, and a region may have it by itself, for its operator ``reader``.
-
-        It looks later than the model does: nothing may write to that memory, nor switch a mode in between.
-        """
-        call, memory = facts(view).call, facts(view).holds
-        if call is None or call.inplace or not vocabulary.lookup(call.op).view:
-            return False
-        base = call.operands[0]
-        if not isinstance(base, fx.Node) or facts(base).tensor is None or facts(base).holds != memory:
-            return False
-        between = range(_index(view), _index(reader))
-        return not any(
-            _written(n) & memory or (facts(n).switches and _index(n) in between)
-            for n in self.before
-            if n.op != "output"
-        )
-
-    def sorted(self, graph: fx.Graph) -> list[fx.Node]:
-        """All nodes in an order that respects ``needs``, units together, else as captured."""
-        done: dict[fx.Node, None] = {}
-        for root in graph.nodes:
-            stack = [root]
-            while stack:
-                node = stack[-1]
-                missing = [n for n in self.needs(node) if n not in done]
-                if node in done:
-                    stack.pop()
-                elif missing:
-                    stack.extend(sorted(missing, key=_index, reverse=True))
-                else:
-                    stack.pop()
-                    unit = sorted(self._unit.get(node, {node}), key=_index)
-                    done.update(dict.fromkeys(unit))
-        return list(done)
-
-
-def _index(node: fx.Node) -> int:
-    return facts(node).index
-
-
-def _opaque(node: fx.Node) -> bool:
-    """A node of unknown effect: it could not be run on fake tensors, or is not an operator of torch."""
-    return facts(node).val is UNKNOWN and node.op != "output" and node.target is not operator.getitem
-
-
-def _number(node: fx.Node) -> bool:
-    """Whether the value of ``node`` holds no tensor: a size, a shape, a flag."""
-    val = facts(node).val
-    return val is not UNKNOWN and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(val))
-
-
-def _written(node: fx.Node) -> frozenset[int]:
-    """The storages that ``node`` writes to, or may write to."""
-    return facts(node).writes | (facts(node).reads if _opaque(node) else frozenset())
 
 
 # --- growing --------------------------------------------------------------------------------------
@@ -230,7 +119,7 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
         if not (needs & draft.members.keys() or needs & tainted):
             continue
         reads = any(n in draft.members for n in node.all_input_nodes)
-        reads = reads and (bool(facts(node).writes) or not _number(node))
+        reads = reads and (bool(facts(node).writes) or not is_number(node))
         inside = order.needs_inside(node)
         reason = _refuse(draft, node, inside, tainted, taken) if reads else "not a reader of the region"
         if reason is None:
@@ -298,7 +187,7 @@ def _refuse_alias(node: fx.Node, known: Facts) -> str | None:
     """A value that shares memory gets memory of its own in a region: no later write may be missed by a reader."""
     memory = known.holds & known.reads
     for writer in node.graph.nodes if memory else ():
-        if facts(writer).index <= known.index or not _written(writer) & memory:
+        if facts(writer).index <= known.index or not writes_of(writer) & memory:
             continue
         given = [n for n in writer.all_input_nodes if facts(n).holds & memory]
         stale = [n for n in _read_after(writer, memory) if len(given) > 1 or n not in given]
@@ -309,11 +198,11 @@ def _refuse_alias(node: fx.Node, known: Facts) -> str | None:
 
 def _read_after(writer: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
     """The values in ``memory`` that were made before ``writer`` and are read after it."""
-    now = _index(writer)
+    now = index_of(writer)
     return [
         n
         for n in writer.graph.nodes
-        if _index(n) < now and facts(n).holds & memory and any(_index(user) > now for user in n.users)
+        if index_of(n) < now and facts(n).holds & memory and any(index_of(user) > now for user in n.users)
     ]
 
 

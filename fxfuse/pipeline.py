@@ -15,7 +15,8 @@ from fxfuse.kernels.execute import dump_planned
 from fxfuse.lower import lower, rewrite
 from fxfuse.normalize import values_only
 from fxfuse.ops import run_region
-from fxfuse.partition import Order, forward_inplace_results, partition
+from fxfuse.order import Order
+from fxfuse.partition import forward_inplace_results, partition
 from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings, given_rules
 from fxfuse.propagate import isolated, propagate
 from fxfuse.report import Report, summarize
