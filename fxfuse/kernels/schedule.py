@@ -31,7 +31,7 @@ from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
-from fxfuse.kernels.tail import LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
+from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
@@ -45,10 +45,11 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     ``exact``: float32 convolutions have float32's accuracy, not TF32's, which takes more registers.
     """
     observed = observe(program, inputs)
-    found = versions(program, observed, inputs)
+    least = least_elements(anchored)
+    found = versions(program, observed, inputs, least)
     if not anchored:
         whole, values = next((p, v) for p, v in found if _same_forms(program, observed, v))
-        return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values)), values)
+        return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values, least=least)), values)
     return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
 
 
@@ -77,17 +78,25 @@ def best(
     return _bundled(*min(found, key=lambda f: _passes_by_torch(f[0])))  # the first of equals
 
 
+def least_elements(anchored: bool) -> int:
+    """Of a tensor that kernels read behind a convolution: of ours, if ``anchored``, or of torch."""
+    return min(LEAST_ELEMENTS, LEAST_BEHIND_OURS) if anchored else LEAST_ELEMENTS
+
+
 def versions(
-    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor]
+    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor], least: int
 ) -> list[tuple[Program, dict[str, Form]]]:
-    """What means the same as ``program``, the best for kernels first, each with its values."""
+    """What means the same as ``program``, the best for kernels first, each with its values.
+
+    ``least``: elements of a value that kernels take.
+    """
     plain = program
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
     pools = any(vocabulary.lookup(i.op).kind is Kind.POOL for i in program.body)
     if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
         plain = unfold(program)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
-    split = _split(plain, found[plain])
+    split = _split(plain, found[plain], least)
     return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
 
 
@@ -121,7 +130,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     kernel = made.kernel
     assert kernel is not None
     gathers = kernel.fold is None and any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
-    steps = plan(made.rest, values, kernel.stored if gathers else None)
+    steps = plan(made.rest, values, kernel.stored if gathers else None, least=least_elements(anchored=True))
     gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
     keeps = kernel.stored in made.rest.outputs or any(
         kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
@@ -166,7 +175,7 @@ def _reads(kernel: Launch | None) -> tuple[str, ...]:
     return () if kernel is None else kernel.reads
 
 
-def _split(program: Program, values: Mapping[str, Form]) -> Program:
+def _split(program: Program, values: Mapping[str, Form], least: int) -> Program:
     """The program with the norms of large values taken apart, and those of given statistics behind collapsed means."""
     behind = {i.outs[0] for i in program.body if i.op == "contract_taps"}
     for instr in program.body:
@@ -175,9 +184,7 @@ def _split(program: Program, values: Mapping[str, Form]) -> Program:
 
     def wanted(name: str) -> bool:
         value = values[name]
-        return (value.numel() >= LEAST_ELEMENTS or name in collapsed) and layout_of(
-            value.shape, value.stride()
-        ) is not None
+        return (value.numel() >= least or name in collapsed) and layout_of(value.shape, value.stride()) is not None
 
     return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
 

@@ -20,8 +20,9 @@ from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
-#: elements of a tensor from which on a kernel of ours is worth its launch
-LEAST_ELEMENTS = 2**10
+#: elements of a tensor from which on a kernel of ours is worth its launch; and behind a convolution of ours: a call's
+#: kernels are launched as one graph, if torch runs none of it
+LEAST_ELEMENTS, LEAST_BEHIND_OURS = 2**20, 1
 #: elements of a tensor that a kernel counts; samples, where they are a dim of its grid
 MOST_ELEMENTS, MOST_SAMPLES = 2**31 - 1, 65535
 #: how often an element may be computed again because windows overlap
@@ -30,17 +31,18 @@ MOST_OVERLAP = 2.0
 ENOUGH_THREADS = 2**15
 
 
-def plan(program: Program, values: Mapping[str, Form], gathered: str | None = None) -> tuple[Step, ...]:
+def plan(program: Program, values: Mapping[str, Form], gathered: str | None = None, *, least: int) -> tuple[Step, ...]:
     """Cut ``program`` into steps. ``values``: all of its values, without their elements.
 
-    ``gathered``: the input whose statistics the kernel that makes it gathers.
+    ``gathered``: the input whose statistics the kernel that makes it gathers. ``least``: elements of a tensor that
+    kernels read.
     """
-    return _Planner(program, values, gathered).plan()
+    return _Planner(program, values, gathered, least).plan()
 
 
 class _Planner:
-    def __init__(self, program: Program, values: Mapping[str, Form], gathered: str | None) -> None:
-        self.program, self.gathered = program, gathered
+    def __init__(self, program: Program, values: Mapping[str, Form], gathered: str | None, least: int) -> None:
+        self.program, self.gathered, self.least = program, gathered, least
         self.values = Values(program, values)
         self.there = {n for n, _ in program.inputs}
         self.left = needed_by(program.body, program.outputs)
@@ -136,7 +138,7 @@ class _Planner:
         return (
             name in self.there
             and 3 <= len(kind.shape) <= 5
-            and LEAST_ELEMENTS <= elements(kind) <= MOST_ELEMENTS
+            and self.least <= elements(kind) <= MOST_ELEMENTS
             and self.values.storable(name)
         )
 

@@ -21,7 +21,7 @@ from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
 from fxfuse.kernels.observe import observe
-from fxfuse.kernels.schedule import best, cut, program_of, versions
+from fxfuse.kernels.schedule import best, cut, least_elements, program_of, versions
 from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
 from fxfuse.program import Program
@@ -37,7 +37,7 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
     if kernel is None or not (kernel.gathers and kernel.keeps):
         return None
     observed = observe(program, inputs)
-    for version, values in versions(program, observed, inputs):
+    for version, values in versions(program, observed, inputs, least_elements(anchored=True)):
         made = _cut(version, values, exact)
         if made is not None:
             return best(program, observed, [made])
@@ -120,7 +120,7 @@ def _together(
         second,
         first=program_of(early, [out for i in early for out in i.outs if out in wanted], types),
         measuring=dataclasses.replace(first.kernel, gathers=True, keeps=False),
-        between=plan(middle, values, first.kernel.stored),
+        between=plan(middle, values, first.kernel.stored, least=least_elements(anchored=True)),
     )
 
 

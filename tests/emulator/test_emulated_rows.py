@@ -12,7 +12,7 @@ from emulator.device import needs_compiler
 from test_emulated_folds import BF16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import nn
 
-from fxfuse.kernels import specialise, tiling
+from fxfuse.kernels import adapted, tiling
 from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES
 
 pytestmark = needs_compiler
@@ -23,7 +23,7 @@ TWO = {"stride": 2, "padding": 1}
 @pytest.fixture(autouse=True)
 def _every_tile_counts() -> Iterator[None]:
     """Tiles are what a call takes, one after the other: the fewer the better."""
-    with mock.patch.object(tiling, "PROCESSORS", 1), mock.patch.object(specialise, "TILE_CYCLES", 10**9):
+    with mock.patch.object(tiling, "PROCESSORS", 1), mock.patch.object(adapted, "TILE_CYCLES", 10**9):
         yield
 
 

@@ -43,7 +43,7 @@ def kernel(
     groups: int = 1,
     dtype: str = "f32",
 ) -> Convolution:
-    """A convolution of (in, out) ``channels`` and what is behind it, as a schedule has it."""
+    """A convolution of (in, out) ``channels`` and what is behind it, as a schedule has it, with large layers' tiles."""
     inputs = f"x: {dtype}[2, {channels[0]}, 12, 12, 12], w: {dtype}[{channels[0]}, {channels[1] // groups}, "
     inputs += f"{', '.join(map(str, size))}], b: {dtype}[{channels[1]}], g: {dtype}[{channels[1]}, 1, 1, 1]"
     lines = [CONVOLVE.format(s=s, p=p, e=e, g=groups), *behind]
@@ -51,7 +51,8 @@ def kernel(
     made = Program.parse(f"def chain({inputs}):\n{body}")[1]
     found = schedule(made, examples(made))
     assert len(found.kernel.stages) == len(lines) or found.rest.body
-    return execute.convolution_of(found.kernel)
+    with kernels_always():
+        return execute.convolution_of(found.kernel)
 
 
 KERNELS = {
@@ -150,7 +151,7 @@ def test_an_epilogue_finds_its_rows_in_few_instructions() -> None:
     usual = KERNELS["a_mean_of_sums"]()
     lines = instructions(dataclasses.replace(usual, made=dataclasses.replace(usual.made, m_tiles=8)), Store.PLANES)
     last = max(i for i, line in enumerate(lines) if "HGMMA" in line)
-    assert next(i for i, line in enumerate(lines[last:]) if "EXIT" in line) <= 960
+    assert next(i for i, line in enumerate(lines[last:]) if "EXIT" in line) <= 1020
 
 
 @pytest.mark.parametrize("name", ["a_mean_of_sums", "f16_a_mean_of_sums", "a_softmax_of_sums"])

@@ -405,10 +405,15 @@ def test_values_of_one_part_are_there_in_the_others(lines: tuple[str, ...], monk
         torch.testing.assert_close(values[name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tensors_that_are_small_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_are_small_are_torchs_behind_its_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one of ours, kernels of ours alone are a graph."""
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
-    assert steps("z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t") == ["softmax > relu"]
+    lines = "z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t"
+    made = program(INPUTS, "\n".join([CONV, *lines]))
+    assert steps(*lines) == ["softmax", "one kernel: relu -> f32[2, 16, 6, 7, 8]"]
+    (step,) = schedule(made, examples(made), anchored=False).steps
+    assert isinstance(step, Torch) and str(step) == "conv_transpose > relu > exp > softmax > relu"
 
 
 def steps_of_samples(samples: int, layout: torch.memory_format, *lines: str) -> list[str]:
@@ -487,15 +492,14 @@ def test_windows_are_read_before_they_are_combined(source: str, combines: str, l
 
 @needs_compiler
 @pytest.mark.parametrize("line", ["mul(x, v)", "statistics(x, batch=False, groups=4, eps=0.1)"])
-def test_what_torch_laid_out_in_another_way_than_it_said(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_laid_out_in_another_way_than_it_said(line: str) -> None:
     """The step was planned for a contiguous x."""
     names = "y, m, s" if line.startswith("statistics") else "y"
     found = program("x: f32[2, 4, 3, 5, 7], v: f32[4, 1, 1, 1]", f"{names} = {line}\n{names}")
     x, v = torch.randn(2, 4, 3, 5, 7), torch.randn(4, 1, 1, 1)
     values = {"x": x.contiguous(memory_format=torch.channels_last_3d), "v": v}
-    monkeypatch.setattr("fxfuse.kernels.tail.LEAST_ELEMENTS", 1)
     with emulated():
-        (step,) = plan(found, observe(found, [x, v]))
+        (step,) = plan(found, observe(found, [x, v]), least=1)
         assert not isinstance(step, Torch)
         prepare(step, torch.device("cpu"), {}, set(found.outputs))(values)
     for name, expected in zip(found.outputs, found.run([x, v][: len(found.inputs)]), strict=True):
