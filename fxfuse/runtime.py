@@ -21,10 +21,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree as pytree
 
-from fxfuse import capture as capturing
+from fxfuse import trusted
 from fxfuse.again import Again
 from fxfuse.capture import CallForm, Capture, graph_module
-from fxfuse.compare import disagreement, edges, fresh, gradient_disagreement
+from fxfuse.compare import edges, fresh
 from fxfuse.guards import Guards
 from fxfuse.ops import as_written, run_region, update_running_statistics
 from fxfuse.patterns import Settings
@@ -249,7 +249,7 @@ class Runtime:
         else:
             after = State(self.model, tensors)
             with after.kept():
-                found = self._find_capture(form, inputs, (result, tensors, came_from), before, after, notes)
+                found = trusted.find(self.model, form, inputs, (result, tensors, came_from), before, after, notes)
         self.report = Report(type(self.model).__name__, list(notes))
         if found is None:
             return result, Entry(Guards(self.model, None), None, notes, None)
@@ -257,33 +257,6 @@ class Runtime:
         entry = Entry(Guards(self.model, found.reads), found, notes, _fits(found, inputs, lifted))
         self._specialisation(entry, inputs, lifted)
         return result, entry
-
-    def _find_capture(
-        self, form: CallForm, inputs: list[Tensor], expected: Any, before: State, after: State, notes: list[str]
-    ) -> Capture | None:
-        def trace() -> Capture:
-            return capturing.symbolic_trace(self.model, form)
-
-        def export() -> Capture:
-            return capturing.export(self.model, form, fresh(inputs))
-
-        for name, attempt in (("torch.fx.symbolic_trace", trace), ("torch.export", export)):
-            before.restore()
-            try:
-                candidate = attempt()
-                before.restore()
-                reason = _difference(candidate, fresh(inputs), expected) or after.differs()
-            except capturing.CaptureError as error:
-                reason = str(error)
-            except Exception as error:  # noqa: BLE001 - a graph that cannot run is not a capture
-                reason = f"its graph fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            if reason is None:
-                notes.append(f"captured with {name}; its result was compared with the model's")
-                return candidate
-            log.info("%s does not capture %s: %s", name, type(self.model).__name__, reason)
-            notes.append(f"{name} refused: {reason}")
-        notes.append("left alone: the model runs as it is; submodules=[...] can optimise parts of it")
-        return None
 
     # --- specialisation -----------------------------------------------------------------------
     def _specialisation(self, entry: Entry, tensors: Sequence[Tensor], lifted: Sequence[Tensor]) -> Specialisation:
@@ -358,15 +331,6 @@ class Runtime:
 def overrides_call(kind: type[nn.Module]) -> bool:
     """Whether calling a module of this class does more than nn.Module's hooks and ``forward``."""
     return kind.__call__ is not nn.Module.__call__ and not issubclass(kind, fx.GraphModule)
-
-
-def _difference(candidate: Capture, inputs: list[Tensor], expected: Any) -> str | None:
-    """Why a run of ``candidate`` differs from the model's: (result, inputs afterwards, their gradient edges)."""
-    result, tensors, came_from = expected
-    started = edges(inputs)
-    got = candidate.run(inputs)
-    reason = disagreement((got, inputs), (result, list(tensors)))
-    return reason or gradient_disagreement((got, inputs), (result, list(tensors)), started, came_from)
 
 
 # asked on every call
