@@ -145,14 +145,8 @@ class Runtime:
             again = Again.of(entry.capture, entry.guards, taken, tensors, lifted)
         self._last = entry, special, again, way, None
         result = self._run(entry, special, [*tensors, *[lifted[i] for i in special.kept]], args, kwargs)
-        if again is not None and (way is None or torch.is_grad_enabled()):
-            self._last = (
-                entry,
-                special,
-                again,
-                way,
-                as_written(special.texts),
-            )  # the model itself, where nothing is better
+        if again is not None and (way is None or torch.is_grad_enabled()):  # the model itself, where nothing is better
+            self._last = entry, special, again, way, as_written(special.texts)
         return result
 
     def _needs_no_more(self, special: Specialisation, key: Any, tensors: Sequence[Tensor]) -> bool:

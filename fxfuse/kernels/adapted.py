@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, Shared, Specialisation, Unsupported
@@ -21,34 +22,39 @@ LEAST_STAGES = 3
 ENOUGH_TILES, LEAST_COLUMNS, WORTH_HALVING = PROCESSORS // 2, 16, 1.1
 
 
+def seconds_of(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool) -> float:
+    """Of a kernel whose x and weights are prepared; infinite where it has no tiles.
+
+    ``samples``, ``stored``, ``row``, ``itemsize``: of the stored tensor, as in :mod:`fxfuse.kernels.tiling`; ``keeps``:
+    it is stored.
+    """
+    with contextlib.suppress(Unsupported):
+        return seconds(
+            made, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
+        )
+    return math.inf
+
+
 def with_more_rows(
     made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
 ) -> Specialisation:
     """The same with twice the rows per tile, where there are registers for their accumulators and it saves time.
 
-    ``samples``, ``stored``, ``row``, ``itemsize``: of the stored tensor, as in :mod:`fxfuse.kernels.tiling`; ``keeps``:
-    it is stored.
+    Arguments as of :func:`seconds_of`.
     """
     larger = dataclasses.replace(made, m_tiles=2 * made.m_tiles)
     if made.by_channel or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
         return made
     if math.prod(larger.accumulators) > FEW_ACCUMULATORS or 2 * larger.m_tiles * made.residues > 32:
         return made
-
-    def time(one: Specialisation) -> float:
-        with contextlib.suppress(Unsupported):
-            return seconds(
-                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
-            )
-        return math.inf
-
+    time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
     best = min((dataclasses.replace(larger, stages=stages) for stages in range(made.stages, 2, -1)), key=time)
     return best if time(best) * WORTH_COMPILING < time(made) else made
 
 
 def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: int) -> Specialisation:
     """The same with a stage of weights less, where shared memory is scarce (x has one buffer) and what a pass stores
-    does not fit into it otherwise. Arguments as of :func:`with_more_rows`.
+    does not fit into it otherwise. Arguments as of :func:`seconds_of`.
     """
     fewer = dataclasses.replace(made, stages=made.stages - 1)
     if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
@@ -68,13 +74,14 @@ def with_more_tiles(
 ) -> Specialisation:
     """The same with fewer rows per tile, then with fewer channels, where most of a GPU is idle and that saves time.
 
-    ``divisible``: a tile need not hold all channels. The others as of :func:`with_more_rows`.
+    ``divisible``: a tile need not hold all channels. The others as of :func:`seconds_of`.
     """
     if made.planar or (tiles := _tiles(made, samples, stored, row, itemsize)) == 0 or tiles >= ENOUGH_TILES:
         return made
+    time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
     best = made
     for half in (_half_the_rows, _half_the_columns) if divisible else (_half_the_rows,):
-        while (other := half(best)) is not None and _faster(other, best, samples, stored, row, itemsize, keeps=keeps):
+        while (other := half(best)) is not None and time(other) * WORTH_HALVING < time(best):
             best = other
     return best
 
@@ -96,18 +103,3 @@ def _tiles(made: Specialisation, samples: int, stored: Extents, row: int, itemsi
     with contextlib.suppress(Unsupported):
         return samples * made.layer.groups * made.column_tiles * math.prod(tile(made, (d, h, w), row, itemsize).counts)
     return 0
-
-
-def _faster(
-    one: Specialisation, other: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
-) -> bool:
-    """Whether ``one`` is worth being compiled beside ``other``."""
-
-    def time(made: Specialisation) -> float:
-        return seconds(
-            made, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
-        )
-
-    with contextlib.suppress(Unsupported):
-        return time(one) * WORTH_HALVING < time(other)
-    return False

@@ -33,14 +33,8 @@ def choose(region: Region, device: str, gradients: bool) -> Path:
     """
     if not gradients:
         return Path.REWRITTEN
-    if region.rewritten == region.original:
-        return Path.ORIGINAL
-    before, after = estimate(region.original), estimate(region.rewritten)
-    if before is None or after is None:
-        return Path.ORIGINAL
-    machine = MACHINES.get(device, MACHINES["cuda"])
-    worth = after.one_by_one(machine) <= RECOMPUTE_BELOW * before.one_by_one(machine)
-    return Path.RECOMPUTE if worth else Path.ORIGINAL
+    found = _seconds(region, device)
+    return Path.RECOMPUTE if found is not None and found[1] <= RECOMPUTE_BELOW * found[0] else Path.ORIGINAL
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,13 +43,17 @@ def by_torch(region: Region, device: str) -> Path:
 
     On small tensors calls are what counts, and arithmetic on weights may be more of them than the chain is.
     """
-    if region.rewritten == region.original:
-        return Path.REWRITTEN
+    found = _seconds(region, device)
+    return Path.ORIGINAL if found is not None and found[0] <= found[1] else Path.REWRITTEN
+
+
+def _seconds(region: Region, device: str) -> tuple[float, float] | None:
+    """Of the original chain and of the rewritten one; None where they are the same, or their sizes not known."""
     before, after = estimate(region.original), estimate(region.rewritten)
-    if before is None or after is None:
-        return Path.REWRITTEN
+    if region.rewritten == region.original or before is None or after is None:
+        return None
     machine = MACHINES.get(device, MACHINES["cuda"])
-    return Path.ORIGINAL if before.one_by_one(machine) <= after.one_by_one(machine) else Path.REWRITTEN
+    return before.one_by_one(machine), after.one_by_one(machine)
 
 
 def program_of(region: Region, path: Path) -> Program:

@@ -13,13 +13,12 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from fxfuse.kernels.adapted import TILE_CYCLES
-from fxfuse.kernels.convolution import PLANE_UNIT, Shared, Specialisation, Unsupported
+from fxfuse.kernels.adapted import seconds_of
+from fxfuse.kernels.convolution import PLANE_UNIT, Specialisation, Unsupported
 from fxfuse.kernels.geometry import ONE, Pass, Residue, Tap, steps_of_sum, sum_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents
-from fxfuse.kernels.tiling import seconds
 
 #: input channels up to which that is looked at; taps that are added up, which lie in constant memory; and shared memory
 #: that weights may take
@@ -54,7 +53,7 @@ def as_planes(
     """The kernel for a layer like ``made`` that reads x as it lies.
 
     ``step``: positions per dim whose sum makes one value. ``of``: bytes of a number of x. The others as of
-    :func:`~fxfuse.kernels.adapted.with_more_rows`. Raises Unsupported where there is none.
+    :func:`~fxfuse.kernels.adapted.seconds_of`. Raises Unsupported where there is none.
     """
     layer = made.layer
     if step != ONE:
@@ -80,13 +79,7 @@ def as_planes(
     if ways[0].stage_bytes > MOST_FACTORS:
         raise Unsupported(f"weights take {ways[0].stage_bytes} bytes (at most {MOST_FACTORS})")
 
-    def time(one: Specialisation) -> float:
-        with contextlib.suppress(Unsupported):
-            return seconds(
-                one, samples, stored, stored, row, itemsize, keeps=keeps, shares=Shared.ALL, besides=TILE_CYCLES
-            )
-        return math.inf
-
+    time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
     best = min(ways, key=time)
     if time(best) == math.inf:
         raise Unsupported("x of a tile does not fit into shared memory")
