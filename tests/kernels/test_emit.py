@@ -254,8 +254,9 @@ def test_steps_in_turn() -> None:
     ways = {
         "strided": kernel((16, 32), (3, 3, 3), s=TWO, p=ONE),
         "chunks": kernel((128, 32), (3, 3, 3), s=TWO, p=ONE),
-        "slabs": kernel((32, 64), (3, 3, 3), p=ONE),
+        "slabs": kernel((64, 128), (5, 5, 5), s=TWO, p=TWO),
         "a class without taps": kernel((16, 32), (1, 1, 1), s=TWO),
     }
+    assert ways["slabs"].made.resident and ways["slabs"].made.slabs > 1
     found = {name: re.search(r"bool in_turn = (\w+)", made.source())[1] for name, made in ways.items()}
     assert found == {"strided": "true", "chunks": "false", "slabs": "false", "a class without taps": "false"}
