@@ -76,7 +76,7 @@ def with_more_tiles(
 
     ``divisible``: a tile need not hold all channels. The others as of :func:`seconds_of`.
     """
-    if made.planar or (tiles := _tiles(made, samples, stored, row, itemsize)) == 0 or tiles >= ENOUGH_TILES:
+    if not 0 < _tiles(made, samples, stored, row, itemsize) < ENOUGH_TILES:
         return made
     time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
     best = made

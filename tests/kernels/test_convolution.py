@@ -563,6 +563,8 @@ def test_small_layers_have_more_tiles() -> None:
     assert fast < slow / 2
     held = more_tiles(layer, 2, stored, divisible=False)
     assert (held.m_tiles, held.columns) == (1, 64)
+    more = more_tiles(Layer(32, 64, 1, (3, 3, 3), TWO, ONE, ONE), 2, (32, 32, 32))
+    assert (more.m_tiles, more.columns) == (1, 32)  # with less there would be two for each multiprocessor
 
 
 def test_large_layers_have_the_usual_ones() -> None:
@@ -573,8 +575,9 @@ def test_large_layers_have_the_usual_ones() -> None:
         )
 
 
-@pytest.mark.parametrize("columns", [24, 40, 56, 320])
-def test_channels_that_cannot_be_halved(columns: int) -> None:
+@pytest.mark.parametrize("stride", [ONE, TWO])
+@pytest.mark.parametrize("columns", [24, 40, 56, 72, 320])
+def test_channels_that_cannot_be_halved(columns: int, stride: Extents) -> None:
     """Tiles have multiples of eight channels, sixteen at least."""
-    made = more_tiles(Layer(64, columns, 1, (3, 3, 3), TWO, ONE, ONE), 1, (15, 15, 15))
+    made = more_tiles(Layer(64, columns, 1, (3, 3, 3), stride, ONE, ONE), 1, (15, 15, 15))
     assert made.columns % 8 == 0 and made.columns >= 16 and made.column_tiles * made.columns >= columns
