@@ -58,10 +58,12 @@ void emulated_warp(const void* given, void* all, int size);  // what every lane 
 void emulated_barrier_init(uint64_t* barrier, int arrivals);
 void emulated_barrier_arrive(uint64_t* barrier, int bytes);
 void emulated_barrier_wait(uint64_t* barrier, int parity);
+int emulated_barrier_ready(uint64_t* barrier, int parity);
 void emulated_copy(void* to, const void* from, int bytes, uint64_t* barrier);
 void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* at);
 void emulated_store(void* to, const void* from, int bytes);
-void emulated_stored();
+void emulated_store_group();
+void emulated_stored(int pending);
 void emulated_begin_dependent();
 int emulated_left_early();  // of the threads of the last run, those that have not called it
 void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat);

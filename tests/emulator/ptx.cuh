@@ -25,6 +25,7 @@ inline void barrier_init_fence() {}
 inline void barrier_expect(uint64_t* b, uint32_t bytes) { emulated_barrier_arrive(b, (int)bytes); }
 inline void barrier_arrive(uint64_t* b) { emulated_barrier_arrive(b, 0); }
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emulated_barrier_wait(b, (int)parity); }
+inline bool barrier_ready(uint64_t* b, uint32_t parity) { return emulated_barrier_ready(b, (int)parity); }
 inline void schedule_barrier() {}
 template <class T>
 void settle(T&) {}
@@ -40,7 +41,12 @@ inline void copy_bytes(void* to, const void* from, uint32_t bytes, uint64_t* b) 
 inline void bulk_after_stores() {}
 inline void bulk_after_shared() {}
 inline void store_bytes(void* to, const void* from, uint32_t bytes) { emulated_store(to, from, (int)bytes); }
-inline void stored_bytes_read() { emulated_stored(); }
+inline void store_bytes_group() { emulated_store_group(); }
+template <int pending>
+void stored_bytes_read() {
+  emulated_stored(pending);
+}
+inline void stored_bytes_read() { store_bytes_group(), stored_bytes_read<0>(); }
 inline void prefetch_map(const TensorMap*) {}
 
 template <int row_bytes>

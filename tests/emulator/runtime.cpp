@@ -43,6 +43,7 @@ struct Fiber {
   long issued;              // matrix instructions, so far
   std::vector<long> groups;  // how many had been issued at each commit
   std::vector<Copy> stores;  // out of shared memory, which may be read as late as it is waited for
+  std::vector<size_t> sent;  // how many of them there were at each end of a group
 };
 
 struct Meeting {  // of threads at a barrier
@@ -117,6 +118,11 @@ void yield(const char* why) {
 template <class Ready>
 void wait_until(const char* why, Ready ready) {
   while (!ready()) yield(why);
+  moved = true;
+}
+
+void take_turns() {
+  yield("its turn");
   moved = true;
 }
 
@@ -306,12 +312,17 @@ void emulated_barrier_arrive(uint64_t* at, int bytes) {
   b->bytes += bytes;
   --b->missing;
   settle(b);
-  if (chance() % 8 == 0) yield("its turn");
+  if (chance() % 8 == 0) take_turns();
 }
 
 void emulated_barrier_wait(uint64_t* at, int parity) {
   Barrier* b = barrier_at(at);
   wait_until("an mbarrier", [&] { return (int)b->phase != parity; });
+}
+
+int emulated_barrier_ready(uint64_t* at, int parity) {
+  if (chance() % 2) take_turns();
+  return (int)barrier_at(at)->phase != parity;
 }
 
 void emulated_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
@@ -339,10 +350,17 @@ void emulated_store(void* to, const void* from, int bytes) {
   fibers[current].stores.push_back({false, to, from, bytes, nullptr, {}});
 }
 
-void emulated_stored() {
-  if (chance() % 2) yield("its turn");
-  for (const Copy& c : fibers[current].stores) memcpy(c.to, c.from, c.bytes);
-  fibers[current].stores.clear();
+void emulated_store_group() { fibers[current].sent.push_back(fibers[current].stores.size()); }
+
+void emulated_stored(int pending) {
+  if (chance() % 2) take_turns();
+  Fiber& f = fibers[current];
+  if ((int)f.sent.size() <= pending) return;
+  const size_t end = f.sent[f.sent.size() - 1 - pending];
+  for (size_t i = 0; i < end; ++i) memcpy(f.stores[i].to, f.stores[i].from, f.stores[i].bytes);
+  f.stores.erase(f.stores.begin(), f.stores.begin() + end);
+  f.sent.erase(f.sent.begin(), f.sent.end() - pending);
+  for (size_t& at : f.sent) at -= end;
 }
 
 void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat) {

@@ -115,11 +115,11 @@ def test_a_convolution_alone() -> None:
 #: what is left out or wrong, where both fill the same blocks
 BROKEN = {
     "a block is sent when one has filled it": ("barrier_init(&full[i], 4 * groups)", "barrier_init(&full[i], 4)"),
-    "a block is filled when one has sent it": ("barrier_init(&empty[i], groups)", "barrier_init(&empty[i], 1)"),
     "what the next tile begins with is not there": (
         "(t.h + g.box_h) * o.step_h < o.size_h ? align - 1 : 0", "false ? align - 1 : 0"),
-    "one sends what the other does": (
-        "const int number = sender * each + lane / at_once", "const int number = lane / at_once"),
+    "one sends what the other does": ("mine = outbox.turn == sender", "mine = true"),
+    "one sends all": ("outbox.turn = 0;", "outbox.turn = sender;"),
+    "what the last pass sends is not known yet": ("__syncwarp();  // what was there has been read", ""),
 }  # fmt: skip
 
 

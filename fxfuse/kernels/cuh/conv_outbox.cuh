@@ -80,13 +80,13 @@ struct RunPlan {
 // Blocks of `Problem::lines` channels in shared memory, of a warpgroup or of both: as many as there is room for.
 template <class Problem>
 struct Outbox {
-  static constexpr int groups = Problem::joint ? kConsumers : 1;  // that fill a block, and warps that send it
+  static constexpr int groups = Problem::joint ? kConsumers : 1;  // that fill a block; as many warps send them by turns
   static constexpr int number = kConsumers / groups;              // of outboxes
   struct Shared {
     uint64_t full[kMostBlocks], empty[kMostBlocks];
     Run runs[groups][kRuns];  // for each of the warps that send them
     FXFUSE_INLINE void init() {
-      for (int i = 0; i < kMostBlocks; ++i) barrier_init(&full[i], 4 * groups), barrier_init(&empty[i], groups);
+      for (int i = 0; i < kMostBlocks; ++i) barrier_init(&full[i], 4 * groups), barrier_init(&empty[i], 1);
     }
   };
   static constexpr int block = Problem::lines * Problem::pitch;  // elements
@@ -95,10 +95,21 @@ struct Outbox {
   Shared& shared;
   int blocks;
   Ring ring = {};
+  int leaving = -1;  // of who sends: the block that copies may still read; and whose turn it is
+  int turn = 0;
   FXFUSE_INLINE Outbox(const Geometry& g, uint8_t* memory, Shared& shared) : memory(memory), shared(shared), blocks(g.outbox_blocks) {}
   template <class Out>
   FXFUSE_INLINE Out* line(int number) const {
     return (Out*)memory + ring.slot * block + number * Problem::pitch;
+  }
+  // By a warp that sends, whose last `pending` groups of copies may still read others.
+  template <int pending>
+  FXFUSE_INLINE void give_back() {
+    if (leaving < 0) return;
+    stored_bytes_read<pending>();
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(&shared.empty[leaving]);
+    leaving = -1;
   }
 };
 
@@ -174,18 +185,20 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
 }
 
 // Sends what `stage_runs` puts there: a warp, several channels at once, the whole 16 bytes of a run as one bulk copy and the
-// elements in front of them and behind them one by one. Two warps share the channels of a joint block.
+// elements in front of them and behind them one by one. Of joint blocks two warps send every other one. While copies read a
+// block the next one is sent, if it is there.
 template <class Problem, class Runs, class Out, int classes>
 FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Tile& t, const Extent& o,
                              const Residue (&residue)[classes], int group) {
   constexpr int align = kSector / sizeof(Out), unit = 16 / sizeof(Out), lines = Problem::lines;
-  constexpr int each = lines / Outbox<Problem>::groups, at_once = 32 / each;
+  constexpr int senders = Outbox<Problem>::groups, at_once = 32 / lines;
   const int lane = threadIdx.x & 31, sender = Problem::joint ? group : 0;
-  const int number = sender * each + lane / at_once, part = lane % at_once;
+  const int number = lane / at_once, part = lane % at_once;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const RunPlan<Problem, Runs> plan(to, g, t, o, group);
   const bool whole = Problem::joint && g.over > 0;  // sectors: from the first that begins in a run, to that in which it ends
   const int up_begin = whole && t.h > 0 ? align - 1 : 0, up_end = whole && (t.h + g.box_h) * o.step_h < o.size_h ? align - 1 : 0;
+  __syncwarp();  // what was there has been read
   for (int run = lane; run < plan.number; run += 32) {
     const int u = run % Runs::count, at = run / Runs::count, z = Runs::merged ? at : g.by_box_h.of(at), y = at - z * g.box_h;
 #pragma unroll
@@ -201,9 +214,17 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
   for (int block = 0; block < Problem::columns / lines; ++block) {
     const int skipped = lines == 8 ? block * 8 : block / 2 * 8 + (block & 1);
     if (first + skipped / 8 * 8 >= g.out_channels) break;
+    const bool mine = outbox.turn == sender;
+    if (++outbox.turn == senders) outbox.turn = 0;
+    if (!mine) {
+      outbox.ring.next(outbox.blocks);
+      continue;
+    }
     Out* const out = channel + skipped * to.stride.c;
     const Out* from = outbox.template line<Out>(number);
-    barrier_wait(&outbox.shared.full[outbox.ring.slot], outbox.ring.phase);
+    uint64_t* const full = &outbox.shared.full[outbox.ring.slot];
+    if (!__any_sync(~0u, barrier_ready(full, outbox.ring.phase))) outbox.template give_back<0>();
+    barrier_wait(full, outbox.ring.phase);
     if (skipped < left) {
 #pragma unroll 1
       for (int run = 0; run < plan.number; ++run, from += plan.pitch) {
@@ -223,9 +244,9 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
         }
       }
     }
-    stored_bytes_read();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&outbox.shared.empty[outbox.ring.slot]);
+    store_bytes_group();
+    outbox.template give_back<1>();
+    outbox.leaving = outbox.ring.slot;
     outbox.ring.next(outbox.blocks);
   }
 }

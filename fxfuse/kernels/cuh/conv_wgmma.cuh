@@ -217,6 +217,7 @@ template <class Problem, class Outbox>
 FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Outbox outbox, int group) {
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x)
     Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at(g, index), group), group);
+  stored_bytes_read();  // or shared memory may be another block's
 }
 
 // Adds the accumulators of a run to sums that are kept as float32 should be, and empties them: the matrix units

@@ -48,6 +48,15 @@ FXFUSE_INLINE void barrier_wait(uint64_t* b, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Whether it need not be waited for.
+FXFUSE_INLINE bool barrier_ready(uint64_t* b, uint32_t parity) {
+  uint32_t ready;
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(ready)
+               : "r"(shared_address(b)), "r"(parity)
+               : "memory");
+  return ready;
+}
 // The compiler moves no load or store across.
 FXFUSE_INLINE void schedule_barrier() { asm volatile("" ::: "memory"); }
 // The compiler makes `v` here: what follows from it is not made earlier, nor put together with what it was made of.
@@ -94,10 +103,15 @@ FXFUSE_INLINE void store_bytes(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
-// Waits until what this thread's store_bytes read may be overwritten.
+// This thread's store_bytes since the last time are a group.
+FXFUSE_INLINE void store_bytes_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until what they read may be overwritten, of all groups but the last `pending`.
+template <int pending>
 FXFUSE_INLINE void stored_bytes_read() {
-  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
+// The same of all store_bytes.
+FXFUSE_INLINE void stored_bytes_read() { store_bytes_group(), stored_bytes_read<0>(); }
 FXFUSE_INLINE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- wgmma ---------------------------------------------------------------------------------------------
