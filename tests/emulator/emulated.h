@@ -60,6 +60,8 @@ void emulated_barrier_arrive(uint64_t* barrier, int bytes);
 void emulated_barrier_wait(uint64_t* barrier, int parity);
 void emulated_copy(void* to, const void* from, int bytes, uint64_t* barrier);
 void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* at);
+void emulated_copy_word(void* to, const void* from);
+void emulated_copied_words();
 void emulated_store(void* to, const void* from, int bytes);
 void emulated_stored();
 void emulated_begin_dependent();
