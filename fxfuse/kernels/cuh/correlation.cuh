@@ -39,6 +39,18 @@ struct Offset {
   int d, h, w, index;
 };
 
+// Which sample and group a block is of, and which one of theirs. Parts of all samples lie side by side, whole tiles first:
+// what is left for the last multiprocessors are edges and corners.
+struct BlockPlace {
+  int which, block;
+  FXFUSE_INLINE explicit BlockPlace(const Parts& p) {
+    int at = blockIdx.x;
+    settle(at);  // made anew wherever it is needed: it takes no registers elsewhere
+    const int all = gridDim.x / p.blocks;
+    block = at / all, which = at - block * all;
+  }
+};
+
 // i / by for 0 <= i < 2^20. (i + 0.5) / by is 0.5 / by or more from every integer; two roundings and an approximation move
 // it by less than (i + 0.5) / by / 2^22.
 struct Reciprocal {
@@ -292,9 +304,7 @@ FXFUSE_INLINE void correlate_job(float* tile, const T* x, const Strides& stride,
     add_products<Problem, warps, tiles>(acc, tile, pitch, at.box);
     if (warps == 1) break;  // a warp's is one tile
   }
-  int block = blockIdx.x;
-  settle(block);
-  products += (block / p.blocks * (int64_t)p.jobs + job) * (results * kResult);
+  products += (BlockPlace(p).which * (int64_t)p.jobs + job) * (results * kResult);
   // a lane's numbers: of two rows, two neighbouring columns
   const int lane = threadIdx.x & 31, thread = threadIdx.x % threads, mine = (lane >> 2) * 8 + (lane & 3) * 2;
 #pragma unroll
@@ -327,13 +337,14 @@ template <class Problem, class T>
 FXFUSE_INLINE void correlate(const T* x, const Strides& stride, const Size& sizes, const Parts& p, double* products) {
   extern __shared__ uint8_t raw[];
   float* const tile = (float*)raw;
-  const int which = blockIdx.x / p.blocks, block = blockIdx.x - which * p.blocks, n = which / Problem::groups;
-  x += n * stride.n + (int64_t)(which - n * Problem::groups) * Problem::in_channels * stride.c;
-  if (block < p.wide) {
-    correlate_job<Problem, kCorrelationThreads>(tile, x, stride, sizes, p, block, products);
+  const BlockPlace at(p);
+  const int n = at.which / Problem::groups;
+  x += n * stride.n + (int64_t)(at.which - n * Problem::groups) * Problem::in_channels * stride.c;
+  if (at.block < p.wide) {
+    correlate_job<Problem, kCorrelationThreads>(tile, x, stride, sizes, p, at.block, products);
     return;
   }
-  const int warp = threadIdx.x / 32, job = p.wide + (block - p.wide) * (kCorrelationThreads / 32) + warp;
+  const int warp = threadIdx.x / 32, job = p.wide + (at.block - p.wide) * (kCorrelationThreads / 32) + warp;
   if (job < p.jobs) correlate_job<Problem, 32>(tile + warp * kAlone, x, stride, sizes, p, job, products);
 }
 
