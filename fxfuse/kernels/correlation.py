@@ -32,20 +32,20 @@ from fxfuse.kernels.tiles import Extents
 MOST_COLUMNS, MOST_PATCH = 192, 64
 #: numbers of a matrix instruction's result
 PRODUCTS = ROWS * FACTORS
-#: elements of x in a block's shared memory, with what keeps them apart: three blocks share a multiprocessor
+#: elements of x in a block's shared memory, with what keeps them apart: five blocks share a multiprocessor
 TILE_ELEMENTS, LONGEST = 9600, 256
-#: parts of x, and cuts per dim
-MOST_PARTS, MOST_CUTS = 128, 9
+#: parts of x, cuts per dim, and tiles of a part, which kernels divide in float32
+MOST_PARTS, MOST_CUTS, MOST_TILES = 128, 9, 2**20
 #: from which number of jobs of a sample and group on they take several tiles
 ENOUGH_JOBS = 256
 #: warps of a block; elements and steps that a part has at most whose products one of them makes alone
-WARPS, ALONE, FEW_STEPS = 8, TILE_ELEMENTS // 8, 64
+WARPS, ALONE, FEW_STEPS = 4, TILE_ELEMENTS // 4, 64
 #: into how many pieces rows are cut, so that four are walked along at a time
 PIECES = (1, 2, 4)
 #: output channels of a block of `moments`
 CHANNELS = 16
-#: clock cycles of a multiprocessor that a tile takes, and an element of it
-TILE_CYCLES, ELEMENT_CYCLES = 1000, 0.25
+#: clock cycles of a multiprocessor that a tile takes, and an element of it: slots that issue their instructions
+TILE_CYCLES, ELEMENT_CYCLES = 400, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Parts:
         """``Parts`` of ``cuh/correlation.cuh``."""
         begin = [0, *itertools.accumulate(p.jobs for p in self.all)]
         tiles = [d | h << 11 | w << 22 for d, h, w in (p.tile for p in self.all)]
-        places = [_nibbles(*p.at, *p.spread) for p in self.all]
+        places = [_digits(*p.at, *p.spread) for p in self.all]
         numbers = [self.blocks, self.wide, self.jobs, self.several, len(self.all)]
         for cut in self.cuts:
             numbers += _filled(cut, MOST_CUTS)
@@ -180,7 +180,11 @@ class Correlation:
     def spread(self, tile: Box) -> Spread:
         """How a tile lies in shared memory; without gaps where it is a warp's."""
         d, h, w = (t + s for t, s in zip(tile, self.reach[1], strict=True))
-        return Spread(0, w * h % BANKS, w * h * d % BANKS) if self.alone(tile) else self.shifts.spread(w)
+        return (
+            Spread(0, w * h % BANKS, w * h * d % BANKS)
+            if self.alone(tile)
+            else self.shifts.spread(w, thin=tile[1] == 1)
+        )
 
     def room(self, tile: Box) -> int:
         """Of a tile in shared memory: ``Pitch`` of ``cuh/correlation.cuh``."""
@@ -258,7 +262,7 @@ class Correlation:
                 for dim, value in zip("dhw", getattr(layer, name), strict=True)
             },
         }
-        blocks = 3 if shifts.results <= 2 else 2 if shifts.results <= 6 else 1  # that registers are there for
+        blocks = 5 if shifts.results <= 2 else 3 if shifts.results <= 6 else 2  # that registers are there for
         values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
         taps = [t for r in layer.residues for t in r.taps]
         begin = [0, *itertools.accumulate(len(r.taps) for r in layer.residues)]
@@ -309,6 +313,8 @@ def _parts(made: Correlation, sizes: Extents, extents: Extents) -> Parts:
     d, h, w = (range(len(c) - 1) for c in cuts)
     boxes = [(at, _size(cuts, at)) for at in itertools.product(d, h, w)]
     tile_of = {size: size if made.alone(size) else made.tile(size) for size in {size for _, size in boxes}}
+    if any(_count(size, tile) >= MOST_TILES for size, tile in tile_of.items()):
+        raise Unsupported(f"x of {'x'.join(map(str, sizes))} has more tiles than {MOST_TILES}")
     each = -(-sum(_count(size, tile_of[size]) for _, size in boxes if not made.alone(size)) // ENOUGH_JOBS) or 1
     found = [
         Part(at, size, tile, -(-_count(size, tile) // each), made.alone(size), made.spread(tile))
@@ -339,8 +345,8 @@ def _spaced(least: int, residue: int) -> int:
     return least + (residue - least) % BANKS
 
 
-def _nibbles(*values: int) -> int:
-    return sum(v << 4 * i for i, v in enumerate(values))
+def _digits(*values: int) -> int:
+    return sum(v << 5 * i for i, v in enumerate(values))
 
 
 def _filled(values: Sequence[int], count: int) -> list[int]:

@@ -18,7 +18,7 @@ from fxfuse.kernels.tiles import Extents
 
 KERNELS = ("correlate", "moments")
 #: threads of their blocks
-BLOCK, MOMENTS_BLOCK = 256, 512
+BLOCK, MOMENTS_BLOCK = 128, 512
 #: blocks of a grid
 MOST = 2**31 - 1
 #: ``Strides``, ``DirectGeometry`` and ``Size`` of ``cuh/``
@@ -46,7 +46,7 @@ def prepare(made: Correlation, x: Tensor, extents: Extents, *, follows: bool = F
     which, channels = n * layer.groups, struct.pack("=i", layer.out_channels)
     correlate = sender(
         kernels["correlate"], parts.blocks * which, BLOCK, "q", strides, sizes, table, "q",
-        shared=TILE_ELEMENTS * 8, follows=follows,
+        shared=TILE_ELEMENTS * 4, follows=follows,
     )  # fmt: skip
     finish = sender(
         kernels["moments"], which * -(-layer.out_channels // CHANNELS), MOMENTS_BLOCK,

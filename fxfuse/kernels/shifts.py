@@ -19,10 +19,11 @@ Box = tuple[int, int, int]
 
 #: columns of the first factor: input channels at shifts, and ones; rows of a matrix instruction, and positions
 FACTORS, ROWS, SLOTS = 8, 16, 4
-#: clock cycles of a multiprocessor that a matrix instruction takes; and that a warp's 64-bit loads take at least
+#: clock cycles of a multiprocessor that a matrix instruction takes; and that a warp's load takes, whose numbers become
+#: float64: 16 of them per cycle
 PRODUCT_CYCLES, LOAD_CYCLES = 4, 2
-#: numbers of 64 bits that shared memory gives at a time; gaps between rows there that are tried
-BANKS, GAPS = 16, 4
+#: numbers of 32 bits that shared memory gives at a time; gaps between rows there that are tried
+BANKS, GAPS = 32, 8
 
 
 class Spread(NamedTuple):
@@ -95,14 +96,15 @@ class Shifts:
         return (window * self.tiles * ROWS + row) * FACTORS + shift * self.channels
 
     # --- shared memory ----------------------------------------------------------------------------------
-    def spread(self, width: int) -> Spread:
-        """How x lies in shared memory, where rows are that wide, so that fewest lanes meet in a bank."""
-        return _spread(self, width % BANKS)
+    def spread(self, width: int, *, thin: bool = False) -> Spread:
+        """How x lies in shared memory, where rows are that wide, so that fewest lanes meet in a bank. ``thin``: there
+        is one row of positions in a plane."""
+        return _spread(self, width % BANKS, thin)
 
-    def wavefronts(self, row: int, plane: int, channel: int) -> int:
+    def wavefronts(self, row: int, plane: int, channel: int, *, thin: bool = False) -> int:
         """Of a step's loads, by lanes at neighbouring rows of x, for these distances. ``channel`` -1: as if channels
         never met."""
-        return sum(_fullest(half, row, plane, channel) for half in _loads(self))
+        return sum(_fullest(load, row, plane, channel) for load in _loads(self, thin))
 
 
 def _choices(lags: Sequence[Box], channels: int) -> Iterator[Shifts]:
@@ -129,33 +131,38 @@ def _covering(at: Iterable[int], copies: int, unit: int) -> Iterator[int]:
             yield covered
 
 
-#: channel, plane, row and position along w that lanes of half a warp read
-Half = frozenset[tuple[int, int, int, int]]
+#: channel, plane, row and position along w that lanes of a warp read
+Load = frozenset[tuple[int, int, int, int]]
 
 
 @functools.lru_cache(maxsize=256)
-def _loads(made: Shifts) -> tuple[Half, ...]:
+def _loads(made: Shifts, thin: bool) -> tuple[Load, ...]:
     rows = [(c, *at) for c in range(made.channels) for at in made.rows]
     columns = [(c, 0, 0, s * made.unit) for s in range(made.copies) for c in range(made.channels)]
-    halves = (of[i : i + SLOTS] for of in (rows, columns) for i in range(0, len(of), SLOTS))
-    return tuple(frozenset((c, d, h + slot, w) for c, d, h, w in half for slot in range(SLOTS)) for half in halves)
+    loads = (of[i : i + 32 // SLOTS] for of in (rows, columns) for i in range(0, len(of), 32 // SLOTS))
+    step_d, step_h = (1, 0) if thin else (0, 1)
+    return tuple(
+        frozenset((c, d + slot * step_d, h + slot * step_h, w) for c, d, h, w in load for slot in range(SLOTS))
+        for load in loads
+    )
 
 
-def _fullest(half: Half, row: int, plane: int, channel: int) -> int:
+def _fullest(load: Load, row: int, plane: int, channel: int) -> int:
     """Elements in the fullest bank."""
     banks: dict[tuple[int, int], int] = {}
-    for c, d, h, w in half:
+    for c, d, h, w in load:
         bank = (c if channel < 0 else 0), (max(channel, 0) * c + plane * d + row * h + w) % BANKS
         banks[bank] = banks.get(bank, 0) + 1
     return max(banks.values())
 
 
 @functools.lru_cache(maxsize=1024)
-def _spread(made: Shifts, width: int) -> Spread:
+def _spread(made: Shifts, width: int, thin: bool) -> Spread:
     def least(gap: int) -> tuple[int, Spread]:
         row = width + gap
-        plane = min(range(BANKS), key=lambda p: made.wavefronts(row, p, -1))
-        channel = min(range(BANKS), key=lambda c: made.wavefronts(row, plane, c))
-        return made.wavefronts(row, plane, channel), Spread(gap, plane, channel)
+        plane = min(range(BANKS), key=lambda p: made.wavefronts(row, p, -1, thin=thin))
+        channel = min(range(BANKS), key=lambda c: made.wavefronts(row, plane, c, thin=thin))
+        return made.wavefronts(row, plane, channel, thin=thin), Spread(gap, plane, channel)
 
-    return min(least(gap) for gap in range(GAPS))[1]
+    enough = len(_loads(made, thin)) + 1  # products take longer
+    return min((max(found, enough), spread) for found, spread in map(least, range(GAPS)))[1]

@@ -61,6 +61,8 @@ void emulated_barrier_wait(uint64_t* barrier, int parity);
 int emulated_barrier_ready(uint64_t* barrier, int parity);
 void emulated_copy(void* to, const void* from, int bytes, uint64_t* barrier);
 void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* at);
+void emulated_copy_word(void* to, const void* from);
+void emulated_copied_words();
 void emulated_store(void* to, const void* from, int bytes);
 void emulated_store_group();
 void emulated_stored(int pending);

@@ -33,6 +33,9 @@ template <class T>
 void settle_shared(T*&) {}
 inline void named_barrier(int id, int threads) { emulated_meet(id, threads); }
 
+inline void copy_word(float* to, const float* from) { emulated_copy_word(to, from); }
+inline void copied_words() { emulated_copied_words(); }
+
 inline void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {
   const int at[5] = {c, w, h, d, n};
   emulated_copy_box(to, map, b, at);
@@ -87,6 +90,7 @@ void mma_tf32(float (&c)[size], int at, const uint32_t (&a)[4], const uint2& b) 
                            number(((lane & 3) * 2 + (i & 1)) * 4 + (k & 3), 4 + (k >> 2));
 }
 
+inline float about_one_over(float v) { return 1.f / v; }
 struct Half {
   uint16_t bits;
 };

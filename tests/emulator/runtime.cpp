@@ -42,6 +42,7 @@ struct Fiber {
   int exchanges;            // with its warp, so far
   long issued;              // matrix instructions, so far
   std::vector<long> groups;  // how many had been issued at each commit
+  std::vector<Copy> words;   // into shared memory, which come as late as they are waited for
   std::vector<Copy> stores;  // out of shared memory, which may be read as late as it is waited for
   std::vector<size_t> sent;  // how many of them there were at each end of a group
 };
@@ -103,6 +104,7 @@ int left_early;  // threads
 
 void enter() {
   body(parameters);
+  if (!fibers[current].words.empty()) emulated_fail("a thread ends before its words are in shared memory");
   if (!fibers[current].stores.empty()) emulated_fail("a thread ends before its stores have read shared memory");
   if (!fibers[current].dependent) ++left_early;
   fibers[current].done = moved = true;
@@ -342,6 +344,19 @@ void emulated_copy_box(void* to, const void* map, uint64_t* barrier, const int* 
   Copy c = {true, to, map, 0, barrier, {}};
   std::copy(at, at + 5, c.at);
   copies.push_back(c);
+}
+
+void emulated_copy_word(void* to, const void* from) {
+  if ((uintptr_t)from % 4 || emulated_address(to) % 4) emulated_fail("a word that is not aligned");
+  check_shared(to, 4);
+  fibers[current].words.push_back({false, to, from, 4, nullptr, {}});
+}
+
+void emulated_copied_words() {
+  if (chance() % 2) yield("its turn");
+  for (const Copy& c : fibers[current].words) memcpy(c.to, c.from, c.bytes);
+  moved = true;
+  fibers[current].words.clear();
 }
 
 void emulated_store(void* to, const void* from, int bytes) {

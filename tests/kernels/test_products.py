@@ -72,7 +72,7 @@ def test_parts_of_the_benchmark() -> None:
     assert (whole.at, whole.size, whole.tile, whole.jobs) == ((1, 1, 1), (30, 30, 30), (6, 10, 30), 15)
     # a block for each face, a warp for each edge and corner
     assert [p.alone for p in parts.all] == [p.size.count(1) > 1 for p in parts.all] == [False] * 7 + [True] * 20
-    assert (parts.wide, parts.jobs, parts.blocks, parts.several) == (21, 41, 24, 1)
+    assert (parts.wide, parts.jobs, parts.blocks, parts.several) == (21, 41, 26, 1)
     even = correlation(kernel=2, padding=0).parts((32, 32, 32), (64, 64, 64))
     assert even.cuts == ((0, 32),) * 3  # no border
 
@@ -137,6 +137,11 @@ def test_borders_that_cut_too_often() -> None:
     assert len(correlation(1, 3, 1, 0).parts((32, 32, 32), (34, 34, 34)).all) == 1  # every output that x reaches
 
 
+def test_more_tiles_than_are_divided() -> None:
+    with pytest.raises(Unsupported, match="more tiles than 1048576"):
+        correlation().parts((4096, 4096, 1024), (8191, 8191, 2047))
+
+
 # --- what is compiled -----------------------------------------------------------------------------
 SOURCES = {
     "benchmark": correlation(),
@@ -170,17 +175,51 @@ def test_kernels_do_not_spill(name: str) -> None:
         assert used.spills == 0 and used.shared <= 48 * 1024, (kernel, used)
 
 
-@pytest.mark.parametrize(("kernel", "load"), [("correlate", r"LDG\.E "), ("moments", r"LDG?\.E\.64 ")])
-def test_loads_are_on_their_way_together(kernel: str, load: str) -> None:
-    """Eight of a thread, with no branch among them: one after the other they would be most of the time."""
+def machine_code(made: Correlation, kernel: str) -> str:
     pytest.importorskip("cuda.bindings.nvrtc")
-    cubin = compile_cubin(SOURCES["benchmark"].source())
     try:
-        text = sass(cubin, kernel)
+        return sass(compile_cubin(made.source()), kernel)
     except MissingPackage as missing:
         pytest.skip(str(missing))
-    runs = [len(re.findall(load, run)) for run in re.split(r"\bBRA\b", text)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "load"),
+    [("half", "correlate", r"LDG\.E\.U16 "), ("benchmark", "moments", r"LDG?\.E\.64 ")],
+)
+def test_loads_are_on_their_way_together(name: str, kernel: str, load: str) -> None:
+    """Eight of a thread, with no branch among them: one after the other they would be most of the time."""
+    runs = [len(re.findall(load, run)) for run in re.split(r"\bBRA\b", machine_code(SOURCES[name], kernel))]
     assert max(runs) >= 8, runs
+
+
+def test_all_of_a_tile_is_on_its_way_together() -> None:
+    """Of float32, which goes through no register: a block's copies are waited for once, a warp's too."""
+    text = machine_code(SOURCES["benchmark"], "correlate")
+    assert "LDG.E" not in text and "LDGSTS.E" in text
+    assert text.count("LDGDEPBAR") == text.count("DEPBAR.LE") == 2
+    for loop in loops(text):
+        assert "LDGSTS" not in loop or "DEPBAR" not in loop
+
+
+def loops(text: str) -> list[str]:
+    """What lies between a label and a jump back to it, without another jump."""
+    found = []
+    for match in re.finditer(r"^(\.L_x_\d+):\n((?:(?!^\.L_x|\bBRA\b).*\n)*).*BRA `\((\.L_x_\d+)\)", text, re.MULTILINE):
+        if match[1] == match[3]:
+            found.append(match[2])
+    return found
+
+
+def test_what_a_step_takes() -> None:
+    """Where all columns have a position: three numbers are read and become float64, two instructions multiply; fewer
+    than sixteen instructions in all. A multiprocessor issues 32 while it makes those products."""
+    text = machine_code(SOURCES["benchmark"], "correlate")
+    steps = [run for run in re.split(r"^\.L_x_\d+:", text, flags=re.MULTILINE) if run.count("DMMA") == 8]
+    assert len(steps) == 2  # of a block, of a warp; four at a time
+    for run in steps:
+        assert run.count(" LDS ") == run.count("F2F.F64.F32") == 12
+        assert len(re.findall(r"^ +/\*[0-9a-f]{4}\*/", run, re.MULTILINE)) < 64
 
 
 # --- what is chosen -------------------------------------------------------------------------------

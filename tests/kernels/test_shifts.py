@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fxfuse.kernels.shifts import FACTORS, GAPS, ROWS, Box, Shifts
+from fxfuse.kernels.shifts import BANKS, FACTORS, GAPS, ROWS, Box, Shifts
 
 #: of taps that are neighbours; those of one plane; of taps two apart
 NEIGHBOURS: list[Box] = [lag for lag in itertools.product((-1, 0, 1), repeat=3) if lag >= (0, 0, 0)]
@@ -61,7 +61,10 @@ def test_every_lag_is_there(seed: int) -> None:
 def test_few_lanes_meet_in_a_bank(width: int) -> None:
     """Of the benchmark's loads: the matrix instructions of a step take longer than these."""
     made = Shifts.of(NEIGHBOURS, 3)
-    spread = made.spread(width)
-    assert 0 <= spread.gap < GAPS and 0 <= spread.plane < 16 and 0 <= spread.channel < 16
-    assert made.wavefronts(width + spread.gap, spread.plane, spread.channel) <= 7 < made.cycles == 8
-    assert made.wavefronts(16, 0, 0) > 16  # all that is at one place in a row
+    for thin in (False, True):
+        spread = made.spread(width, thin=thin)
+        assert 0 <= spread.gap < GAPS and 0 <= spread.plane < BANKS and 0 <= spread.channel < BANKS
+        # loads of three times 32 numbers
+        found = made.wavefronts(width + spread.gap, spread.plane, spread.channel, thin=thin)
+        assert 3 <= found <= (6 if thin else 4) < made.cycles == 8
+    assert made.wavefronts(32, 0, 0) > 16  # all that is at one place in a row

@@ -80,6 +80,13 @@ FXFUSE_INLINE void settle_shared(T*& v) {
 FXFUSE_INLINE void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 
+// --- a word into shared memory -----------------------------------------------------------------------------------------
+// It is there for this thread behind copied_words(), for other ones behind where they meet then.
+FXFUSE_INLINE void copy_word(float* to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+FXFUSE_INLINE void copied_words() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // --- bulk copies into shared memory, and out of it --------------------------------------------------------------------
 FXFUSE_INLINE void copy_box(void* to, const TensorMap* map, uint64_t* b, int c, int w, int h, int d, int n) {
   asm volatile(
@@ -159,6 +166,11 @@ FXFUSE_INLINE void mma_tf32(float (&c)[size], int at, const uint32_t (&a)[4], co
 }
 
 // --- numbers -------------------------------------------------------------------------------------------
+FXFUSE_INLINE float about_one_over(float v) {  // to the last digit or the one before
+  float made;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(v));
+  return made;
+}
 struct Half {
   uint16_t bits;
 };
