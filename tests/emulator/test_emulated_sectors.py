@@ -169,13 +169,13 @@ BROKEN = {
     "elements outside count": (
         "results(y, q, k), inside[q][k / 32] >> (k & 31) & 1)", "results(y, q, k), true)"),
     "a run is read before it is written": (
-        "          bulk_after_shared();\n          __syncwarp();\n", "          bulk_after_shared();\n"),
+        "          __syncwarp();\n#pragma unroll\n          for (int h", "#pragma unroll\n          for (int h"),
     "a run is written before it is read": (
-        "          stored_bytes_read();\n          __syncwarp();\n          if", "          if"),
+        "          __syncwarp();  // it has been read, and what was sent\n", ""),
     "what a run's sector has is forgotten": (
-        "          if (turn > 0) ((uint2*)(mine + sector - frame))[part] = rest;\n", ""),
-    "a run begins with its sector": ("from = sector > shift ? sector : shift;", "from = sector;"),
-    "where a run ends is forgotten": ("end < 2 * unit - 2; end += 4", "end < 0; end += 4"),
+        "          if (turn > 0) ((uint2*)(mine + (begin + shift & ~(align - 1)) - frame))[part] = rest;\n", ""),
+    "a run begins with its sector": ("from = max(sector, sent.shift)", "from = sector"),
+    "where a run ends is forgotten": ("end = i == 0 ? from : to", "end = from"),
 }  # fmt: skip
 
 

@@ -353,7 +353,7 @@ def test_rows_that_fill_half_a_tile_badly_are_shared() -> None:
     made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
     q, row = (24, 48, 48), stored[2]
     found = tile(made, q, row)
-    assert found.joint and found.tile == (1, 5, 48) and found.fit(q) == 0.9 and found.over == 4
+    assert found.joint and found.tile == (1, 5, 48) and found.fit(q) == 0.9
     assert store_of(made, found, q, row, 4) == (Store.JOINT, 5 * 2 * row)
     apart = min(tilings(made, q, linear=False), key=lambda t: store_seconds(made, t, q, row, 4))
     assert apart.fit(q) <= 0.75 and store_seconds(made, found, q, row, 4) < store_seconds(made, apart, q, row, 4)
@@ -414,13 +414,13 @@ def test_a_stage_is_no_larger_than_what_comes_at_once() -> None:
 
 
 def test_scarce_memory_is_for_results() -> None:
-    """Of the fifth model's; where x has two buffers, or results fit, stages stay."""
-    layer, stored = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), ONE, ONE), (47, 95, 95)
+    """Where x has one buffer; where it has two, or results fit, stages stay."""
+    layer, stored = Layer(64, 48, 1, (3, 3, 3), ONE, ONE, ONE), (95, 95, 95)
     usual = specialise(layer, pooled=False, contiguous=True, finite=True, stored=stored)
     made = with_more_room(usual, stored, 95, 4)
     assert (usual.x_buffers, usual.stages, made.stages) == (1, 4, 3)
     assert made == dataclasses.replace(usual, stages=3)
-    at = tile(usual, (24, 48, 48), 95, 4)
+    at = tile(usual, stored, 95, 4)
     assert outbox_blocks(usual, at, 4) < outbox_blocks(made, at, 4) <= made.columns // made.lines
     assert with_more_room(made, stored, 95, 4) is made  # no fewer than three
     assert with_more_room(usual, stored, 0, 4) is usual  # channels are neighbours: there is no outbox

@@ -1,8 +1,8 @@
 // What becomes of accumulators whose matrix rows are output channels (`by_channel`): a thread has two channels of every 64,
 // with up to 64 positions each, so that what belongs to a channel is in registers; a warp has whole channels. It puts
 // some positions of eight of them into shared memory, one line per channel, and sends those sectors of memory that are
-// complete; one that is not waits there for the next positions. What of a part is one run in memory (`streams`) goes out
-// by bulk copies.
+// complete; one that is not waits there for the next positions. Of a part that is one run in memory (`streams`) these
+// follow from where it begins and ends.
 #pragma once
 #include "conv_lines.cuh"
 
@@ -184,16 +184,7 @@ struct StoreSectors {
         schedule_barrier();
         const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
         const int first = t.column * Problem::columns + i * 64 + place.warp * 16 + r * 8;
-        Sent sent[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int line = h * 4 + place.lane / 8;
-          sent[h].out = sample + (t.group * g.out_channels + first + line) * a.to.stride.c;
-          sent[h].shift = (int)((uint64_t)sent[h].out / sizeof(Out)) & (align - 1);
-          sent[h].there = Problem::filled || first + line < g.out_channels;
-          sent[h].line = lines + line * kPitch, sent[h].offset = table.offset + kMostAlign - sent[h].shift;
-          settle(sent[h].out);
-        }
+        const Sent sent[2] = {sent_of(sample, lines, first, 0), sent_of(sample, lines, first, 1)};
         const int line = place.lane / 4;
         const int shift = (int)((uint64_t)(sample + (t.group * g.out_channels + first + line) * a.to.stride.c) / sizeof(Out)) & (align - 1);
         Out* const mine = lines + line * kPitch;
@@ -231,12 +222,12 @@ struct StoreSectors {
       }
   }
 
-  // The same where the part is one run: places are offsets. The four threads of a channel send its line, one by a bulk copy,
-  // and each of them an element of what is in front of 16 bytes or behind them.
+  // The same where the part is one run: places are offsets.
   FXFUSE_INLINE void stream(Accumulators& acc, const Residue& residue, int start) {
     const Tile& t = place.box;
     Out* const sample = origin(residue) + start;
-    Out* const mine = (Out*)(lines.memory + place.warp * 8 * Problem::pitch) + place.lane / 4 * kPitch;
+    Out* const lines = (Out*)(this->lines.memory + place.warp * 8 * Problem::pitch);
+    Out* const mine = lines + place.lane / 4 * kPitch;
     const int part = place.lane & 3;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
@@ -244,35 +235,25 @@ struct StoreSectors {
       for (int r = 0; r < 2; ++r) {
         schedule_barrier();
         const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
-        Out* const out = sample + (t.group * g.out_channels + t.column * Problem::columns + column(i, r)) * a.to.stride.c;
+        const int first = t.column * Problem::columns + i * 64 + place.warp * 16 + r * 8;
+        const Sent sent[2] = {sent_of(sample, lines, first, 0), sent_of(sample, lines, first, 1)};
+        const Out* const out = sample + (t.group * g.out_channels + first + place.lane / 4) * a.to.stride.c;
         const int shift = (int)((uint64_t)out / sizeof(Out)) & (align - 1);
         int carried = 0;  // where the last turn left off, in the line
 #pragma unroll
         for (int turn = 0; turn < Table::turns; ++turn) {
           const bool last = turn + 1 == Table::turns;
           const int begin = table.begin[turn], until = table.begin[turn + 1], frame = begin & ~(align - 1);
-          // elements of the line, from the sector on where the run begins: at `shift`
-          const int sector = begin + shift & ~(align - 1), from = sector > shift ? sector : shift;
-          const int to = last ? until + shift : until + shift & ~(align - 1);
           uint2 rest;  // what is there of a sector that this turn completes
           if (turn > 0) rest = ((const uint2*)(mine + carried))[part];
-          stored_bytes_read();
-          __syncwarp();
-          if (turn > 0) ((uint2*)(mine + sector - frame))[part] = rest;
+          __syncwarp();  // it has been read, and what was sent
+          if (turn > 0) ((uint2*)(mine + (begin + shift & ~(align - 1)) - frame))[part] = rest;
           if (turn > 0) __syncwarp();
           put(acc, results, i, r, turn, (char*)(mine + shift));
-          bulk_after_shared();
           __syncwarp();
-          if (there(i, r) && from < to) {
-            const int head = min(-from & (unit - 1), to - from), body = to - from - head & ~(unit - 1);
-            if (part == 0 && body > 0) store_bytes(out - shift + from + head, mine + from + head - frame, body * (uint32_t)sizeof(Out));
 #pragma unroll
-            for (int end = part; end < 2 * unit - 2; end += 4) {
-              const int k = from + (end < head ? end : end + body);
-              if (k < to) out[k - shift] = mine[k - frame];
-            }
-          }
-          carried = to - frame;
+          for (int h = 0; h < 2; ++h) send_run(sent[h], begin, until, last);
+          carried = (until + shift & ~(align - 1)) - frame;
         }
       }
   }
@@ -286,6 +267,37 @@ struct StoreSectors {
     int shift;
     bool there;
   };
+  // Of the warp's eight lines from channel `first` on, which lie at `lines`.
+  FXFUSE_INLINE Sent sent_of(Out* sample, const Out* lines, int first, int h) const {
+    const int line = h * 4 + place.lane / 8;
+    Sent s;
+    s.out = sample + (place.box.group * g.out_channels + first + line) * a.to.stride.c;
+    s.shift = (int)((uint64_t)s.out / sizeof(Out)) & (align - 1);
+    s.there = Problem::filled || first + line < g.out_channels;
+    s.line = lines + line * kPitch, s.offset = table.offset + kMostAlign - s.shift;
+    settle(s.out);
+    return s;
+  }
+  // Of a run the sectors that offsets from `begin` until `until` complete; the last turn's incomplete one, too.
+  FXFUSE_INLINE void send_run(const Sent& sent, int begin, int until, bool last) const {
+    constexpr int most = (Problem::at_once * kClasses + 2 * align) / (8 * unit) + 1;  // units of a thread
+    // elements of the line, from the sector on where the run begins: at `shift`
+    const int sector = begin + sent.shift & ~(align - 1), from = max(sector, sent.shift), part = place.lane & 7;
+    const int to = last ? until + sent.shift : until + sent.shift & ~(align - 1);
+    const Out* const line = sent.line - (begin & ~(align - 1));
+    Out* const out = sent.out - sent.shift;
+    if (!sent.there) return;
+#pragma unroll
+    for (int m = 0; m < most; ++m) {
+      const int at = sector + (part + m * 8) * unit;
+      if (at >= from && at + unit <= to) *(uint4*)(out + at) = *(const uint4*)(line + at);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // one by one what of a unit is in front of the run's begin or behind its end
+      const int end = i == 0 ? from : to, at = (end & ~(unit - 1)) + part;
+      if ((end & unit - 1) && part < unit && at >= from && at < to) out[at] = line[at];
+    }
+  }
   // The sectors that places from `begin` until `until` complete; the last turn's incomplete one, too.
   FXFUSE_INLINE void send(const Sent (&sent)[2], int begin, int until, bool last) const {
     const int frame = begin & ~(align - 1), part = (place.lane & 7) * unit;

@@ -380,7 +380,6 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     }
     epilogue.finish();
   }
-  if (Problem::streams) stored_bytes_read();  // or shared memory may be another block's
 }
 
 template <class Problem>
