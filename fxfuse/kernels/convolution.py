@@ -155,8 +155,9 @@ class Specialisation:
 
     @functools.cached_property
     def lines(self) -> int:
-        """Channels of a block that a warpgroup puts into shared memory at once, on its way to memory. Every block is waited
-        for and handed over, so the fewer the better."""
+        """Channels of a block that a warpgroup puts into shared memory at once, on its way to memory. Every block is
+        waited for and handed over: the fewer, the better.
+        """
         if self.by_channel:
             return 32  # 8 of each warp
         return 8 if self.stored_classes * self.m_tiles <= 8 else 4
