@@ -34,6 +34,7 @@ def first_report() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "calls": results.calls,
     "counters": results.counters,
+    "left_out": results.left_out,
     "orientation": results.orientation,
     "small": results.small,
     "cpu": results.cpu,

@@ -196,6 +196,15 @@ def orientation() -> str:
     return f"{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def left_out() -> str:
+    """Convolution kernels without some of their parts."""
+    data = json.loads((RESULTS / "h100_left_out.json").read_text())
+    rows = data["rows"]
+    head = ["left out, us", *(f"{TITLES[r['model']]}, {r['dtype']}" for r in rows)]
+    body = [[part, *(f"{r['us'][part]}" for r in rows)] for part in rows[0]["us"]]
+    return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
+
+
 def calls() -> str:
     """Calls, and the convolution kernels in them, before and after results went out by bulk copies."""
     data = json.loads((RESULTS / "h100_calls.json").read_text())

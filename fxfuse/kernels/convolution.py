@@ -160,7 +160,8 @@ class Specialisation:
         """
         if self.by_channel:
             return 32  # 8 of each warp
-        return 8 if self.stored_classes * self.m_tiles <= 8 else 4
+        # twice the usual rows need the room for x
+        return 8 if self.stored_classes * self.m_tiles <= 8 and self.m_tiles < MOST_TILES // CONSUMERS else 4
 
     @functools.cached_property
     def least_blocks(self) -> int:

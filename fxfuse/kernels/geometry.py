@@ -111,10 +111,10 @@ class Pass:
     steps: tuple[Step, ...]
 
 
-def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step, ...]:
+def steps_of(residues: Sequence[Residue], *, filled: bool = False, whole: bool = False) -> tuple[Step, ...]:
     """The steps of a pass over ``residues``: per delta, every run of neighbouring classes that have it; by run.
 
-    ``filled``: one run per delta, from the first class to the last that has it.
+    ``filled``: one run per delta, from the first class to the last that has it; ``whole``: one of all classes.
     """
     by_delta: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
     for i, residue in enumerate(residues):
@@ -123,8 +123,9 @@ def steps_of(residues: Sequence[Residue], *, filled: bool = False) -> tuple[Step
             together[i] = (*together.get(i, ()), tap.index)
     steps = []
     for delta, taps in sorted(by_delta.items()):
-        if filled:
-            steps.append(Step(delta, 0, tuple(taps.get(i, ()) for i in range(max(taps) + 1))))
+        if filled or whole:
+            count = len(residues) if whole else max(taps) + 1
+            steps.append(Step(delta, 0, tuple(taps.get(i, ()) for i in range(count))))
             continue
         for first in taps:
             if first - 1 not in taps:

@@ -38,6 +38,9 @@ WORTH_COMPILING = 1.08
 MOST_FILLED, MOST_ALONG = 1.5, 4
 #: residue classes along a dim, which a kernel counts in 8 bits
 MOST_STRIDE = 256
+#: clock cycles of a multiprocessor until the products of a run are done and those of the next one begin: read off the
+#: fifth model on an H100, whose products alone took 784 us for 589; and 64 rows of a warpgroup, about
+RUN_CYCLES, USUAL_TILES = 365, 2
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 
@@ -247,8 +250,8 @@ def _stacked(classes: _Classes, *, running: bool, anywhere: bool, finite: bool) 
         for columns in {_columns(width, m) for m in most}:
             if stack * columns > 128:
                 continue
-            passes = classes.passes(stack, columns, finite=finite and not running)
-            seconds = cycles(passes, columns) * -(-width // columns) * layer.in_channels / 16 / CLOCK
+            passes = classes.passes(stack, columns, finite=finite)
+            seconds = _cycles_of(layer, columns, passes) * -(-width // columns) * layer.in_channels / 16 / CLOCK
             if anywhere:
                 partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % stride[2] == 0 else 1.0
                 written = 64 * math.prod(stride) * width * 4
@@ -285,7 +288,7 @@ def _holding(
         for stack in classes.stacks:
             if stack * columns <= wide and not (pairs and stack % 2):
                 passes = classes.passes(stack, columns, finite=finite and not running)
-                found.append((cycles(passes, columns), -stack, passes))
+                found.append((_cycles_of(layer, columns, passes), -stack, passes))
         if found:
             return columns, min(found, key=lambda f: f[:2])[2]
     raise Unsupported(f"{layer.out_channels} channels of two neighbours have more accumulators than a tile holds")
@@ -296,24 +299,34 @@ def _passes(layer: Layer, stack: int, columns: int, finite: bool) -> tuple[Pass,
 
     ptxas keeps the accumulators of one instruction in one place: runs that begin anywhere would be copied
     to and fro. Where no order helps, classes in between are multiplied with zeros if x is finite, or else
-    every class gets instructions of its own.
+    every class gets instructions of its own. If x is finite, all classes of a pass are multiplied together where that
+    takes less than waiting for each run.
     """
     groups = [layer.residues[i : i + stack] for i in range(0, len(layer.residues), stack)]
+    time = functools.partial(_cycles_of, layer, columns)
     ways = []
     for order in _orders(groups, stack):
         ordered = [tuple(g[i] for i in order) for g in groups]
+        whole = tuple(Pass(r, steps_of(r, whole=True)) for r in ordered)
         if finite:
-            ways.append(tuple(Pass(r, steps_of(r, filled=True)) for r in ordered))
+            ways += [tuple(Pass(r, steps_of(r, filled=True)) for r in ordered), whole]
         passes = tuple(Pass(r, steps_of(r)) for r in ordered)
         if all(s.first == 0 for p in passes for s in p.steps):
-            return passes
+            return whole if finite and time(whole) < time(passes) else passes
     alone = tuple(
         Pass(g, tuple(sorted(
             (Step(s.delta, s.first + i, (tap,)) for s in steps_of(g) for i, tap in enumerate(s.taps)),
             key=lambda s: (s.first, s.delta),
         ))) for g in groups
     )  # fmt: skip
-    return min([*ways, alone], key=lambda w: cycles(w, columns))
+    return min([*ways, alone], key=time)
+
+
+def _cycles_of(layer: Layer, columns: int, passes: tuple[Pass, ...]) -> float:
+    """Of instructions for 64 positions and 16 input channels, with their part of what runs wait for."""
+    chunk, _ = _memory(layer.in_channels)[0]
+    runs = sum(len({(s.first, s.count) for s in p.steps}) for p in passes)
+    return cycles(passes, columns) + runs * RUN_CYCLES / (CONSUMERS * USUAL_TILES * chunk // 16)
 
 
 def _orders(groups: list[tuple[Residue, ...]], stack: int) -> list[tuple[int, ...]]:

@@ -373,6 +373,20 @@ def test_model_1_shares_its_taps() -> None:
     assert [len(steps_of(p.residues)) for p in made.passes] == [27, 18, 18, 12]
 
 
+def test_classes_of_few_channels_are_multiplied_together() -> None:
+    """Zeros in the place of other runs, which would be waited for: not where x may be infinite, nor where there are many
+    instructions in a run."""
+
+    def runs(channels: int, **how: bool) -> set[tuple[int, int]]:
+        layer = Layer(channels, 32, 1, (3, 3, 3), (2, 2, 2), ONE, ONE)
+        made = specialise(layer, contiguous=True, **how)  # type: ignore[arg-type]
+        return {(s.first, s.count) for p in made.passes for s in p.steps}
+
+    for pooled in (False, True):
+        assert runs(16, pooled=pooled, finite=True) == {(0, 4)}
+        assert len(runs(16, pooled=pooled)) > 1 and len(runs(64, pooled=pooled, finite=True)) > 1
+
+
 def test_a_class_without_taps() -> None:
     made = specialise(Layer(4, 64, 1, ONE, (2, 2, 2), (0, 0, 0), ONE), pooled=False)
     assert sorted(len(p.steps) for p in made.passes) == [0, 0, 0, 1]

@@ -252,7 +252,7 @@ def test_sizes_are_not_compiled_in_around_convolutions(tail: list[nn.Module]) ->
 def test_steps_in_turn() -> None:
     """Every pass of a tile multiplies every run, once, and all of it: not by chunks of channels, nor slab by slab."""
     ways = {
-        "strided": kernel((16, 32), (3, 3, 3), s=TWO, p=ONE),
+        "strided": kernel((32, 64), (3, 3, 3), s=TWO, p=ONE),
         "chunks": kernel((128, 32), (3, 3, 3), s=TWO, p=ONE),
         "slabs": kernel((64, 128), (5, 5, 5), s=TWO, p=TWO),
         "a class without taps": kernel((16, 32), (1, 1, 1), s=TWO),

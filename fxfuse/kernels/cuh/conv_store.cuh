@@ -217,13 +217,23 @@ struct Results {
   const Value& value;
   const Expression& expression;
   const Tile& t;
-  int j, e, channel;
-  typename Value::Column column;
-  typename Expression::Channel of;
+  // What is the same: it may be read ahead.
+  struct Same {
+    int channel;
+    typename Value::Column column;
+    typename Expression::Channel of;
+  };
+  const Same same;
+  int j, e;
 
   FXFUSE_INLINE Results(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e)
-      : value(value), expression(expression), t(place.box), j(j), e(e), channel(channel_of(g, place, j, e)), column(value.column(j, e)),
-        of(expression.channel(t.n, channel)) {}
+      : Results(place, value, expression, j, e, read(g, place, value, expression, j, e)) {}
+  FXFUSE_INLINE Results(const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e, const Same& same)
+      : value(value), expression(expression), t(place.box), same(same), j(j), e(e) {}
+  static FXFUSE_INLINE Same read(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e) {
+    const int channel = channel_of(g, place, j, e);
+    return {channel, value.column(j, e), expression.channel(place.box.n, channel)};
+  }
   // One that there is: beyond the last column, the last.
   static FXFUSE_INLINE int channel_of(const Geometry& g, const Place<Problem>& place, int j, int e) {
     int column = place.box.column * Problem::columns + place.column(j, e);
@@ -232,7 +242,7 @@ struct Results {
   }
   // Of any row, unless the expression is `local`: of one inside the tensor.
   FXFUSE_INLINE float operator()(int i, int r, int q, int d, int h, int w) const {
-    return expression(of, value(column, i, r, j, e, q), t.n, channel, d, h, w);
+    return expression(same.of, value(same.column, i, r, j, e, q), t.n, same.channel, d, h, w);
   }
   // Of any row; zero outside the tensor where it has to be something.
   FXFUSE_INLINE float operator()(const Place<Problem>& place, const Extent& o, const Residue& residue, bool inside, int i, int r, int q) const {
