@@ -374,8 +374,8 @@ def test_model_1_shares_its_taps() -> None:
 
 
 def test_classes_of_few_channels_are_multiplied_together() -> None:
-    """Zeros in the place of other runs, which would be waited for: not where x may be infinite, nor where there are many
-    instructions in a run."""
+    """Zeros in the place of other runs, which would be waited for: not where x may be infinite, nor where a run has
+    many instructions."""
 
     def runs(channels: int, **how: bool) -> set[tuple[int, int]]:
         layer = Layer(channels, 32, 1, (3, 3, 3), (2, 2, 2), ONE, ONE)
