@@ -71,6 +71,9 @@ class Specialisation:
     of positions for every channel, as x itself, and each warp's own instructions, of TF32, read it there
     (``conv_planar.cuh``). The only stage holds all weights. ``step``: positions of x per dim from one position of
     the output to the next; of a planar kernel whose only class is the sum of all classes of so many.
+    ``samples``: a set of so many samples lie side by side in rows of shared memory, so that outputs of few positions
+    fill instructions (``sets.py``); positions along dim ``inner`` follow each other there. ``by_pass``: a tile has one
+    of the passes, which are as many times the tiles.
     """
 
     layer: Layer
@@ -88,6 +91,9 @@ class Specialisation:
     watched: bool = False
     planar: int = 0
     step: tuple[int, int, int] = (1, 1, 1)
+    samples: int = 1
+    inner: int = 2
+    by_pass: bool = False
 
     @property
     def parts(self) -> int:
@@ -197,6 +203,8 @@ class Specialisation:
     @functools.cached_property
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way, of float32 or less, and for statistics of them."""
+        if self.samples > 1:  # stored from registers, and not looked at
+            return 0
         gathered = 0 if self.by_channel else GATHERED
         return CONSUMERS * (self.least_blocks * self.lines * self.pitch + gathered) * 4
 
@@ -266,7 +274,7 @@ class Specialisation:
         if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
-        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one")
+        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass")
         same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
         return Shared.ALL if same else Shared.ROWS
 
@@ -288,7 +296,8 @@ class Specialisation:
         several chunks of channels.
         """
         runs = {(s.first, s.count) for p in self.passes for s in p.steps}
-        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and len(runs) == 1
+        one = len(runs) == 1 or self.samples > 1  # of sets x is large, and worth the steps of several runs
+        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and one
 
     def multiplied(self, planes: int, each: int) -> float:
         """Part of the products that is not left out in tiles of ``each`` of an output's ``planes`` of positions."""

@@ -185,6 +185,8 @@ def _problem(
         "stage_bytes": made.stage_bytes,
         "passes": len(made.passes),
         "x_buffers": made.x_buffers,
+        "samples": made.samples,
+        "inner": made.inner,
         **{
             f"{name}_{dim}": value
             for name in ("stride", "kernel", "padding", "dilation")
@@ -208,7 +210,7 @@ def _problem(
   static constexpr bool bare = {bare};
   static constexpr bool scaled = {str(dtype == "f32" and not made.planar).lower()};
   static constexpr bool watched = {str(made.watched or made.planar).lower()};
-  static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
+  static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()}, wide = {str(store is Store.WIDE).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
@@ -216,7 +218,7 @@ def _problem(
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()}, by_pass = {str(made.by_pass).lower()};
   static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
