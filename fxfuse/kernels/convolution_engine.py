@@ -136,6 +136,8 @@ class _Call:
         positions, each = math.prod(rows_sizes), math.prod(x.shape[1:])
         if max(positions, math.prod(sizes), math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
             raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
+        if made.samples > 1 and made.samples * out.stride(0) > MOST:
+            raise Unsupported(f"{made.samples} samples of {tuple(out.shape)} are further apart than a kernel counts ({MOST})")
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
         self.device, self.bias, self.given = x.device.index, bias, given

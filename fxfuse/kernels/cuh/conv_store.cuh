@@ -435,8 +435,9 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
   const Tile& t = place.box;
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const bool whole = first + Problem::columns <= g.out_channels;
-  const bool aligned = (((uint64_t)(to.out + t.n * to.stride.n + channel0) | to.stride.w * sizeof(Out) |
-                         (Problem::samples > 1 ? to.stride.n * sizeof(Out) : 0)) & 15) == 0 && whole;
+  Out* const sample = to.out + t.n * to.stride.n;
+  const int64_t strides = Problem::samples == 1 ? to.stride.w : to.stride.w | to.stride.n;
+  const bool aligned = (((uint64_t)(sample + channel0) | strides * sizeof(Out)) & 15) == 0 && whole;
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -446,9 +447,9 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
         schedule_barrier();
         const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
                   w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
-        const bool inside =
-            place.inside(i, r) && place.there(g, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
-        Out* const out = to.out + place.n(r) * to.stride.n + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
+        bool inside = place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
+        if constexpr (Problem::samples > 1) inside = inside && place.there(g, r);
+        Out* const out = sample + place.sample(r) * to.stride.n + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
         auto result = [&](int j, int e) {
           const int column = place.column(j, e);
           return inside && first + column < g.out_channels

@@ -61,9 +61,9 @@ struct Geometry {
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
-// and how many rows of the region are in front of a linear one's. Of a set the first sample. Of passes, by pass, its own.
+// and how many rows of the region are in front of a linear one's. Of a set the first sample.
 struct Tile {
-  int n, group, column, d, h, w, number, skip, pass;
+  int n, group, column, d, h, w, number, skip;
 };
 
 template <class Problem>
@@ -74,8 +74,7 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
     return found;
   };
   Tile t;
-  t.pass = 0;
-  if constexpr (Problem::by_pass) t.pass = index % Problem::passes, index /= Problem::passes;
+  if constexpr (Problem::by_pass) index /= Problem::passes;
   t.column = next(g.by_columns, g.column_tiles);
   const int w = next(g.by_w, g.tiles_w), h = next(g.by_h, g.tiles_h), d = next(g.by_d, g.tiles_d);
   t.number = (d * g.tiles_h + h) * g.tiles_w + w;
@@ -89,9 +88,15 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   return t;
 }
 
-// The passes of a tile: from its first one on, so many.
+// The passes of a tile.
 template <class Problem>
-constexpr int kPasses = Problem::by_pass ? 1 : Problem::passes;
+FXFUSE_INLINE int first_pass(int index) {
+  return Problem::by_pass ? index % Problem::passes : 0;
+}
+template <class Problem>
+FXFUSE_INLINE int end_of_passes(int index) {
+  return Problem::by_pass ? index % Problem::passes + 1 : Problem::passes;
+}
 
 // A warpgroup's part of it.
 FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
@@ -157,7 +162,7 @@ template <class Problem, class Copy>
 FXFUSE_INLINE void copy_slab(const Geometry& g, int k, uint8_t* x, Barriers<Problem>& barriers, SlabRing& ring, Copy copy) {
   const int planes = g.tile_d + Problem::slabs - 1, each = g.first_planes == planes ? planes : 1;
   const int begin = k == 0 ? 0 : min(g.first_planes + k - 1, planes), end = min(g.first_planes + k, planes);
-  const int bytes = g.region_h * g.region_w * Problem::samples * Problem::chunk * 2;
+  const int bytes = g.region_h * g.region_w * (Problem::samples * Problem::chunk * 2);
   barrier_wait(&barriers.x_empty[k], ring.phase(k) ^ 1);
   barrier_expect(&barriers.x_full[k], (end - begin) * bytes);
   for (int plane = begin; plane < end; plane += each) copy(x + plane * bytes, &barriers.x_full[k], plane);
@@ -174,8 +179,8 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
     const Tile t = tile_at<Problem>(g, index);
     const Slabs slabs = slabs_of<Problem>(g, t);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
-    if constexpr (Problem::by_pass) from += t.pass * (g.weight_bytes / Problem::passes);
-    for (int pass = t.pass; pass < t.pass + kPasses<Problem>; ++pass) {
+    if constexpr (Problem::by_pass) from += index % Problem::passes * (g.weight_bytes / Problem::passes);
+    for (int pass = first_pass<Problem>(index); pass < end_of_passes<Problem>(index); ++pass) {
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (begin == end && !(Problem::resident && pass == 0)) continue;
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
@@ -185,11 +190,13 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
           source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
         }
         auto copy = [&](uint8_t* to, uint64_t* full, int plane) {
-          const int c = source * Problem::chunk, d = t.d + g.low_d + plane, h = t.h + g.low_h, w = t.w + g.low_w;
-          if constexpr (Problem::samples == 1)
-            copy_box(to, map, full, c, w, h, d, t.n);
-          else  // of a map whose dims are in the order of the rows
-            copy_box(to, map, full, c, t.n, Problem::inner == 1 ? h : w, Problem::inner == 1 ? w : h, d);
+          if constexpr (Problem::samples == 1) {
+            copy_box(to, map, full, source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d + plane, t.n);
+          } else {  // of a map whose dims are in the order of the rows
+            const int h = t.h + g.low_h, w = t.w + g.low_w;
+            copy_box(to, map, full, source * Problem::chunk, t.n, Problem::inner == 1 ? h : w, Problem::inner == 1 ? w : h,
+                     t.d + g.low_d + plane);
+          }
         };
         if (!Problem::by_slab && (!Problem::resident || pass == 0)) {
           barrier_wait(&barriers.x_empty[xs.slot], xs.phase ^ 1);
@@ -270,7 +277,8 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
   if (in_turn || (!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
-    int slab = 0, gone = SlabRing::first(g, slabs), came = r == 0 ? gone : apart.came;  // by slab: the batch's, those that went and came
+    int slab = 0, came = SlabRing::first(g, slabs), gone = came;  // by slab: the batch's, those that came and went
+    if constexpr (Problem::by_slab && r > 0) came = apart.came;
     StepAddress step = in_turn ? next.step : steps[begin];
     int s = begin;
     bool goes_on;
@@ -332,7 +340,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
         for (; gone < came; ++gone)
           if (leader) barrier_arrive(&barriers.x_empty[gone]);
       if constexpr (Problem::runs == 1) apart.next(SlabRing::first(g, slabs), came);
-      apart.came = came;
+      if constexpr (Problem::runs > 1) apart.came = came;
     }
   }
   if constexpr (Problem::by_slab && Problem::runs > 1 && last) {  // this run may have had no steps
@@ -380,7 +388,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     NextStep next{0, steps[0]};
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
-    for (int pass = tile.pass; pass < tile.pass + kPasses<Problem>; ++pass) {
+    for (int pass = first_pass<Problem>(index); pass < end_of_passes<Problem>(index); ++pass) {
 #pragma unroll
       for (int i = 0; i < Problem::accumulator_tiles; ++i)
 #pragma unroll
@@ -431,8 +439,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   }
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
     const Step s = Problem::step(i);
-    const int outer = Problem::inner == 1 ? s.w : s.h, inner = Problem::inner == 1 ? s.h : s.w;
-    const int rows = ((s.d * g.region_h + outer) * g.region_w + inner) * Problem::samples;
+    const int rows = ((s.d * g.region_h + (Problem::inner == 1 ? s.w : s.h)) * g.region_w + (Problem::inner == 1 ? s.h : s.w)) * Problem::samples;
     const uint32_t ends = (s.last & 1 ? kEnds : 0) | (s.last & 2 ? kLast : 0);
     const uint32_t where = (s.batch ? kBegins : 0) | ends | (Problem::by_slab ? s.d * kSlab : 0);
     steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | where};
