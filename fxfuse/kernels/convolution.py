@@ -210,10 +210,23 @@ class Specialisation:
 
     @functools.cached_property
     def reach(self) -> tuple[int, int, int]:
-        """Positions of x per dim that taps reach beyond those of the output."""
+        """Positions of x per dim that taps reach beyond those of the output; by pass those of one."""
+        if self.by_pass:
+            reached = ([s.delta for s in p.steps] or [(0, 0, 0)] for p in self.passes)
+            each = [[max(of) - min(of) for of in zip(*deltas, strict=True)] for deltas in reached]
+            d, h, w = map(max, zip(*each, strict=True))
+            return d, h, w
         low, high = self.layer.reach
         d, h, w = (b - a + s - 1 for a, b, s in zip(low, high, self.step, strict=True))
         return d, h, w
+
+    @functools.cached_property
+    def lows(self) -> tuple[tuple[int, int, int], ...]:
+        """Of every pass the least delta per dim: of the layer, or, by pass, its own."""
+        if not self.by_pass:
+            return (self.layer.reach[0],) * len(self.passes)
+        deltas = ([s.delta for s in p.steps] or [(0, 0, 0)] for p in self.passes)
+        return tuple((min(d), min(h), min(w)) for d, h, w in (zip(*some, strict=True) for some in deltas))
 
     @functools.cached_property
     def halo(self) -> tuple[int, int, int]:
@@ -304,16 +317,20 @@ class Specialisation:
         return self._multiplied(planes, each) if self.slabs > 1 else 1.0
 
     def _multiplied(self, planes: int, each: int) -> float:
-        return _not_padding(self._slab_parts, self.layer.reach[0][0], self.layer.planes_read(planes), planes, each)
+        read, passes = self.layer.planes_read(planes), self._slab_parts
+        return sum(_not_padding(parts, low, read, planes, each) for low, parts in passes) / len(passes)
 
     @functools.cached_property
-    def _slab_parts(self) -> tuple[float, ...]:
-        """Of the time of all products the part of each slab."""
-        low = self.layer.reach[0][0]
-        slabs = [0.0] * (self.halo[0] + 1)
-        for step in (s for p in self.passes for s in p.steps):
-            slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
-        return tuple(s / sum(slabs) for s in slabs)
+    def _slab_parts(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Of the time of all products the part of each slab, and the least delta along d; by pass those of each."""
+        found = []
+        for passes in ((p,) for p in self.passes) if self.by_pass else (self.passes,):
+            low = self.lows[self.passes.index(passes[0])][0]
+            slabs = [0.0] * (self.halo[0] + 1)
+            for step in (s for p in passes for s in p.steps):
+                slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
+            found.append((low, tuple(s / sum(slabs) for s in slabs)))
+        return tuple(found)
 
     @functools.cached_property
     def stage_bytes(self) -> int:

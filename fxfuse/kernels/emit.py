@@ -94,9 +94,8 @@ def _residues(made: Specialisation) -> str:
 
 def _tables(made: Specialisation) -> list[str]:
     runs = {run: i for i, run in enumerate(_runs(made))}
-    low, _ = made.layer.reach
     begins, steps = list[str](), list[str]()
-    for one in made.passes:
+    for one, low in zip(made.passes, made.lows, strict=True):
         order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
         slabs = (*range(made.slabs), math.inf)
         begins.append(
@@ -116,6 +115,7 @@ def _tables(made: Specialisation) -> list[str]:
     return [
         f"__constant__ unsigned short kRunBegin[][{len(runs)}][{made.slabs + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
+        *([f"__constant__ fxfuse::Low kLow[] = {_list([_list(low) for low in made.lows])};"] if made.by_pass else []),
         *_packed_tables(made),
     ]
 
@@ -257,7 +257,7 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
   static constexpr bool in_turn = {str(_in_turn(made, runs)).lower()};
-{_rows_type(made.layer)}
+{_rows_type(made.layer)}{_LOW if made.by_pass else ""}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
@@ -276,6 +276,11 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     constexpr int values[] = {_list([c for _, c in runs])};
     return values[r];
   }}"""
+
+
+#: where x of a pass begins: see ``conv_wgmma.cuh``
+_LOW = """
+  static FXFUSE_INLINE fxfuse::Low low(int pass) { return kLow[pass]; }"""
 
 
 def _in_turn(made: Specialisation, runs: Sequence[tuple[int, int]]) -> bool:

@@ -22,6 +22,8 @@ SETS = (8, 16, 32, 64)
 COPIED, ROW_CYCLES = 18, 1.0
 #: how fast few instructions of a step are: as of other kernels
 SHORT = {1: 0.7, 2: 0.85}
+#: part of the copies that slabs leave to be waited for: few of them are given back before the last product
+WAITED = 0.7
 
 
 def outer_inner(made: Specialisation, of: Extents) -> tuple[int, int]:
@@ -68,12 +70,13 @@ def copy_cycles(made: Specialisation, tiling: Tiling, extents: Extents) -> float
 
     Outputs of few positions have few products for every weight: it may be the copies that take the time.
     """
-    passes = 1 if made.resident else len(made.passes)
-    rows = passes * made.chunks * math.prod(tiling.region) * tiling.samples
-    sizes = zip(extents, tiling.tile, tiling.counts, made.halo, made.layer.reach[0], strict=True)
-    there = math.prod(_part_there(*of) for of in sizes)
+    lows = made.lows[:1] if made.resident else made.lows
+    rows = made.chunks * math.prod(tiling.region) * tiling.samples
+    along = (extents, tiling.tile, tiling.counts, made.halo)
+    there = sum(math.prod(_part_there(*of) for of in zip(*along, low, strict=True)) for low in lows)
     weights = made.weight_bytes * made.multiplied(extents[0], tiling.tile[0])
-    return math.prod(tiling.counts) * max((weights + rows * there * made.row_bytes) / COPIED, rows * ROW_CYCLES)
+    copied = max((weights + rows * there * made.row_bytes) / COPIED, rows * len(lows) * ROW_CYCLES)
+    return math.prod(tiling.counts) * copied
 
 
 def _part_there(extent: int, tile: int, count: int, halo: int, low: int) -> float:
@@ -89,8 +92,7 @@ def set_cycles(made: Specialisation, tiling: Tiling, extents: Extents) -> float:
     multiply = math.prod(tiling.counts) * len(tiling.row_base) * made.pass_cycles * multiplied
     multiply /= SHORT.get(made.m_tiles * made.chunk // 16, 1.0)
     copies = copy_cycles(made, tiling, extents)
-    overlap = made.x_buffers > 1 or made.by_slab
-    return max(multiply, copies) if overlap else multiply + copies
+    return max(multiply, copies) if made.x_buffers > 1 else multiply + copies * (WAITED if made.by_slab else 1)
 
 
 def pair_of(made: Specialisation) -> int:

@@ -104,6 +104,16 @@ FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
   return t;
 }
 
+// The least delta per dim: where x of a tile begins. By pass that of its own taps, which reach less far.
+struct Low {
+  int d, h, w;
+};
+template <class Problem>
+FXFUSE_INLINE Low low_of(const Geometry& g, int index) {
+  if constexpr (Problem::by_pass) return Problem::low(index % Problem::passes);
+  return {g.low_d, g.low_h, g.low_w};
+}
+
 // Slabs of x that the steps of a tile read, by the d of the steps: those from `begin` to `end` have planes of x, the others
 // are padding. Products with them are left out, where they are told apart.
 struct Slabs {
@@ -111,9 +121,9 @@ struct Slabs {
 };
 
 template <class Problem>
-FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t) {
+FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t, const Low& low) {
   if constexpr (Problem::slabs == 1) return {0, 1};
-  const int first = t.d + g.low_d, begin = 1 - g.tile_d - first, end = g.in_d - first;
+  const int first = t.d + low.d, begin = 1 - g.tile_d - first, end = g.in_d - first;
   return {min(max(begin, 0), Problem::slabs), min(max(end, 0), Problem::slabs)};
 }
 
@@ -177,7 +187,8 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
   bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at<Problem>(g, index);
-    const Slabs slabs = slabs_of<Problem>(g, t);
+    const Low low = low_of<Problem>(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, t, low);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
     if constexpr (Problem::by_pass) from += index % Problem::passes * (g.weight_bytes / Problem::passes);
     for (int pass = first_pass<Problem>(index); pass < end_of_passes<Problem>(index); ++pass) {
@@ -191,11 +202,11 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
         }
         auto copy = [&](uint8_t* to, uint64_t* full, int plane) {
           if constexpr (Problem::samples == 1) {
-            copy_box(to, map, full, source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d + plane, t.n);
+            copy_box(to, map, full, source * Problem::chunk, t.w + low.w, t.h + low.h, t.d + low.d + plane, t.n);
           } else {  // of a map whose dims are in the order of the rows
-            const int h = t.h + g.low_h, w = t.w + g.low_w;
+            const int h = t.h + low.h, w = t.w + low.w;
             copy_box(to, map, full, source * Problem::chunk, t.n, Problem::inner == 1 ? h : w, Problem::inner == 1 ? w : h,
-                     t.d + g.low_d + plane);
+                     t.d + low.d + plane);
           }
         };
         if (!Problem::by_slab && (!Problem::resident || pass == 0)) {
@@ -383,7 +394,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile tile = tile_at<Problem>(g, index);
-    const Slabs slabs = slabs_of<Problem>(g, tile);
+    const Slabs slabs = slabs_of<Problem>(g, tile, low_of<Problem>(g, index));
     place.move(g, tile, group, warp);
     NextStep next{0, steps[0]};
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
