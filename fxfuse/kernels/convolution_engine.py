@@ -137,7 +137,9 @@ class _Call:
         if max(positions, math.prod(sizes), math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
             raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
         if made.samples > 1 and made.samples * out.stride(0) > MOST:
-            raise Unsupported(f"{made.samples} samples of {tuple(out.shape)} are further apart than a kernel counts ({MOST})")
+            raise Unsupported(
+                f"{made.samples} samples of {tuple(out.shape)} are further apart than a kernel counts ({MOST})"
+            )
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
         self.device, self.bias, self.given = x.device.index, bias, given

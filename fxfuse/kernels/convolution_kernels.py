@@ -115,8 +115,8 @@ class Convolution:
                 made, samples, extents, row, output.itemsize, keeps=epilogue.keeps, divisible=divisible
             )
             if epilogue.keeps and divisible and not (epilogue.combine or epilogue.gathers):
-                finite = dtype is torch.float32 or made.watched
-                made = with_sets(made, samples, extents, row, output.itemsize, keeps=True, finite=finite)
+                clean = dtype is torch.float32 or made.watched
+                made = with_sets(made, samples, extents, row, output.itemsize, keeps=True, finite=clean)
         if planes and not exact and extents is not None and samples:
             with contextlib.suppress(Unsupported):
                 other = specialised(layer, functools.partial(specialise, finite=True))

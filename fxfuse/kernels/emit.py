@@ -210,7 +210,8 @@ def _problem(
   static constexpr bool bare = {bare};
   static constexpr bool scaled = {str(dtype == "f32" and not made.planar).lower()};
   static constexpr bool watched = {str(made.watched or made.planar).lower()};
-  static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()}, wide = {str(store is Store.WIDE).lower()};
+  static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
+  static constexpr bool wide = {str(store is Store.WIDE).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};

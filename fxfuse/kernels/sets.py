@@ -54,7 +54,11 @@ def _set_tilings(m_tiles: int, samples: int, inner: int, halo: Extents, extents:
             if max(region) > MOST_COPIED:
                 continue
             # of the tiles of rows of a thread, neighbours are neighbours along w
-            steps = range(box[0]), range(0, box[1], run if inner == 1 else 1), range(0, box[2], 1 if inner == 1 else run)
+            steps = (
+                range(box[0]),
+                range(0, box[1], run if inner == 1 else 1),
+                range(0, box[2], 1 if inner == 1 else run),
+            )
             places = ((z, x, y) if inner == 1 else (z, y, x) for z, y, x in itertools.product(*steps))
             base = tuple(((z * region[1] + o) * region[2] + i) * samples for z, o, i in places)
             found.append(Tiling(box, box, (0, 0, 0), region, 8, base, 0, counts, samples=samples))  # type: ignore[arg-type]

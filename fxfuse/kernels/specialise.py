@@ -155,7 +155,7 @@ def kernels_of_sets(usual: Specialisation, finite: bool) -> tuple[Specialisation
             made = dataclasses.replace(
                 usual, chunk=chunk, columns=columns, passes=passes, m_tiles=m_tiles, stages=stages, x_buffers=x_buffers
             )
-            by_pass = even and 1 < len(passes) and not made.resident and any(p.steps for p in passes)
+            by_pass = even and len(passes) > 1 and not made.resident and any(p.steps for p in passes)
             found += [dataclasses.replace(made, by_pass=each) for each in ((False, True) if by_pass else (False,))]
     return tuple(found)
 

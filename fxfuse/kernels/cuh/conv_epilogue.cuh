@@ -3,6 +3,7 @@
 #include "conv_outbox.cuh"
 #include "conv_fold.cuh"
 #include "conv_gather.cuh"
+#include "conv_wide.cuh"
 
 namespace fxfuse {
 
