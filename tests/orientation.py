@@ -1,15 +1,19 @@
-"""Whether rows of a convolution's matrix instructions are output channels, for tests of either way."""
+"""What rows of a convolution's matrix instructions are, for tests of every way: channels, positions, samples."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from fxfuse.kernels import specialise
-from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels import adapted, convolution_kernels, specialise
+from fxfuse.kernels.convolution import Specialisation, Unsupported
 from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels.sets import SETS
+from fxfuse.kernels.tiling import tile
 
 
 @contextlib.contextmanager
@@ -31,6 +35,34 @@ def by_channel_never() -> Iterator[None]:
         yield
 
 
+def of_sets(made: Specialisation, finite: bool, stored: tuple[int, int, int], row: int) -> list[Specialisation]:
+    """Those with samples side by side that there are for outputs of these sizes."""
+    d, h, w = (-(-e // s) for e, s in zip(stored, made.layer.stride, strict=True))
+    found = []
+    for one in specialise.kernels_of_sets(made, finite) if adapted.may_have_sets(made) else ():
+        for size in SETS:
+            for inner in (1, 2):
+                with contextlib.suppress(Unsupported):
+                    with_set = dataclasses.replace(one, samples=size, inner=inner)
+                    tile(with_set, (d, h, w), row)
+                    found.append(with_set)
+    return found
+
+
+@contextlib.contextmanager
+def sets_always() -> Iterator[None]:
+    """Samples lie side by side wherever they may, in one of the ways."""
+
+    def one_of(
+        made: Specialisation, samples: int, stored: tuple[int, int, int], row: int, *_: int, finite: bool, **__: bool
+    ) -> Specialisation:
+        ways = of_sets(made, finite, stored, row)
+        return random.Random(str((made.layer, stored, samples))).choice(ways) if ways else made
+
+    with chosen_anew(), mock.patch.object(convolution_kernels, "with_sets", one_of):
+        yield
+
+
 @contextlib.contextmanager
 def chosen_anew() -> Iterator[None]:
     """No layer has a kernel yet, nor has one afterwards."""
@@ -41,4 +73,5 @@ def chosen_anew() -> Iterator[None]:
 
 def _forget() -> None:
     specialise.specialise.cache_clear()
+    specialise.kernels_of_sets.cache_clear()
     Convolution.of.cache_clear()

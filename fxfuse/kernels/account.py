@@ -163,13 +163,15 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     made, (tiling, store) = engine.made, engine.tiling(kernel.sizes)
     step = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(kernel.sizes, step, strict=True))
-    count = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
+    sets, parts = -(-batch // made.samples), len(made.passes) if made.by_pass else 1
+    count = sets * made.layer.groups * made.column_tiles * math.prod(tiling.counts) * parts
     if tiling.linear:
         shape = f"{tiling.tile[1]} consecutive positions of {tiling.tile[0]} planes and their border"
     else:
         size, box = (" x ".join(map(str, s)) for s in (tiling.tile, tiling.box))
-        parts = "shared by both warpgroups" if tiling.joint else f"a warpgroup's {box}"
-        shape = f"{size} positions, {parts}"
+        where = "shared by both warpgroups" if tiling.joint else f"a warpgroup's {box}"
+        many = f" of {made.samples} samples side by side" if made.samples > 1 else ""
+        shape = f"{size} positions{many}, {where}"
     yield "tile", f"{shape}; {100 * tiling.fit((d, h, w)):.0f} % of the rows are used"
     yield "tiles", f"{count}"
     yield "stores", store.value
@@ -193,7 +195,8 @@ def _classes(made: Specialisation) -> str:
         weights = f", weights as well: {made.products} of {made.layer.volume}" if made.headroom else ""
         return f"{len(made.layer.residues)}, added up by the matrix units{weights}"
     passes = len(made.passes)
-    return f"{made.residues} at the same time, {passes} {'pass' if passes == 1 else 'passes'}"
+    each = ", each a tile of its own" if made.by_pass else ""
+    return f"{made.residues} at the same time, {passes} {'pass' if passes == 1 else 'passes'}{each}"
 
 
 def _arithmetic(kernel: Launch, made: Specialisation) -> str:

@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import math
 
-from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, Shared, Specialisation, Unsupported
-from fxfuse.kernels.specialise import WORTH_COMPILING
+from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, ROWS, Shared, Specialisation, Unsupported
+from fxfuse.kernels.sets import SETS, copy_cycles
+from fxfuse.kernels.specialise import WORTH_COMPILING, kernels_of_sets
 from fxfuse.kernels.tiles import Extents, outbox_blocks
-from fxfuse.kernels.tiling import PROCESSORS, RUNS, seconds, store_of, tile
+from fxfuse.kernels.tiling import CLOCK, PROCESSORS, RUNS, seconds, store_of, tile
 
 #: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
 #: beside its products and stores: its place, its channels, waiting for one after the other
@@ -20,6 +21,9 @@ LEAST_STAGES = 3
 #: tiles from which on few of a GPU's multiprocessors are idle; the fewest channels that more tiles are made with, and
 #: how much faster each halving must be by estimate
 ENOUGH_TILES, LEAST_COLUMNS, WORTH_HALVING = PROCESSORS // 2, 16, 1.1
+#: samples from which on sets of them are tried, and positions of an output up to which; how much faster they must be;
+#: and of the ways to fill rows with samples those that are tried: so much of the best one's rows are used
+LEAST_SAMPLES, FEW_POSITIONS, WORTH_SETS, WELL_FILLED = 8, 4096, 1.15, 0.85
 
 
 def seconds_of(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool) -> float:
@@ -103,3 +107,48 @@ def _tiles(made: Specialisation, samples: int, stored: Extents, row: int, itemsi
     with contextlib.suppress(Unsupported):
         return samples * made.layer.groups * made.column_tiles * math.prod(tile(made, (d, h, w), row, itemsize).counts)
     return 0
+
+
+def with_sets(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool, finite: bool
+) -> Specialisation:
+    """The kernel with sets of samples side by side (``sets.py``), where outputs of few positions leave rows unused and
+    it saves time. ``finite``: x has no Inf nor NaN. The others as of :func:`seconds_of`.
+    """
+    d, h, w = (-(-e // s) for e, s in zip(stored, made.layer.stride, strict=True))
+    if samples < LEAST_SAMPLES or d * h * w > FEW_POSITIONS or not may_have_sets(made):
+        return made
+    time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
+    least = max(time(made), _copy_seconds(made, samples, stored, row, itemsize))
+    ways = {(size, inner): _filled(size, (h, w)[inner - 1], samples) for size in SETS for inner in (1, 2)}
+    well = [way for way, filled in ways.items() if filled >= WELL_FILLED * max(ways.values())]
+    kernels = kernels_of_sets(made, finite)
+    found = (dataclasses.replace(k, samples=size, inner=inner) for size, inner in well for k in kernels)
+    best, seconds_of_best = min(((one, time(one)) for one in found), key=lambda f: f[1], default=(made, math.inf))
+    return best if seconds_of_best * WORTH_SETS < least else made
+
+
+def may_have_sets(made: Specialisation) -> bool:
+    """Whether there are kernels like ``made`` with sets: those that store every class, from registers.
+
+    Of a set neighbouring rows are samples, not neighbours in memory: results that go through shared memory (an
+    outbox), statistics, and reductions find the sample of a tile, not of a row. Positions side by side fill rows too.
+    """
+    return not (made.by_channel or made.planar or made.pooled or made.one or made.merged or made.layer.beside)
+
+
+def _filled(size: int, positions: int, samples: int) -> float:
+    """Part of the rows that are used by sets of this ``size`` and of so many ``positions`` along the inner dim."""
+    run = ROWS // size
+    return positions / (-(-positions // run) * run) * samples / (-(-samples // size) * size)
+
+
+def _copy_seconds(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> float:
+    """Of copies into shared memory alone; zero where there are no tiles."""
+    d, h, w = (-(-e // s) for e, s in zip(stored, made.layer.stride, strict=True))
+    with contextlib.suppress(Unsupported):
+        tiling = tile(made, (d, h, w), row, itemsize)
+        counts = math.prod(tiling.counts)
+        waves = -(-samples * made.layer.groups * made.column_tiles * counts // PROCESSORS)
+        return waves * copy_cycles(made, tiling, (d, h, w)) / counts / CLOCK
+    return 0.0

@@ -54,7 +54,8 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     step = layer.stride if not kernel.combine else (1, 1, 1)
     d, h, w = (-(-e // s) for e, s in zip(extents, step, strict=True))
     tiling = tile(made, (d, h, w), row, itemsize)
-    if tiling.fit((d, h, w)) < LEAST_FIT and not made.exact:
+    whole_sets = -(-batch // made.samples) * made.samples
+    if tiling.fit((d, h, w)) * batch / whole_sets < LEAST_FIT and not made.exact:
         return f"an output of {extents} leaves most rows of the tiles unused"
     narrow = kernel.dtype is not torch.float32
     if layer.stride[2] > 2 and (narrow or not last) and not little:

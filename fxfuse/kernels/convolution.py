@@ -71,6 +71,9 @@ class Specialisation:
     of positions for every channel, as x itself, and each warp's own instructions, of TF32, read it there
     (``conv_planar.cuh``). The only stage holds all weights. ``step``: positions of x per dim from one position of
     the output to the next; of a planar kernel whose only class is the sum of all classes of so many.
+    ``samples``: a set of so many samples lie side by side in rows of shared memory, so that outputs of few positions
+    fill instructions (``sets.py``); positions along dim ``inner`` follow each other there. ``by_pass``: a tile has one
+    of the passes, which are as many times the tiles.
     """
 
     layer: Layer
@@ -88,6 +91,9 @@ class Specialisation:
     watched: bool = False
     planar: int = 0
     step: tuple[int, int, int] = (1, 1, 1)
+    samples: int = 1
+    inner: int = 2
+    by_pass: bool = False
 
     @property
     def parts(self) -> int:
@@ -197,15 +203,30 @@ class Specialisation:
     @functools.cached_property
     def staging_bytes(self) -> int:
         """Shared memory for outputs on their way, of float32 or less, and for statistics of them."""
+        if self.samples > 1:  # stored from registers, and not looked at
+            return 0
         gathered = 0 if self.by_channel else GATHERED
         return CONSUMERS * (self.least_blocks * self.lines * self.pitch + gathered) * 4
 
     @functools.cached_property
     def reach(self) -> tuple[int, int, int]:
-        """Positions of x per dim that taps reach beyond those of the output."""
+        """Positions of x per dim that taps reach beyond those of the output; by pass those of one."""
+        if self.by_pass:
+            reached = ([s.delta for s in p.steps] or [(0, 0, 0)] for p in self.passes)
+            each = [[max(of) - min(of) for of in zip(*deltas, strict=True)] for deltas in reached]
+            d, h, w = map(max, zip(*each, strict=True))
+            return d, h, w
         low, high = self.layer.reach
         d, h, w = (b - a + s - 1 for a, b, s in zip(low, high, self.step, strict=True))
         return d, h, w
+
+    @functools.cached_property
+    def lows(self) -> tuple[tuple[int, int, int], ...]:
+        """Of every pass the least delta per dim: of the layer, or, by pass, its own."""
+        if not self.by_pass:
+            return (self.layer.reach[0],) * len(self.passes)
+        deltas = ([s.delta for s in p.steps] or [(0, 0, 0)] for p in self.passes)
+        return tuple((min(d), min(h), min(w)) for d, h, w in (zip(*some, strict=True) for some in deltas))
 
     @functools.cached_property
     def halo(self) -> tuple[int, int, int]:
@@ -266,7 +287,7 @@ class Specialisation:
         if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
-        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one")
+        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass")
         same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
         return Shared.ALL if same else Shared.ROWS
 
@@ -288,23 +309,28 @@ class Specialisation:
         several chunks of channels.
         """
         runs = {(s.first, s.count) for p in self.passes for s in p.steps}
-        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and len(runs) == 1
+        one = len(runs) == 1 or self.samples > 1  # of sets x is large, and worth the steps of several runs
+        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and one
 
     def multiplied(self, planes: int, each: int) -> float:
         """Part of the products that is not left out in tiles of ``each`` of an output's ``planes`` of positions."""
         return self._multiplied(planes, each) if self.slabs > 1 else 1.0
 
     def _multiplied(self, planes: int, each: int) -> float:
-        return _not_padding(self._slab_parts, self.layer.reach[0][0], self.layer.planes_read(planes), planes, each)
+        read, passes = self.layer.planes_read(planes), self._slab_parts
+        return sum(_not_padding(parts, low, read, planes, each) for low, parts in passes) / len(passes)
 
     @functools.cached_property
-    def _slab_parts(self) -> tuple[float, ...]:
-        """Of the time of all products the part of each slab."""
-        low = self.layer.reach[0][0]
-        slabs = [0.0] * (self.halo[0] + 1)
-        for step in (s for p in self.passes for s in p.steps):
-            slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
-        return tuple(s / sum(slabs) for s in slabs)
+    def _slab_parts(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Of the time of all products the part of each slab, and the least delta along d; by pass those of each."""
+        found = []
+        for passes in ((p,) for p in self.passes) if self.by_pass else (self.passes,):
+            low = self.lows[self.passes.index(passes[0])][0]
+            slabs = [0.0] * (self.halo[0] + 1)
+            for step in (s for p in passes for s in p.steps):
+                slabs[step.delta[0] - low] += self._cycles((Pass((), (step,)),))
+            found.append((low, tuple(s / sum(slabs) for s in slabs)))
+        return tuple(found)
 
     @functools.cached_property
     def stage_bytes(self) -> int:

@@ -136,6 +136,10 @@ class _Call:
         positions, each = math.prod(rows_sizes), math.prod(x.shape[1:])
         if max(positions, math.prod(sizes), math.prod(of.extents), n * positions // 64 * shape.groups) > MOST:
             raise Unsupported(f"a tensor of {tuple(x.shape)} has more positions than a kernel counts ({MOST})")
+        if made.samples > 1 and made.samples * out.stride(0) > MOST:
+            raise Unsupported(
+                f"{made.samples} samples of {tuple(out.shape)} are further apart than a kernel counts ({MOST})"
+            )
         stored: Extents = tuple(out.shape[2:])  # type: ignore[assignment]
         tiling, store = layer.tiling(stored)
         self.device, self.bias, self.given = x.device.index, bias, given
@@ -181,7 +185,11 @@ class _Call:
                 planes_map, shape=tuple(x.shape), strides=x.stride(), box=planes_box, dtype=x.dtype
             )
         strides = tuple(x.stride(i) for i in (0, 2, 3, 4, 1)) if self.in_place else dense(rows, "contiguous")
-        box = (planes if first_planes(made, tiling) == planes else 1, *plane)
+        box = (1, planes if first_planes(made, tiling) == planes else 1, *plane)
+        if made.samples > 1:  # the dims as rows of shared memory have them: d, outer, inner, sample
+            order = 1, *((3, 2) if made.inner == 1 else (2, 3)), 0, 4
+            rows, strides = (tuple(of[i] for i in order) for of in (rows, strides))
+            box = (*box[1:], made.samples)
         return functools.partial(rows_map, shape=rows, strides=strides, bfloat=bfloat, box=box, channels=made.chunk)
 
     def _lay_out(self, lengths: Sequence[int], *, pooled: bool) -> int:
@@ -347,12 +355,13 @@ def _geometry(x: Tensor, extents: Extents, made: Specialisation, tiling: Tiling,
     layer, (samples, _, *sizes) = made.layer, x.shape
     sizes_copied = copied(made, tiling)
     depth, *_ = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
-    tiles = samples * layer.groups * made.column_tiles * math.prod(tiling.counts)
+    sets, parts = -(-samples // made.samples), len(made.passes) if made.by_pass else 1
+    tiles = sets * layer.groups * made.column_tiles * math.prod(tiling.counts) * parts
     divided = made.column_tiles, *reversed(tiling.counts), layer.groups, *reversed(tiling.region[1:]), tiling.box[1]
     return Geometry(
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, tiling.over, *tiling.region[1:], *sizes_copied[1:],
-        math.prod(sizes_copied) * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
+        math.prod(sizes_copied) * made.samples * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
         tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
         layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
         first_planes(made, tiling), *map(Divisor.of, divided),

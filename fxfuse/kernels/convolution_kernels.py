@@ -15,12 +15,13 @@ import torch
 
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels import planar
-from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles
+from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles, with_sets
 from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
 from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.sets import may_be_wide
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents, Tiling, has_joint_tiles
 from fxfuse.kernels.tiling import Store, seconds, store_of, tile
@@ -113,6 +114,9 @@ class Convolution:
             made = with_more_tiles(
                 made, samples, extents, row, output.itemsize, keeps=epilogue.keeps, divisible=divisible
             )
+            if epilogue.keeps and divisible and not (epilogue.combine or epilogue.gathers):
+                clean = dtype is torch.float32 or made.watched
+                made = with_sets(made, samples, extents, row, output.itemsize, keeps=True, finite=clean)
         if planes and not exact and extents is not None and samples:
             with contextlib.suppress(Unsupported):
                 other = specialised(layer, functools.partial(specialise, finite=True))
@@ -159,6 +163,8 @@ class Convolution:
             return (Store.CHANNELS,)
         if self.made.by_channel:
             return (Store.SECTORS, Store.STREAM)
+        if self.made.samples > 1:
+            return (Store.WIDE, Store.DIRECT) if may_be_wide(self.made) else (Store.DIRECT,)
         if self.made.pooled and not self.made.merged:
             return (Store.DIRECT,)
         _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride

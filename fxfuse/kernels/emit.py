@@ -94,9 +94,8 @@ def _residues(made: Specialisation) -> str:
 
 def _tables(made: Specialisation) -> list[str]:
     runs = {run: i for i, run in enumerate(_runs(made))}
-    low, _ = made.layer.reach
     begins, steps = list[str](), list[str]()
-    for one in made.passes:
+    for one, low in zip(made.passes, made.lows, strict=True):
         order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
         slabs = (*range(made.slabs), math.inf)
         begins.append(
@@ -116,6 +115,7 @@ def _tables(made: Specialisation) -> list[str]:
     return [
         f"__constant__ unsigned short kRunBegin[][{len(runs)}][{made.slabs + 1}] = {_list(begins)};",
         f"__constant__ fxfuse::Step kSteps[] = {_list(steps or ['{}'])};",
+        *([f"__constant__ fxfuse::Low kLow[] = {_list([_list(low) for low in made.lows])};"] if made.by_pass else []),
         *_packed_tables(made),
     ]
 
@@ -185,6 +185,8 @@ def _problem(
         "stage_bytes": made.stage_bytes,
         "passes": len(made.passes),
         "x_buffers": made.x_buffers,
+        "samples": made.samples,
+        "inner": made.inner,
         **{
             f"{name}_{dim}": value
             for name in ("stride", "kernel", "padding", "dilation")
@@ -209,6 +211,7 @@ def _problem(
   static constexpr bool scaled = {str(dtype == "f32" and not made.planar).lower()};
   static constexpr bool watched = {str(made.watched or made.planar).lower()};
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
+  static constexpr bool wide = {str(store is Store.WIDE).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
@@ -216,7 +219,7 @@ def _problem(
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
-  static constexpr bool by_channel = {str(made.by_channel).lower()};
+  static constexpr bool by_channel = {str(made.by_channel).lower()}, by_pass = {str(made.by_pass).lower()};
   static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
@@ -255,7 +258,7 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
   static constexpr bool in_turn = {str(_in_turn(made, runs)).lower()};
-{_rows_type(made.layer)}
+{_rows_type(made.layer)}{_LOW if made.by_pass else ""}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
   static FXFUSE_INLINE fxfuse::Step step(int i) {{ return kSteps[i]; }}
@@ -274,6 +277,11 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     constexpr int values[] = {_list([c for _, c in runs])};
     return values[r];
   }}"""
+
+
+#: where x of a pass begins: see ``conv_wgmma.cuh``
+_LOW = """
+  static FXFUSE_INLINE fxfuse::Low low(int pass) { return kLow[pass]; }"""
 
 
 def _in_turn(made: Specialisation, runs: Sequence[tuple[int, int]]) -> bool:

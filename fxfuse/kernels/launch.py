@@ -301,16 +301,17 @@ def rows_map(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     bfloat: bool,
-    box: tuple[int, int, int],
+    box: tuple[int, int, int, int],
     channels: int,
 ) -> bytes:
-    """The CUtensorMap that copies boxes (d, h, w) of rows with ``channels`` of (N, D, H, W, C) 16-bit numbers.
+    """The CUtensorMap that copies boxes (n, d, h, w) of rows with ``channels`` of (N, D, H, W, C) 16-bit numbers.
 
-    ``strides`` in elements; that of C is 1. The swizzle is as wide as a row in shared memory.
+    ``strides`` in elements; that of C is 1. The swizzle is as wide as a row in shared memory. Dims but that of C may
+    be in any order, in which rows follow each other there.
     """
     kind = "BFLOAT16" if bfloat else "FLOAT16"
     swizzle = {16: "32B", 32: "64B", 64: "128B"}[channels]
-    return _map(pointer, kind, 2, shape, strides, (1, *box, channels), swizzle)
+    return _map(pointer, kind, 2, shape, strides, (*box, channels), swizzle)
 
 
 @functools.lru_cache(maxsize=4096)

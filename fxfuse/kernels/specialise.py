@@ -135,6 +135,32 @@ def _kernels(
 
 
 @functools.lru_cache(maxsize=1024)
+def kernels_of_sets(usual: Specialisation, finite: bool) -> tuple[Specialisation, ...]:
+    """Kernels for the layer of a ``usual`` one, of which samples lie side by side, as ``sets.py`` has them.
+
+    ``finite``: as of :func:`specialise`.
+    """
+    layer, classes = usual.layer, _Classes(usual.layer, False)
+    width, most = max(8, -(-layer.out_channels // 8) * 8), 128 if usual.exact else 256
+    found = []
+    for stack, columns in itertools.product(classes.stacks, {_columns(width, m) for m in (32, 64, 128, 256)}):
+        tiles = [m for m in (4, 2, 1) if m * stack * columns <= most and m * 2 * stack <= 32]
+        if not tiles:
+            continue
+        passes = classes.passes(stack, columns, finite=finite)
+        even = len({(len(p.steps), sum(s.count for s in p.steps)) for p in passes}) == 1
+        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels)):
+            if stack * columns * chunk * 2 > STAGE_BYTES:
+                continue
+            made = dataclasses.replace(
+                usual, chunk=chunk, columns=columns, passes=passes, m_tiles=m_tiles, stages=stages, x_buffers=x_buffers
+            )
+            by_pass = even and len(passes) > 1 and not made.resident and any(p.steps for p in passes)
+            found += [dataclasses.replace(made, by_pass=each) for each in ((False, True) if by_pass else (False,))]
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=1024)
 def specialise(
     layer: Layer,
     *,

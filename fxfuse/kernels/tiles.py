@@ -34,7 +34,8 @@ class Tiling:
     next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
     output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
     ``half``: from the first box to the second, in positions; ``part_rows``: in rows, where places of the
-    second are counted from its own begin.
+    second are counted from its own begin. ``samples``: of a set, every position of the region has so many rows; of the
+    region the inner dim is the last one (``sets.py``).
     """
 
     tile: Extents
@@ -47,9 +48,12 @@ class Tiling:
     counts: Extents
     linear: bool = False
     over: int = 0
+    samples: int = 1
 
     def rows_needed(self, halo: Extents) -> int:
         """Rows of shared memory that the matrix instructions read, the last tap's included."""
+        if self.samples > 1:
+            return math.prod(self.region) * self.samples
         _, height, width = self.region
         shift = (halo[0] * height + halo[1]) * width + halo[2]
         skip = width - 1 if self.linear else 0
@@ -66,8 +70,8 @@ class Tiling:
         return not self.linear and not any(self.half)
 
     def fit(self, extents: Extents) -> float:
-        """Part of the rows that are positions of ``extents``."""
-        return math.prod(extents) / (math.prod(self.counts) * len(self.row_base) * 64)
+        """Part of the rows that are positions of ``extents``, of whole sets."""
+        return math.prod(extents) * self.samples / (math.prod(self.counts) * len(self.row_base) * 64)
 
 
 def region_stride(made: Specialisation, tiling: Tiling) -> int:
@@ -86,6 +90,8 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
 
     They have the shared memory that is left, up to a limit: results come in bursts, behind the products of a pass.
     """
+    if made.samples > 1:
+        return 0
     given = made.region_bytes - region_stride(made, tiling)
     free = made.staging_bytes + made.x_buffers * given - CONSUMERS * GATHERED * 4
     block = made.lines * made.pitch * itemsize
@@ -290,5 +296,5 @@ def first_planes(made: Specialisation, tiling: Tiling) -> int:
     copies may.
     """
     planes, *plane = tiling.region
-    apart = made.by_slab and math.prod(plane) % SWIZZLED == 0
+    apart = made.by_slab and math.prod(plane) * made.samples % SWIZZLED == 0
     return tiling.tile[0] if apart else planes

@@ -20,6 +20,7 @@ from fxfuse.kernels.convolution import (
     Specialisation,
     Unsupported,
 )
+from fxfuse.kernels.sets import may_be_wide, pair_of, set_cycles, set_tilings
 from fxfuse.kernels.tiles import Extents, Tiling, any_run, joint_tilings, positions_over, tilings
 
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
@@ -28,6 +29,9 @@ CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 #: clock cycles of a multiprocessor that an accumulator costs where it becomes a part of a pool, outside the matrix
 #: units: read off chains on an H100
 POOLED = 0.2
+#: bytes that are whole where threads store them at once, and seconds of a multiprocessor that each of these takes where
+#: it is less: a guess
+AT_ONCE, STORED_APART = 32, 1e-9
 #: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take, of what
 #: prepares x, of what prepares the weights, and the rest: read off runs on an H100
 ROWS_RATE, LAUNCHES_X, LAUNCHES_WEIGHTS, LAUNCHES = 2.6e12, 6e-6, 4e-6, 5e-6
@@ -40,6 +44,7 @@ class Store(enum.Enum):
 
     CHANNELS = "channels are neighbours: from registers"
     DIRECT = "w varies fastest: from registers"
+    WIDE = "w varies fastest: of two positions at once, from registers"
     ROWS = "w varies fastest: rows, through shared memory"
     PLANES = "w varies fastest: runs of whole rows, through shared memory"
     JOINT = "w varies fastest: runs of whole rows of both warpgroups, through shared memory"
@@ -59,6 +64,11 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
     ``row``: elements of ``itemsize`` bytes in a row (along w) of the stored tensor; 0 where channels are
     neighbours in memory.
     """
+    if made.samples > 1:
+        best = _fastest(made, set_tilings(made, extents), extents, row, itemsize)
+        if best is None:
+            raise Unsupported(f"no tile of {made.samples} samples fits into shared memory")
+        return best[1]
     linear = row == 0 or made.one or any_run(made)
     best = _fastest(made, tilings(made, extents, linear=linear), extents, row, itemsize)
     # results take their time, too: no more rows may be wasted for the sake of longer runs
@@ -96,7 +106,9 @@ def _fastest(
 
 
 def multiply_seconds(made: Specialisation, tiling: Tiling, extents: Extents) -> float:
-    """Of one multiprocessor, for one sample, group and tile of output channels of ``extents`` positions."""
+    """Of one multiprocessor, for one sample, or set, group and tile of output channels of ``extents`` positions."""
+    if made.samples > 1:
+        return set_cycles(made, tiling, extents) / CLOCK
     return _multiply_all_seconds(made, tiling) * made.multiplied(extents[0], tiling.tile[0])
 
 
@@ -155,6 +167,9 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     if made.by_channel:
         runs, longest = row_runs(made, tiling, row)
         return Store.STREAM if runs == 1 else Store.SECTORS, longest
+    if made.samples > 1:  # neighbouring threads have other samples
+        wide = may_be_wide(made) and tiling.box[2] % 2 == 0
+        return (Store.WIDE, 2 * made.layer.stride[2]) if wide else (Store.DIRECT, pair_of(made))
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     classes, plane = made.stored_classes, stride[1] * stride[2]
     depth, height, width = tiling.box
@@ -185,9 +200,18 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
 
 
 def store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
-    """Of one multiprocessor, for one sample, group and tile of output channels."""
+    """Of one multiprocessor, for one sample, or set, group and tile of output channels."""
+    if made.samples > 1:
+        return made.samples * _set_store_seconds(made, tiling, extents, row, itemsize)
     sectors = 1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize)
     return _stored(made, extents, itemsize) / STORE_RATE * sectors
+
+
+def _set_store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
+    """Of a sample of a set. Neighbouring threads have other samples: each stores by itself what it has of a row."""
+    stored = _stored(made, extents, itemsize)
+    each = store_of(made, tiling, extents, row, itemsize)[1] * itemsize
+    return stored / STORE_RATE + (stored / each * STORED_APART if each < AT_ONCE else 0)
 
 
 def _stored(made: Specialisation, extents: Extents, itemsize: int) -> int:
@@ -220,20 +244,23 @@ def seconds(
 ) -> float:
     """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
 
+
     ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
     ``shares``: what of x and the weights is prepared. ``besides``: cycles of a multiprocessor per tile.
     """
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
     tiling = tile(made, (d, h, w), row, itemsize)
-    tiles = batch * made.layer.groups * made.column_tiles * math.prod(tiling.counts)
+    passes = len(made.passes) if made.by_pass else 1
+    parts = math.prod(tiling.counts) * passes
+    tiles = -(-batch // made.samples) * made.layer.groups * made.column_tiles * parts
     waves = -(-tiles // PROCESSORS)
-    accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes)
-    multiply = multiply_seconds(made, tiling, (d, h, w)) / math.prod(tiling.counts)
+    accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes) / passes
+    multiply = multiply_seconds(made, tiling, (d, h, w)) / parts
     # what one warpgroup does with its accumulators is hidden by the other one's products, and no more than that
     one = max(multiply, multiply / CONSUMERS + accumulators * epilogue / CLOCK) + besides / CLOCK
     if keeps:
-        one += store_seconds(made, tiling, (d, h, w), row, itemsize) / math.prod(tiling.counts)
+        one += store_seconds(made, tiling, (d, h, w), row, itemsize) / parts
     total = waves * one + LAUNCHES
     if made.planar:
         return total

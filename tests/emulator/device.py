@@ -225,11 +225,11 @@ def rows_map(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     bfloat: bool,
-    box: tuple[int, int, int],
+    box: tuple[int, int, int, int],
     channels: int,
 ) -> bytes:
     """``Map`` of runtime.cpp in the place of a CUtensorMap."""
-    return _map(pointer, 2, shape, strides, (1, *box, channels))
+    return _map(pointer, 2, shape, strides, (*box, channels))
 
 
 def planes_map(

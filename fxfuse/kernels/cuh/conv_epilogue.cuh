@@ -3,6 +3,7 @@
 #include "conv_outbox.cuh"
 #include "conv_fold.cuh"
 #include "conv_gather.cuh"
+#include "conv_wide.cuh"
 
 namespace fxfuse {
 
@@ -39,6 +40,8 @@ FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Pl
     store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
   else if constexpr (Problem::outbox)
     stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, value, expression);
+  else if constexpr (Problem::wide)
+    store_wide<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
   else
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
@@ -63,10 +66,10 @@ struct Store {
   FXFUSE_INLINE Store(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                       const Place<Problem>& place, int group)
       : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
-        fetched(table.fetch(a.to, g, place.box)) {}
+        fetched(table.fetch(a.to, g, place)) {}
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    if (pass == 0) table.fill(fetched, group);
+    if (Problem::by_pass || pass == 0) table.fill(fetched, group);
     const Place<Problem> place = this->place.now();
     Residue residue[Problem::residues];
 #pragma unroll
@@ -74,7 +77,7 @@ struct Store {
     auto kept = [&](int i, int r, int j, int e, int q) -> float& {
       return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
     };
-    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group, fetched};
     constexpr int width = Problem::pair != 0 ? 2 : 1;
     constexpr bool reversed = Problem::pair < 0;
     using Runs = typename Problem::Runs;
@@ -140,7 +143,7 @@ struct Pool {
   FXFUSE_INLINE Pool(const Arguments& a, const Geometry& g, ChannelTable<Problem>& table, float* gathered, Outbox<Problem>& outbox,
                      const Place<Problem>& place, int group)
       : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
-        fetched(table.fetch(a.to, g, place.box)) {
+        fetched(table.fetch(a.to, g, place)) {
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -151,14 +154,14 @@ struct Pool {
   }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    if (pass == 0) table.fill(fetched, group);
+    if (Problem::by_pass || pass == 0) table.fill(fetched, group);
     if constexpr (Problem::merged) {
       conclude(acc);
       return;
     }
     const Place<Problem> place = this->place.now();
     auto kept = [&](int i, int r, int j, int e, int q) { return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e]; };
-    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group, fetched};
     const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) {
@@ -211,7 +214,7 @@ struct Pool {
       const int at = j * 4 + r * 2 + e;
       return q == 0 ? best[i][at] : -least[i][at];
     };
-    const Scaled<Problem, decltype(kept)> value{kept, table, place, group};
+    const Scaled<Problem, decltype(kept)> value{kept, table, place, group, fetched};
 #pragma unroll
     for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
@@ -230,7 +233,7 @@ struct Pool {
     const Place<Problem> place = this->place.now();
     auto kept = [&](int i, int r, int j, int e, int) { return Combine::scaled(combined[i][j * 4 + r * 2 + e], a.factor); };
     if constexpr (Problem::bare)
-      conclude(combined, place, Scaled<Problem, decltype(kept)>{kept, table, place, group});
+      conclude(combined, place, Scaled<Problem, decltype(kept)>{kept, table, place, group, fetched});
     else
       conclude(combined, place, made(kept));
   }

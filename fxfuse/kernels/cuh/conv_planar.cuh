@@ -123,7 +123,7 @@ FXFUSE_INLINE void copy_planes(const TensorMap* map, const Geometry& g, uint8_t*
   Ring xs;
   bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    const Tile t = tile_at(g, index);
+    const Tile t = tile_at<Problem>(g, index);
     barrier_wait(&barriers.empty[xs.slot], xs.phase ^ 1);
     barrier_expect(&barriers.copied[xs.slot], g.region_bytes);
     const int d = t.d * Problem::step_d + g.low_d, h = t.h * Problem::step_h + g.low_h;
@@ -144,7 +144,7 @@ FXFUSE_INLINE void mark_samples(const Geometry& g, const T* x, uint32_t* marks, 
     bool marked = odd;
 #pragma unroll 4
     for (int i = lane; i < units; i += 32) marked |= !all_ordinary(at + i * (16 / (int)sizeof(T)));
-    if (marked) marks[tile_at(g, index).n] = kMarked;
+    if (marked) marks[tile_at<Problem>(g, index).n] = kMarked;
     __syncwarp();
     if (lane == 0) barrier_arrive(&barriers.empty[xs.slot]);
     xs.template next<Problem::x_buffers>();
@@ -198,7 +198,7 @@ FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epi
     return (d * Problem::step_d * g.copied_h + h * Problem::step_h) * g.copied_w + w * Problem::step_w;
   };
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    const Tile tile = tile_at(g, index);
+    const Tile tile = tile_at<Problem>(g, index);
     place.move(g, tile, group, warp);
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
     const int part = group * at(g.half_d, g.half_h, g.half_w) + ahead_of_planes<Problem, T>(g, tile);

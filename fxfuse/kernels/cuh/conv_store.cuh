@@ -40,9 +40,11 @@ struct Place {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // thread `lane` of `warp` holds rows lane/4 and lane/4 + 8 of the warp's 16
-        const int at = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
-                       (warp * 2 + r) * g.row_group + (lane >> 2);
-        const int plane = g.by_region_w.of(at), z = g.by_region_h.of(plane), y = plane - z * g.region_h, x = at - plane * g.region_w;
+        const int row = g.row_base[group * Problem::m_tiles + i] - group * g.part_rows + skip +
+                        (warp * 2 + r) * g.row_group + (lane >> 2), at = row / Problem::samples;
+        const int plane = g.by_region_w.of(at), z = g.by_region_h.of(plane), outer = plane - z * g.region_h,
+                  inner = at - plane * g.region_w;
+        const int y = Problem::inner == 1 ? inner : outer, x = Problem::inner == 1 ? outer : inner;
         const bool over = Problem::joint && y == g.box_h && x < g.over;
         packed[i][r] = z < g.box_d && ((y < g.box_h && x < g.box_w) || over) ? z << 20 | y << 10 | x : kOutside;
         settle(packed[i][r]);  // computed once, not for every use
@@ -66,13 +68,21 @@ struct Place {
     return p;
   }
   FXFUSE_INLINE bool inside(int i, int r) const { return packed[i][r] >= 0; }
+  // Which sample of the set a row is of: the same in every tile of rows.
+  FXFUSE_INLINE int sample(int r) const {
+    return Problem::samples == 1 ? 0 : ((threadIdx.x >> 5) * 16 + r * 8 + (lane >> 2)) % Problem::samples;
+  }
+  FXFUSE_INLINE int n(int r) const { return box.n + sample(r); }
+  FXFUSE_INLINE bool there(const Geometry& g, int r) const { return Problem::samples == 1 || n(r) < g.samples; }
+  // One that there is: behind the last sample, the last.
+  FXFUSE_INLINE int one_there(const Geometry& g, int r) const { return there(g, r) ? n(r) : g.samples - 1; }
   // Whether all rows of a thread are positions of the box, and all elements of these are some of the output.
   FXFUSE_INLINE bool whole(const Geometry& g, const Extent& o) const {
     int any = 0;
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i) any |= packed[i][0] | packed[i][1];
     return any >= 0 && (box.d + g.box_d) * o.step_d <= o.size_d && (box.h + g.box_h) * o.step_h <= o.size_h &&
-           (box.w + g.box_w) * o.step_w <= o.size_w;
+           (box.w + g.box_w) * o.step_w <= o.size_w && (Problem::samples == 1 || box.n + Problem::samples <= g.samples);
   }
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
   FXFUSE_INLINE int y(int i, int r) const { return packed[i][r] >> 10 & 1023; }
@@ -101,17 +111,22 @@ struct Affine {
 template <class Problem>
 struct ChannelTable {
   static constexpr int each = (Problem::columns + 127) / 128;  // of a thread
+  static constexpr int samples = Problem::samples == 1 ? 1 : 2;  // of a thread's rows: see Place::sample
   struct Fetched {
-    float sample, scale[each], bias[each];
+    float sample[samples], scale[each], bias[each];
   };
   Affine channels[kConsumers][Problem::columns];
   FXFUSE_INLINE void init() {}
 
   template <class Out>
-  static FXFUSE_INLINE Fetched fetch(const Destination<Out>& to, const Geometry& g, const Tile& t) {
+  static FXFUSE_INLINE Fetched fetch(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place) {
+    const Tile& t = place.box;
     Fetched f;
-    f.sample = Problem::scaled ? to.sample_scale[t.n] : 1.f;
-    settle(f.sample);
+#pragma unroll
+    for (int r = 0; r < samples; ++r) {
+      f.sample[r] = Problem::scaled ? to.sample_scale[place.one_there(g, r)] : 1.f;
+      settle(f.sample[r]);
+    }
 #pragma unroll
     for (int k = 0; k < each; ++k) {
       const int i = (threadIdx.x & 127) + k * 128, column = t.column * Problem::columns + i;
@@ -127,13 +142,13 @@ struct ChannelTable {
 #pragma unroll
     for (int k = 0; k < each; ++k) {
       const int i = (threadIdx.x & 127) + k * 128;
-      if (i < Problem::columns) channels[group][i] = {f.sample * f.scale[k], f.bias[k]};
+      if (i < Problem::columns) channels[group][i] = {(samples == 1 ? f.sample[0] : 1.f) * f.scale[k], f.bias[k]};
     }
     named_barrier(1 + group, 128);
   }
 };
 
-// Accumulators kept(i, r, j, e, q) as results of the convolution.
+// Accumulators kept(i, r, j, e, q) as results of the convolution. Of a set each row has the scale of its sample.
 template <class Problem, class Kept>
 struct Scaled {
   using Column = Affine;
@@ -141,9 +156,11 @@ struct Scaled {
   const ChannelTable<Problem>& table;
   const Place<Problem>& place;
   int group;
+  const typename ChannelTable<Problem>::Fetched& fetched;
   FXFUSE_INLINE Affine column(int j, int e) const { return table.channels[group][place.column(j, e)]; }
   FXFUSE_INLINE float operator()(const Affine& of, int i, int r, int j, int e, int q) const {
     const float y = kept(i, r, j, e, q);
+    if constexpr (Problem::scaled && Problem::samples > 1) return fmaf(y, fetched.sample[r] * of.scale, of.bias);
     return Problem::scaled ? fmaf(y, of.scale, of.bias) : y + of.bias;
   }
   FXFUSE_INLINE float operator()(int i, int r, int j, int e, int q) const { return (*this)(column(j, e), i, r, j, e, q); }
@@ -192,7 +209,7 @@ FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& plac
     for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if ((limits - place.packed[i][r] & kTops) == kTops) inside |= 1u << ((i * 2 + r) * classes + q);
+        if (place.there(g, r) && (limits - place.packed[i][r] & kTops) == kTops) inside |= 1u << ((i * 2 + r) * classes + q);
   }
   return inside;
 }
@@ -219,9 +236,9 @@ struct Results {
   const Tile& t;
   // What is the same: it may be read ahead.
   struct Same {
-    int channel;
+    int channel, n[2];  // of rows r: see Place::sample
     typename Value::Column column;
-    typename Expression::Channel of;
+    typename Expression::Channel of, of_second;
   };
   const Same same;
   int j, e;
@@ -232,7 +249,10 @@ struct Results {
       : value(value), expression(expression), t(place.box), same(same), j(j), e(e) {}
   static FXFUSE_INLINE Same read(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e) {
     const int channel = channel_of(g, place, j, e);
-    return {channel, value.column(j, e), expression.channel(place.box.n, channel)};
+    const int n[2] = {place.one_there(g, 0), place.one_there(g, 1)};
+    const typename Expression::Channel of = expression.channel(n[0], channel);
+    if constexpr (Problem::samples == 1) return {channel, {n[0], n[1]}, value.column(j, e), of, of};
+    return {channel, {n[0], n[1]}, value.column(j, e), of, expression.channel(n[1], channel)};
   }
   // One that there is: beyond the last column, the last.
   static FXFUSE_INLINE int channel_of(const Geometry& g, const Place<Problem>& place, int j, int e) {
@@ -242,7 +262,7 @@ struct Results {
   }
   // Of any row, unless the expression is `local`: of one inside the tensor.
   FXFUSE_INLINE float operator()(int i, int r, int q, int d, int h, int w) const {
-    return expression(same.of, value(same.column, i, r, j, e, q), t.n, same.channel, d, h, w);
+    return expression(Problem::samples > 1 && r ? same.of_second : same.of, value(same.column, i, r, j, e, q), same.n[r], same.channel, d, h, w);
   }
   // Of any row; zero outside the tensor where it has to be something.
   FXFUSE_INLINE float operator()(const Place<Problem>& place, const Extent& o, const Residue& residue, bool inside, int i, int r, int q) const {
@@ -276,6 +296,7 @@ FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, c
     for (int p = 0; p < classes / width; ++p) {
       const int i = at / 2, r = at & 1;
       offset[at][p] = origin[p] + place.z(i, r) * o.step_d * stride_d + place.y(i, r) * o.step_h * stride_h + place.x(i, r) * o.step_w;
+      if constexpr (Problem::samples > 1) offset[at][p] += place.sample(r) * (int)to.stride.n;
       const int bit = at * classes + p * width;
       if (width == 2) pairs |= (inside >> bit & inside >> (bit + 1) & 1) << bit, odd |= (uint32_t)(offset[at][p] & 1) << bit;
     }
@@ -342,7 +363,8 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   const bool whole = first + Problem::columns <= g.out_channels;
   Out* const sample = to.out + t.n * to.stride.n;
-  const bool aligned = (((uint64_t)(sample + channel0) | to.stride.w * sizeof(Out)) & 15) == 0 && whole;
+  const int64_t strides = Problem::samples == 1 ? to.stride.w : to.stride.w | to.stride.n;
+  const bool aligned = (((uint64_t)(sample + channel0) | strides * sizeof(Out)) & 15) == 0 && whole;
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -352,13 +374,13 @@ FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g,
         schedule_barrier();
         const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
                   w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
-        const bool inside =
-            place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
-        Out* const out = sample + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
+        bool inside = place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
+        if constexpr (Problem::samples > 1) inside = inside && place.there(g, r);
+        Out* const out = sample + place.sample(r) * to.stride.n + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
         auto result = [&](int j, int e) {
           const int column = place.column(j, e);
           return inside && first + column < g.out_channels
-                     ? from_float<Out>(expression(value(i, r, j, e, q), t.n, channel0 + column, d, h, w))
+                     ? from_float<Out>(expression(value(i, r, j, e, q), place.n(r), channel0 + column, d, h, w))
                      : Out();
         };
         int j = 0;

@@ -10,8 +10,13 @@
 // columns the positions. What becomes of the accumulators is the epilogue's affair. One warp copies, two warpgroups
 // multiply; where results go through an `outbox`, two more warps take them out.
 //
+// Of outputs of few positions, `samples` of x (8 to 64: a set) lie side by side in the region: row (d, outer, inner, sample),
+// where `inner` says which of h (1) and w (2) is the inner one. The 64 rows of an instruction are then all samples of
+// 64 / samples neighbours along that, and a step's shift is so many times longer: no row is one of the halo's.
+//
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
+// samples, inner, by_pass (a tile has one of the passes, all of which have as many bytes of weights),
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
 // apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
 // run of every pass, one behind the other), even (all passes have as many classes); static functions pass_begin(i),
@@ -37,7 +42,7 @@ struct Geometry {
   int half_d, half_h, half_w;        // from the first warpgroup's part to the second's
   int linear;                        // consecutive rows of a plane, from anywhere: its width is the output's
   int over;                          // positions of the row behind the box, whose results complete its last sectors
-  int region_h, region_w;            // of the box with halo, rows of shared memory
+  int region_h, region_w;            // of the box with halo, rows of shared memory; of sets the outer and the inner size
   int copied_h, copied_w;            // of what a copy brings: other sizes where x lies there as planes
   int region_bytes, region_stride;   // bytes that a copy brings; bytes from one buffer to the next
   int low_d, low_h, low_w;           // the least delta per dim
@@ -56,11 +61,12 @@ struct Geometry {
 };
 
 // A tile's place: its sample, group, tile of output channels in the group, first position; which of the sample's it is;
-// and how many rows of the region are in front of a linear one's.
+// and how many rows of the region are in front of a linear one's. Of a set the first sample.
 struct Tile {
   int n, group, column, d, h, w, number, skip;
 };
 
+template <class Problem>
 FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   auto next = [&](const Divisor& by, int count) {
     const int rest = by.of(index), found = index - rest * count;
@@ -68,6 +74,7 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
     return found;
   };
   Tile t;
+  if constexpr (Problem::by_pass) index /= Problem::passes;
   t.column = next(g.by_columns, g.column_tiles);
   const int w = next(g.by_w, g.tiles_w), h = next(g.by_h, g.tiles_h), d = next(g.by_d, g.tiles_d);
   t.number = (d * g.tiles_h + h) * g.tiles_w + w;
@@ -77,14 +84,34 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
     t.skip = t.h - row * g.region_w, t.h = row;
   }
   t.group = next(g.by_groups, g.groups);
-  t.n = index;
+  t.n = index * Problem::samples;
   return t;
+}
+
+// The passes of a tile.
+template <class Problem>
+FXFUSE_INLINE int first_pass(int index) {
+  return Problem::by_pass ? index % Problem::passes : 0;
+}
+template <class Problem>
+FXFUSE_INLINE int end_of_passes(int index) {
+  return Problem::by_pass ? index % Problem::passes + 1 : Problem::passes;
 }
 
 // A warpgroup's part of it.
 FXFUSE_INLINE Tile part_of(const Geometry& g, Tile t, int group) {
   t.d += group * g.half_d, t.h += group * g.half_h, t.w += group * g.half_w;
   return t;
+}
+
+// The least delta per dim: where x of a tile begins. By pass that of its own taps, which reach less far.
+struct Low {
+  int d, h, w;
+};
+template <class Problem>
+FXFUSE_INLINE Low low_of(const Geometry& g, int index) {
+  if constexpr (Problem::by_pass) return Problem::low(index % Problem::passes);
+  return {g.low_d, g.low_h, g.low_w};
 }
 
 // Slabs of x that the steps of a tile read, by the d of the steps: those from `begin` to `end` have planes of x, the others
@@ -94,9 +121,9 @@ struct Slabs {
 };
 
 template <class Problem>
-FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t) {
+FXFUSE_INLINE Slabs slabs_of(const Geometry& g, const Tile& t, const Low& low) {
   if constexpr (Problem::slabs == 1) return {0, 1};
-  const int first = t.d + g.low_d, begin = 1 - g.tile_d - first, end = g.in_d - first;
+  const int first = t.d + low.d, begin = 1 - g.tile_d - first, end = g.in_d - first;
   return {min(max(begin, 0), Problem::slabs), min(max(end, 0), Problem::slabs)};
 }
 
@@ -134,6 +161,7 @@ struct Ring {
 // of the others is the plane that the next delta needs, too.
 struct SlabRing {
   uint32_t phases = 0;  // a bit per slab
+  int came = 0;         // of the slabs of a chunk those that an earlier run of steps has waited for
   static FXFUSE_INLINE int first(const Geometry& g, Slabs slabs) { return max(slabs.begin - g.first_planes + 1, 0); }
   FXFUSE_INLINE int phase(int slab) const { return phases >> slab & 1; }
   FXFUSE_INLINE void next(int begin, int end) { phases ^= (1u << end) - (1u << begin); }
@@ -144,7 +172,7 @@ template <class Problem, class Copy>
 FXFUSE_INLINE void copy_slab(const Geometry& g, int k, uint8_t* x, Barriers<Problem>& barriers, SlabRing& ring, Copy copy) {
   const int planes = g.tile_d + Problem::slabs - 1, each = g.first_planes == planes ? planes : 1;
   const int begin = k == 0 ? 0 : min(g.first_planes + k - 1, planes), end = min(g.first_planes + k, planes);
-  const int bytes = g.region_h * g.region_w * Problem::chunk * 2;
+  const int bytes = g.region_h * g.region_w * (Problem::samples * Problem::chunk * 2);
   barrier_wait(&barriers.x_empty[k], ring.phase(k) ^ 1);
   barrier_expect(&barriers.x_full[k], (end - begin) * bytes);
   for (int plane = begin; plane < end; plane += each) copy(x + plane * bytes, &barriers.x_full[k], plane);
@@ -158,10 +186,12 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
   SlabRing apart;
   bulk_after_stores();
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    const Tile t = tile_at(g, index);
-    const Slabs slabs = slabs_of<Problem>(g, t);
+    const Tile t = tile_at<Problem>(g, index);
+    const Low low = low_of<Problem>(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, t, low);
     const uint8_t* from = weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes;
-    for (int pass = 0; pass < Problem::passes; ++pass) {
+    if constexpr (Problem::by_pass) from += index % Problem::passes * (g.weight_bytes / Problem::passes);
+    for (int pass = first_pass<Problem>(index); pass < end_of_passes<Problem>(index); ++pass) {
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (begin == end && !(Problem::resident && pass == 0)) continue;
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
@@ -171,7 +201,13 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
           source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
         }
         auto copy = [&](uint8_t* to, uint64_t* full, int plane) {
-          copy_box(to, map, full, source * Problem::chunk, t.w + g.low_w, t.h + g.low_h, t.d + g.low_d + plane, t.n);
+          if constexpr (Problem::samples == 1) {
+            copy_box(to, map, full, source * Problem::chunk, t.w + low.w, t.h + low.h, t.d + low.d + plane, t.n);
+          } else {  // of a map whose dims are in the order of the rows
+            const int h = t.h + low.h, w = t.w + low.w;
+            copy_box(to, map, full, source * Problem::chunk, t.n, Problem::inner == 1 ? h : w, Problem::inner == 1 ? w : h,
+                     t.d + low.d + plane);
+          }
         };
         if (!Problem::by_slab && (!Problem::resident || pass == 0)) {
           barrier_wait(&barriers.x_empty[xs.slot], xs.phase ^ 1);
@@ -216,7 +252,7 @@ struct NextStep {
 template <class Problem, class Outbox>
 FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Outbox outbox, int group) {
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x)
-    Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at(g, index), group), group);
+    Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at<Problem>(g, index), group), group);
   stored_bytes_read();  // or shared memory may be another block's
 }
 
@@ -244,7 +280,8 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
                             SlabRing& apart, NextStep& next, bool leader) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
-  constexpr bool in_turn = Problem::in_turn;
+  constexpr bool in_turn = Problem::in_turn, last = r + 1 == Problem::runs;
+  if constexpr (Problem::by_slab && Problem::runs > 1 && r == 0) apart.came = SlabRing::first(g, slabs);
   int begin = next.number, end = 0;
   if constexpr (!in_turn) begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
   if constexpr (Problem::slabs > 1) settle(begin), settle(end);  // read once, not for every step
@@ -252,6 +289,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
     int slab = 0, came = SlabRing::first(g, slabs), gone = came;  // by slab: the batch's, those that came and went
+    if constexpr (Problem::by_slab && r > 0) came = apart.came;
     StepAddress step = in_turn ? next.step : steps[begin];
     int s = begin;
     bool goes_on;
@@ -262,7 +300,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
           if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
           before = ring.slot;
           ring.template next<Problem::stages>();
-          if constexpr (Problem::by_slab)  // the products of smaller d are done
+          if constexpr (Problem::by_slab && last)  // the products of smaller d are done
             for (; gone + g.first_planes <= slab; ++gone)
               if (leader) barrier_arrive(&barriers.x_empty[gone]);
         }
@@ -309,10 +347,19 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     if (leader) barrier_arrive(&barriers.empty[ring.slot]);
     ring.template next<Problem::stages>();
     if constexpr (Problem::by_slab) {
-      for (; gone < came; ++gone)
-        if (leader) barrier_arrive(&barriers.x_empty[gone]);
-      apart.next(SlabRing::first(g, slabs), came);
+      if constexpr (last)
+        for (; gone < came; ++gone)
+          if (leader) barrier_arrive(&barriers.x_empty[gone]);
+      if constexpr (Problem::runs == 1) apart.next(SlabRing::first(g, slabs), came);
+      if constexpr (Problem::runs > 1) apart.came = came;
     }
+  }
+  if constexpr (Problem::by_slab && Problem::runs > 1 && last) {  // this run may have had no steps
+    const int first = SlabRing::first(g, slabs);
+    if (begin >= end)
+      for (int k = first; k < apart.came; ++k)
+        if (leader) barrier_arrive(&barriers.x_empty[k]);
+    apart.next(first, apart.came);
   }
   if constexpr (r + 1 < Problem::runs)
     conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader);
@@ -346,13 +393,13 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
   for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
-    const Tile tile = tile_at(g, index);
-    const Slabs slabs = slabs_of<Problem>(g, tile);
+    const Tile tile = tile_at<Problem>(g, index);
+    const Slabs slabs = slabs_of<Problem>(g, tile, low_of<Problem>(g, index));
     place.move(g, tile, group, warp);
     NextStep next{0, steps[0]};
     typename Problem::Epilogue epilogue(arguments, g, table, gathered, outbox, place, group);
 #pragma unroll 1
-    for (int pass = 0; pass < Problem::passes; ++pass) {
+    for (int pass = first_pass<Problem>(index); pass < end_of_passes<Problem>(index); ++pass) {
 #pragma unroll
       for (int i = 0; i < Problem::accumulator_tiles; ++i)
 #pragma unroll
@@ -403,7 +450,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   }
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
     const Step s = Problem::step(i);
-    const int rows = (s.d * g.region_h + s.h) * g.region_w + s.w;
+    const int rows = ((s.d * g.region_h + (Problem::inner == 1 ? s.w : s.h)) * g.region_w + (Problem::inner == 1 ? s.h : s.w)) * Problem::samples;
     const uint32_t ends = (s.last & 1 ? kEnds : 0) | (s.last & 2 ? kLast : 0);
     const uint32_t where = (s.batch ? kBegins : 0) | ends | (Problem::by_slab ? s.d * kSlab : 0);
     steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | where};
