@@ -63,12 +63,12 @@ class _Classes:
         _, h, w = self.stride
         return tuple(s for s in dict.fromkeys((1, w, h * w, math.prod(self.stride))) if s <= 16)
 
-    def passes(self, stack: int, columns: int, *, finite: bool) -> tuple[Pass, ...]:
-        """Passes of ``stack`` classes. ``finite``: x has no Inf nor NaN."""
+    def passes(self, stack: int, columns: int, *, finite: bool, running: bool = False) -> tuple[Pass, ...]:
+        """Passes of ``stack`` classes. ``finite``: x has no Inf nor NaN. ``running``: little is stored."""
         if self.merged:
             one = sum_of(self.layer.residues)
             return (Pass((one,), steps_of_sum(one, added=finite)),)
-        return _passes(self.layer, stack, columns, finite)
+        return _passes(self.layer, stack, columns, finite, running)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -276,8 +276,9 @@ def _stacked(classes: _Classes, *, running: bool, anywhere: bool, finite: bool) 
         for columns in {_columns(width, m) for m in most}:
             if stack * columns > 128:
                 continue
-            passes = classes.passes(stack, columns, finite=finite)
-            seconds = _cycles_of(layer, columns, passes) * -(-width // columns) * layer.in_channels / 16 / CLOCK
+            passes = classes.passes(stack, columns, finite=finite, running=running)
+            multiply = _cycles_of(layer, columns, running, passes) * -(-width // columns)
+            seconds = multiply * layer.in_channels / 16 / CLOCK
             if anywhere:
                 partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % stride[2] == 0 else 1.0
                 written = 64 * math.prod(stride) * width * 4
@@ -314,31 +315,31 @@ def _holding(
         for stack in classes.stacks:
             if stack * columns <= wide and not (pairs and stack % 2):
                 passes = classes.passes(stack, columns, finite=finite and not running)
-                found.append((_cycles_of(layer, columns, passes), -stack, passes))
+                found.append((cycles(passes, columns), -stack, passes))
         if found:
             return columns, min(found, key=lambda f: f[:2])[2]
     raise Unsupported(f"{layer.out_channels} channels of two neighbours have more accumulators than a tile holds")
 
 
-def _passes(layer: Layer, stack: int, columns: int, finite: bool) -> tuple[Pass, ...]:
+def _passes(layer: Layer, stack: int, columns: int, finite: bool, running: bool) -> tuple[Pass, ...]:
     """Passes of ``stack`` residue classes, in an order in which instructions always begin at the first one.
 
     ptxas keeps the accumulators of one instruction in one place: runs that begin anywhere would be copied
     to and fro. Where no order helps, classes in between are multiplied with zeros if x is finite, or else
-    every class gets instructions of its own. If x is finite, all classes of a pass are multiplied together where that
-    takes less than waiting for each run.
+    every class gets instructions of its own. Where little is stored, and x is finite, all classes of a pass are
+    multiplied together if that takes less than waiting for each run.
     """
     groups = [layer.residues[i : i + stack] for i in range(0, len(layer.residues), stack)]
-    time = functools.partial(_cycles_of, layer, columns)
+    time = functools.partial(_cycles_of, layer, columns, running)
     ways = []
     for order in _orders(groups, stack):
         ordered = [tuple(g[i] for i in order) for g in groups]
         whole = tuple(Pass(r, steps_of(r, whole=True)) for r in ordered)
         if finite:
-            ways += [tuple(Pass(r, steps_of(r, filled=True)) for r in ordered), whole]
+            ways += [tuple(Pass(r, steps_of(r, filled=True)) for r in ordered), *([whole] if running else [])]
         passes = tuple(Pass(r, steps_of(r)) for r in ordered)
         if all(s.first == 0 for p in passes for s in p.steps):
-            return whole if finite and time(whole) < time(passes) else passes
+            return whole if finite and running and time(whole) < time(passes) else passes
     alone = tuple(
         Pass(g, tuple(sorted(
             (Step(s.delta, s.first + i, (tap,)) for s in steps_of(g) for i, tap in enumerate(s.taps)),
@@ -348,10 +349,12 @@ def _passes(layer: Layer, stack: int, columns: int, finite: bool) -> tuple[Pass,
     return min([*ways, alone], key=time)
 
 
-def _cycles_of(layer: Layer, columns: int, passes: tuple[Pass, ...]) -> float:
-    """Of instructions for 64 positions and 16 input channels, with their part of what runs wait for."""
+def _cycles_of(layer: Layer, columns: int, running: bool, passes: tuple[Pass, ...]) -> float:
+    """Of instructions for 64 positions and 16 input channels; where little is stored, with their part of what runs wait
+    for. Elsewhere stores take that time, too: groups of few channels took 476 us in one run, 449 in eight.
+    """
     chunk, _ = _memory(layer.in_channels)[0]
-    runs = sum(len({(s.first, s.count) for s in p.steps}) for p in passes)
+    runs = sum(len({(s.first, s.count) for s in p.steps}) for p in passes) if running else 0
     return cycles(passes, columns) + runs * RUN_CYCLES / (CONSUMERS * USUAL_TILES * chunk // 16)
 
 

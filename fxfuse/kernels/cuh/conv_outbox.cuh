@@ -147,21 +147,17 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
                              ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
                              : outside);
     }
-  using Ready = Results<Problem, Value, Expression>;
-  auto read = [&](int number) { return Ready::read(g, place, value, expression, number / 2, number & 1); };
-  typename Ready::Same next = read(0);
 #pragma unroll
   for (int block = 0; block < Problem::columns / Problem::lines; ++block) {
     if (!Problem::filled && first + block * Problem::lines / 8 * 8 >= g.out_channels) break;
     barrier_wait(&outbox.shared.empty[outbox.ring.slot], outbox.ring.phase ^ 1);
 #pragma unroll
     for (int half = 0; half < halves; ++half) {
-      const int number = block * halves + half, j = number / 2, e = number & 1;
+      const int j = (block * halves + half) / 2, e = (block * halves + half) & 1;
       schedule_barrier();
       const int column = place.column(j, e);
-      const Ready results(place, value, expression, j, e, next);
-      if (number + 1 < Problem::columns / 4) next = read(number + 1);  // on its way while this column's results are made
       if (!Problem::filled && first + column >= g.out_channels) continue;
+      const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
       char* const line = (char*)outbox.template line<Out>(half * 4 + (place.lane & 3));
       uint32_t address = sample + (uint32_t)column * (uint32_t)to.stride.c * (uint32_t)sizeof(Out);
       // or the places of a column serve all eighth ones behind it, in registers that operands need
@@ -180,6 +176,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
                     from_float<Out>(results(place, o, residue[q], inside >> ((i * 2 + r) * classes + q) & 1, i, r, q));
           }
     }
+    bulk_after_shared();
     __syncwarp();
     if (place.lane == 0) barrier_arrive(&outbox.shared.full[outbox.ring.slot]);
     outbox.ring.next(outbox.blocks);
@@ -228,7 +225,6 @@ FXFUSE_INLINE void send_runs(Outbox<Problem>& outbox, const Destination<Out>& to
     uint64_t* const full = &outbox.shared.full[outbox.ring.slot];
     if (!__any_sync(~0u, barrier_ready(full, outbox.ring.phase))) outbox.template give_back<0>();
     barrier_wait(full, outbox.ring.phase);
-    bulk_after_shared();  // of those that filled it, by this warp for all: they have no time to wait for their stores
     if (skipped < left) {
 #pragma unroll 1
       for (int run = 0; run < plan.number; ++run, from += plan.pitch) {

@@ -234,25 +234,14 @@ struct Results {
   const Value& value;
   const Expression& expression;
   const Tile& t;
-  // What is the same: it may be read ahead.
-  struct Same {
-    int channel, n[2];  // of rows r: see Place::sample
-    typename Value::Column column;
-    typename Expression::Channel of, of_second;
-  };
-  const Same same;
-  int j, e;
+  int j, e, n[2], channel;  // samples of rows r: see Place::sample
+  typename Value::Column column;
+  typename Expression::Channel of[2];
 
   FXFUSE_INLINE Results(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e)
-      : Results(place, value, expression, j, e, read(g, place, value, expression, j, e)) {}
-  FXFUSE_INLINE Results(const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e, const Same& same)
-      : value(value), expression(expression), t(place.box), same(same), j(j), e(e) {}
-  static FXFUSE_INLINE Same read(const Geometry& g, const Place<Problem>& place, const Value& value, const Expression& expression, int j, int e) {
-    const int channel = channel_of(g, place, j, e);
-    const int n[2] = {place.one_there(g, 0), place.one_there(g, 1)};
-    const typename Expression::Channel of = expression.channel(n[0], channel);
-    if constexpr (Problem::samples == 1) return {channel, {n[0], n[1]}, value.column(j, e), of, of};
-    return {channel, {n[0], n[1]}, value.column(j, e), of, expression.channel(n[1], channel)};
+      : value(value), expression(expression), t(place.box), j(j), e(e), n{place.one_there(g, 0), place.one_there(g, 1)},
+        channel(channel_of(g, place, j, e)), column(value.column(j, e)), of{expression.channel(n[0], channel), {}} {
+    if constexpr (Problem::samples > 1) of[1] = expression.channel(n[1], channel);
   }
   // One that there is: beyond the last column, the last.
   static FXFUSE_INLINE int channel_of(const Geometry& g, const Place<Problem>& place, int j, int e) {
@@ -262,7 +251,7 @@ struct Results {
   }
   // Of any row, unless the expression is `local`: of one inside the tensor.
   FXFUSE_INLINE float operator()(int i, int r, int q, int d, int h, int w) const {
-    return expression(Problem::samples > 1 && r ? same.of_second : same.of, value(same.column, i, r, j, e, q), same.n[r], same.channel, d, h, w);
+    return expression(of[Problem::samples > 1 ? r : 0], value(column, i, r, j, e, q), n[r], channel, d, h, w);
   }
   // Of any row; zero outside the tensor where it has to be something.
   FXFUSE_INLINE float operator()(const Place<Problem>& place, const Extent& o, const Residue& residue, bool inside, int i, int r, int q) const {

@@ -103,7 +103,7 @@ FXFUSE_INLINE void copy_bytes(void* to, const void* from, uint32_t bytes, uint64
 }
 // What kernels in front stored in global memory is there for this thread's copies.
 FXFUSE_INLINE void bulk_after_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-// What is there in shared memory for this thread is there for its copies out of it, too.
+// What this thread has put into shared memory is there for copies out of it.
 FXFUSE_INLINE void bulk_after_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // From shared to global memory; addresses and `bytes` are multiples of 16.
 FXFUSE_INLINE void store_bytes(void* to, const void* from, uint32_t bytes) {
