@@ -37,6 +37,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "left_out": results.left_out,
     "orientation": results.orientation,
     "small": results.small,
+    "steps": results.steps,
     "cpu": results.cpu,
     "errors": results.errors,
     "first_report": first_report,

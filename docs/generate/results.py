@@ -205,6 +205,15 @@ def left_out() -> str:
     return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
 
 
+def steps() -> str:
+    """Kernels before and after a step."""
+    data = json.loads((RESULTS / "h100_steps.json").read_text())
+    named = ("dtype", "kernel", "step", "before", "after")
+    body = [[TITLES[r["model"]], *(str(r[name]) for name in named)] for r in data["rows"]]
+    made = table(["forward", "dtype", "kernel", "step", "before, us", "after, us"], body)
+    return f"{made}\n\n*{measured_on(data['machine'])}.*"
+
+
 def calls() -> str:
     """Calls, and the convolution kernels in them, before and after results went out by bulk copies."""
     data = json.loads((RESULTS / "h100_calls.json").read_text())
