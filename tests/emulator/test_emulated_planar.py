@@ -29,7 +29,7 @@ BROKEN = {
         "barrier_init(&empty[i], kConsumers + 1);", "barrier_init(&empty[i], kConsumers);",
     ),
     "copies begin anywhere": (" - ahead_of_planes<Problem, T>(g, t);", ";"),
-    "no sample is marked": ("if (marked) marks[tile_at(g, index).n] = kMarked;", ""),
+    "no sample is marked": ("if (marked) marks[tile_at<Problem>(g, index).n] = kMarked;", ""),
     "numbers are cut off": ("return __float_as_uint(v) + 0x1000u;", "return __float_as_uint(v);"),
     "every position is read": ("w * Problem::step_w;\n  };", "w;\n  };"),
 }  # fmt: skip
