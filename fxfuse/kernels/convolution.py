@@ -171,7 +171,9 @@ class Specialisation:
 
     @functools.cached_property
     def least_blocks(self) -> int:
-        """Such blocks that a warpgroup has there; with small tiles there is room for more."""
+        """Such blocks that a warpgroup has there; with small tiles there is room for more. Of one alone who sends by
+        turns could not tell its next use from the last but one (``conv_outbox.cuh``).
+        """
         if self.by_channel:
             return 1
         return 2 if self.pooled and not self.merged else max(2, min(3, OUTBOX_BYTES // (self.lines * self.pitch * 4)))

@@ -244,7 +244,6 @@ def seconds(
 ) -> float:
     """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
 
-
     ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
     ``shares``: what of x and the weights is prepared. ``besides``: cycles of a multiprocessor per tile.
     """

@@ -154,7 +154,7 @@ struct Pool {
   }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
-    if (Problem::by_pass || pass == 0) table.fill(fetched, group);
+    if (pass == 0) table.fill(fetched, group);
     if constexpr (Problem::merged) {
       conclude(acc);
       return;
