@@ -43,6 +43,10 @@ PLANE_UNIT = 16
 #: a full batch of weights one batch more takes: a guess
 MOST_SLABS, TYPICAL_PLANES, BATCH = 16, 32, 0.1
 
+#: clock cycles of a multiprocessor until the products of a run are done and those of the next one begin: read off the
+#: fifth model on an H100, whose products alone took 784 us for 589
+RUN_CYCLES = 365
+
 
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
     """The engine has no kernel for this; the message is a sentence for the report."""
@@ -294,15 +298,41 @@ class Specialisation:
         return Shared.ALL if same else Shared.ROWS
 
     @functools.cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(first, count) of residue classes that steps multiply."""
+        return tuple(sorted({(s.first, s.count) for p in self.passes for s in p.steps})) or ((0, 1),)
+
+    @functools.cached_property
+    def in_turn(self) -> bool:
+        """Whether every pass of a tile multiplies every run, once and all of it."""
+        return self.slabs == 1 and self._every_run
+
+    @functools.cached_property
+    def turns(self) -> bool:
+        """Whether a run begins, by rows of a warpgroup, while the other rows' products of the one before end."""
+        return self.in_turn and self._may_turn
+
+    @property
+    def _every_run(self) -> bool:
+        return self.resident and all({(s.first, s.count) for s in p.steps} == {*self.runs} for p in self.passes)
+
+    @property
+    def _may_turn(self) -> bool:
+        return self._every_run and len(self.runs) > 1 and self.m_tiles > 1 and not (self.by_channel or self.exact)
+
+    @functools.cached_property
     def slabs(self) -> int:
         """Slabs of x along d that steps are told apart by, so that products with padding are left out: the planes that
-        a tile's positions read, for each delta along d. One where that would make many small batches.
+        a tile's positions read, for each delta along d. One where that would make many small batches, and where runs
+        that need not be waited for are worth more.
         """
         slabs = self.halo[0] + 1
         if not 1 < slabs <= MOST_SLABS:
             return 1
         apart, together = (sum(len(self._batches(p.steps, n)) for p in self.passes) for n in (slabs, 1))
         padding = 1 - self._multiplied(TYPICAL_PLANES, 1)
+        if self._may_turn and padding * self.pass_cycles * self.rows / ROWS < len(self.passes) * len(self.runs) * RUN_CYCLES:
+            return 1
         return slabs if padding > 0 and (apart - together) * BATCH <= together * padding else 1
 
     @functools.cached_property

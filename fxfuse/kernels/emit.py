@@ -42,7 +42,7 @@ class Epilogue:
 
 def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, store: Store) -> str:
     """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
-    operand, runs = OPERANDS[dtype], _runs(made)
+    operand = OPERANDS[dtype]
     return "\n".join([
         '#include "conv_wgmma.cuh"',
         '#include "conv_epilogue.cuh"',
@@ -56,19 +56,14 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         *(() if made.planar else (_wgmma(columns, operand) for columns in _instructions(made))),
         _residues(made),
         *(emit_planar.tables(made) if made.planar else _tables(made)),
-        _problem(made, runs, dtype, output, epilogue, store),
+        _problem(made, dtype, output, epilogue, store),
         *entries(made, dtype, output, bias, gathers=epilogue.gathers),
     ])  # fmt: skip
 
 
-def _runs(made: Specialisation) -> list[tuple[int, int]]:
-    """(first, count) of residue classes that steps multiply."""
-    return sorted({(s.first, s.count) for p in made.passes for s in p.steps}) or [(0, 1)]
-
-
 def _instructions(made: Specialisation) -> list[int]:
     """Columns of the matrix instructions."""
-    return [made.m_tiles * ROWS] if made.by_channel else sorted({count * made.columns for _, count in _runs(made)})
+    return [made.m_tiles * ROWS] if made.by_channel else sorted({count * made.columns for _, count in made.runs})
 
 
 def _wgmma(columns: int, operand: str) -> str:
@@ -93,7 +88,7 @@ def _residues(made: Specialisation) -> str:
 
 
 def _tables(made: Specialisation) -> list[str]:
-    runs = {run: i for i, run in enumerate(_runs(made))}
+    runs = {run: i for i, run in enumerate(made.runs)}
     begins, steps = list[str](), list[str]()
     for one, low in zip(made.passes, made.lows, strict=True):
         order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
@@ -159,7 +154,6 @@ def _list(values: Sequence[object]) -> str:
 
 def _problem(
     made: Specialisation,
-    runs: Sequence[tuple[int, int]],
     dtype: str,
     output: str,
     epilogue: Epilogue,
@@ -228,12 +222,12 @@ def _problem(
 {_run_type(made, store)}
   using Epilogue = {kind};
   static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
-{emit_planar.members(made) if made.planar else _members(made, runs)}
+{emit_planar.members(made) if made.planar else _members(made)}
 }};
 using Direct = {direct};"""
 
 
-def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
+def _members(made: Specialisation) -> str:
     """Of ``Problem``, what warpgroup instructions multiply: see ``conv_wgmma.cuh`` and ``prepare.cuh``."""
     half = made.columns // 2
     if made.by_channel:
@@ -241,13 +235,13 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     else:
         ways = [
             f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
-            for c in sorted({c for _, c in runs})
+            for c in sorted({c for _, c in made.runs})
         ]
         instructions = "    " + "\n    else ".join(ways)
     constants = {
         "chunk": made.chunk,
         "offsets": len(made.layer.offsets),
-        "runs": len(runs),
+        "runs": len(made.runs),
         "slabs": made.slabs,
         "steps": sum(len(p.steps) for p in made.passes),
         "packed": len(packed_taps(made)) or 1,
@@ -257,7 +251,8 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
     return f"""{values}
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
-  static constexpr bool in_turn = {str(_in_turn(made, runs)).lower()};
+  static constexpr bool in_turn = {str(made.in_turn).lower()};
+  static constexpr bool turns = {str(made.turns).lower()};
 {_rows_type(made.layer)}{_LOW if made.by_pass else ""}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}
   static FXFUSE_INLINE int run_begin(int pass, int r, int slab) {{ return kRunBegin[pass][r][slab]; }}
@@ -270,11 +265,11 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
 {instructions}
   }}
   static __device__ constexpr int run_first(int r) {{
-    constexpr int values[] = {_list([f for f, _ in runs])};
+    constexpr int values[] = {_list([f for f, _ in made.runs])};
     return values[r];
   }}
   static __device__ constexpr int run_count(int r) {{
-    constexpr int values[] = {_list([c for _, c in runs])};
+    constexpr int values[] = {_list([c for _, c in made.runs])};
     return values[r];
   }}"""
 
@@ -282,13 +277,6 @@ def _members(made: Specialisation, runs: Sequence[tuple[int, int]]) -> str:
 #: where x of a pass begins: see ``conv_wgmma.cuh``
 _LOW = """
   static FXFUSE_INLINE fxfuse::Low low(int pass) { return kLow[pass]; }"""
-
-
-def _in_turn(made: Specialisation, runs: Sequence[tuple[int, int]]) -> bool:
-    """Whether every pass of a tile multiplies every run, once and all of it."""
-    return (
-        made.resident and made.slabs == 1 and all({(s.first, s.count) for s in p.steps} == {*runs} for p in made.passes)
-    )
 
 
 def _pair(made: Specialisation) -> int:

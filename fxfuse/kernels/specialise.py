@@ -11,6 +11,7 @@ import math
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     ROWS,
+    RUN_CYCLES,
     STAGE_BYTES,
     Specialisation,
     Unsupported,
@@ -38,9 +39,8 @@ WORTH_COMPILING = 1.08
 MOST_FILLED, MOST_ALONG = 1.5, 4
 #: residue classes along a dim, which a kernel counts in 8 bits
 MOST_STRIDE = 256
-#: clock cycles of a multiprocessor until the products of a run are done and those of the next one begin: read off the
-#: fifth model on an H100, whose products alone took 784 us for 589; and 64 rows of a warpgroup, about
-RUN_CYCLES, USUAL_TILES = 365, 2
+#: 64 rows of a warpgroup, about
+USUAL_TILES = 2
 #: part of the 32-byte sectors of a row of 64 floats that it fills only in part, where rows begin anywhere
 PARTIAL_ROW = 0.2
 

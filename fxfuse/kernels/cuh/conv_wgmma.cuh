@@ -365,6 +365,68 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader);
 }
 
+// The steps of a pass of a problem that `turns`: all its runs, one behind the other, of which each begins, by 64 rows of
+// the warpgroup, while the other rows' last products are on their way. The first step of a run is no part of a loop: ptxas
+// serialises instructions whose accumulators meet those of others behind a branch.
+template <class Problem, int r>
+FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
+                              const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
+                              uint32_t stages, Barriers<Problem>& barriers, Ring& ring, int before, NextStep& next, bool leader) {
+  constexpr int row_bytes = Problem::chunk * 2;
+  constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
+  auto multiply = [&](int i, uint32_t weights, uint32_t x) {
+#pragma unroll
+    for (int k = 0; k < Problem::chunk / 16; ++k)
+      Problem::template wgmma<Problem::run_first(r), Problem::run_count(r)>(
+          acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
+    wgmma_commit();
+  };
+  StepAddress step = next.step;
+  if (r > 0) {
+    if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+    before = ring.slot;
+    ring.template next<Problem::stages>();
+  }
+  uint32_t stage = stages + ring.slot * (Problem::stage_bytes / 16);
+  barrier_wait(&barriers.full[ring.slot], ring.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < Problem::m_tiles; ++i) {
+    if (r > 0) wgmma_wait<Problem::m_tiles - 1>(), wgmma_fence();  // these rows' products are done
+    multiply(i, stage + (step.weights & 0xffff), step.x);
+  }
+  if (r > 0 && leader) barrier_arrive(&barriers.empty[before]);
+  before = -1;
+  bool goes_on = !(step.weights & kLast);
+  step = steps[++next.number];
+#pragma unroll 1
+  while (goes_on) {
+    if (step.weights & kBegins) {
+      if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+      before = ring.slot;
+      ring.template next<Problem::stages>();
+      stage = stages + ring.slot * (Problem::stage_bytes / 16);
+      barrier_wait(&barriers.full[ring.slot], ring.phase);
+      wgmma_fence();
+    }
+    const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
+    goes_on = !(step.weights & kLast);
+    step = steps[++next.number];  // one more than there are is there
+#pragma unroll
+    for (int i = 0; i < Problem::m_tiles; ++i) multiply(i, weights, x);
+    wgmma_wait<Problem::m_tiles>();
+  }
+  next.step = step;
+  if constexpr (r + 1 < Problem::runs) {
+    conv_turns<Problem, r + 1>(acc, rows, rows_high, steps, stages, barriers, ring, before, next, leader);
+  } else {
+    wgmma_wait<0>();
+    if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+    if (leader) barrier_arrive(&barriers.empty[ring.slot]);
+    ring.template next<Problem::stages>();
+  }
+}
+
 template <class Problem>
 FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, typename Problem::Table& table,
                                 const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& all) {
@@ -414,7 +476,10 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
-          conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader);
+          if constexpr (Problem::turns)
+            conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights, barriers, ws, -1, next, leader);
+          else
+            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader);
           if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
