@@ -214,6 +214,7 @@ def _problem(
   static constexpr bool folds = {str(epilogue.fold is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
   static constexpr bool by_channel = {str(made.by_channel).lower()}, by_pass = {str(made.by_pass).lower()};
+  static constexpr bool in_turn = {str(made.in_turn and not made.planar).lower()};
   static constexpr bool streams = {str(store is Store.STREAM).lower()};
   using Place = fxfuse::{types[0]}<Problem>;
   using Table = fxfuse::{types[1]}<Problem>;
@@ -251,7 +252,6 @@ def _members(made: Specialisation) -> str:
     return f"""{values}
   static constexpr bool idle = {str(not all(p.steps for p in made.passes)).lower()};
   static constexpr bool resident = {str(made.resident).lower()}, by_slab = {str(made.by_slab).lower()};
-  static constexpr bool in_turn = {str(made.in_turn).lower()};
   static constexpr bool turns = {str(made.turns).lower()};
 {_rows_type(made.layer)}{_LOW if made.by_pass else ""}
   static FXFUSE_INLINE int pass_begin(int i) {{ return kRunBegin[i][0][0]; }}

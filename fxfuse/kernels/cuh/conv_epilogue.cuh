@@ -68,8 +68,24 @@ struct Store {
       : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
         fetched(table.fetch(a.to, g, place)) {}
 
-  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+  // What needs no accumulators is made while the last products of a pass are on their way.
+  static constexpr bool stages = Problem::in_turn && Problem::outbox && Problem::keeps && !Problem::gathers && !Problem::folds;
+  struct Ready {
+    Staging<Problem, typename Problem::Runs, Out, Problem::residues> where;
+  };
+  FXFUSE_INLINE void prepare(Ready& ready, int pass) {
     if (Problem::by_pass || pass == 0) table.fill(fetched, group);
+    if constexpr (stages) {
+      Residue residue[Problem::residues];
+#pragma unroll
+      for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
+      const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+      ready.where = {a.to, g, place.now(), o, residue, group};
+      ready.where.settle_all();
+    }
+  }
+
+  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass, const Ready& ready) {
     const Place<Problem> place = this->place.now();
     Residue residue[Problem::residues];
 #pragma unroll
@@ -94,7 +110,9 @@ struct Store {
       return;
     }
     if constexpr (Problem::gathers) gather<Problem, Out, false>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
-    if constexpr (Problem::keeps)
+    if constexpr (stages)
+      stage_runs(ready.where, outbox, a.to, g, place, o, residue, group, value, a.expression);
+    else if constexpr (Problem::keeps)
       store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
@@ -153,8 +171,12 @@ struct Pool {
       }
   }
 
-  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass) {
+  struct Ready {};
+  FXFUSE_INLINE void prepare(Ready&, int pass) {
     if (pass == 0) table.fill(fetched, group);
+  }
+
+  FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass, const Ready&) {
     if constexpr (Problem::merged) {
       conclude(acc);
       return;

@@ -113,40 +113,64 @@ struct Outbox {
   }
 };
 
-// Puts value(i, r, j, e, q) of all accumulators of a warpgroup into its outbox, every run at a place that is congruent
-// to its address modulo a sector.
-template <class Problem, class Runs, class Out, int classes, class Value, class Expression>
-FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
-                              const Extent& o, const Residue (&residue)[classes], int group, const Value& value,
-                              const Expression& expression) {
-  constexpr int align = kSector / sizeof(Out), halves = Problem::lines / 4;
-  constexpr int outside = Problem::pitch - 2 * align;  // what is not stored goes there
-  const Tile& t = place.box;
-  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  // of an address only the place in a sector matters here; addresses, slots and shifts are in bytes
-  const uint32_t sample = (uint32_t)(uint64_t)(to.out + t.n * to.stride.n + channel0 * to.stride.c);
-  const int row = (int)to.stride.h;
-  const RunPlan<Problem, Runs> plan(to, g, t, o, group);
-  // where this thread's results go: in the line of a channel but for the shift of its run, which is congruent to begin
-  const uint32_t inside = inside_mask(g, place, o, residue, true);
+// Where a thread's results of a pass go in a block, every run at a place that is congruent to its address modulo a sector.
+// In bytes, of which addresses matter here only as far as their place in a sector.
+template <class Problem, class Runs, class Out, int classes>
+struct Staging {
+  static constexpr int outside = Problem::pitch - 64 / (int)sizeof(Out);  // what is not stored goes there
+  uint32_t inside, sample;  // of every result, whether it is stored; where channel 0 of the tile is
+  // in the line of a channel but for the shift of its run, which is congruent to begin
   int slot[Problem::m_tiles][2][classes], begin[Problem::m_tiles][2], origin[Runs::count];
-  const int step_d = o.step_d * (int)to.stride.d, step_h = o.step_h * row;
+
+  FXFUSE_INLINE Staging() {}
+  FXFUSE_INLINE Staging(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                        const Residue (&residue)[classes], int group) {
+    const Tile& t = place.box;
+    const int channel0 = t.group * g.out_channels + t.column * Problem::columns, row = (int)to.stride.h;
+    const RunPlan<Problem, Runs> plan(to, g, t, o, group);
+    sample = (uint32_t)(uint64_t)(to.out + t.n * to.stride.n + channel0 * to.stride.c);
+    inside = inside_mask(g, place, o, residue, true);
+    const int step_d = o.step_d * (int)to.stride.d, step_h = o.step_h * row;
 #pragma unroll
-  for (int u = 0; u < Runs::count; ++u) origin[u] = plan.offset(to, t, o, residue, 0, 0, u) * (int)sizeof(Out);
+    for (int u = 0; u < Runs::count; ++u) origin[u] = plan.offset(to, t, o, residue, 0, 0, u) * (int)sizeof(Out);
 #pragma unroll
-  for (int i = 0; i < Problem::m_tiles; ++i)
+    for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
-      const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * step_h + x - plan.start : x;
-      begin[i][r] = (z * step_d + (Runs::merged ? 0 : y * step_h)) * (int)sizeof(Out);
+      for (int r = 0; r < 2; ++r) {
+        const int z = place.z(i, r), y = place.y(i, r), x = place.x(i, r) * o.step_w;
+        const int at = Runs::merged ? z : z * g.box_h + y, local = Runs::merged ? y * step_h + x - plan.start : x;
+        begin[i][r] = (z * step_d + (Runs::merged ? 0 : y * step_h)) * (int)sizeof(Out);
 #pragma unroll
-      for (int q = 0; q < classes; ++q)
-        slot[i][r][q] = (int)sizeof(Out) *
-                        (inside >> ((i * 2 + r) * classes + q) & 1
-                             ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
-                             : outside);
-    }
+        for (int q = 0; q < classes; ++q)
+          slot[i][r][q] = (int)sizeof(Out) *
+                          (inside >> ((i * 2 + r) * classes + q) & 1
+                               ? (at * Runs::count + Runs::of(q)) * plan.pitch + local + (Runs::merged ? Runs::h(q) * row : 0) + Runs::w(q)
+                               : outside);
+      }
+  }
+  // All of it is made here, and not later.
+  FXFUSE_INLINE void settle_all() {
+    settle(inside), settle(sample);
+#pragma unroll
+    for (int u = 0; u < Runs::count; ++u) settle(origin[u]);
+#pragma unroll
+    for (int i = 0; i < Problem::m_tiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        settle(begin[i][r]);
+#pragma unroll
+        for (int q = 0; q < classes; ++q) settle(slot[i][r][q]);
+      }
+  }
+};
+
+// Puts value(i, r, j, e, q) of all accumulators of a warpgroup into its outbox.
+template <class Problem, class Runs, class Out, int classes, class Value, class Expression>
+FXFUSE_INLINE void stage_runs(const Staging<Problem, Runs, Out, classes>& where, Outbox<Problem>& outbox, const Destination<Out>& to,
+                              const Geometry& g, const Place<Problem>& place, const Extent& o, const Residue (&residue)[classes],
+                              int group, const Value& value, const Expression& expression) {
+  constexpr int halves = Problem::lines / 4;
+  const int first = place.box.column * Problem::columns;
 #pragma unroll
   for (int block = 0; block < Problem::columns / Problem::lines; ++block) {
     if (!Problem::filled && first + block * Problem::lines / 8 * 8 >= g.out_channels) break;
@@ -159,7 +183,7 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
       if (!Problem::filled && first + column >= g.out_channels) continue;
       const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
       char* const line = (char*)outbox.template line<Out>(half * 4 + (place.lane & 3));
-      uint32_t address = sample + (uint32_t)column * (uint32_t)to.stride.c * (uint32_t)sizeof(Out);
+      uint32_t address = where.sample + (uint32_t)column * (uint32_t)to.stride.c * (uint32_t)sizeof(Out);
       // or the places of a column serve all eighth ones behind it, in registers that operands need
       if (sizeof(typename Expression::Channel) > 8) settle(address);
 #pragma unroll
@@ -168,12 +192,12 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int u = 0; u < Runs::count; ++u) {
-            char* const shifted = line + ((address + origin[u] + begin[i][r]) & (kSector - 1));
+            char* const shifted = line + ((address + where.origin[u] + where.begin[i][r]) & (kSector - 1));
 #pragma unroll
             for (int q = 0; q < classes; ++q)
               if (Runs::of(q) == u)
-                *(Out*)(shifted + slot[i][r][q]) =
-                    from_float<Out>(results(place, o, residue[q], inside >> ((i * 2 + r) * classes + q) & 1, i, r, q));
+                *(Out*)(shifted + where.slot[i][r][q]) =
+                    from_float<Out>(results(place, o, residue[q], where.inside >> ((i * 2 + r) * classes + q) & 1, i, r, q));
           }
     }
     bulk_after_shared();
@@ -182,6 +206,14 @@ FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& t
     outbox.ring.next(outbox.blocks);
   }
   named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products
+}
+
+template <class Problem, class Runs, class Out, int classes, class Value, class Expression>
+FXFUSE_INLINE void stage_runs(Outbox<Problem>& outbox, const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
+                              const Extent& o, const Residue (&residue)[classes], int group, const Value& value,
+                              const Expression& expression) {
+  const Staging<Problem, Runs, Out, classes> where(to, g, place, o, residue, group);
+  stage_runs(where, outbox, to, g, place, o, residue, group, value, expression);
 }
 
 // Sends what `stage_runs` puts there: a warp, several channels at once, the whole 16 bytes of a run as one bulk copy and the

@@ -78,7 +78,10 @@ struct StoreSectors {
       }
   }
 
-  FXFUSE_INLINE void pass(Accumulators& acc, int pass) {
+  struct Ready {};
+  FXFUSE_INLINE void prepare(Ready&, int) {}
+
+  FXFUSE_INLINE void pass(Accumulators& acc, int pass, const Ready&) {
     const Tile& t = place.box;
     const Residue residue = Problem::residue(pass, 0);  // along w: of class q it is q
     const Sectors<Problem, Out> sectors(a.to, g, t, residue, group);

@@ -272,12 +272,12 @@ FXFUSE_INLINE void promote(float (&acc)[Problem::accumulator_tiles][Problem::acc
 
 // The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
-template <class Problem, int r>
+template <class Problem, int r, class Meanwhile>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
                             float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, const Geometry& g, Slabs slabs, Barriers<Problem>& barriers, Ring& ring,
-                            SlabRing& apart, NextStep& next, bool leader) {
+                            SlabRing& apart, NextStep& next, bool leader, Meanwhile meanwhile) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
   constexpr bool in_turn = Problem::in_turn, last = r + 1 == Problem::runs;
@@ -342,6 +342,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
       }
     } while (goes_on);
     next = {s, step};
+    if constexpr (in_turn && last) meanwhile();
     wgmma_wait<0>();
     if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
     if (leader) barrier_arrive(&barriers.empty[ring.slot]);
@@ -362,16 +363,17 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     apart.next(first, apart.came);
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader, meanwhile);
 }
 
 // The steps of a pass of a problem that `turns`: all its runs, one behind the other, of which each begins, by 64 rows of
 // the warpgroup, while the other rows' last products are on their way. The first step of a run is no part of a loop: ptxas
 // serialises instructions whose accumulators meet those of others behind a branch.
-template <class Problem, int r>
+template <class Problem, int r, class Meanwhile>
 FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
                               const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
-                              uint32_t stages, Barriers<Problem>& barriers, Ring& ring, int before, NextStep& next, bool leader) {
+                              uint32_t stages, Barriers<Problem>& barriers, Ring& ring, int before, NextStep& next, bool leader,
+                              Meanwhile meanwhile) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
   auto multiply = [&](int i, uint32_t weights, uint32_t x) {
@@ -418,8 +420,9 @@ FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::
   }
   next.step = step;
   if constexpr (r + 1 < Problem::runs) {
-    conv_turns<Problem, r + 1>(acc, rows, rows_high, steps, stages, barriers, ring, before, next, leader);
+    conv_turns<Problem, r + 1>(acc, rows, rows_high, steps, stages, barriers, ring, before, next, leader, meanwhile);
   } else {
+    meanwhile();
     wgmma_wait<0>();
     if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
     if (leader) barrier_arrive(&barriers.empty[ring.slot]);
@@ -466,6 +469,8 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
       for (int i = 0; i < Problem::accumulator_tiles; ++i)
 #pragma unroll
         for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
+      typename Problem::Epilogue::Ready ready;
+      auto meanwhile = [&] { epilogue.prepare(ready, pass); };
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (!Problem::idle || begin < end || (Problem::resident && pass == 0)) {
         int chunk = 0;
@@ -477,18 +482,19 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
           if constexpr (Problem::turns)
-            conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights, barriers, ws, -1, next, leader);
+            conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights, barriers, ws, -1, next, leader, meanwhile);
           else
-            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader);
+            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
           if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
       }
+      if constexpr (!Problem::in_turn) meanwhile();
       if constexpr (Problem::exact)
-        epilogue.pass(sum, pass);
+        epilogue.pass(sum, pass, ready);
       else
-        epilogue.pass(acc, pass);
+        epilogue.pass(acc, pass, ready);
     }
     epilogue.finish();
   }
