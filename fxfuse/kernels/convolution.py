@@ -46,6 +46,8 @@ MOST_SLABS, TYPICAL_PLANES, BATCH = 16, 32, 0.1
 #: clock cycles of a multiprocessor until the products of a run are done and those of the next one begin: read off the
 #: fifth model on an H100, whose products alone took 784 us for 589
 RUN_CYCLES = 365
+#: the same where a run begins, by rows, while the other rows' products of the one before end: about
+TURN_CYCLES = 60
 
 
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
@@ -331,7 +333,7 @@ class Specialisation:
             return 1
         apart, together = (sum(len(self._batches(p.steps, n)) for p in self.passes) for n in (slabs, 1))
         padding = 1 - self._multiplied(TYPICAL_PLANES, 1)
-        if self._may_turn and padding * self.pass_cycles * self.rows / ROWS < len(self.passes) * len(self.runs) * RUN_CYCLES:
+        if self._may_turn and padding * self.pass_cycles * self.rows / ROWS < len(self.passes) * len(self.runs) * (RUN_CYCLES - TURN_CYCLES):
             return 1
         return slabs if padding > 0 and (apart - together) * BATCH <= together * padding else 1
 

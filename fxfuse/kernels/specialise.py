@@ -13,6 +13,7 @@ from fxfuse.kernels.convolution import (
     ROWS,
     RUN_CYCLES,
     STAGE_BYTES,
+    TURN_CYCLES,
     Specialisation,
     Unsupported,
     cycles,
@@ -354,8 +355,10 @@ def _cycles_of(layer: Layer, columns: int, running: bool, passes: tuple[Pass, ..
     for. Elsewhere stores take that time, too: groups of few channels took 476 us in one run, 449 in eight.
     """
     chunk, _ = _memory(layer.in_channels)[0]
-    runs = sum(len({(s.first, s.count) for s in p.steps}) for p in passes) if running else 0
-    return cycles(passes, columns) + runs * RUN_CYCLES / (CONSUMERS * USUAL_TILES * chunk // 16)
+    runs = [{(s.first, s.count) for s in p.steps} for p in passes]
+    turns = chunk >= layer.in_channels and all(r == runs[0] for r in runs)
+    waits = sum(map(len, runs)) * (TURN_CYCLES if turns else RUN_CYCLES) if running else 0
+    return cycles(passes, columns) + waits / (CONSUMERS * USUAL_TILES * chunk // 16)
 
 
 def _orders(groups: list[tuple[Residue, ...]], stack: int) -> list[tuple[int, ...]]:

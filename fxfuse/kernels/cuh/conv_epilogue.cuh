@@ -69,7 +69,7 @@ struct Store {
         fetched(table.fetch(a.to, g, place)) {}
 
   // What needs no accumulators is made while the last products of a pass are on their way.
-  static constexpr bool stages = Problem::in_turn && Problem::outbox && Problem::keeps && !Problem::gathers && !Problem::folds;
+  static constexpr bool stages = Problem::outbox && Problem::keeps && !Problem::gathers && !Problem::folds;
   struct Ready {
     Staging<Problem, typename Problem::Runs, Out, Problem::residues> where;
   };
