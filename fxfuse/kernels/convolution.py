@@ -333,7 +333,8 @@ class Specialisation:
             return 1
         apart, together = (sum(len(self._batches(p.steps, n)) for p in self.passes) for n in (slabs, 1))
         padding = 1 - self._multiplied(TYPICAL_PLANES, 1)
-        if self._may_turn and padding * self.pass_cycles * self.rows / ROWS < len(self.passes) * len(self.runs) * (RUN_CYCLES - TURN_CYCLES):
+        waits = len(self.passes) * len(self.runs) * (RUN_CYCLES - TURN_CYCLES)
+        if self._may_turn and padding * self.pass_cycles * self.rows / ROWS < waits:
             return 1
         return slabs if padding > 0 and (apart - together) * BATCH <= together * padding else 1
 

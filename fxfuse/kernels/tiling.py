@@ -99,7 +99,7 @@ def _fastest(
         if made.by_channel and row and not sectors_fit(made, found, row, itemsize):
             continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
-        score = (estimate, math.prod(found.region))
+        score = (estimate, math.prod(found.region), found.tile[0])
         if best is None or score < best[0]:
             best = score, found
     return best
