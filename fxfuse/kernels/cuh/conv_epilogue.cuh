@@ -46,6 +46,21 @@ FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Pl
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
 }
 
+// The residue classes of a pass.
+template <class Problem>
+struct Classes {
+  Residue each[Problem::residues];
+  FXFUSE_INLINE explicit Classes(int pass) {
+#pragma unroll
+    for (int q = 0; q < Problem::residues; ++q) each[q] = Problem::residue(pass, q);
+  }
+};
+
+template <class Problem>
+FXFUSE_INLINE Extent extent_of(const Geometry& g) {
+  return {g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+}
+
 // Every output of the convolution, through `Expression`, to `out`; or a reduction of it over channels, through `Behind`.
 template <class Problem, class Out, class Expression, class Behind>
 struct Store {
@@ -68,28 +83,27 @@ struct Store {
       : a(a), g(g), table(table), gathered(gathered), outbox(outbox), place(place), group(group),
         fetched(table.fetch(a.to, g, place)) {}
 
-  // What needs no accumulators is made while the last products of a pass are on their way.
-  static constexpr bool stages = Problem::outbox && Problem::keeps && !Problem::gathers && !Problem::folds;
+  // What needs no accumulators, and is made while the last products of a pass are on their way: where results go.
+  static constexpr bool stages = Problem::in_turn && Problem::outbox && Problem::keeps && !Problem::gathers && !Problem::folds;
   struct Ready {
     Staging<Problem, typename Problem::Runs, Out, Problem::residues> where;
   };
   FXFUSE_INLINE void prepare(Ready& ready, int pass) {
-    if (Problem::by_pass || pass == 0) table.fill(fetched, group);
     if constexpr (stages) {
-      Residue residue[Problem::residues];
-#pragma unroll
-      for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
-      const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
-      ready.where = {a.to, g, place.now(), o, residue, group};
+      fill(pass);
+      ready.where = {a.to, g, place.now(), extent_of<Problem>(g), Classes<Problem>(pass).each, group};
       ready.where.settle_all();
     }
   }
+  FXFUSE_INLINE void fill(int pass) {
+    if (Problem::by_pass || pass == 0) table.fill(fetched, group);
+  }
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass, const Ready& ready) {
+    if constexpr (!stages) fill(pass);
     const Place<Problem> place = this->place.now();
-    Residue residue[Problem::residues];
-#pragma unroll
-    for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
+    const Classes<Problem> classes(pass);
+    const auto& residue = classes.each;
     auto kept = [&](int i, int r, int j, int e, int q) -> float& {
       return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e];
     };
@@ -97,7 +111,7 @@ struct Store {
     constexpr int width = Problem::pair != 0 ? 2 : 1;
     constexpr bool reversed = Problem::pair < 0;
     using Runs = typename Problem::Runs;
-    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    const Extent o = extent_of<Problem>(g);
     if constexpr (Problem::folds) {
       fold<Problem, Runs, Out, width, reversed>(a.to, g, place, o, residue, outbox, group, kept, value, a.expression, a.behind);
       return;
@@ -119,14 +133,10 @@ struct Store {
 
   // What a warp sends of a warpgroup's part of a tile.
   static FXFUSE_INLINE void send(const Arguments& a, const Geometry& g, Outbox<Problem>& outbox, const Tile& part, int group) {
-    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    const Extent o = extent_of<Problem>(g);
 #pragma unroll 1
-    for (int pass = 0; pass < Problem::passes; ++pass) {
-      Residue residue[Problem::residues];
-#pragma unroll
-      for (int q = 0; q < Problem::residues; ++q) residue[q] = Problem::residue(pass, q);
-      send_runs<Problem, typename Problem::Runs>(outbox, a.to, g, part, o, residue, group);
-    }
+    for (int pass = 0; pass < Problem::passes; ++pass)
+      send_runs<Problem, typename Problem::Runs>(outbox, a.to, g, part, o, Classes<Problem>(pass).each, group);
   }
 };
 
@@ -172,11 +182,10 @@ struct Pool {
   }
 
   struct Ready {};
-  FXFUSE_INLINE void prepare(Ready&, int pass) {
-    if (pass == 0) table.fill(fetched, group);
-  }
+  FXFUSE_INLINE void prepare(Ready&, int) {}
 
   FXFUSE_INLINE void pass(float (&acc)[Problem::m_tiles][Problem::columns * Problem::residues / 2], int pass, const Ready&) {
+    if (pass == 0) table.fill(fetched, group);
     if constexpr (Problem::merged) {
       conclude(acc);
       return;
@@ -184,7 +193,7 @@ struct Pool {
     const Place<Problem> place = this->place.now();
     auto kept = [&](int i, int r, int j, int e, int q) { return acc[i][(q * (Problem::columns / 8) + j) * 4 + r * 2 + e]; };
     const Scaled<Problem, decltype(kept)> value{kept, table, place, group, fetched};
-    const Extent o{g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+    const Extent o = extent_of<Problem>(g);
 #pragma unroll
     for (int q = 0; q < Problem::residues; ++q) {
       const Residue residue[1] = {Problem::residue(pass, q)};

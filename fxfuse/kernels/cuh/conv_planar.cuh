@@ -221,9 +221,7 @@ FXFUSE_INLINE void consume_planes(const Geometry& g, const typename Problem::Epi
         if ((threadIdx.x & 127) == 0) barrier_arrive(&barriers.empty[xs.slot]);
         xs.template next<Problem::x_buffers>();
       }
-      typename Problem::Epilogue::Ready ready;
-      epilogue.prepare(ready, pass);
-      epilogue.pass(acc, pass, ready);
+      epilogue.pass(acc, pass, {});
     }
     epilogue.finish();
   }

@@ -78,28 +78,18 @@ struct StoreSectors {
       }
   }
 
-  // What is known before the last products are done.
-  struct Ready {
-    int start;  // of a linear part
-  };
-  FXFUSE_INLINE void prepare(Ready& ready, int pass) {
-    if (Problem::gathers) return;
-    make(ready, pass);
-    settle(ready.start);
-  }
-  FXFUSE_INLINE void make(Ready& ready, int pass) const {
-    const Sectors<Problem, Out> sectors(a.to, g, place.box, Problem::residue(pass, 0), group);
-    sectors.fill(table, group);
-    ready.start = sectors.start;
-  }
+  struct Ready {};
+  FXFUSE_INLINE void prepare(Ready&, int) {}
 
-  FXFUSE_INLINE void pass(Accumulators& acc, int pass, Ready& ready) {
-    if (Problem::gathers) make(ready, pass);  // or something is spilt
+  FXFUSE_INLINE void pass(Accumulators& acc, int pass, const Ready&) {
+    const Tile& t = place.box;
     const Residue residue = Problem::residue(pass, 0);  // along w: of class q it is q
+    const Sectors<Problem, Out> sectors(a.to, g, t, residue, group);
+    sectors.fill(table, group);
     if (!Problem::streams) named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted there
     if constexpr (Problem::gathers) gather(acc, residue, pass);
     if constexpr (Problem::streams)
-      stream(acc, residue, ready.start);
+      stream(acc, residue, sectors.start);
     else if constexpr (Problem::keeps)
       keep(acc, residue);
     named_barrier(1 + group, 128);  // or ptxas takes the warps to have parted, and serialises the next products

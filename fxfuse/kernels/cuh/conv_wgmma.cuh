@@ -270,16 +270,6 @@ FXFUSE_INLINE void promote(float (&acc)[Problem::accumulator_tiles][Problem::acc
       sum[i][j] += acc[i][j], acc[i][j] = 0.f;
 }
 
-// Of the one run of a problem with several chunks of channels, whose products go on from one chunk to the next: the stage
-// whose products were on their way when the current one began; whether those of the chunk before still may be; and the
-// buffer that this has x in.
-struct Flow {
-  int before = -1, x = -1;
-  bool goes_on = false;
-};
-template <class Problem>
-constexpr bool kFlows = Problem::runs == 1 && !Problem::exact && !Problem::resident && !Problem::by_slab && Problem::x_buffers > 1;
-
 // The steps of a pass that multiply run `r` of residue classes; then those of the next runs. One loop per run, with
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
 template <class Problem, int r, class Meanwhile>
@@ -287,7 +277,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
                             float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, const Geometry& g, Slabs slabs, Barriers<Problem>& barriers, Ring& ring,
-                            SlabRing& apart, NextStep& next, Flow& flow, bool leader, bool ending, Meanwhile meanwhile) {
+                            SlabRing& apart, NextStep& next, bool leader, Meanwhile meanwhile) {
   constexpr int row_bytes = Problem::chunk * 2;
   constexpr uint64_t weights_high = descriptor<row_bytes>(0, 8 * row_bytes) >> 32;
   constexpr bool in_turn = Problem::in_turn, last = r + 1 == Problem::runs;
@@ -296,8 +286,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
   if constexpr (!in_turn) begin = Problem::run_begin(pass, r, slabs.begin), end = Problem::run_begin(pass, r, slabs.end);
   if constexpr (Problem::slabs > 1) settle(begin), settle(end);  // read once, not for every step
   if (in_turn || (!Problem::idle && Problem::runs == 1 && Problem::slabs == 1) || begin < end) {
-    int& before = flow.before;
-    if (!kFlows<Problem>) before = -1;
+    int before = -1;  // the stage whose products were on their way when the current one began
     uint32_t stage = 0;
     int slab = 0, came = SlabRing::first(g, slabs), gone = came;  // by slab: the batch's, those that came and went
     if constexpr (Problem::by_slab && r > 0) came = apart.came;
@@ -307,7 +296,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
 #pragma unroll 1
     do {
       if (step.weights & kBegins) {
-        if (s > begin || (kFlows<Problem> && flow.goes_on)) {
+        if (s > begin) {
           if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
           before = ring.slot;
           ring.template next<Problem::stages>();
@@ -349,23 +338,15 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
           promote<Problem, r>(acc, sum);
         } else {
           wgmma_wait<1>();  // the products of the stage before are done
-          if (kFlows<Problem> && flow.x >= 0) {
-            if (leader) barrier_arrive(&barriers.x_empty[flow.x]);
-            flow.x = -1;
-          }
         }
       }
     } while (goes_on);
     next = {s, step};
-    if (last && ending) meanwhile();
-    flow.goes_on = kFlows<Problem> && !ending;
-    if (!flow.goes_on) {
-      wgmma_wait<0>();
-      if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
-      if (leader) barrier_arrive(&barriers.empty[ring.slot]);
-      ring.template next<Problem::stages>();
-      before = -1;
-    }
+    if constexpr (in_turn && last) meanwhile();
+    wgmma_wait<0>();
+    if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+    if (leader) barrier_arrive(&barriers.empty[ring.slot]);
+    ring.template next<Problem::stages>();
     if constexpr (Problem::by_slab) {
       if constexpr (last)
         for (; gone < came; ++gone)
@@ -382,7 +363,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     apart.next(first, apart.came);
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, flow, leader, ending, meanwhile);
+    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader, meanwhile);
 }
 
 // The steps of a pass of a problem that `turns`: all its runs, one behind the other, of which each begins, by 64 rows of
@@ -489,12 +470,10 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
         for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
       typename Problem::Epilogue::Ready ready;
-      bool prepared = false;
-      auto meanwhile = [&] { epilogue.prepare(ready, pass), prepared = true; };
+      auto meanwhile = [&] { epilogue.prepare(ready, pass); };  // the last products end
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (!Problem::idle || begin < end || (Problem::resident && pass == 0)) {
         int chunk = 0;
-        Flow flow;
 #pragma unroll 1
         do {  // at least once, or ptxas makes another epilogue for no products at all
           if (!Problem::by_slab && (!Problem::resident || pass == 0)) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
@@ -505,16 +484,12 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
           if constexpr (Problem::turns)
             conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights, barriers, ws, -1, next, leader, meanwhile);
           else
-            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, flow, leader, Problem::resident || chunk + 1 == g.chunks, meanwhile);
-          if (kFlows<Problem> && flow.goes_on) {  // given back when its products are done
-            flow.x = xs.slot;
-            xs.template next<Problem::x_buffers>();
-          } else if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
+            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
+          if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
       }
-      if (!Problem::in_turn && !prepared) meanwhile();  // where nothing was multiplied
       if constexpr (Problem::exact)
         epilogue.pass(sum, pass, ready);
       else
