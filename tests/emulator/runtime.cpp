@@ -34,6 +34,12 @@ struct Copy {
   int at[5];
 };
 
+struct Issued {  // a matrix instruction that a thread has not waited for
+  long number;
+  const float* accumulators;
+  int columns;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
@@ -41,6 +47,7 @@ struct Fiber {
   const char* waits;
   int exchanges;            // with its warp, so far
   long issued;              // matrix instructions, so far
+  std::deque<Issued> flying;
   std::vector<long> groups;  // how many had been issued at each commit
   std::vector<Copy> words;   // into shared memory, which come as late as they are waited for
   std::vector<Copy> stores;  // out of shared memory, which may be read as late as it is waited for
@@ -381,6 +388,10 @@ void emulated_stored(int pending) {
 void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat) {
   Fiber& f = fibers[current];
   Warpgroup& group = warpgroups[current / kWarpgroup];
+  for (const Issued& other : f.flying)  // each thread has half as many accumulators as the instruction has columns
+    if (other.columns != columns && other.accumulators < accumulators + columns / 2 && accumulators < other.accumulators + other.columns / 2)
+      emulated_fail("a product adds to what one of another shape, not waited for, adds to");
+  f.flying.push_back({f.issued, accumulators, columns});
   const size_t at = f.issued++ - group.finished;
   if (at == group.waiting.size()) group.waiting.push_back({x, y, columns, bfloat, 0, {}});
   Product& p = group.waiting[at];
@@ -402,6 +413,7 @@ void emulated_wgmma_wait(int pending) {
     return group.finished >= wanted;
   });
   f.groups.erase(f.groups.begin(), f.groups.end() - pending);
+  while (!f.flying.empty() && f.flying.front().number < wanted) f.flying.pop_front();
 }
 
 void emulated_begin_dependent() { fibers[current].dependent = true; }

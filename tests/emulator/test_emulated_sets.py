@@ -295,6 +295,7 @@ def test_what_has_no_sets(behind: nn.Module) -> None:
 
 # --- what is broken -------------------------------------------------------------------------------
 STORE, WIDE, WGMMA = "conv_store.cuh", "conv_wide.cuh", "conv_wgmma.cuh"
+TILES, COPIES = "conv_tiles.cuh", "conv_copies.cuh"
 BROKEN: dict[str, tuple[str, str, str]] = {
     "a sample's scale": (STORE, "fetched.sample[r] * of.scale", "fetched.sample[0] * of.scale"),
     "samples that are not there": (STORE, "Problem::samples == 1 || n(r) < g.samples", "true"),
@@ -303,9 +304,9 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "the operand of a row's sample": (STORE, "of[Problem::samples > 1 ? r : 0]", "of[0]"),
     "shifts of steps": (WGMMA, " : s.w)) * Problem::samples;", " : s.w)) * 8;"),
     "the inner dim of steps": (WGMMA, "(Problem::inner == 1 ? s.w : s.h)", "s.h"),
-    "the inner dim of copies": (WGMMA, "t.n, Problem::inner == 1 ? h : w,", "t.n, w,"),
-    "the first sample": (WGMMA, "t.n = index * Problem::samples", "t.n = index"),
-    "a pass's weights": (WGMMA, "from += index % Problem::passes *", "from += 0 *"),
+    "the inner dim of copies": (COPIES, "t.n, Problem::inner == 1 ? h : w,", "t.n, w,"),
+    "the first sample": (TILES, "t.n = index * Problem::samples", "t.n = index"),
+    "a pass's weights": (COPIES, "from += index % Problem::passes *", "from += 0 *"),
     "slabs that an earlier run waited for": (WGMMA, "if constexpr (Problem::by_slab && r > 0) came = apart.came;", ""),
     "slabs that are given back early": (WGMMA, "(Problem::by_slab && last)  //", "(Problem::by_slab)  //"),
     "positions at once that are not all there": (WIDE, "aligned && there == (1u << each) - 1", "aligned"),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -373,18 +374,34 @@ def test_model_1_shares_its_taps() -> None:
     assert [len(steps_of(p.residues)) for p in made.passes] == [27, 18, 18, 12]
 
 
-def test_classes_of_few_channels_are_multiplied_together() -> None:
+def test_classes_of_few_channels_at_once_are_multiplied_together() -> None:
     """Zeros in the place of other runs, which would be waited for: not where x may be infinite, nor where a run has
-    many instructions, nor where all results are stored."""
+    many instructions, or begins as the one before ends, nor where all results are stored."""
 
     def runs(channels: int, **how: bool) -> set[tuple[int, int]]:
         layer = Layer(channels, 32, 1, (3, 3, 3), (2, 2, 2), ONE, ONE)
         made = specialise(layer, contiguous=True, **how)  # type: ignore[arg-type]
         return {(s.first, s.count) for p in made.passes for s in p.steps}
 
-    assert runs(16, pooled=True, finite=True) == {(0, 4)}
-    for other in (runs(16, pooled=True), runs(64, pooled=True, finite=True), runs(16, pooled=False, finite=True)):
-        assert len(other) > 1
+    assert runs(80, pooled=True, finite=True) == {(0, 4)}
+    assert len(runs(80, pooled=True)) > 1 and len(runs(80, pooled=False, finite=True)) > 1
+    assert len(runs(128, pooled=True, finite=True)) > 1 and len(runs(16, pooled=True, finite=True)) > 1
+
+
+def test_runs_in_turn_are_worth_products_with_padding() -> None:
+    """Where padding along d is told apart, a run may have no step, and each is waited for."""
+
+    def made(kernel: int, channels: int = 16, **how: Any) -> Specialisation:
+        padding = (kernel // 2,) * 3
+        return specialise(
+            Layer(channels, 64, 1, (kernel,) * 3, (2, 2, 2), padding, ONE), pooled=True, finite=True, **how
+        )
+
+    few, many, chunks = made(5), made(7, 64), made(5, 80)
+    assert few.turns and few.slabs == 1
+    assert not many.turns and many.slabs > 1 and many.resident
+    assert not chunks.turns and not made(5, exact=True).turns
+    assert not dataclasses.replace(few, m_tiles=1).turns
 
 
 def test_a_class_without_taps() -> None:
