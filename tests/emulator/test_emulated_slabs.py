@@ -179,7 +179,7 @@ BROKEN = {
     "x, by slab, is not waited for": (WGMMA, "barrier_wait(&barriers.x_full[came], apart.phase(came))", ""),
     "x, by slab, is overwritten": (COPIES, "barrier_wait(&barriers.x_empty[k], ring.phase(k) ^ 1);", ""),
     "x, by slab, is given back early": (WGMMA, "gone + g.first_planes <= slab;", "gone + g.first_planes <= slab + 1;"),
-    "phases, by slab, of what was left out": (WGMMA, "next(SlabRing::first(g, slabs), came);", "next(0, Problem::slabs);"),
+    "phases, by slab, of those left out": (WGMMA, "next(SlabRing::first(g, slabs), came);", "next(0, Problem::slabs);"),
 }  # fmt: skip
 
 

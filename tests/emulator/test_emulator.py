@@ -199,9 +199,7 @@ def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch:
 )
 def test_steps_in_turn(layer: Layer, text: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a tile whose steps follow each other begin where the one before has ended, or ends."""
-    monkeypatch.setattr(
-        "fxfuse.kernels.convolution.RUN_CYCLES", 10**9
-    )  # which is worth more than products with padding
+    monkeypatch.setattr("fxfuse.kernels.convolution.RUN_CYCLES", 10**9)  # more than products with padding
     with chosen_anew():
         assert not is_wrong(0, layer)
         with device.broken("conv_wgmma.cuh", text, other):
