@@ -84,9 +84,12 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
 
 def _fastest(
     made: Specialisation, ways: Iterator[Tiling], extents: Extents, row: int, itemsize: int
-) -> tuple[tuple[float, int], Tiling] | None:
-    """That of ``ways``, of the fewest tiles first, with its score. Arguments as of :func:`tile`."""
-    best: tuple[tuple[float, int], Tiling] | None = None
+) -> tuple[tuple[float, int, int], Tiling] | None:
+    """That of ``ways``, of the fewest tiles first, with its score: of equal times the smaller region, of fewer planes.
+
+    Arguments as of :func:`tile`.
+    """
+    best: tuple[tuple[float, int, int], Tiling] | None = None
     whole = _stored(made, extents, itemsize) / STORE_RATE
     # of the products the least part that a tiling may have: the last of its tiles may hold few positions
     least = made.multiplied(extents[0], 1) / (1 if made.slabs == 1 else 2)
