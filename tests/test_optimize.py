@@ -27,7 +27,7 @@ CHAINS = {
         ("conv_transpose > mul > batch_norm_train > mean", None),
         ("conv_transpose > mul > batch_norm > mean", "tap_sums > contract_taps > mul > add"),  # and the affine map
     ],
-    "clamp_divide": [("conv_transpose > clamp > div",) * 2],
+    "clamp_divide": [("conv_transpose > clamp > div", "conv_transpose > clamp")],
 }
 
 

@@ -75,6 +75,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
     if kernel.squeezed and kernel.behind is not None:
         given["behind"] = f"fxfuse::WithoutChannels<{kernel.behind.name}, {len(kernel.kind.shape) - 1}>"
     epilogue = Epilogue(
+        scales=kernel.scales,
         combine=kernel.combine,
         step=kernel.step,
         fold=kernel.fold,

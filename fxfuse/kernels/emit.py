@@ -7,7 +7,10 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from fxfuse.kernels import emit_planar
+from fxfuse.kernels.arithmetic import literal
 from fxfuse.kernels.convolution import ROWS, Specialisation
 from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, entries
 from fxfuse.kernels.layer import Layer
@@ -19,6 +22,7 @@ from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 class Epilogue:
     """What follows the accumulators.
 
+    ``scales``: numbers that these are multiplied by, and the bias; other ones than 1 where outputs are not combined.
     ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes. ``fold``: a
     reduction over channels of that. ``before``, ``after`` (the combination) and ``behind`` (the reduction): names
     of expression structs in ``code`` ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored
@@ -27,6 +31,7 @@ class Epilogue:
     that allow it, and the kernel `direct` makes the rest.
     """
 
+    scales: tuple[float, float] = (1.0, 1.0)
     combine: str = ""
     step: tuple[int, int, int] = (1, 1, 1)
     fold: Fold | None = None
@@ -199,8 +204,10 @@ def _problem(
         "places": made.places if made.by_channel else 0,
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
+    weight_scale, bias_scale = (literal(s, torch.float32) for s in epilogue.scales)
     return f"""struct Problem {{
 {values}
+  static constexpr float weight_scale = {weight_scale}, bias_scale = {bias_scale};
   static constexpr bool bare = {bare};
   static constexpr bool scaled = {str(dtype == "f32" and not made.planar).lower()};
   static constexpr bool watched = {str(made.watched or made.planar).lower()};

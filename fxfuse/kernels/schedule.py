@@ -46,7 +46,7 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     """
     observed = observe(program, inputs)
     least = least_elements(anchored)
-    found = versions(program, observed, inputs, least)
+    found = versions(program, observed, inputs, least, anchored=anchored)
     if not anchored:
         whole, values = next((p, v) for p, v in found if _same_forms(program, observed, v))
         return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values, least=least)), values)
@@ -84,17 +84,17 @@ def least_elements(anchored: bool) -> int:
 
 
 def versions(
-    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor], least: int
+    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor], least: int, *, anchored: bool = True
 ) -> list[tuple[Program, dict[str, Form]]]:
     """What means the same as ``program``, the best for kernels first, each with its values.
 
-    ``least``: elements of a value that kernels take.
+    ``least``: elements of a value that kernels take. ``anchored``: so does the convolution.
     """
     plain = program
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
     pools = any(vocabulary.lookup(i.op).kind is Kind.POOL for i in program.body)
     if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
-        plain = unfold(program)  # a pool of plain outputs is cheaper than one of scaled ones
+        plain = unfold(program, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
     split = _split(plain, found[plain], least)
     return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
@@ -237,11 +237,13 @@ class _Cutter:
                 instead[pool.outs[0]] = dataclasses.replace(found.rest, operands=(Ref(after.result),))
                 self._add(after.result, chain.result, found.sizes)
         x = _name(self.anchor, 0)
+        weight, bias, scales = self._parameters(combined=found is not None)
         kernel = Launch(
             layer=layer,
             x=x,
-            weight=_name(self.anchor, 1),
-            bias=None if self.anchor.operands[2] is None else _name(self.anchor, 2),
+            weight=weight,
+            bias=bias,
+            scales=scales,
             dtype=self.types[value].dtype,
             bias_dtype=self._bias_dtype(),
             extents=extents,
@@ -302,6 +304,34 @@ class _Cutter:
         if dtype not in STORED:
             raise Unscheduled(f"no kernel adds a bias of {dtype}")
         return dtype
+
+    def _parameters(self, *, combined: bool) -> tuple[str, str | None, tuple[float, float]]:
+        """Weights, bias, and the numbers that the kernel multiplies these by as it scales the accumulators anyway.
+
+        ``combined``: it makes one value of many, for which a scale may have to be positive.
+        """
+        weight = _name(self.anchor, 1)
+        bias = None if self.anchor.operands[2] is None else _name(self.anchor, 2)
+        given, scale = self._unscaled(weight, "scale_weight")
+        if combined or scale == 1:
+            return weight, bias, (1.0, 1.0)
+        if bias is None:
+            return given, None, (scale, 1.0)
+        plain, other = self._unscaled(bias, "mul")
+        return given, plain, (scale, other)
+
+    def _unscaled(self, name: str, op: str) -> tuple[str, float]:
+        """What ``op`` multiplies by a number to make a value of float32, and that; or the value itself, and one."""
+        maker = next((i for i in self.program.body if name in i.outs), None)
+        if maker is None or maker.op != op or self.types[name].dtype is not torch.float32:
+            return name, 1.0
+        numbers = [o for o in maker.operands if isinstance(o, (int, float))]
+        values = [o.name for o in maker.operands if isinstance(o, Ref)]
+        if len(numbers) != 1 or len(values) != 1 or self.types[values[0]] != self.types[name]:
+            return name, 1.0
+        limits = torch.finfo(torch.float32)
+        normal = limits.tiny <= abs(numbers[0]) <= limits.max
+        return (values[0], float(numbers[0])) if normal else (name, 1.0)
 
     # --- what the kernel takes ----------------------------------------------------------------------
     def _pool(self, value: str, layer: Layer) -> tuple[Instr | None, Pooling | None]:

@@ -22,6 +22,7 @@ from fxfuse.program import Program
 class Launch:
     """The convolution kernel. Names are values of the program.
 
+    ``scales``: the numbers that it multiplies the weights and the bias by.
     ``x_layout``: the memory format of x; "" for none. ``planes``: it may be read as it lies. ``extents``: sizes of
     the convolution's own output, three of them, as in ``layer``. ``stored``: the value that it writes, of the type
     ``kind`` and with ``strides``. ``combine``, ``factor``: what it makes of all residue classes of a position ("",
@@ -45,6 +46,7 @@ class Launch:
     kind: TensorType
     strides: tuple[int, ...]
     stages: tuple[str, ...]
+    scales: tuple[float, float] = (1.0, 1.0)
     x_layout: str = ""
     planes: bool = False
     combine: str = ""

@@ -64,7 +64,7 @@ def from_products(made: Schedule, given: Mapping[str, TensorType]) -> tuple[Sche
     """
     run = made.measuring
     assert run is not None
-    if run.before is not None or run.combine:
+    if run.before is not None or run.combine or run.scales != (1.0, 1.0):
         raise Unsupported(f"statistics are of more than the convolution: {' > '.join(run.stages)}")
     if run.x not in given:
         raise Unsupported(f"{run.x}, which is convolved, is not given")

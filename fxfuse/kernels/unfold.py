@@ -11,12 +11,15 @@ from fxfuse.instr import Instr, Operand, Ref
 from fxfuse.program import Program
 
 
-def unfold(program: Program) -> Program:
-    """``program`` with scales of the convolution's weights behind it, as far as nothing else reads those weights."""
+def unfold(program: Program, *, numbers: bool = True) -> Program:
+    """``program`` with scales of the convolution's weights behind it, as far as nothing else reads those weights.
+
+    ``numbers``: also where all of them are numbers, by which a kernel of ours multiplies anyway.
+    """
     body = list(program.body)
     for anchor in [i for i in body if i.op == "conv_transpose"]:
         scales = _scales(body, anchor, program.outputs)
-        if scales:
+        if any(numbers or isinstance(s.operands[1], Ref) for s in scales):
             body = _moved(program, body, anchor, scales)
     return Program(program.inputs, tuple(body), program.outputs)
 

@@ -27,7 +27,7 @@ from fxfuse.patterns.means import (
     MoveAffineBehindMean,
     SplitBatchNormBeforeMean,
 )
-from fxfuse.patterns.pointwise import MergeClamps, MergeNumbers
+from fxfuse.patterns.pointwise import MergeClamps, MergeNumbers, MoveScaleBeforeClamp
 from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
 from fxfuse.patterns.rule import (
     Application,
@@ -49,6 +49,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     DropCopies(),
     MergeClamps(),
     MergeNumbers(),
+    MoveScaleBeforeClamp(),
     ComposeMaxPools(),
     ComposeAvgPools(),
     MoveMonotoneBehindMaxPool(),

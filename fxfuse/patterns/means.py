@@ -9,8 +9,16 @@ import torch
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
-from fxfuse.patterns.placement import AFFINE, LINEAR, WIDE, affine_value, batched, moves_behind, source
-from fxfuse.patterns.pools import plain_average
+from fxfuse.patterns.placement import (
+    AFFINE,
+    LINEAR,
+    WIDE,
+    affine_value,
+    batched,
+    moves_behind,
+    moves_behind_pool,
+    source,
+)
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
 
@@ -49,24 +57,13 @@ class MoveAffineBehindAvgPool(Rule):
     pattern = P(("avg_pool", "adaptive_avg_pool"), P(AFFINE, name="map"), name="pool")
 
     def check(self, match: Match) -> Reject | None:
-        node, pool = match["map"], match["pool"]
-        if op_name(pool) == "avg_pool":
-            refusal = plain_average(pool)
-            if refusal is not None:
-                return refusal
-        elif sizes(pool) is None or math.prod(_known(pool)) > math.prod(_known(node)):
-            return Reject("it is not known to have fewer outputs than inputs", pool)
-        value = affine_value(node, self._space(pool))
-        return value if isinstance(value, Reject) else _folds_instead(node)
-
-    @staticmethod
-    def _space(pool: fx.Node) -> tuple[int, ...]:
-        rank, names = pool.meta["val"].dim(), attributes(pool)
-        return tuple(range(rank - len(names["kernel"] if "kernel" in names else names["size"]), rank))
+        value = moves_behind_pool(match["map"], match["pool"])
+        return value if isinstance(value, Reject) else _folds_instead(match["map"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         node, pool = match["map"], match["pool"]
-        value = affine_value(node, self._space(pool))
+        value = moves_behind_pool(node, pool)
+        assert isinstance(value, fx.Node)
         return _map_of(node, value, build.call(op_of(pool).name, value, **attributes(pool)), build)
 
 

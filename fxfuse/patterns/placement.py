@@ -24,6 +24,8 @@ AFFINE = ("mul", "div", "add", "sub", "neg", "batch_norm")
 LINEAR = ("mul", "div", "neg")
 #: maps that are non-decreasing for some or all of their numbers
 MONOTONE = ("relu", "relu6", "hardtanh", "clamp", "leaky_relu", "add", "sub", "mul", "div")
+#: what takes the place of all that a map was before
+REDUCING = ("mean", "sum", "avg_pool", "adaptive_avg_pool", "max_pool")
 #: dtypes whose rounding may move from one value to another; 16-bit ones are too coarse for it
 WIDE = (torch.float32, torch.float64)
 
@@ -111,8 +113,19 @@ def _scales(node: fx.Node, value: fx.Node) -> bool:
 
 def _weight_refusal(node: fx.Node, value: fx.Node, conv: fx.Node) -> Reject | None:
     """A fold costs a pass over the weight in every call, and saves one over what the map runs on."""
-    mean, weight = averaged(node, value), sizes(operands(conv)[1])
-    place, shape = ("output", _full_shape(conv)) if mean is None else (str(op_name(mean)), sizes(mean))
+    reduce = moved_behind(node, value)
+    if reduce is None or op_name(reduce) not in ("mean", "sum"):
+        return weight_refusal(conv)
+    return _larger_weight(conv, str(op_name(reduce)), sizes(reduce))
+
+
+def weight_refusal(conv: fx.Node) -> Reject | None:
+    """Why a scale of all outputs of ``conv`` costs less than one of its weight; None where it does not."""
+    return _larger_weight(conv, "output", _full_shape(conv))
+
+
+def _larger_weight(conv: fx.Node, place: str, shape: tuple[int, ...] | None) -> Reject | None:
+    weight = sizes(operands(conv)[1])
     if weight is None or shape is None or math.prod(weight) <= math.prod(shape):
         return None
     return Reject(f"the weight has {math.prod(weight)} elements, the {place} only {math.prod(shape)}", conv)
@@ -128,23 +141,38 @@ def _full_shape(conv: fx.Node) -> tuple[int, ...] | None:
     return (*out[:first], *(output_size(*each) for each in zip(x[first:], weight[2:], *geometry, strict=True)))
 
 
-# --- behind a mean --------------------------------------------------------------------------------
-def averaged(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The mean or sum behind which the map ``node`` of ``value`` moves, through copies and further maps; or None."""
+# --- behind a mean, or a pool ---------------------------------------------------------------------
+def moved_behind(node: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The mean, sum or pool behind which the map ``node`` of ``value`` moves, through copies and further maps; or None.
+
+    Behind a max pool only as far as the operators say: what they do with negative numbers may still change, as numbers
+    merge.
+    """
     path = [value, node]
     while True:
         if len(path[-1].users) != 1:
             return None
         (user,) = path[-1].users
-        if op_name(user) in ("mean", "sum"):
+        if op_name(user) in REDUCING:
             break
-        if op_name(user) != "clone" and op_name(user) not in AFFINE:
+        if not copies(user) and op_name(user) not in (*AFFINE, *MONOTONE):
             return None
         path.append(user)
-    for before, after in itertools.pairwise(path):
-        if op_name(after) != "clone" and moves_behind(after, user) is not before:
-            return None
-    return user
+    moves = all(copies(after) or _moves(before, after, user) for before, after in itertools.pairwise(path))
+    return user if moves else None
+
+
+def copies(node: fx.Node) -> bool:
+    """Whether a rule drops ``node``, as it does nothing to its operand, or nothing but crop it."""
+    return op_name(node) in ("clone", "crop") or (op_name(node) == "cast" and dtype(operands(node)[0]) is dtype(node))
+
+
+def _moves(value: fx.Node, node: fx.Node, reduce: fx.Node) -> bool:
+    """Whether the map ``node`` of ``value`` moves behind ``reduce`` once it is next to it."""
+    if op_name(reduce) == "max_pool":
+        return op_name(node) in MONOTONE and sum(isinstance(o, fx.Node) for o in operands(node)) == 1
+    moved = moves_behind if op_name(reduce) in ("mean", "sum") else moves_behind_pool
+    return op_name(node) in AFFINE and moved(node, reduce) is value
 
 
 def moves_behind(node: fx.Node, reduce: fx.Node) -> fx.Node | Reject:
@@ -154,6 +182,31 @@ def moves_behind(node: fx.Node, reduce: fx.Node) -> fx.Node | Reject:
     if not attributes(reduce)["keepdim"] and sizes(reduce) is None:
         return Reject("dropped dims need sizes that are known", reduce)
     return affine_value(node, attributes(reduce)["dims"])
+
+
+def moves_behind_pool(node: fx.Node, pool: fx.Node) -> fx.Node | Reject:
+    """The operand y of the affine map ``node`` = a*y + c that an average pool may take in its place, or why not."""
+    if op_name(pool) == "avg_pool":
+        refusal = plain_average(pool)
+        if refusal is not None:
+            return refusal
+    else:
+        out, given = sizes(pool), sizes(node)
+        if out is None or given is None or math.prod(out) > math.prod(given):
+            return Reject("it is not known to have fewer outputs than inputs", pool)
+    rank, names = pool.meta["val"].dim(), attributes(pool)
+    return affine_value(node, tuple(range(rank - len(names["kernel"] if "kernel" in names else names["size"]), rank)))
+
+
+def plain_average(pool: fx.Node) -> Reject | None:
+    """None where each output of an ``avg_pool`` is the mean of a whole window."""
+    if any(attributes(pool)["padding"]):
+        return Reject("padding changes the weight of border values", pool)
+    if attributes(pool)["ceil_mode"]:
+        return Reject("ceil_mode averages partial windows", pool)
+    if attributes(pool)["divisor_override"] is not None:
+        return Reject("divisor_override is not the window's size", pool)
+    return None
 
 
 def affine_value(node: fx.Node, dims: tuple[int, ...], *, rounded: bool = True) -> fx.Node | Reject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
-from fxfuse.patterns.placement import MONOTONE, source, stays_before_max_pool
+from fxfuse.patterns.placement import MONOTONE, plain_average, source, stays_before_max_pool
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 from fxfuse.vocabulary.pools import output_size
 
@@ -112,17 +112,6 @@ class ComposeMaxPools(Rule):
             dilation=(1,) * len(kernel),
             ceil_mode=ceil_mode,
         )
-
-
-def plain_average(pool: fx.Node) -> Reject | None:
-    """None where each output of an ``avg_pool`` is the mean of a whole window."""
-    if any(attributes(pool)["padding"]):
-        return Reject("padding changes the weight of border values", pool)
-    if attributes(pool)["ceil_mode"]:
-        return Reject("ceil_mode averages partial windows", pool)
-    if attributes(pool)["divisor_override"] is not None:
-        return Reject("divisor_override is not the window's size", pool)
-    return None
 
 
 class ComposeAvgPools(Rule):

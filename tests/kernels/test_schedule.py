@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,45 @@ def test_the_activation_goes_into_the_kernel() -> None:
 def test_clamp_and_div() -> None:
     made = cut(conv(), "z = clamp(y, -1.0, None)", "u = div(z, 2)")
     assert stages(made) == ([], ["conv_transpose", "clamp", "div"], [])
+
+
+SCALED = "f = scale_weight(w, {}, groups=1)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "scales", "first"),
+    [
+        ((SCALED.format(0.5), "c = mul(b, 0.5)", conv(w="f", b="c")), (0.5, 0.5), []),
+        ((SCALED.format(-3), "c = mul(-3, b)", conv(w="f", b="c")), (-3.0, -3.0), []),
+        ((SCALED.format(0.5), conv(w="f")), (0.5, 1.0), []),
+        ((SCALED.format(0.5), conv(w="f", b="None")), (0.5, 1.0), []),
+        ((SCALED.format(0.5), "c = add(b, 0.5)", conv(w="f", b="c")), (0.5, 1.0), ["add"]),
+        ((SCALED.format(0.5), "c = mul(b, b)", conv(w="f", b="c")), (0.5, 1.0), ["mul"]),
+        ((SCALED.format("b"), conv(w="f")), (1.0, 1.0), ["scale_weight"]),
+        ((SCALED.format(1e-39), conv(w="f")), (1.0, 1.0), ["scale_weight"]),
+        ((SCALED.format("inf"), conv(w="f")), (1.0, 1.0), ["scale_weight"]),
+        (("c = mul(b, 0.5)", conv(b="c")), (1.0, 1.0), ["mul"]),
+    ],
+)
+def test_numbers_that_the_kernel_multiplies_by(
+    lines: Sequence[str], scales: tuple[float, float], first: list[str]
+) -> None:
+    made = cut(*lines, "z = clamp(y, -0.5, None)")
+    assert made.kernel is not None and made.kernel.scales == scales
+    assert stages(made) == (first, ["conv_transpose", "clamp"], [])
+    if not first:
+        assert made.kernel.weight == "w" and made.kernel.bias in ("b", None)
+
+
+def test_a_number_before_a_pool_stays_in_the_weights() -> None:
+    made = cut(SCALED.format(-0.5), conv(w="f"), f"m = {max_pool('y')}")
+    assert made.kernel is not None and made.kernel.scales == (1.0, 1.0) and made.kernel.weight == "f"
+    assert stages(made)[0] == ["scale_weight"]
+
+
+def test_scaled_weights_that_others_read_are_made_for_them() -> None:
+    made = cut(SCALED.format(0.5), conv(w="f"), "z = relu(y)", "u = relu(f)", returns="z, u")
+    assert made.kernel is not None and made.kernel.scales == (0.5, 1.0) and made.kernel.weight == "w"
 
 
 def test_a_norm_ends_the_chain() -> None:

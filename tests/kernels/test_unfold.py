@@ -53,6 +53,18 @@ def test_what_is_left_alone(name: str) -> None:
     assert unfold(original) == original
 
 
+@pytest.mark.parametrize("name", MOVED)
+def test_numbers_alone_are_left_to_the_kernel(name: str) -> None:
+    original = program(INPUTS, MOVED[name])
+    assert (unfold(original, numbers=False) == original) == (name == "a_number")
+
+
+def test_a_number_beside_a_vector_moves_with_it() -> None:
+    lines = f"u = scale_weight(w, 2.5, groups=2)\nv = scale_weight(u, t, groups=2)\ny = {conv('x, v, b', groups=2)}\ny"
+    after = unfold(program(INPUTS, lines), numbers=False)
+    assert "scale_weight" not in {i.op for i in after.body}
+
+
 def test_names_that_are_taken() -> None:
     """Whatever the chain calls its values, new ones are called otherwise."""
     lines = ["v = scale_weight(w, s, groups=2)", f"y = {conv('x, v, b', groups=2)}"]

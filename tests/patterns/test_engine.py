@@ -636,6 +636,7 @@ CHAINS = [
         "mul({}, 2.0)", "add({}, 1.0)", "mul({}, 2.0)", "sub({}, c)", "sum({}, dims=(2,), keepdim=True)", also=", v2"
     ),
     chain("add({}, 1.0)", "mul({}, c)", "mean({}, dims=(2,), keepdim=True)"),
+    chain("mul({}, 2.0)", "clamp({}, -1.0, 3.0)", "clone({})", "div({}, -2.0)", "relu({})", max_pool("{}", 2, 2)),
 ]
 
 

@@ -85,13 +85,15 @@ struct Marked {
     for (int o = 16; o; o >>= 1) v = larger(v, {__shfl_xor_sync(~0u, v.x, o), __shfl_xor_sync(~0u, v.y, o)});
     return v;
   }
-  // The epilogue multiplies by the product of a sample's and a channel's scale: a float has to hold it.
+  // The epilogue multiplies by the product of a sample's and a channel's scale, then of a number: a float has to hold it.
   template <class Arguments>
   FXFUSE_INLINE bool operator()(const DirectGeometry& s, const Arguments& a, int n) const {
     return some && is(s.marks[n], scaled ? a.to.sample_scale[n] : 1.f);
   }
   FXFUSE_INLINE bool is(uint32_t mark, float scale) const {
-    return all || mark > kFewTiny || (scaled && (!finite(scale * most) || scale * least == 0.f));
+    if (all || mark > kFewTiny || (scaled && (!finite(scale * most) || scale * least == 0.f))) return true;
+    constexpr float by = Problem::weight_scale < 0.f ? -Problem::weight_scale : Problem::weight_scale;
+    return scaled && by != 1.f && (!finite(scale * most * by) || scale * least * by < 1.17549435e-38f);  // a normal one
   }
 };
 
@@ -108,7 +110,8 @@ struct DirectStore {
   static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int n, int c, int d, int h, int w_) {
     const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
-    const float y = direct_value<Problem>(x, w, s, g, n, group, column, d, h, w_) + (a.to.bias ? a.to.bias[c] : 0.f);
+    const float bias = a.to.bias ? a.to.bias[c] * Problem::bias_scale : 0.f;
+    const float y = direct_value<Problem>(x, w, s, g, n, group, column, d, h, w_) * Problem::weight_scale + bias;
     return a.expression(y, n, c, d, h, w_);
   }
 };

@@ -29,7 +29,7 @@ struct ChannelResults {
   FXFUSE_INLINE static int position(int k, int lane) { return k / 2 * 8 + (lane & 3) * 2 + (k & 1); }
   // Of any position, unless the expression is `local`: zero outside the tensor there.
   FXFUSE_INLINE float operator()(float y, int q, int k) const {
-    y = Problem::scaled ? fmaf(y, operands.affine.scale, operands.affine.bias) : y + operands.affine.bias;
+    y = Problem::scaled ? fmaf(y, operands.affine.scale, operands.affine.bias) : y * Problem::weight_scale + operands.affine.bias;
     int d = 0, h = 0, w = 0;
     if constexpr (Expression::local) {
       const int p = position(k, lane), packed = table.packed[p];
@@ -73,7 +73,8 @@ struct StoreSectors {
         const int column = t.column * Problem::columns + this->column(i, r);
         const int c = t.group * g.out_channels + (Problem::filled || column < g.out_channels ? column : g.out_channels - 1);
         operands[i][r].channel = c;
-        operands[i][r].affine = {Problem::scaled ? a.to.sample_scale[t.n] * a.to.channel_scale[c] : 1.f, a.to.bias ? a.to.bias[c] : 0.f};
+        operands[i][r].affine = {Problem::scaled ? a.to.sample_scale[t.n] * a.to.channel_scale[c] * Problem::weight_scale : 1.f,
+                                    a.to.bias ? a.to.bias[c] * Problem::bias_scale : 0.f};
         if (kAhead) operands[i][r].of = a.expression.channel(t.n, c);
       }
   }

@@ -132,7 +132,7 @@ struct ChannelTable {
       const int i = (threadIdx.x & 127) + k * 128, column = t.column * Problem::columns + i;
       const bool inside = i < Problem::columns && column < g.out_channels;
       const int c = t.group * g.out_channels + (inside ? column : 0);
-      f.scale[k] = Problem::scaled ? to.channel_scale[c] : 1.f, f.bias[k] = to.bias ? to.bias[c] : 0.f;
+      f.scale[k] = Problem::scaled ? to.channel_scale[c] : 1.f, f.bias[k] = to.bias ? to.bias[c] * Problem::bias_scale : 0.f;
       settle(f.scale[k]), settle(f.bias[k]);  // now, not where they are needed
     }
     return f;
@@ -142,7 +142,7 @@ struct ChannelTable {
 #pragma unroll
     for (int k = 0; k < each; ++k) {
       const int i = (threadIdx.x & 127) + k * 128;
-      if (i < Problem::columns) channels[group][i] = {(samples == 1 ? f.sample[0] : 1.f) * f.scale[k], f.bias[k]};
+      if (i < Problem::columns) channels[group][i] = {samples == 1 ? f.sample[0] * f.scale[k] * Problem::weight_scale : f.scale[k], f.bias[k]};
     }
     named_barrier(1 + group, 128);
   }
@@ -160,8 +160,8 @@ struct Scaled {
   FXFUSE_INLINE Affine column(int j, int e) const { return table.channels[group][place.column(j, e)]; }
   FXFUSE_INLINE float operator()(const Affine& of, int i, int r, int j, int e, int q) const {
     const float y = kept(i, r, j, e, q);
-    if constexpr (Problem::scaled && Problem::samples > 1) return fmaf(y, fetched.sample[r] * of.scale, of.bias);
-    return Problem::scaled ? fmaf(y, of.scale, of.bias) : y + of.bias;
+    if constexpr (Problem::scaled && Problem::samples > 1) return fmaf(y, fetched.sample[r] * of.scale * Problem::weight_scale, of.bias);
+    return Problem::scaled ? fmaf(y, of.scale, of.bias) : y * Problem::weight_scale + of.bias;
   }
   FXFUSE_INLINE float operator()(int i, int r, int j, int e, int q) const { return (*this)(column(j, e), i, r, j, e, q); }
 };
