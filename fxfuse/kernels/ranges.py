@@ -1,8 +1,8 @@
 """Between which bounds the values of a program lie, as far as their operators say so.
 
 Some formulas are good for small arguments only: this says which arguments are small. NaN is in every range. Bounds
-hold for what kernels compute, and not for real numbers alone: each is rounded outward to float32, and to the value's
-dtype, since a value is held in either; functions that are approximated, and sums, have some room on top.
+hold for what kernels compute, and not for real numbers alone: rounding to float32 and to the value's dtype moves them
+outward; functions that are approximated, and means, have some room on top.
 """
 
 from __future__ import annotations
@@ -77,20 +77,19 @@ def _number(number: Operand, dtype: torch.dtype) -> Range:
     """A number, which operators round to float32 or to ``dtype``; ALL for an operand that is absent."""
     if number is None or isinstance(number, Ref) or math.isnan(number):
         return ALL
-    ways = float(number), held(number, torch.float32), held(number, dtype)
+    ways = held(number, torch.float32), held(number, dtype)
     return Range(min(ways), max(ways))
 
 
 def _rounded(exact: Range, dtype: torch.dtype) -> Range:
-    """Where values in ``exact`` lie when they are rounded to float32 or to ``dtype``, which is monotone.
+    """Where values in ``exact`` lie, rounded to float32, to ``dtype``, or not at all, as in a multiply-add.
 
-    ``exact`` was computed with rounding, too: the next number of float64 is beyond what it should be.
+    Rounding is monotone. That float64 has rounded the bounds before changes nothing: it has twice as many bits.
     """
-    low, high = math.nextafter(exact.low, -math.inf), math.nextafter(exact.high, math.inf)
-    if math.isnan(low) or math.isnan(high):
+    if math.isnan(exact.low) or math.isnan(exact.high):
         return ALL  # Inf less Inf
-    ways = torch.float32, dtype
-    return Range(min(held(low, d) for d in ways), max(held(high, d) for d in ways))
+    low, high = ([bound, held(bound, torch.float32), held(bound, dtype)] for bound in exact)
+    return Range(min(low), max(high))
 
 
 # --- one operand ----------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ RULES = {
     "a = clamp(x, -1, 3); r = mul(a, -2)": (-6, 2),
     "a = clamp(x, -1, 3); r = mul(a, x)": (-INF, INF),
     "a = sigmoid(x); b = relu(x); r = mul(a, b)": (0, INF),
+    "a = sigmoid(x); b = minimum(x, 0.0); r = mul(a, b)": (-INF, 0),
     "a = clamp(x, -1, 3); b = neg(a); r = mul(a, b)": (-9, 3),
     "a = clamp(x, -1, 3); r = div(a, -2)": (-1.5, 0.5),
     "a = clamp(x, -1, 3); b = clamp(x, 2, 4); r = div(a, b)": (-0.5, 1.5),
@@ -159,7 +160,9 @@ def test_bounds_are_rounded_outward() -> None:
     assert bounds("a = clamp(x, -1, 1.003); r = cast(a, dtype=bf16)") == (-1.0, held(1.003))
     assert bounds("a = clamp(x, -1, 1.0055); r = cast(a, dtype=bf16)") == (-1.0, 1.0078125)
     assert bounds("a = clamp(x, 0, 6e4); r = add(a, a)", "f16") == (0.0, INF)
-    assert bounds("a = clamp(x, 0.1, 0.3); r = mul(a, 0.1)")[0] <= held(0.1) * held(0.1)
+    assert bounds("a = clamp(x, 0, 3); r = mul(a, 0.3)") == (0.0, 3 * held(0.3))
+    assert bounds("a = clamp(x, 0, 5); r = mul(a, 0.1)") == (0.0, 5 * held(0.1))  # rounded, it is less
+    assert bounds("a = clamp(x, 0, 3); r = mul(a, 0.1)") == (0.0, held(3 * held(0.1)))  # rounded, it is more
     assert bounds("a = clamp(x, 0, 3e38); r = square(a)") == (0.0, INF)
 
 
@@ -175,12 +178,14 @@ def held(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32))
 
 
-def test_a_mean_of_many_has_more_room() -> None:
-    types = {"x": TensorType(torch.float32, (1, 1, 2**20)), "a": TensorType(torch.float32, (1, 1, 2**20))}
-    text = "def f(x: f32[1, 1, 1048576]):\n    a = sigmoid(x)\n    r = mean(a, dims=(2,), keepdim=False)\n    return r"
-    made = Program.parse(text)[1]
-    found = ranges_of(made, {**types, "r": TensorType(torch.float32, (1, 1))})["r"]
-    assert found.low == 0.0 and found.high == pytest.approx(1.125, abs=1e-3) and not found.within(SMALL_NUMBER)
+@pytest.mark.parametrize(
+    "mean", ["mean(a, dims=(2,), keepdim=True)", "adaptive_avg_pool(a, size=(1,))"], ids=lambda m: m.split("(")[0]
+)
+def test_a_mean_of_many_has_more_room(mean: str) -> None:
+    text = f"def f(x: f32[1, 1, 1048576]):\n    a = clamp(x, 0.5, 1.0)\n    r = {mean}\n    return r"
+    shapes = {"x": (1, 1, 2**20), "a": (1, 1, 2**20), "r": (1, 1, 1)}
+    found = ranges_of(Program.parse(text)[1], {n: TensorType(torch.float32, s) for n, s in shapes.items()})["r"]
+    assert found == pytest.approx((0.375, 1.125), abs=1e-3) and not found.within(SMALL_NUMBER)
 
 
 def test_integers_have_no_bounds() -> None:
