@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr
-from fxfuse.kernels.formulas import COMPARISONS, COPIES, FORMULAS, LOGIC, SELECTIONS, Formula
+from fxfuse.kernels.formulas import COMPARISONS, COPIES, FORMULAS, LOGIC, OF_SMALL, SELECTIONS, Formula
 
 #: the header, next to this file's ``cuh`` folder's others, that the text needs
 HEADER = "pointwise.cuh"
@@ -46,6 +46,7 @@ class Value:
     rank: int
     varies: bool = False  # it depends on the incoming value
     exact: bool = True  # a float holds it exactly
+    small: bool = False  # it is at most formulas.SMALL_NUMBER in size
 
 
 Given = Value | float | int | bool | None
@@ -123,7 +124,8 @@ class Arithmetic:
             raise NotEmittable("float64 arithmetic")
         if not compute.is_floating_point and op not in _ANY_DTYPE:
             raise NotEmittable(f"arithmetic of {compute}")
-        formula = FORMULAS[op]
+        small = op in OF_SMALL and isinstance(first, Value) and first.small
+        formula = OF_SMALL[op] if small else FORMULAS[op]
         plain: Formula = formula(attributes, operands) if callable(formula) else formula
         self.flops += plain.cost
         selecting = plain.rounds or op in _ANY_DTYPE

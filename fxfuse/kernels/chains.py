@@ -13,6 +13,8 @@ from fxfuse.forms import Form
 from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.expression import Expression, emit_expression
+from fxfuse.kernels.formulas import SMALL_NUMBER
+from fxfuse.kernels.ranges import ranges_of
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
@@ -32,7 +34,7 @@ class Chain:
 
 
 class Values:
-    """What is known of a program's values: types, strides, and who reads them."""
+    """What is known of a program's values: types, strides, who reads them, which hold small numbers."""
 
     def __init__(self, program: Program, values: Mapping[str, Form]) -> None:
         self.program = program
@@ -42,6 +44,7 @@ class Values:
         for instr in program.body:
             for name in set(instr.reads()):
                 self.readers[name].append(instr)
+        self.small_numbers = {n for n, r in ranges_of(program, self.types).items() if r.within(SMALL_NUMBER)}
 
     def storable(self, name: str) -> bool:
         kind = self.types[name]
@@ -88,7 +91,9 @@ class Values:
             if any(self._escapes(v, inside) for v in between) or not self.storable(last.outs[0]):
                 continue
             try:
-                made = emit_expression(name, body, value=value, result=last.outs[0], types=self.types)
+                made = emit_expression(
+                    name, body, value=value, result=last.outs[0], types=self.types, small_numbers=self.small_numbers
+                )
             except NotEmittable:
                 continue
             return Chain(last.outs[0], tuple(body), made)

@@ -6,7 +6,7 @@ The functions that the text calls are in ``cuh/pointwise.cuh``, which must prece
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -61,6 +61,7 @@ def emit_expression(
     value: str,
     result: str,
     types: Mapping[str, TensorType],
+    small_numbers: Collection[str] = (),
     channels_only: bool = False,
     round_each: bool = False,
 ) -> Expression:
@@ -72,10 +73,11 @@ def emit_expression(
     known the caller must see to it that they broadcast: each is 1 or that of ``value``.
 
     Intermediate float16 and bfloat16 values are kept in float32, except at a cast, or everywhere with
-    ``round_each``; the result is for the caller to round. ``channels_only`` refuses operands that vary
-    with anything but the channel. Raises NotEmittable.
+    ``round_each``; the result is for the caller to round. ``small_numbers``: values known to hold
+    only such, for which there are cheaper formulas. ``channels_only`` refuses operands that vary with
+    anything but the channel. Raises NotEmittable.
     """
-    emitter = _Emitter(value, types, channels_only, round_each=round_each)
+    emitter = _Emitter(value, types, small_numbers, channels_only, round_each=round_each)
     for instr in _between(body, value, result):
         emitter.emit(instr)
     returned = emitter.returned(result)
@@ -149,16 +151,25 @@ def _declaration(field: Field, types: Mapping[str, TensorType]) -> str:
 
 
 class _Emitter(Arithmetic):
-    def __init__(self, value: str, types: Mapping[str, TensorType], channels_only: bool, *, round_each: bool) -> None:
+    def __init__(
+        self,
+        value: str,
+        types: Mapping[str, TensorType],
+        small_numbers: Collection[str],
+        channels_only: bool,
+        *,
+        round_each: bool,
+    ) -> None:
         super().__init__(round_each=round_each)
         self.value, self.types, self.channels_only = value, types, channels_only
+        self.small_numbers = small_numbers
         incoming = types[value]
         self.shape = incoming.shape
         if not 3 <= len(self.shape) <= 5:
             raise NotEmittable(f"{value}: {incoming} has not one to three spatial dims")
         if incoming.dtype not in FLOATS:
             raise NotEmittable(f"{value}: an incoming element is float32, float16 or bfloat16, not {incoming}")
-        self.values = {value: Value("y", incoming.dtype, len(self.shape), varies=True)}
+        self.values = {value: Value("y", incoming.dtype, len(self.shape), varies=True, small=value in small_numbers)}
         self.loaded: dict[tuple[str, bool], Value] = {}
         self.fields: list[Field] = []
         self.made: list[str] = []  # what every line makes
@@ -186,7 +197,8 @@ class _Emitter(Arithmetic):
             operands = [self._operand(o, instr, i) for i, o in enumerate(instr.operands)]
         except NotEmittable as reason:
             raise NotEmittable(f"`{instr}`: {reason}") from None
-        made = self.values[instr.outs[0]] = self.compute(instr, operands)
+        (out,) = instr.outs
+        made = self.values[out] = dataclasses.replace(self.compute(instr, operands), small=out in self.small_numbers)
         self.made.append(made.code)
         read = [o for o in operands if isinstance(o, Value)]
         if any(o.code in self.late for o in read):
@@ -241,6 +253,7 @@ class _Emitter(Arithmetic):
             terms.append(f"{COORDINATES[dim]} * {fields[-1].name}")
         self.fields += fields
         made = self.load(f"x{number}", " + ".join([f"p{number}", *terms]), kind.dtype, own)
+        made = dataclasses.replace(made, small=name in self.small_numbers)
         self.made.append(made.code)
         if any(f.dim is not None and f.dim > 1 for f in fields):
             self.local = True

@@ -151,3 +151,12 @@ FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]],
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
 }
+
+#: the size up to which a number is small: 1, and what rounding to bfloat16 makes of a little more
+SMALL_NUMBER = 1.0 + 2.0**-7
+#: cheaper formulas, of a first operand that is a small number
+OF_SMALL: Mapping[str, Formula] = {
+    "sigmoid": _call("sigmoid_of_small", "{0}", cost=5),
+    "silu": _call("silu_of_small", "{0}", cost=6),
+    "tanh": _call("tanh_of_small", "{0}", cost=8),
+}

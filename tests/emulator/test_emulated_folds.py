@@ -203,3 +203,50 @@ def test_a_maximum_beside_which_a_logarithm_is_small(itself: bool) -> None:
         "then conv_transpose; then one kernel: relu" if itself else "one kernel: conv_transpose > relu"
     )
     assert_near(got, expected, 1e-6)
+
+
+#: a factor of whole numbers from -3 to 3 and a shift: float32 holds what they make
+LARGE = {
+    "1e4": (1.0, 1e4),
+    "-1e6": (1.0, -1e6),
+    "2^24": (1.0, 2.0**24 - 64),
+    "2^30": (64.0, 2.0**30 - 1024),
+    "-2^30": (64.0, 1024 - 2.0**30),
+    "beyond 2^30": (128.0, 2.0**30 + 2**15),
+    "2^36": (2.0**16, 2.0**36),
+    "-2^40": (2.0**20, -(2.0**40)),
+    "the largest": (2.0**126, 0.0),
+}
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["epilogue", "by_itself"])
+@pytest.mark.parametrize("large", LARGE)
+def test_a_softmax_of_large_values(large: str, itself: bool) -> None:
+    """The product of a maximum and log2(e) is not rounded to what makes powers of two Inf, or all of them 0."""
+    factor, shift = LARGE[large]
+    torch.manual_seed(5)
+    convolution = layer(1, 21, 1)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.randint(-1, 2, convolution.weight.shape) * factor)
+        convolution.bias.copy_(torch.randint(-2, 3, (21,)) * factor + shift)
+    x = torch.randint(-1, 2, (2, 1, 2, 3, 5)).float()
+    got, expected, made = run(Then(convolution, FOLDS["softmax"]).eval(), x, anchored=not itself)
+    assert made.startswith(
+        "then conv_transpose; then one kernel: softmax" if itself else "one kernel: conv_transpose >"
+    )
+    assert_near(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["epilogue", "by_itself"])
+@pytest.mark.parametrize("shift", [0.0, 100.0, -1e4, 1e4])
+def test_a_softmax_is_as_exact_as_its_exponents(shift: float, itself: bool) -> None:
+    """Of exponents up to 80 apart, one that is off by half a unit in the last place is all of the error."""
+    torch.manual_seed(6)
+    convolution = layer(20, 20, 1)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.eye(20).view(convolution.weight.shape))
+        convolution.bias.zero_()
+    x = (torch.rand(2, 20, 2, 3, 4) * 80 * 64).round() / 64 + shift  # float32 and two 16-bit numbers hold it
+    got, expected, _ = run(Then(convolution, FOLDS["softmax"]).eval(), x, exact=True, anchored=not itself)
+    exponents = expected.clamp(min=1e-40).log2().abs() + 20
+    assert ((got - expected).abs() <= exponents * 2.0**-24 * expected).all()

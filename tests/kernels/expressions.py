@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def parse(lines: str, types: Mapping[str, TensorType] = TYPES) -> Program:
     return Program.parse("\n".join(text))[1]
 
 
-def emit(lines: str, name: str = "E", types: Mapping[str, TensorType] = TYPES, **more: bool) -> Expression:
+def emit(lines: str, name: str = "E", types: Mapping[str, TensorType] = TYPES, **more: Any) -> Expression:
     program = parse(lines, types)
     return emit_expression(name, program.body, value="y", result=program.outputs[0], types=types, **more)
 

@@ -146,10 +146,11 @@ struct DirectChannels {
   Value value;
   int channels;
   float shift;
+  Powers powers;
   bool raised;
   FXFUSE_INLINE float at(int c) const {
-    const float v = value(c) - shift;
-    return raised ? exponential(v) : v;
+    const float v = value(c);
+    return raised ? powers(v) : v - shift;
   }
   template <class Combine, class Of>
   FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
@@ -158,7 +159,7 @@ struct DirectChannels {
     return r;
   }
   FXFUSE_INLINE void subtract(float by) { shift = by; }
-  FXFUSE_INLINE void exponentials() { raised = true; }
+  FXFUSE_INLINE void raise(const Powers& by) { powers = by, raised = true; }
 };
 
 // The reduction over channels at a position of `out`.
@@ -167,7 +168,7 @@ FXFUSE_INLINE void direct_fold(const T* x, const T* w, const DirectGeometry& s, 
                                int at_d, int at_h, int at_w, Out* out) {
   using Fold = typename Problem::Fold;
   auto value = [&](int c) { return Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w); };
-  DirectChannels<decltype(value)> channels{value, Fold::channels, 0.f, false};
+  DirectChannels<decltype(value)> channels{value, Fold::channels, 0.f, Powers(0.f), false};
   const float made = Fold::fold(channels, Fold::channels);
   if constexpr (Fold::keeps) {
     for (int c = 0; c < Fold::channels; ++c)

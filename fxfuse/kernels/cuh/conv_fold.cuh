@@ -108,7 +108,7 @@ struct QuadChannels {
   FXFUSE_INLINE void subtract(float shift) {
     each([&](float v) { return v - shift; });
   }
-  FXFUSE_INLINE void exponentials() { each(exponential); }
+  FXFUSE_INLINE void raise(const Powers& powers) { each(powers); }
 };
 
 // Stores all channels, w varying fastest: eight neighbouring threads have neighbouring positions. `width`, `reversed`:

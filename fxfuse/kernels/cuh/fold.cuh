@@ -1,7 +1,7 @@
 // Reductions over channels by name, whoever holds the channels of a position: as torch computes them.
 //
-// A holder has all(zero, combine, of), which combines of(value) of all its channels; subtract(shift) and exponentials(),
-// which make value - shift and exp(value) of every value.
+// A holder has all(zero, combine, of), which combines of(value) of all its channels; subtract(shift) and raise(powers),
+// which make value - shift and powers(value) of every value.
 #pragma once
 #include "pointwise.cuh"
 #include "ptx.cuh"
@@ -11,6 +11,15 @@ namespace fxfuse {
 // exp(v), as a power of two: a quarter of expf's instructions. Its error is that of a v which is off by half a unit;
 // less than 2^-126 is 0.
 FXFUSE_INLINE float exponential(float v) { return pw::power_of_two(v * 1.4426950408889634f); }
+
+// exp(v - m) for v <= m, but for a factor that all v have in common: one multiply-add and a power of two. The factor is what
+// rounding m * log2(e) makes, 2^64 or its reciprocal at most. Of larger m, where that would be Inf or 0, two numbers differ
+// by 128 at least, or not at all: the power is 0 or 1 of any base. Inf and NaN are those of exp(v - m).
+struct Powers {
+  float scale, shift;
+  explicit FXFUSE_INLINE Powers(float m) : scale(fabsf(m) <= 1073741824.f ? 1.4426950408889634f : 1.f), shift(-(m * scale)) {}
+  FXFUSE_INLINE float operator()(float v) const { return pw::power_of_two(fmaf(v, scale, shift)); }
+};
 
 template <class F, class Of>
 FXFUSE_INLINE float sum_of(const F& f, Of of) {
@@ -62,8 +71,8 @@ struct FoldSoftmax {
   static constexpr bool keeps = true;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int) {
-    f.subtract(maximum(f)), f.exponentials();
-    return pw::reciprocal_of_one_or_more(sum(f));  // the largest of them is one
+    f.raise(Powers(maximum(f)));
+    return pw::reciprocal_of_normal(sum(f));  // the largest of them is one, but for the factor
   }
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }
 };

@@ -29,9 +29,9 @@ struct Folding {
 #pragma unroll
     for (int k = 0; k < each; ++k) v[k] -= shift;
   }
-  FXFUSE_INLINE void exponentials() {
+  FXFUSE_INLINE void raise(const Powers& powers) {
 #pragma unroll
-    for (int k = 0; k < each; ++k) v[k] = exponential(v[k]);
+    for (int k = 0; k < each; ++k) v[k] = powers(v[k]);
   }
 };
 
