@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import struct
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from fxfuse.kernels import emit_planar
-from fxfuse.kernels.arithmetic import literal
 from fxfuse.kernels.convolution import ROWS, Specialisation
 from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, entries
 from fxfuse.kernels.layer import Layer
@@ -204,7 +202,8 @@ def _problem(
         "places": made.places if made.by_channel else 0,
     }
     values = "\n".join(f"  static constexpr int {k} = {v};" for k, v in constants.items())
-    weight_scale, bias_scale = (literal(s, torch.float32) for s in epilogue.scales)
+    # without torch's operators: this may be emitted in a call that is looked at to be replayed as a graph
+    weight_scale, bias_scale = (f"{struct.unpack('f', struct.pack('f', s))[0]!r}f" for s in epilogue.scales)
     return f"""struct Problem {{
 {values}
   static constexpr float weight_scale = {weight_scale}, bias_scale = {bias_scale};
