@@ -64,6 +64,26 @@ def sets_always() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def pingpong_always() -> Iterator[None]:
+    """Each warpgroup has tiles of its own wherever it may."""
+
+    def each(
+        made: Specialisation, samples: int, stored: tuple[int, int, int], row: int, itemsize: int, *, keeps: bool
+    ) -> Specialisation:
+        stride = (1, 1, 1) if made.pooled else made.layer.stride
+        d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+        for buffers in (2, 1) if adapted.may_pingpong(made) else ():
+            with contextlib.suppress(Unsupported):
+                other = dataclasses.replace(made, pingpong=True, stages=1, x_buffers=buffers)
+                tile(other, (d, h, w), row, itemsize)
+                return other
+        return made
+
+    with chosen_anew(), mock.patch.object(convolution_kernels, "as_pingpong", each):
+        yield
+
+
+@contextlib.contextmanager
 def chosen_anew() -> Iterator[None]:
     """No layer has a kernel yet, nor has one afterwards."""
     _forget()

@@ -11,11 +11,14 @@ from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, ROWS, Shared, Spec
 from fxfuse.kernels.sets import SETS, copy_cycles
 from fxfuse.kernels.specialise import WORTH_COMPILING, kernels_of_sets
 from fxfuse.kernels.tiles import Extents, outbox_blocks
-from fxfuse.kernels.tiling import CLOCK, PROCESSORS, RUNS, seconds, store_of, tile
+from fxfuse.kernels.tiling import CLOCK, PROCESSORS, RUNS, multiply_seconds, seconds, store_of, store_seconds, tile
 
 #: accumulators of a thread up to which kernels may have twice the usual rows; and clock cycles that a tile costs
 #: beside its products and stores: its place, its channels, waiting for one after the other
 FEW_ACCUMULATORS, TILE_CYCLES = 64, 1000
+#: how much faster kernels must be by estimate in which each warpgroup has tiles of its own; clock cycles in which a
+#: warpgroup works off an accumulator, beside another one: about
+WORTH_A_TILE_EACH, EPILOGUE_CYCLES = 1.05, 0.17
 #: of weights: one is multiplied, one is there, one is on its way
 LEAST_STAGES = 3
 #: tiles from which on few of a GPU's multiprocessors are idle; the fewest channels that more tiles are made with, and
@@ -88,6 +91,52 @@ def with_more_tiles(
         while (other := half(best)) is not None and time(other) * WORTH_HALVING < time(best):
             best = other
     return best
+
+
+def as_pingpong(
+    made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int, *, keeps: bool
+) -> Specialisation:
+    """The same with tiles for each warpgroup, where that saves time: both would work off their accumulators at the same
+    time else. Arguments as of :func:`seconds_of`.
+
+    Not where results go through shared memory: tiles of half the size have shorter runs of neighbours. With one buffer
+    of x, it is waited for.
+    """
+    if not may_pingpong(made):
+        return made
+    other = dataclasses.replace(made, pingpong=True, stages=1, x_buffers=2)
+    time = functools.partial(_phases, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
+    return other if time(other) * WORTH_A_TILE_EACH < time(made) < math.inf else made
+
+
+def may_pingpong(made: Specialisation) -> bool:
+    """Whether there is a kernel like ``made`` with tiles for each warpgroup, if all weights fit into shared memory."""
+    if made.exact or made.by_channel or made.planar or made.samples > 1:
+        return False
+    # of several passes, weights of a chunk of channels do not follow those of another; a block has those of one tile
+    return (made.resident or len(made.passes) == 1) and made.layer.groups * made.column_tiles <= PROCESSORS
+
+
+def _phases(made: Specialisation, *, samples: int, stored: Extents, row: int, itemsize: int, keeps: bool) -> float:
+    """Clock cycles of products and of what follows them; infinite where there are no tiles, or where results go through
+    shared memory.
+    """
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    try:
+        tiling = tile(made, (d, h, w), row, itemsize)
+    except Unsupported:
+        return math.inf
+    if store_of(made, tiling, (d, h, w), row, itemsize)[0] in RUNS:
+        return math.inf
+    counts = math.prod(tiling.counts)
+    tiles = samples * made.layer.groups * made.column_tiles * counts
+    accumulators = made.m_tiles * ROWS * made.columns * sum(len(p.residues) for p in made.passes)
+    multiply = multiply_seconds(made, tiling, (d, h, w)) / counts * CLOCK
+    stores = store_seconds(made, tiling, (d, h, w), row, itemsize) / counts * CLOCK if keeps else 0.0
+    follows = max(accumulators * EPILOGUE_CYCLES, stores)
+    waves = -(-tiles // (PROCESSORS * made.teams))
+    return waves * (max(2 * multiply, multiply + follows, 2 * stores) if made.pingpong else multiply + follows)
 
 
 def _half_the_rows(made: Specialisation) -> Specialisation | None:

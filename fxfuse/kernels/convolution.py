@@ -80,6 +80,9 @@ class Specialisation:
     ``samples``: a set of so many samples lie side by side in rows of shared memory, so that outputs of few positions
     fill instructions (``sets.py``); positions along dim ``inner`` follow each other there. ``by_pass``: a tile has one
     of the passes, which are as many times the tiles.
+    ``pingpong``: each multiplying warpgroup has tiles of its own, and buffers of x; all weights of a block's channels
+    lie in shared memory, as the only stage. The matrix units have the products of one while the other works off its
+    accumulators. Else both have parts of a tile, and do the same together.
     """
 
     layer: Layer
@@ -100,6 +103,22 @@ class Specialisation:
     samples: int = 1
     inner: int = 2
     by_pass: bool = False
+    pingpong: bool = False
+
+    @property
+    def sharing(self) -> int:
+        """Warpgroups that share a tile, its stages and its buffers."""
+        return 1 if self.pingpong else CONSUMERS
+
+    @property
+    def teams(self) -> int:
+        """Tiles that a thread block has at a time."""
+        return CONSUMERS // self.sharing
+
+    def blocks(self, tiles: int, processors: int) -> int:
+        """Thread blocks for so many tiles: where weights stay, as many of each tile of channels."""
+        apart = self.layer.groups * self.column_tiles if self.pingpong else 1
+        return max(min(tiles, processors) // apart, 1) * apart
 
     @property
     def parts(self) -> int:
@@ -135,22 +154,22 @@ class Specialisation:
 
     @property
     def rows(self) -> int:
-        """Positions q per thread block, the wasted ones among them."""
-        return CONSUMERS * self.m_tiles * 64
+        """Positions q per tile, the wasted ones among them."""
+        return self.sharing * self.m_tiles * 64
 
     @functools.cached_property
     def region_bytes(self) -> int:
         """Shared memory for one buffer of x."""
         free = self.dynamic_bytes - 1024 - self.stages * self.stage_bytes - self.staging_bytes
-        return free // self.x_buffers // 1024 * 1024
+        return free // (self.teams * self.x_buffers) // 1024 * 1024
 
     @functools.cached_property
     def dynamic_bytes(self) -> int:
         """Shared memory beside barriers and the tables of steps and channels."""
         steps = sum(len(p.steps) for p in self.passes)
-        static = 832 + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
+        static = 704 + 128 * self.teams + CONSUMERS * (MOST_RUNS + self.columns) * 8 + (steps + 1) * 8
         if self.by_slab:  # barriers
-            static += 16 * self.slabs
+            static += 16 * self.slabs * self.teams
         if self.by_channel:  # where positions lie
             static += CONSUMERS * (self.m_tiles * ROWS * 9 + (self.places + 96) * 4)
         return (SHARED_BYTES - static) // 1024 * 1024
@@ -214,7 +233,8 @@ class Specialisation:
         if self.samples > 1:  # stored from registers, and not looked at
             return 0
         gathered = 0 if self.by_channel else GATHERED
-        return CONSUMERS * (self.least_blocks * self.lines * self.pitch + gathered) * 4
+        waiting = 0 if self.pingpong else self.least_blocks * self.lines * self.pitch
+        return CONSUMERS * (waiting + gathered) * 4
 
     @functools.cached_property
     def reach(self) -> tuple[int, int, int]:
@@ -295,7 +315,7 @@ class Specialisation:
         if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
-        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass")
+        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass", "pingpong")
         same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
         return Shared.ALL if same else Shared.ROWS
 
@@ -345,7 +365,7 @@ class Specialisation:
         """
         runs = {(s.first, s.count) for p in self.passes for s in p.steps}
         one = len(runs) == 1 or self.samples > 1  # of sets x is large, and worth the steps of several runs
-        return self.slabs > 1 and self.x_buffers == 1 and not self.resident and one
+        return self.slabs > 1 and self.x_buffers == 1 and not (self.resident or self.pingpong) and one
 
     def multiplied(self, planes: int, each: int) -> float:
         """Part of the products that is not left out in tiles of ``each`` of an output's ``planes`` of positions."""
@@ -372,6 +392,8 @@ class Specialisation:
         """Shared memory of a stage: of the largest batch of weights, in units to which rows are aligned."""
         batches = (batch for p in self.passes for batch in self.batches(p.steps))
         most = max((sum(map(self.step_bytes, batch)) for batch in batches), default=1)
+        if self.pingpong:
+            most = self.weight_bytes
         if self.planar:
             most = factor_bytes(self.passes, self.chunk, self.columns)
         return -(-most // 1024) * 1024
@@ -384,7 +406,7 @@ class Specialisation:
         found: list[list[Step]] = []
         for _, group in itertools.groupby(steps, lambda s: (s.first, s.count, s.delta[0] if slabs > 1 else 0)):
             same = [*group]
-            room = STAGE_BYTES // self.step_bytes(same[0])
+            room = len(same) if self.pingpong else STAGE_BYTES // self.step_bytes(same[0])
             if self.exact:
                 room = min(room, -(-PROMOTE_EVERY // self.chunk))
             count = -(-len(same) // room)

@@ -256,7 +256,7 @@ class _Call:
         marks = I64.from_buffer(self.arguments, Arguments.samples.offset + Samples.marks.offset)
         arguments = [w_at, geometry, marks] if self.planar else [packed, geometry]
         yield Launch(
-            kernels["convolution"], min(geometry.tiles, processors), THREADS,
+            kernels["convolution"], made.blocks(geometry.tiles, processors), THREADS,
             [told.map, *arguments, destination], made.dynamic_bytes,
         )  # fmt: skip
         if self.looks and epilogue.keeps:
@@ -362,7 +362,7 @@ def _geometry(x: Tensor, extents: Extents, made: Specialisation, tiling: Tiling,
         samples, layer.groups, made.column_tiles, *tiling.counts, tiles, *tiling.tile, *tiling.box, *tiling.half,
         tiling.linear, tiling.over, *tiling.region[1:], *sizes_copied[1:],
         math.prod(sizes_copied) * made.samples * made.row_bytes, region_stride(made, tiling), *layer.reach[0],
-        tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base), tiling.part_rows, made.chunks, *extents,
+        tiling.row_group, (I32 * MOST_TILES)(*tiling.row_base * made.teams), tiling.part_rows, made.chunks, *extents,
         layer.out_channels, made.weight_bytes, outbox_blocks(made, tiling, itemsize), depth,
         first_planes(made, tiling), *map(Divisor.of, divided),
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels import planar
-from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles, with_sets
+from fxfuse.kernels.adapted import as_pingpong, with_more_room, with_more_rows, with_more_tiles, with_sets
 from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
@@ -132,6 +132,8 @@ class Convolution:
                 )
                 if epilogue.step != ONE or time(other) * planar.WORTH_IT < time(made):
                     made = other
+        if extents is not None and samples:
+            made = as_pingpong(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
         if made.step != epilogue.step:
             raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
         return Convolution(made, dtype, output, bias, epilogue, layout)
@@ -152,7 +154,7 @@ class Convolution:
     def slots(self, stored: Extents) -> int:
         """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""
         passes = 1 if self.epilogue.combine else len(self.made.passes)
-        return math.prod(self.tiling(stored)[0].counts) * passes * CONSUMERS
+        return math.prod(self.tiling(stored)[0].counts) * passes * self.made.sharing
 
     @property
     def stores(self) -> tuple[Store, ...]:
@@ -165,7 +167,7 @@ class Convolution:
             return (Store.SECTORS, Store.STREAM)
         if self.made.samples > 1:
             return (Store.WIDE, Store.DIRECT) if may_be_wide(self.made) else (Store.DIRECT,)
-        if self.made.pooled and not self.made.merged:
+        if self.made.pingpong or (self.made.pooled and not self.made.merged):
             return (Store.DIRECT,)
         _, h, w = (1, 1, 1) if self.made.pooled else self.made.layer.stride
         classes = self.made.stored_classes

@@ -93,6 +93,7 @@ def _residues(made: Specialisation) -> str:
 def _tables(made: Specialisation) -> list[str]:
     runs = {run: i for i, run in enumerate(made.runs)}
     begins, steps = list[str](), list[str]()
+    kept = 0  # weights in front of the pass, of those that stay
     for one, low in zip(made.passes, made.lows, strict=True):
         order = [(runs[s.first, s.count], s.delta[0] - low[0]) for s in one.steps]
         slabs = (*range(made.slabs), math.inf)
@@ -102,13 +103,14 @@ def _tables(made: Specialisation) -> list[str]:
         ends = {run: i for i, run in enumerate((s.first, s.count) for s in one.steps)}  # the last step of each
         number = 0
         for batch in made.batches(one.steps):
-            size, inside = sum(map(made.step_bytes, batch)), 0
+            size, inside = sum(map(made.step_bytes, batch)), kept
             for i, step in enumerate(batch):
                 d, h, w = (a - b for a, b in zip(step.delta, low, strict=True))
                 last = int(i == len(batch) - 1) + 2 * (number == ends[step.first, step.count])
                 steps.append(f"{{{d}, {h}, {w}, {last}, {inside // 16}, {size // 16 if i == 0 else 0}}}")
                 number += 1
                 inside += made.step_bytes(step)
+            kept = inside if made.pingpong else 0
     begins.append(_list([_list([len(steps)] * (made.slabs + 1))] * len(runs)))
     return [
         f"__constant__ unsigned short kRunBegin[][{len(runs)}][{made.slabs + 1}] = {_list(begins)};",
@@ -213,6 +215,7 @@ def _problem(
   static constexpr bool channels_last = {str(store is Store.CHANNELS).lower()};
   static constexpr bool wide = {str(store is Store.WIDE).lower()};
   static constexpr bool outbox = {str(store in RUNS).lower()}, joint = {str(store is Store.JOINT).lower()};
+  static constexpr bool pingpong = {str(made.pingpong).lower()};
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
@@ -249,6 +252,7 @@ def _members(made: Specialisation) -> str:
         "chunk": made.chunk,
         "offsets": len(made.layer.offsets),
         "runs": len(made.runs),
+        "chunk_weights": made.weight_bytes // made.chunks // 16 if made.pingpong else 0,
         "slabs": made.slabs,
         "steps": sum(len(p.steps) for p in made.passes),
         "packed": len(packed_taps(made)) or 1,

@@ -30,6 +30,7 @@ class Tiling:
 
     ``joint``: the tile is one box, whose rows in the region both warpgroups share: half of them each. It may have
     positions ``over``, of the row behind it, that the next tile has, too: who begins a sector of memory stores it.
+    ``sharing``: warpgroups that have a tile; where each has its own, that is one box.
     ``row_base``: first row of each m64 tile in the region; ``row_group``: rows from one group of eight to the
     next. ``linear``: a tile is ``tile[1]`` consecutive rows of a plane of the region, which is as wide as the
     output and its halo, from anywhere; ``box`` and ``region`` hold the rows along h that it may touch.
@@ -49,6 +50,7 @@ class Tiling:
     linear: bool = False
     over: int = 0
     samples: int = 1
+    sharing: int = CONSUMERS
 
     def rows_needed(self, halo: Extents) -> int:
         """Rows of shared memory that the matrix instructions read, the last tap's included."""
@@ -62,12 +64,12 @@ class Tiling:
     @property
     def uniform(self) -> bool:
         """Whether all groups of eight rows of a warpgroup are equally far apart."""
-        each = len(self.row_base) // CONSUMERS
+        each = len(self.row_base) // self.sharing
         return all(b - a == 8 * self.row_group for a, b in itertools.pairwise(self.row_base[:each]))
 
     @property
     def joint(self) -> bool:
-        return not self.linear and not any(self.half)
+        return self.sharing > 1 and not self.linear and not any(self.half)
 
     def fit(self, extents: Extents) -> float:
         """Part of the rows that are positions of ``extents``, of whole sets."""
@@ -90,7 +92,7 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
 
     They have the shared memory that is left, up to a limit: results come in bursts, behind the products of a pass.
     """
-    if made.samples > 1:
+    if made.samples > 1 or made.pingpong:
         return 0
     given = made.region_bytes - region_stride(made, tiling)
     free = made.staging_bytes + made.x_buffers * given - CONSUMERS * GATHERED * 4
@@ -101,7 +103,7 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
 def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator[Tiling]:
     """Those whose region fits into shared memory, of the fewest tiles first. ``linear``: such tiles as well."""
     room, by_channel = _room(made), made.by_channel
-    ways = _ways(made.m_tiles, made.halo, extents, linear)
+    ways = _ways(made.m_tiles, made.sharing, made.halo, extents, linear)
     found = (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
     return filter(functools.partial(_fits_copied, made), found) if made.planar else found
 
@@ -136,10 +138,10 @@ class _Way(NamedTuple):
 
 # a layer is looked at in many ways, in stages, buffers and chunks, which have their tiles in common: so have layers
 @functools.lru_cache(maxsize=64)
-def _ways(m_tiles: int, halo: Extents, extents: Extents, linear: bool) -> tuple[_Way, ...]:
+def _ways(m_tiles: int, sharing: int, halo: Extents, extents: Extents, linear: bool) -> tuple[_Way, ...]:
     """Tilings, those of the fewest tiles first."""
-    found = [*_boxes(m_tiles, halo, extents)]
-    for made in _linear(m_tiles, halo, extents) if linear else ():
+    found = [*_boxes(m_tiles, sharing, halo, extents)]
+    for made in _linear(m_tiles, sharing, halo, extents) if linear else ():
         if max(made.region) <= MOST_COPIED:
             tiles = math.prod(made.counts)
             found.append(_Way(tiles, made.rows_needed(halo), made.uniform, functools.partial(_itself, made)))
@@ -150,18 +152,18 @@ def _itself(made: Tiling) -> Tiling:
     return made
 
 
-def _boxes(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
-    """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim."""
+def _boxes(m_tiles: int, sharing: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
+    """Boxes of blocks of 8 by 8 positions, and boxes of consecutive rows; two of them along any dim, or one."""
     for box, blocks in _box_sizes(m_tiles, extents, halo):
         d, h, w = box
-        for axis in range(3):
-            size, region = _with_halo(box, axis, halo)
+        for axis in range(3 if sharing > 1 else 1):
+            size, region = _with_halo(box, axis, sharing, halo)
             _, rh, rw = region
             # consecutive rows of the region: as many as the box spans in it
             if max(region) > MOST_COPIED or (not blocks and (d - 1) * rh * rw + (h - 1) * rw + w > m_tiles * 64):
                 continue
-            make = functools.partial(_box, m_tiles, halo, extents, box, axis, blocks)
-            uniform, last = True, (m_tiles - 1) * 64 + (d * rh * rw, h * rw, w)[axis]
+            make = functools.partial(_box, m_tiles, sharing, halo, extents, box, axis, blocks)
+            uniform, last = True, (m_tiles - 1) * 64 + (sharing - 1) * (d * rh * rw, h * rw, w)[axis]
             if blocks:
                 made = make()
                 uniform, last = made.uniform, max(made.row_base)
@@ -170,10 +172,10 @@ def _boxes(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[_Way]:
             yield _Way(math.prod(_counts(extents, size)), rows, uniform, make)
 
 
-def _with_halo(box: Extents, axis: int, halo: Extents) -> tuple[Extents, Extents]:
-    """The size of two boxes along ``axis``, and that of the region that they read."""
+def _with_halo(box: Extents, axis: int, count: int, halo: Extents) -> tuple[Extents, Extents]:
+    """The size of ``count`` boxes along ``axis``, and that of the region that they read."""
     size = [*box]
-    size[axis] *= CONSUMERS
+    size[axis] *= count
     d, h, w = size
     return (d, h, w), (d + halo[0], h + halo[1], w + halo[2])
 
@@ -184,19 +186,20 @@ def _counts(extents: Extents, size: Extents) -> Extents:
 
 
 @functools.lru_cache(maxsize=4096)
-def _box(m_tiles: int, halo: Extents, extents: Extents, box: Extents, axis: int, blocks: bool) -> Tiling:
+def _box(m_tiles: int, sharing: int, halo: Extents, extents: Extents, box: Extents, axis: int, blocks: bool) -> Tiling:
     d, h, w = box
-    size, region = _with_halo(box, axis, halo)
+    size, region = _with_halo(box, axis, sharing, halo)
     _, rh, rw = region
-    step = (d * rh * rw, h * rw, w)[axis]
+    step = (d * rh * rw, h * rw, w)[axis] if sharing > 1 else 0
     if blocks:
         inside = itertools.product(range(d), range(0, h, 8), range(0, w, 8))
         base = [(z * rh + y) * rw + x for z, y, x in inside]
     else:
         base = [*range(0, m_tiles * 64, 64)]
-    rows = tuple(part * step + at for part in range(CONSUMERS) for at in base)
-    half = (d if axis == 0 else 0, h if axis == 1 else 0, w if axis == 2 else 0)
-    return Tiling(size, box, half, region, rw if blocks else 8, rows, step, _counts(extents, size))
+    rows = tuple(part * step + at for part in range(sharing) for at in base)
+    half = tuple(n if axis == dim and sharing > 1 else 0 for dim, n in enumerate(box))
+    group, counts = rw if blocks else 8, _counts(extents, size)
+    return Tiling(size, box, (half[0], half[1], half[2]), region, group, rows, step, counts, sharing=sharing)
 
 
 def _box_sizes(m_tiles: int, extents: Extents, halo: Extents) -> Iterator[tuple[Extents, bool]]:
@@ -241,36 +244,38 @@ def _joint(m_tiles: int, halo: Extents, extents: Extents, over: int) -> Iterator
             yield _Way(math.prod(counts), max(math.prod(region), last), True, make)
 
 
-def _linear(m_tiles: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
-    """Runs of a padded plane: one of twice the length, or two in neighbouring planes."""
+def _linear(m_tiles: int, sharing: int, halo: Extents, extents: Extents) -> Iterator[Tiling]:
+    """Runs of a padded plane: one of all rows, or two in neighbouring planes."""
     depth, height, width = extents
     rows = m_tiles * 64
     rw = width + halo[2]
-    for planes in range(1, CONSUMERS + 1):
-        run = rows * CONSUMERS // planes
+    for planes in range(1, sharing + 1):
+        run = rows * sharing // planes
         tiles_h = -(-((height - 1) * rw + width) // run)
         span = max((k * run % rw + run - 1) // rw + 1 for k in range(tiles_h))
         region = (planes + halo[0], span + halo[1], rw)
-        part = region[1] * rw if planes == CONSUMERS else 0
-        base = tuple((part or rows) * group + at for group in range(CONSUMERS) for at in range(0, rows, 64))
+        part = region[1] * rw if planes > 1 else 0
+        base = tuple((part or rows) * group + at for group in range(sharing) for at in range(0, rows, 64))
         yield Tiling(
             (planes, run, width), (1, span, width), (planes - 1, 0, 0), region, 8, base, part,
-            (-(-depth // planes), tiles_h, 1), linear=True,
+            (-(-depth // planes), tiles_h, 1), linear=True, sharing=sharing,
         )  # fmt: skip
 
 
 def best_fit(made: Specialisation, extents: Extents) -> float:
     """Part of the rows of the best tiles that are positions."""
     room = _room(made)
-    fits = _fits(made.m_tiles, made.halo, extents, any_run(made), made.by_channel)
+    fits = _fits(made.m_tiles, made.sharing, made.halo, extents, any_run(made), made.by_channel)
     return next((fit for fit, rows in fits if rows <= room), 0.0)
 
 
 @functools.lru_cache(maxsize=256)
-def _fits(m_tiles: int, halo: Extents, extents: Extents, linear: bool, uniform: bool) -> tuple[tuple[float, int], ...]:
+def _fits(
+    m_tiles: int, sharing: int, halo: Extents, extents: Extents, linear: bool, uniform: bool
+) -> tuple[tuple[float, int], ...]:
     """Of every tiling the part of the rows that are positions, the best first, and the rows that it needs."""
-    positions, ways = math.prod(extents), _ways(m_tiles, halo, extents, linear)
-    return tuple((positions / (w.tiles * CONSUMERS * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
+    positions, ways = math.prod(extents), _ways(m_tiles, sharing, halo, extents, linear)
+    return tuple((positions / (w.tiles * sharing * m_tiles * ROWS), w.rows) for w in ways if w.uniform or not uniform)
 
 
 def positions_over(made: Specialisation, itemsize: int) -> int:
@@ -283,7 +288,7 @@ def has_joint_tiles(made: Specialisation) -> bool:
     each other in what is stored. Of one class, a tile is any run of positions.
     """
     _, h, w = made.layer.stride
-    return not (any_run(made) or made.one) and made.stored_classes % (h * w) == 0
+    return not (any_run(made) or made.one or made.pingpong) and made.stored_classes % (h * w) == 0
 
 
 def any_run(made: Specialisation) -> bool:

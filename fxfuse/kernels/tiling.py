@@ -183,7 +183,7 @@ def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     direct = Store.DIRECT, along if pair else 1
     sectors = row * itemsize % 32 == 0 and direct[1] * itemsize % 32 == 0
     scarce = made.pooled and not made.merged  # registers are, and little is stored
-    if scarce or sectors:  # or it comes as it should go
+    if scarce or sectors or made.pingpong:  # or it comes as it should go
         return direct
     room = made.pitch
     if classes % plane == 0 and whole:
@@ -256,13 +256,13 @@ def seconds(
     passes = len(made.passes) if made.by_pass else 1
     parts = math.prod(tiling.counts) * passes
     tiles = -(-batch // made.samples) * made.layer.groups * made.column_tiles * parts
-    waves = -(-tiles // PROCESSORS)
-    accumulators = made.rows * made.columns * sum(len(p.residues) for p in made.passes) / passes
-    multiply = multiply_seconds(made, tiling, (d, h, w)) / parts
+    waves = -(-tiles // (PROCESSORS * made.teams))
+    accumulators = made.teams * made.rows * made.columns * sum(len(p.residues) for p in made.passes) / passes
+    multiply = made.teams * multiply_seconds(made, tiling, (d, h, w)) / parts
     # what one warpgroup does with its accumulators is hidden by the other one's products, and no more than that
     one = max(multiply, multiply / CONSUMERS + accumulators * epilogue / CLOCK) + besides / CLOCK
     if keeps:
-        one += store_seconds(made, tiling, (d, h, w), row, itemsize) / parts
+        one += made.teams * store_seconds(made, tiling, (d, h, w), row, itemsize) / parts
     total = waves * one + LAUNCHES
     if made.planar:
         return total

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxfuse.kernels import specialise as specialising
 from fxfuse.kernels import tiles
-from fxfuse.kernels.adapted import with_more_room, with_more_rows, with_more_tiles
+from fxfuse.kernels.adapted import may_pingpong, with_more_room, with_more_rows, with_more_tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
     GATHERED,
@@ -255,32 +255,43 @@ def positions(made: Specialisation, found: Tiling, extents: tuple[int, int, int]
     return rows
 
 
-@given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans(), st.integers(1, 15))
-def test_tiles_cover_everything_once(layer: Layer, extents: tuple[int, int, int], pooled: bool, over: int) -> None:
+@given(layers(most=7), st.tuples(*[st.integers(1, 70)] * 3), st.booleans(), st.integers(1, 15), st.booleans())
+def test_tiles_cover_everything_once(
+    layer: Layer, extents: tuple[int, int, int], pooled: bool, over: int, pingpong: bool
+) -> None:
+    """``pingpong``: in tiles for each warpgroup."""
     try:
         made = specialise(layer, pooled=pooled)
+        if pingpong and may_pingpong(made):
+            made = dataclasses.replace(made, pingpong=True, stages=1)
         tile(made, extents, extents[2])
     except Unsupported:
         return
     halo = made.halo
-    for found in itertools.chain(tilings(made, extents, linear=True), joint_tilings(made, extents, over)):
-        assert found.joint == (found.tile == found.box and not found.linear)
+    joint = () if made.pingpong else joint_tilings(made, extents, over)
+    for found in itertools.chain(tilings(made, extents, linear=True), joint):
+        assert found.joint == (found.tile == found.box and not (found.linear or made.pingpong))
+        assert found.sharing == made.sharing == (1 if made.pingpong else CONSUMERS)
         room = region_stride(made, found)
         assert (
             math.prod(found.region) * made.chunk * 2 <= room <= made.region_bytes and max(found.region) <= MOST_COPIED
         )
-        for itemsize in (2, 4):  # results on their way have what is left
+        for itemsize in () if made.pingpong else (2, 4):  # results on their way have what is left
             blocks = outbox_blocks(made, found, itemsize)
             assert made.least_blocks <= blocks <= MOST_BLOCKS
             waiting = blocks * made.lines * made.pitch * itemsize
             assert blocks == made.least_blocks or waiting <= MOST_WAITING
             boxes = CONSUMERS * (blocks * made.lines * made.pitch * itemsize + GATHERED * 4)
             assert 1024 + made.stages * made.stage_bytes + made.x_buffers * room + boxes <= made.dynamic_bytes
+        if made.pingpong:  # weights, and x of both teams
+            boxes = CONSUMERS * GATHERED * 4
+            x = CONSUMERS * made.x_buffers * room
+            assert 1024 + made.weight_bytes + x + boxes <= made.dynamic_bytes and outbox_blocks(made, found, 4) == 0
         assert found.counts[0] * found.tile[0] >= extents[0] and found.counts[2] * found.tile[2] >= extents[2]
         shift = (halo[0] * found.region[1] + halo[1]) * found.region[2] + halo[2]
         covered = []
         for number in range(found.counts[1]):
-            for group in range(CONSUMERS):
+            for group in range(made.sharing):
                 for at, place in positions(made, found, extents, group, number):
                     assert (at + shift + 1) * made.chunk * 2 <= room
                     if place is not None:

@@ -19,8 +19,18 @@ struct Barriers {
   uint64_t x_full[of_x], x_empty[of_x];
   uint64_t full[Problem::stages], empty[Problem::stages];
   FXFUSE_INLINE void init() {
-    for (int i = 0; i < of_x; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kConsumers);
-    for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kConsumers);
+    for (int i = 0; i < of_x; ++i) barrier_init(&x_full[i], 1), barrier_init(&x_empty[i], kSharing<Problem>);
+    for (int i = 0; i < Problem::stages; ++i) barrier_init(&full[i], 1), barrier_init(&empty[i], kSharing<Problem>);
+  }
+};
+
+// What teams have in common: that all weights are there, and whose turn it is to multiply (by passes that each has done).
+template <class Problem>
+struct Common {
+  uint64_t weights, done[kTeams<Problem>];
+  FXFUSE_INLINE void init() {
+    barrier_init(&weights, 1);
+    for (uint64_t& one : done) barrier_init(&one, 4);  // a team's warps, of which none is two turns behind then
   }
 };
 
@@ -59,11 +69,16 @@ FXFUSE_INLINE void copy_slab(const Geometry& g, int k, uint8_t* x, Barriers<Prob
 
 template <class Problem>
 FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const Geometry& g, uint8_t* x, uint8_t* stages,
-                             Barriers<Problem>& barriers) {
+                             Barriers<Problem>& barriers, Common<Problem>& common, int team) {
   Ring xs, ws;
   SlabRing apart;
   bulk_after_stores();
-  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+  if (Problem::pingpong && team == 0 && blockIdx.x < g.tiles) {  // all of them, for all tiles of both teams
+    const Tile t = tile_at<Problem>(g, blockIdx.x);
+    barrier_expect(&common.weights, g.weight_bytes);
+    copy_bytes(stages, weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes, g.weight_bytes, &common.weights);
+  }
+  for (int index = first_tile<Problem>(team); index < g.tiles; index = next_tile<Problem>(index)) {
     const Tile t = tile_at<Problem>(g, index);
     const Low low = low_of<Problem>(g, index);
     const Slabs slabs = slabs_of<Problem>(g, t, low);
@@ -93,7 +108,7 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
           copy(x + xs.slot * g.region_stride, &barriers.x_full[xs.slot], 0);
           xs.template next<Problem::x_buffers>();
         }
-        for (int s = begin; s < end; ++s) {
+        for (int s = begin; s < end && !Problem::pingpong; ++s) {
           const Step step = Problem::step(s);
           const uint32_t bytes = step.batch * 16u;
           if (bytes == 0) continue;

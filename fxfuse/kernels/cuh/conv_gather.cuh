@@ -57,7 +57,7 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
   Part* const parts = (Part*)(buffer + 4);
   named_barrier(1 + group, 128);  // what was there has been read
   if (lane == 0) counts[warp] = count;
-  const int64_t slot = (int64_t)t.n * to.partials.slots + (t.number * passes + pass) * kConsumers + group;
+  const int64_t slot = (int64_t)t.n * to.partials.slots + slot_of<Problem>(t.number * passes + pass, group);
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
   Part* const stored = (Part*)to.partials.parts + slot * to.partials.channels + channel0;
 #pragma unroll

@@ -12,6 +12,11 @@ namespace fxfuse {
 constexpr int kConsumers = 2;                     // warpgroups that multiply
 constexpr int kThreads = 128 * (kConsumers + 1);  // and one that copies
 
+// Warpgroups that share a tile, and tiles that a block has at a time: of those each has its team.
+template <class Problem>
+constexpr int kSharing = Problem::pingpong ? 1 : kConsumers;
+template <class Problem>
+constexpr int kTeams = kConsumers / kSharing<Problem>;
 struct Geometry {
   int samples, groups, column_tiles, tiles_d, tiles_h, tiles_w, tiles;
   int tile_d, tile_h, tile_w;        // positions q of a tile; in a linear one, tile_h rows of a plane of the region
@@ -53,6 +58,7 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
   Tile t;
   if constexpr (Problem::by_pass) index /= Problem::passes;
   t.column = next(g.by_columns, g.column_tiles);
+  if (Problem::pingpong) t.group = next(g.by_groups, g.groups);  // a block's tiles have the same weights
   const int w = next(g.by_w, g.tiles_w), h = next(g.by_h, g.tiles_h), d = next(g.by_d, g.tiles_d);
   t.number = (d * g.tiles_h + h) * g.tiles_w + w;
   t.w = w * g.tile_w, t.h = h * g.tile_h, t.d = d * g.tile_d, t.skip = 0;
@@ -60,9 +66,24 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
     const int row = g.by_region_w.of(t.h);
     t.skip = t.h - row * g.region_w, t.h = row;
   }
-  t.group = next(g.by_groups, g.groups);
+  if (!Problem::pingpong) t.group = next(g.by_groups, g.groups);
   t.n = index * Problem::samples;
   return t;
+}
+
+// The tiles of a team.
+template <class Problem>
+FXFUSE_INLINE int first_tile(int team) {
+  return blockIdx.x + team * gridDim.x;
+}
+template <class Problem>
+FXFUSE_INLINE int next_tile(int index) {
+  return index + kTeams<Problem> * gridDim.x;
+}
+// What warpgroups write once per part of a tile, or of a pass of it: where, of all of these.
+template <class Problem>
+FXFUSE_INLINE int slot_of(int number, int group) {
+  return number * kSharing<Problem> + group % kSharing<Problem>;
 }
 
 // The passes of a tile.

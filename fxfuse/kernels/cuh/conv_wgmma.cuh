@@ -8,7 +8,9 @@
 // Rows of a matrix instruction are 8 groups of 8 consecutive w; columns are `columns` output channels of up to
 // `residues` residue classes at a time: a pass. Or the other way round, `by_channel`: rows are 64 output channels of a class,
 // columns the positions. What becomes of the accumulators is the epilogue's affair. One warp copies, two warpgroups
-// multiply; where results go through an `outbox`, two more warps take them out.
+// multiply; where results go through an `outbox`, two more warps take them out. Both warpgroups have parts of one tile, and
+// multiply them with the same weights at the same time; or, `pingpong`, each has tiles of its own, with x and weights of its
+// own from a warp of its own: the matrix units have the products of one while the other works off its accumulators.
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
@@ -16,7 +18,7 @@
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
 // apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
 // run of every pass, one behind the other), turns (and runs begin before the one in front has ended), even (all passes have
-// as many classes); static functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its
+// as many classes), pingpong; static functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its
 // tables; wgmma, the instruction for a run of residues.
 #pragma once
 #include "conv_copies.cuh"
@@ -44,7 +46,7 @@ struct NextStep {
 // What of the output lies in shared memory goes out from there: a warp per multiplying warpgroup.
 template <class Problem, class Outbox>
 FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Outbox outbox, int group) {
-  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x)
+  for (int index = first_tile<Problem>(Problem::pingpong ? group : 0); index < g.tiles; index = next_tile<Problem>(index))
     Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at<Problem>(g, index), group), group);
   stored_bytes_read();  // or shared memory may be another block's
 }
@@ -66,18 +68,24 @@ FXFUSE_INLINE void promote(float (&acc)[Problem::accumulator_tiles][Problem::acc
 // The stage of weights that `ring` is at, when it is there: in units of 16 bytes.
 template <class Problem>
 FXFUSE_INLINE uint32_t begin_stage(uint32_t stages, Barriers<Problem>& barriers, const Ring& ring) {
-  const uint32_t stage = stages + ring.slot * (Problem::stage_bytes / 16);
-  barrier_wait(&barriers.full[ring.slot], ring.phase);
+  const uint32_t stage = stages + (Problem::pingpong ? 0 : ring.slot * (Problem::stage_bytes / 16));
+  if (!Problem::pingpong) barrier_wait(&barriers.full[ring.slot], ring.phase);
   wgmma_fence();
   return stage;
+}
+
+// By all threads: the stage's products are done. There is one stage of a `pingpong` problem, and it stays.
+template <class Problem>
+FXFUSE_INLINE void give_back_stage(Barriers<Problem>& barriers, int stage, bool leader) {
+  if (!Problem::pingpong && leader) barrier_arrive(&barriers.empty[stage]);
 }
 
 // All products are done: of the stage that `ring` is at, and of the one `before`, if there is one.
 template <class Problem>
 FXFUSE_INLINE void end_products(Barriers<Problem>& barriers, Ring& ring, int before, bool leader) {
   wgmma_wait<0>();
-  if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
-  if (leader) barrier_arrive(&barriers.empty[ring.slot]);
+  if (before >= 0) give_back_stage(barriers, before, leader);
+  give_back_stage(barriers, ring.slot, leader);
   ring.template next<Problem::stages>();
 }
 
@@ -108,7 +116,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     do {
       if (step.weights & kBegins) {
         if (s > begin) {
-          if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+          if (before >= 0) give_back_stage(barriers, before, leader);
           before = ring.slot;
           ring.template next<Problem::stages>();
           if constexpr (Problem::by_slab && last)  // the products of smaller d are done
@@ -196,7 +204,7 @@ FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::
     return taken;
   };
   auto give_back = [&] {  // the stage before, whose products are done
-    if (before >= 0 && leader) barrier_arrive(&barriers.empty[before]);
+    if (before >= 0) give_back_stage(barriers, before, leader);
     before = -1;
   };
   auto leave_stage = [&] {  // while its products may be on their way
@@ -222,7 +230,7 @@ FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::
     taken = take();
 #pragma unroll
     for (int i = 0; i < Problem::m_tiles; ++i) multiply(i, stage + (taken.weights & 0xffff), taken.x);
-    wgmma_wait<Problem::m_tiles>();  // the products of the steps before are done
+    if (!Problem::pingpong) wgmma_wait<Problem::m_tiles>();  // the products of the steps before are done
   }
   next.step = step;
   if constexpr (r + 1 < Problem::runs) {
@@ -235,12 +243,13 @@ FXFUSE_INLINE void conv_turns(float (&acc)[Problem::accumulator_tiles][Problem::
 
 template <class Problem>
 FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, typename Problem::Table& table,
-                                const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages, Barriers<Problem>& all) {
+                                const StepAddress* steps, float* gathered, typename Problem::Outbox outbox, uint8_t* x, uint8_t* stages,
+                                Barriers<Problem>& all, Common<Problem>& common, int group, int team) {
   constexpr int row_bytes = Problem::chunk * 2;
   Barriers<Problem>* settled = &all;
   settle_shared(settled), settle_shared(steps);
   Barriers<Problem>& barriers = *settled;
-  const int group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   const bool leader = (threadIdx.x & 127) == 0;
   Ring xs, ws;
   SlabRing apart;
@@ -260,7 +269,16 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
         shared_address(x) + g.row_base[group * Problem::m_tiles + i] * row_bytes, 0);
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
-  for (int index = blockIdx.x; index < g.tiles; index += gridDim.x) {
+  // turns of a `pingpong` problem: passes that the other team has to multiply, and those that it has
+  int left = Problem::pingpong ? (g.tiles - first_tile<Problem>(team ^ 1) + 2 * (int)gridDim.x - 1) / (2 * (int)gridDim.x) * Problem::passes : 0;
+  int phase = 0;
+  bool first = team == 0;
+  auto end_turn = [&] {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&common.done[team]);
+  };
+  if (Problem::pingpong && first_tile<Problem>(team) < g.tiles) barrier_wait(&common.weights, 0);
+  for (int index = first_tile<Problem>(team); index < g.tiles; index = next_tile<Problem>(index)) {
     const Tile tile = tile_at<Problem>(g, index);
     const Slabs slabs = slabs_of<Problem>(g, tile, low_of<Problem>(g, index));
     place.move(g, tile, group, warp);
@@ -273,8 +291,16 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
         for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
       typename Problem::Epilogue::Ready ready;
-      auto meanwhile = [&] { epilogue.prepare(ready, pass); };  // the last products are on their way
+      auto meanwhile = [&] {  // the last products are on their way
+        if constexpr (Problem::pingpong && Problem::in_turn) end_turn();
+        epilogue.prepare(ready, pass);
+      };
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
+      if constexpr (Problem::pingpong) {
+        if (!Problem::resident || pass == 0) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
+        if (!first && left > 0) barrier_wait(&common.done[team ^ 1], phase), phase ^= 1, --left;
+        first = false;
+      }
       if (!Problem::idle || begin < end || (Problem::resident && pass == 0)) {
         int chunk = 0;
 #pragma unroll 1
@@ -285,14 +311,15 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
           for (int i = 0; i < kRowTiles<Problem>; ++i)
             rows[i] = bases[i] + xs.slot * (g.region_stride / 16) + place.box.skip * (row_bytes / 16);
           if constexpr (Problem::turns)
-            conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights, barriers, ws, -1, next, leader, meanwhile);
+            conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights + chunk * Problem::chunk_weights, barriers, ws, -1, next, leader, meanwhile);
           else
-            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
+            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights + chunk * Problem::chunk_weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
           if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
       }
+      if constexpr (Problem::pingpong && !Problem::in_turn) end_turn();
       if constexpr (Problem::exact)
         epilogue.pass(sum, pass, ready);
       else
@@ -307,17 +334,20 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
                               const typename Problem::Epilogue::Arguments& arguments) {
   using Outbox = typename Problem::Outbox;
   extern __shared__ uint8_t raw[];
-  __shared__ Barriers<Problem> barriers;
+  __shared__ Barriers<Problem> barriers[kTeams<Problem>];
   __shared__ typename Outbox::Shared out[Outbox::number];
+  __shared__ Common<Problem> common;
   __shared__ typename Problem::Table table;
   __shared__ StepAddress steps[Problem::steps + 1];
   uint8_t* stages = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   uint8_t* x = stages + Problem::stages * Problem::stage_bytes;
-  uint8_t* rest = x + Problem::x_buffers * g.region_stride;
+  const int x_bytes = Problem::x_buffers * g.region_stride;
+  uint8_t* rest = x + kTeams<Problem> * x_bytes;
   auto outbox = [&](int group) { return Outbox(g, rest + group % Outbox::number * Outbox::bytes(g), out[group % Outbox::number]); };
   if (threadIdx.x == 0) {
     prefetch_map(map);
-    barriers.init(), table.init();
+    for (Barriers<Problem>& one : barriers) one.init();
+    table.init(), common.init();
     for (typename Outbox::Shared& one : out) one.init();
     barrier_init_fence();
   }
@@ -331,12 +361,18 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   __syncthreads();
   begin_dependent();
   if (threadIdx.x < 128) {
-    registers_down<Problem::outbox ? 72 : 24>();
+    registers_down<Problem::outbox ? 72 : Problem::pingpong ? 40 : 24>();
     if (Problem::outbox && threadIdx.x >= 64) conv_send<Problem>(g, arguments, outbox(threadIdx.x / 32 - 2), threadIdx.x / 32 - 2);
-    if (threadIdx.x == 0) conv_copy<Problem>(map, weights, g, x, stages, barriers);
+    const int team = threadIdx.x / 32;
+    if (team < kTeams<Problem> && threadIdx.x % 32 == 0)
+      conv_copy<Problem>(map, weights, g, x + team * x_bytes, stages, barriers[team], common, team);
   } else {
-    registers_up<Problem::outbox ? 216 : 240>();
-    conv_consume<Problem>(g, arguments, table, steps, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(threadIdx.x / 128 - 1), x, stages, barriers);
+    registers_up<Problem::outbox ? 216 : Problem::pingpong ? 232 : 240>();
+    int group = threadIdx.x / 128 - 1;
+    if (Problem::pingpong) group = __shfl_sync(~0u, group, 0);  // the same all over a warp, or ptxas serialises the products
+    const int team = Problem::pingpong ? group : 0;
+    conv_consume<Problem>(g, arguments, table, steps, (float*)(rest + Outbox::number * Outbox::bytes(g)), outbox(group), x + team * x_bytes,
+                          stages, barriers[team], common, group, team);
   }
 }
 

@@ -58,12 +58,26 @@ FXFUSE_INLINE void measure_weights(int channel, const float* w, const B* bias, c
   const int group = channel / out_channels, column = channel - group * out_channels;
   float largest = 0.f;
   bool wrong = false;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
-    const int c = i / volume, k = i - c * volume;
-    const float v = fabsf(w[((int64_t)(group * in_channels + c) * out_channels + column) * volume + k]);
+  auto take = [&](float v) {
+    v = fabsf(v);
     if (finite(v)) largest = fmaxf(largest, v);
     else wrong = true;
+  };
+  auto taps = [&](int c) { return w + ((int64_t)(group * in_channels + c) * out_channels + column) * volume; };
+  if (volume % 4 == 0 && ((uint64_t)w & 15) == 0) {
+    const int fours = volume / 4;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < in_channels * fours; i += blockDim.x) {
+      const int c = i / fours;
+      const float4 v = ((const float4*)taps(c))[i - c * fours];
+      take(v.x), take(v.y), take(v.z), take(v.w);
+    }
+  } else {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
+      const int c = i / volume;
+      take(taps(c)[i - c * volume]);
+    }
   }
   wrong = __syncthreads_or(wrong);
   largest = block_maximum(largest);
