@@ -179,6 +179,16 @@ class Specialisation:
         """Elements of the output per row of a pass: residue classes, or one where they are pooled."""
         return 1 if self.pooled else self.residues
 
+    @functools.cached_property
+    def pair(self) -> int:
+        """1 where classes 2i and 2i+1 of every pass are neighbours along w, -1 where 2i+1 and 2i are, 0 elsewhere."""
+        found = set()
+        for one in self.passes:
+            at = [r.at for r in one.residues]
+            for a, b in itertools.zip_longest(at[::2], at[1::2]):
+                found.add(b[2] - a[2] if b is not None and a[:2] == b[:2] else 0)
+        return found.pop() if found in ({1}, {-1}) else 0
+
     @property
     def stored_columns(self) -> int:
         """Channels that are stored of a tile."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -194,7 +193,7 @@ def _problem(
         **{f"step_{dim}": value for dim, value in zip("dhw", made.step, strict=True)},
         "in_channels": layer.channels,
         "joined": layer.joined,
-        "pair": _pair(made),
+        "pair": made.pair,
         "lines": made.lines,
         "itemsize": ITEMSIZES[output],
         "pitch": made.joint_pitch if store is Store.JOINT else made.pitch,
@@ -287,16 +286,6 @@ def _members(made: Specialisation) -> str:
 #: where x of a pass begins: see ``conv_wgmma.cuh``
 _LOW = """
   static FXFUSE_INLINE fxfuse::Low low(int pass) { return kLow[pass]; }"""
-
-
-def _pair(made: Specialisation) -> int:
-    """1 where classes 2i and 2i+1 of every pass are neighbours along w, -1 where 2i+1 and 2i are, 0 elsewhere."""
-    found = set()
-    for one in made.passes:
-        at = [r.at for r in one.residues]
-        for a, b in itertools.zip_longest(at[::2], at[1::2]):
-            found.add(b[2] - a[2] if b is not None and a[:2] == b[:2] else 0)
-    return found.pop() if found in ({1}, {-1}) else 0
 
 
 def _run_type(made: Specialisation, store: Store) -> str:

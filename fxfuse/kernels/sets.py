@@ -101,7 +101,7 @@ def set_cycles(made: Specialisation, tiling: Tiling, extents: Extents) -> float:
 
 def pair_of(made: Specialisation) -> int:
     """Neighbours along w that are classes of a position, of one thread."""
-    return 2 if made.layer.stride[2] == 2 and made.residues % 2 == 0 else 1
+    return 2 if made.layer.stride[2] == 2 and made.pair else 1
 
 
 def may_be_wide(made: Specialisation) -> bool:

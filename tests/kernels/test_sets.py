@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from orientation import of_sets, sets_always
 from test_convolution import layers
@@ -17,13 +17,14 @@ from torch import nn
 
 import fxfuse
 from fxfuse.kernels import adapted
+from fxfuse.kernels import specialise as specialising
 from fxfuse.kernels.adapted import may_have_sets, with_sets
 from fxfuse.kernels.convolution import CONSUMERS, ROWS, Shared, Specialisation, Unsupported
 from fxfuse.kernels.convolution_engine import Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.sets import SETS, copy_cycles, outer_inner, set_tilings
+from fxfuse.kernels.sets import SETS, copy_cycles, may_be_wide, outer_inner, set_tilings
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import region_stride
 from fxfuse.kernels.tiling import Store, seconds
@@ -109,6 +110,19 @@ def test_outputs_that_fill_rows_by_themselves_have_none() -> None:
     """32 x 32 positions: of a plane an instruction has all."""
     layer = Layer(64, 64, 1, (1, 4, 4), (1, 2, 2), (0, 1, 1), ONE)
     assert Convolution.of(layer, F32, F32, F32, Epilogue(), extents=(1, 64, 64), samples=16).made.samples == 1
+
+
+@given(layers(channels=20))
+@example(Layer(16, 5, 1, TWO, TWO, (1, 0, 1), (1, 1, 2)))
+def test_wide_stores_have_all_classes_along_w(layer: Layer) -> None:
+    """In whichever order a pass has them: those of a position are one thread's, or stored one by one."""
+    usual = specialise(layer, pooled=False, contiguous=True, finite=True, exact=True)
+    for k in specialising.kernels_of_sets(usual, True) if may_have_sets(usual) else ():
+        made = dataclasses.replace(k, samples=8, inner=1)
+        along = [[r.at[2] for r in p.residues] for p in made.passes]
+        paired = all(sorted(a[i : i + 2]) == [0, 1] for a in along for i in range(0, len(a), 2))
+        if may_be_wide(made):
+            assert layer.stride[2] == 1 or (layer.stride[2] == 2 and paired and made.pair != 0)
 
 
 def test_samples_that_are_too_far_apart_are_refused() -> None:
