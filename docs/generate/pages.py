@@ -51,6 +51,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "rules": source.rules,
     "spellings": source.spellings,
     "times_chains": lambda: results.times("h100_chains"),
+    "times_chains_float16": lambda: results.times("h100_chains_float16"),
     "times_float16": lambda: results.times("h100_float16"),
     "times_float32": lambda: results.times("h100_float32"),
     "times_ieee": lambda: results.times("h100_ieee"),
