@@ -34,6 +34,26 @@ struct Common {
   }
 };
 
+// A team's turns to multiply: the first team begins, then each waits for the other's last one, as long as that has any.
+template <class Problem>
+struct Turn {
+  Common<Problem>& common;
+  int team, left, phase = 0;  // `left`: turns that the other team will have
+  bool first;
+  FXFUSE_INLINE Turn(const Geometry& g, Common<Problem>& common, int team) : common(common), team(team), first(team == 0) {
+    const int step = kTeams<Problem> * (int)gridDim.x;
+    left = Problem::pingpong ? (g.tiles - first_tile(team ^ 1) + step - 1) / step * Problem::passes : 0;
+  }
+  FXFUSE_INLINE void begin() {
+    if (!first && left > 0) barrier_wait(&common.done[team ^ 1], phase), phase ^= 1, --left;
+    first = false;
+  }
+  FXFUSE_INLINE void end(int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&common.done[team]);
+  }
+};
+
 struct Ring {
   int slot = 0, phase = 0;
   FXFUSE_INLINE void next(int size) {
@@ -78,7 +98,7 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
     barrier_expect(&common.weights, g.weight_bytes);
     copy_bytes(stages, weights + (int64_t)(t.group * g.column_tiles + t.column) * g.weight_bytes, g.weight_bytes, &common.weights);
   }
-  for (int index = first_tile<Problem>(team); index < g.tiles; index = next_tile<Problem>(index)) {
+  for (int index = first_tile(team); index < g.tiles; index = next_tile<Problem>(index)) {
     const Tile t = tile_at<Problem>(g, index);
     const Low low = low_of<Problem>(g, index);
     const Slabs slabs = slabs_of<Problem>(g, t, low);

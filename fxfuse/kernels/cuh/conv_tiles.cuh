@@ -72,10 +72,7 @@ FXFUSE_INLINE Tile tile_at(const Geometry& g, int index) {
 }
 
 // The tiles of a team.
-template <class Problem>
-FXFUSE_INLINE int first_tile(int team) {
-  return blockIdx.x + team * gridDim.x;
-}
+FXFUSE_INLINE int first_tile(int team) { return blockIdx.x + team * gridDim.x; }
 template <class Problem>
 FXFUSE_INLINE int next_tile(int index) {
   return index + kTeams<Problem> * gridDim.x;

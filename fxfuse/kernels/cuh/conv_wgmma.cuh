@@ -9,8 +9,9 @@
 // `residues` residue classes at a time: a pass. Or the other way round, `by_channel`: rows are 64 output channels of a class,
 // columns the positions. What becomes of the accumulators is the epilogue's affair. One warp copies, two warpgroups
 // multiply; where results go through an `outbox`, two more warps take them out. Both warpgroups have parts of one tile, and
-// multiply them with the same weights at the same time; or, `pingpong`, each has tiles of its own, with x and weights of its
-// own from a warp of its own: the matrix units have the products of one while the other works off its accumulators.
+// multiply them with the same weights at the same time. Or, `pingpong`, each is a team with tiles of its own, x of which
+// comes from a warp of its own, and all weights stay: teams multiply by turns, and the matrix units have the products of
+// one while the other works off its accumulators.
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
 // (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
@@ -18,8 +19,9 @@
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
 // apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
 // run of every pass, one behind the other), turns (and runs begin before the one in front has ended), even (all passes have
-// as many classes), pingpong; static functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its
-// tables; wgmma, the instruction for a run of residues.
+// as many classes), pingpong, chunk_weights (then from those of a chunk to the next one's, in units of 16 bytes); static
+// functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction
+// for a run of residues.
 #pragma once
 #include "conv_copies.cuh"
 
@@ -46,7 +48,7 @@ struct NextStep {
 // What of the output lies in shared memory goes out from there: a warp per multiplying warpgroup.
 template <class Problem, class Outbox>
 FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue::Arguments& arguments, Outbox outbox, int group) {
-  for (int index = first_tile<Problem>(Problem::pingpong ? group : 0); index < g.tiles; index = next_tile<Problem>(index))
+  for (int index = first_tile(0); index < g.tiles; index = next_tile<Problem>(index))
     Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at<Problem>(g, index), group), group);
   stored_bytes_read();  // or shared memory may be another block's
 }
@@ -269,16 +271,9 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
         shared_address(x) + g.row_base[group * Problem::m_tiles + i] * row_bytes, 0);
     asm volatile("" : "+r"(bases[i]));  // not to be computed again for every step
   }
-  // turns of a `pingpong` problem: passes that the other team has to multiply, and those that it has
-  int left = Problem::pingpong ? (g.tiles - first_tile<Problem>(team ^ 1) + 2 * (int)gridDim.x - 1) / (2 * (int)gridDim.x) * Problem::passes : 0;
-  int phase = 0;
-  bool first = team == 0;
-  auto end_turn = [&] {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&common.done[team]);
-  };
-  if (Problem::pingpong && first_tile<Problem>(team) < g.tiles) barrier_wait(&common.weights, 0);
-  for (int index = first_tile<Problem>(team); index < g.tiles; index = next_tile<Problem>(index)) {
+  Turn<Problem> turn(g, common, team);
+  if (Problem::pingpong && first_tile(team) < g.tiles) barrier_wait(&common.weights, 0);
+  for (int index = first_tile(team); index < g.tiles; index = next_tile<Problem>(index)) {
     const Tile tile = tile_at<Problem>(g, index);
     const Slabs slabs = slabs_of<Problem>(g, tile, low_of<Problem>(g, index));
     place.move(g, tile, group, warp);
@@ -292,14 +287,13 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
         for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
       typename Problem::Epilogue::Ready ready;
       auto meanwhile = [&] {  // the last products are on their way
-        if constexpr (Problem::pingpong && Problem::in_turn) end_turn();
+        if constexpr (Problem::pingpong && Problem::in_turn) turn.end(lane);
         epilogue.prepare(ready, pass);
       };
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if constexpr (Problem::pingpong) {
         if (!Problem::resident || pass == 0) barrier_wait(&barriers.x_full[xs.slot], xs.phase);
-        if (!first && left > 0) barrier_wait(&common.done[team ^ 1], phase), phase ^= 1, --left;
-        first = false;
+        turn.begin();
       }
       if (!Problem::idle || begin < end || (Problem::resident && pass == 0)) {
         int chunk = 0;
@@ -319,7 +313,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
       }
-      if constexpr (Problem::pingpong && !Problem::in_turn) end_turn();
+      if constexpr (Problem::pingpong && !Problem::in_turn) turn.end(lane);
       if constexpr (Problem::exact)
         epilogue.pass(sum, pass, ready);
       else
@@ -333,6 +327,7 @@ template <class Problem>
 FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, const Geometry& g,
                               const typename Problem::Epilogue::Arguments& arguments) {
   using Outbox = typename Problem::Outbox;
+  static_assert(!(Problem::pingpong && Problem::outbox), "a team's warp copies where another one would send");
   extern __shared__ uint8_t raw[];
   __shared__ Barriers<Problem> barriers[kTeams<Problem>];
   __shared__ typename Outbox::Shared out[Outbox::number];
