@@ -170,6 +170,7 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     else:
         size, box = (" x ".join(map(str, s)) for s in (tiling.tile, tiling.box))
         where = "shared by both warpgroups" if tiling.joint else f"a warpgroup's {box}"
+        where = "each warpgroup has its own" if made.pingpong else where
         many = f" of {made.samples} samples side by side" if made.samples > 1 else ""
         shape = f"{size} positions{many}, {where}"
     yield "tile", f"{shape}; {100 * tiling.fit((d, h, w)):.0f} % of the rows are used"
@@ -187,7 +188,8 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
         yield "positions in a row", f"{count} along {dims}, {each} channels of each: one product for their taps"
     yield "residue classes", _classes(made)
     yield "threads", f"{THREADS} per block: {CONSUMERS} warpgroups that multiply, one that copies"
-    yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {made.stages} stages, {made.x_buffers} of x"
+    inside = "all weights, for each warpgroup" if made.pingpong else f"{made.stages} stages,"
+    yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {inside} {made.x_buffers} of x"
 
 
 def _classes(made: Specialisation) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import fxfuse
 from fxfuse.kernels import adapted
 from fxfuse.kernels.adapted import as_pingpong, may_pingpong
 from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
@@ -91,6 +93,14 @@ def test_two_runs_share_packed_weights() -> None:
     """What lies in shared memory, and for how long, leaves them as they are."""
     shared = specialise(DECODER, pooled=False, finite=True)
     assert dataclasses.replace(shared, pingpong=True, stages=1).shared(shared) is Shared.ALL
+
+
+def test_a_report_says_so() -> None:
+    model = nn.Sequential(nn.ConvTranspose3d(32, 16, 3, stride=2, padding=1, output_padding=1), nn.ReLU()).eval()
+    (region,) = fxfuse.explain(model, torch.zeros(16, 32, 16, 32, 32)).regions
+    facts = dict(next(p for p in region.account.parts if p.facts).facts)
+    assert "each warpgroup has its own; 100 % of the rows" in facts["tile"]
+    assert facts["shared memory"].endswith("all weights, for each warpgroup 2 of x")
 
 
 def test_weights_lie_where_steps_find_them() -> None:
