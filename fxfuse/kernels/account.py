@@ -188,8 +188,8 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
         yield "positions in a row", f"{count} along {dims}, {each} channels of each: one product for their taps"
     yield "residue classes", _classes(made)
     yield "threads", f"{THREADS} per block: {CONSUMERS} warpgroups that multiply, one that copies"
-    inside = "all weights, for each warpgroup" if made.pingpong else f"{made.stages} stages,"
-    yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {inside} {made.x_buffers} of x"
+    weights, both = ("all weights", " for each warpgroup") if made.pingpong else (f"{made.stages} stages", "")
+    yield "shared memory", f"{made.dynamic_bytes / 1024:.0f} KiB per block: {weights}, {made.x_buffers} of x{both}"
 
 
 def _classes(made: Specialisation) -> str:

@@ -66,10 +66,9 @@ def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: in
     fewer = dataclasses.replace(made, stages=made.stages - 1)
     if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
         return made
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
-    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    at, other = (tile(one, (d, h, w), row, itemsize) for one in (made, fewer))
-    if at != other or store_of(made, at, (d, h, w), row, itemsize)[0] not in RUNS:
+    positions = _positions(made, stored)
+    at, other = (tile(one, positions, row, itemsize) for one in (made, fewer))
+    if at != other or store_of(made, at, positions, row, itemsize)[0] not in RUNS:
         return made
     blocks = outbox_blocks(made, at, itemsize)
     scarce = blocks < made.columns // made.lines and blocks < outbox_blocks(fewer, at, itemsize)
@@ -121,19 +120,18 @@ def _phases(made: Specialisation, *, samples: int, stored: Extents, row: int, it
     """Clock cycles of products and of what follows them; infinite where there are no tiles, or where results go through
     shared memory.
     """
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
-    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    positions = _positions(made, stored)
     try:
-        tiling = tile(made, (d, h, w), row, itemsize)
+        tiling = tile(made, positions, row, itemsize)
     except Unsupported:
         return math.inf
-    if store_of(made, tiling, (d, h, w), row, itemsize)[0] in RUNS:
+    if store_of(made, tiling, positions, row, itemsize)[0] in RUNS:
         return math.inf
     counts = math.prod(tiling.counts)
     tiles = samples * made.layer.groups * made.column_tiles * counts
     accumulators = made.m_tiles * ROWS * made.columns * sum(len(p.residues) for p in made.passes)
-    multiply = multiply_seconds(made, tiling, (d, h, w)) / counts * CLOCK
-    stores = store_seconds(made, tiling, (d, h, w), row, itemsize) / counts * CLOCK if keeps else 0.0
+    multiply = multiply_seconds(made, tiling, positions) / counts * CLOCK
+    stores = store_seconds(made, tiling, positions, row, itemsize) / counts * CLOCK if keeps else 0.0
     follows = max(accumulators * EPILOGUE_CYCLES, stores)
     waves = -(-tiles // (PROCESSORS * made.teams))
     return waves * (max(2 * multiply, multiply + follows, 2 * stores) if made.pingpong else multiply + follows)
@@ -151,11 +149,17 @@ def _half_the_columns(made: Specialisation) -> Specialisation | None:
 
 def _tiles(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> int:
     """Thread blocks that have one; 0 where there are no tiles."""
+    with contextlib.suppress(Unsupported):
+        counts = tile(made, _positions(made, stored), row, itemsize).counts
+        return samples * made.layer.groups * made.column_tiles * math.prod(counts)
+    return 0
+
+
+def _positions(made: Specialisation, stored: Extents) -> Extents:
+    """Of every residue class per dim, or, where these are pooled, of the stored tensor."""
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    with contextlib.suppress(Unsupported):
-        return samples * made.layer.groups * made.column_tiles * math.prod(tile(made, (d, h, w), row, itemsize).counts)
-    return 0
+    return d, h, w
 
 
 def with_sets(
@@ -164,7 +168,7 @@ def with_sets(
     """The kernel with sets of samples side by side (``sets.py``), where outputs of few positions leave rows unused and
     it saves time. ``finite``: x has no Inf nor NaN. The others as of :func:`seconds_of`.
     """
-    d, h, w = (-(-e // s) for e, s in zip(stored, made.layer.stride, strict=True))
+    d, h, w = _positions(made, stored)
     if samples < LEAST_SAMPLES or d * h * w > FEW_POSITIONS or not may_have_sets(made):
         return made
     time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
@@ -194,10 +198,10 @@ def _filled(size: int, positions: int, samples: int) -> float:
 
 def _copy_seconds(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> float:
     """Of copies into shared memory alone; zero where there are no tiles."""
-    d, h, w = (-(-e // s) for e, s in zip(stored, made.layer.stride, strict=True))
+    positions = _positions(made, stored)
     with contextlib.suppress(Unsupported):
-        tiling = tile(made, (d, h, w), row, itemsize)
+        tiling = tile(made, positions, row, itemsize)
         counts = math.prod(tiling.counts)
         waves = -(-samples * made.layer.groups * made.column_tiles * counts // PROCESSORS)
-        return waves * copy_cycles(made, tiling, (d, h, w)) / counts / CLOCK
+        return waves * copy_cycles(made, tiling, positions) / counts / CLOCK
     return 0.0

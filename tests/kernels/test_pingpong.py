@@ -43,6 +43,7 @@ def test_rows_of_whole_sectors_are_stored_from_registers(dtype: torch.dtype) -> 
     ("why", "layer", "stored", "more"),
     [
         ("results go through shared memory", DECODER, (31, 63, 63), {}),
+        ("and of a stride of one", Layer(16, 32, 1, (3, 3, 3), ONE, NONE, ONE), (34, 34, 34), {}),
         ("too many weights", dataclasses.replace(DECODER, in_channels=256, out_channels=64), (32, 64, 64), {}),
         (
             "channels are rows",
@@ -100,7 +101,7 @@ def test_a_report_says_so() -> None:
     (region,) = fxfuse.explain(model, torch.zeros(16, 32, 16, 32, 32)).regions
     facts = dict(next(p for p in region.account.parts if p.facts).facts)
     assert "each warpgroup has its own; 100 % of the rows" in facts["tile"]
-    assert facts["shared memory"].endswith("all weights, for each warpgroup 2 of x")
+    assert facts["shared memory"].endswith("all weights, 2 of x for each warpgroup")
 
 
 def test_weights_lie_where_steps_find_them() -> None:
