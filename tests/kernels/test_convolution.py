@@ -623,3 +623,15 @@ def test_channels_that_cannot_be_halved(columns: int, stride: Extents) -> None:
     """Tiles have multiples of eight channels, sixteen at least."""
     made = more_tiles(Layer(64, columns, 1, (3, 3, 3), stride, ONE, ONE), 1, (15, 15, 15))
     assert made.columns % 8 == 0 and made.columns >= 16 and made.column_tiles * made.columns >= columns
+
+
+def test_of_equal_tiles_that_of_fewer_planes() -> None:
+    """Its rows are longer, or neighbours: InstanceNorm's convolution took 343 us in place of 360 on an H100."""
+    layer = Layer(64, 32, 1, (2, 2, 2), (2, 2, 2), (0, 0, 0), ONE)
+    made = specialise(layer, pooled=False, contiguous=True, finite=True, stored=(128, 128, 128))
+    found = tile(made, (64, 64, 64), 128)
+    same = [
+        t for t in tilings(made, (64, 64, 64), linear=False)
+        if (math.prod(t.counts), math.prod(t.region)) == (math.prod(found.counts), math.prod(found.region))
+    ]  # fmt: skip
+    assert found.tile[0] == min(t.tile[0] for t in same) < max(t.tile[0] for t in same)
