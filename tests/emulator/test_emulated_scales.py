@@ -140,3 +140,14 @@ def test_what_is_broken_shows(why: str) -> None:
 def test_extremes_that_nothing_looks_for_show(text: str, instead: str, scale: float, size: float) -> None:
     with device.broken("conv_direct.cuh", text, instead), pytest.raises(AssertionError):
         extremes(scale, size)
+
+
+@pytest.mark.parametrize("tap", [(0, 0, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1)])
+def test_the_largest_weight_is_found_wherever_it_is(tap: tuple[int, int, int]) -> None:
+    """Four taps are read at once: one that were left out would overflow when it is scaled as the others are."""
+    torch.manual_seed(0)
+    module = nn.ConvTranspose3d(16, 8, 2, 2)
+    with torch.no_grad():
+        module.weight.mul_(1e-3)[(slice(None), slice(None), *tap)] = 1e3
+    got, expected, _ = run_prepared(nn.Sequential(module, nn.ReLU()).eval(), torch.randn(2, 16, 4, 6, 8))
+    assert_near(got, expected, LIMIT[F32])

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxfuse.kernels import convolution, tiles
 from fxfuse.kernels import specialise as specialising
-from fxfuse.kernels import tiles
 from fxfuse.kernels.adapted import may_pingpong, with_more_room, with_more_rows, with_more_tiles
 from fxfuse.kernels.convolution import (
     CONSUMERS,
@@ -410,6 +410,10 @@ def test_runs_in_turn_are_worth_products_with_padding() -> None:
 
     few, many, chunks = made(5), made(7, 64), made(5, 80)
     assert few.turns and few.slabs == 1
+    some = made(5, 32)  # of which products with padding would be told apart, if it were not for runs
+    with mock.patch.object(convolution, "RUN_CYCLES", convolution.TURN_CYCLES):
+        assert dataclasses.replace(some).slabs > 1
+    assert some.turns and some.slabs == 1
     assert not many.turns and many.slabs > 1 and many.resident
     assert not chunks.turns and not made(5, exact=True).turns
     assert not dataclasses.replace(few, m_tiles=1).turns
