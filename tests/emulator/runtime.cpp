@@ -146,20 +146,24 @@ void resume(int number) {
 }
 
 // --- mbarriers: arrivals of a phase, those that are missing, the phase, bytes that are missing ---------------
+// `unseen`: nobody has waited for the phase that ended last.
 struct Barrier {
-  uint64_t arrivals : 12, missing : 12, phase : 1, valid : 7;
+  uint64_t arrivals : 12, missing : 12, phase : 1, unseen : 1, valid : 6;
   int64_t bytes : 32;
 };
 static_assert(sizeof(Barrier) == 8);
 
 void settle(Barrier* b) {
-  if (b->missing == 0 && b->bytes == 0) b->phase ^= 1, b->missing = b->arrivals;
+  if (b->missing == 0 && b->bytes == 0) {
+    if (b->unseen) emulated_fail("a phase of a barrier ends, and nobody has waited for the one before");
+    b->phase ^= 1, b->missing = b->arrivals, b->unseen = 1;
+  }
   moved = true;
 }
 
 Barrier* barrier_at(uint64_t* at) {
   Barrier* b = (Barrier*)at;
-  if (b->valid != 0x55) emulated_fail("a barrier that was not initialised");
+  if (b->valid != 0x15) emulated_fail("a barrier that was not initialised");
   return b;
 }
 
@@ -312,7 +316,7 @@ void emulated_warp(const void* given, void* all, int size) {
 
 void emulated_barrier_init(uint64_t* at, int arrivals) {
   Barrier b = {};
-  b.arrivals = b.missing = arrivals, b.valid = 0x55;
+  b.arrivals = b.missing = arrivals, b.valid = 0x15;
   memcpy(at, &b, 8);
 }
 
@@ -327,11 +331,14 @@ void emulated_barrier_arrive(uint64_t* at, int bytes) {
 void emulated_barrier_wait(uint64_t* at, int parity) {
   Barrier* b = barrier_at(at);
   wait_until("an mbarrier", [&] { return (int)b->phase != parity; });
+  b->unseen = 0;
 }
 
 int emulated_barrier_ready(uint64_t* at, int parity) {
   if (chance() % 2) take_turns();
-  return (int)barrier_at(at)->phase != parity;
+  Barrier* b = barrier_at(at);
+  if ((int)b->phase != parity) b->unseen = 0;
+  return (int)b->phase != parity;
 }
 
 void emulated_copy(void* to, const void* from, int bytes, uint64_t* barrier) {

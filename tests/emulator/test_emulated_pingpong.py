@@ -76,3 +76,20 @@ def test_what_is_broken_shows(why: str) -> None:
 def _some(name: str) -> None:
     for dtype in (F16, F32):
         check(name, dtype)
+
+
+@pytest.mark.defective
+@pytest.mark.parametrize(
+    ("text", "instead", "why"),
+    [
+        ("lane == 0 && awaited-- > 0", "lane == 0", "nobody has waited for the one before"),
+        ("awaited = left - team;", "awaited = left - 1;", "nothing goes on"),
+    ],
+    ids=["told and not waited for", "waited for and not told"],
+)
+def test_as_many_turns_are_told_as_are_waited_for(
+    text: str, instead: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with device.broken(COPIES, text, instead), pytest.raises(ValueError, match="not enough values"):  # nothing ran
+        _some("runs of classes")
+    assert why in caplog.text

@@ -34,15 +34,17 @@ struct Common {
   }
 };
 
-// A team's turns to multiply: the first team begins, then each waits for the other's last one, as long as that has any.
+// A team's turns to multiply: the first team begins, then each waits for the other's last one, as long as that has any,
+// and tells of its own as long as the other one waits for them.
 template <class Problem>
 struct Turn {
   Common<Problem>& common;
-  int team, left, phase = 0;  // `left`: turns that the other team will have
+  int team, left, awaited, phase = 0;  // turns that the other team will have; of its own those that are waited for
   bool first;
   FXFUSE_INLINE Turn(const Geometry& g, Common<Problem>& common, int team) : common(common), team(team), first(team == 0) {
     const int step = kTeams<Problem> * (int)gridDim.x;
     left = Problem::pingpong ? (g.tiles - first_tile(team ^ 1) + step - 1) / step * Problem::passes : 0;
+    awaited = left - team;  // the first team does not wait for its first turn
   }
   FXFUSE_INLINE void begin() {
     if (!first && left > 0) barrier_wait(&common.done[team ^ 1], phase), phase ^= 1, --left;
@@ -50,7 +52,7 @@ struct Turn {
   }
   FXFUSE_INLINE void end(int lane) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&common.done[team]);
+    if (lane == 0 && awaited-- > 0) barrier_arrive(&common.done[team]);
   }
 };
 
