@@ -32,7 +32,9 @@ def first_report() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
+    "ahead": results.ahead,
     "calls": results.calls,
+    "clocks": results.clocks,
     "counters": results.counters,
     "left_out": results.left_out,
     "orientation": results.orientation,
@@ -51,6 +53,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "rules": source.rules,
     "spellings": source.spellings,
     "times_chains": lambda: results.times("h100_chains"),
+    "times_chains_ieee": lambda: results.times("h100_chains_ieee"),
     "times_chains_float16": lambda: results.times("h100_chains_float16"),
     "times_float16": lambda: results.times("h100_float16"),
     "times_float32": lambda: results.times("h100_float32"),

@@ -214,6 +214,30 @@ def steps() -> str:
     return f"{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def clocks() -> str:
+    """What the GPU's power limit leaves of its clock while calls are queued."""
+    data = json.loads((RESULTS / "h100_clocks.json").read_text())
+    most = data["machine"]["most_mhz"]
+    body = [
+        [TITLES[r["model"]], r["dtype"], f"{r['us']}", f"{r['least_mhz']} of {most}", f"{r['watts']}"]
+        for r in sorted(data["rows"], key=lambda r: r["least_mhz"])
+        if r["power_cap"]
+    ]
+    made = table(["forward", "dtype", "call, us", "least clock, MHz", "most watts"], body)
+    return f"{made}\n\n*{measured_on(data['machine'])}.*"
+
+
+def ahead() -> str:
+    """Calls in which some thread blocks make rows of x while the others multiply, and those where rows come first."""
+    data = json.loads((RESULTS / "h100_ahead.json").read_text())
+    body = [
+        [TITLES[r["model"]], r["dtype"], *map(str, (*r["before"].values(), r["blocks"], *r["after"].values()))]
+        for r in data["rows"]
+    ]
+    head = ["forward", "dtype", "rows first: call, us", "convolution", "blocks that make rows", "call, us", "convolution"]
+    return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
+
+
 def calls() -> str:
     """Calls, and the convolution kernels in them, before and after results went out by bulk copies."""
     data = json.loads((RESULTS / "h100_calls.json").read_text())
