@@ -234,7 +234,15 @@ def ahead() -> str:
         [TITLES[r["model"]], r["dtype"], *map(str, (*r["before"].values(), r["blocks"], *r["after"].values()))]
         for r in data["rows"]
     ]
-    head = ["forward", "dtype", "rows first: call, us", "convolution", "blocks that make rows", "call, us", "convolution"]
+    head = [
+        "forward",
+        "dtype",
+        "rows first: call, us",
+        "convolution",
+        "blocks that make rows",
+        "call, us",
+        "convolution",
+    ]
     return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
 
 
