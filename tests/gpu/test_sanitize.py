@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sanitize
 import torch
 
+from fxfuse.instr import TensorType
 from fxfuse.kernels import running
 from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.emit_bundle import emit_bundle
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
 from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.observe import examples, observe
 from fxfuse.kernels.reductions import Fold, Window
+from fxfuse.program import Program
 
 
 def test_every_kernel_is_named() -> None:
@@ -24,8 +32,16 @@ def test_every_kernel_is_named() -> None:
     three, one = (3, 3, 3), (1, 1, 1)
     layer, f32 = Layer(8, 8, 1, three, one, (0, 0, 0), one), torch.float32
     both = ("contiguous", "contiguous")
+    convolution = Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True))
+    watched = dataclasses.replace(convolution, made=dataclasses.replace(convolution.made, watched=True))
+    _, bundle = Program.parse("def chain(a: f32[8], b: f32[8]):\n    c = add(a, b)\n    d = mul(c, a)\n    return d\n")
+    values = observe(bundle, examples(bundle))
+    types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
     texts = [
-        Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True)).source(),
+        convolution.source(),
+        watched.source(),
+        Correlation.of(dataclasses.replace(layer, in_channels=1), f32, f32, f32).source(),
+        emit_bundle(bundle, types, {n: t.stride() for n, t in values.items()}).text,
         emit_map("f32", "f32", "contiguous", None),
         emit_pool("f32", "f32", both, None, Window("Sum", three, three, (0, 0, 0), one), None),
         emit_fold("f32", "f32", both, None, Fold("Sum", 8), None),
@@ -68,10 +84,32 @@ def test_commands(tool: str) -> None:
 @pytest.mark.parametrize(("statuses", "left"), [([1], "the chains themselves"), ([0, 99], "memcheck"), ([0, 0], None)])
 def test_what_fails_is_named(statuses: list[int], left: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a tool first; what fails so is not run under one."""
-    given = iter(statuses)
+    given, words = iter(statuses), list[list[str]]()
     monkeypatch.setattr("sys.argv", ["sanitize.py", "--tools", "memcheck", "--sanitizer", "compute-sanitizer"])
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Done", (), {"returncode": next(given)}))
+
+    def ran(command: list[str], **_: object) -> SimpleNamespace:
+        words.append(command)
+        return SimpleNamespace(returncode=next(given))
+
+    monkeypatch.setattr("subprocess.run", ran)
     with pytest.raises(SystemExit) as ended:
         sanitize.main()
     assert ended.value.code == (f"failed: {left}" if left else 0)
     assert next(given, None) is None
+    assert all(w[w.index("--part") :] == ["--part", "0", "--jobs", "1"] for w in words)
+
+
+def test_parts_have_all_chains_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = list[int]()
+    monkeypatch.setattr(sanitize, "_each", lambda _: ((str(i), functools.partial(ran.append, i)) for i in range(10)))
+    for part in range(3):
+        sanitize.run("cpu", part=part, parts=3)
+    assert sorted(ran) == list(range(10)) and ran[:4] == [0, 3, 6, 9]
+
+
+def test_one_failure_of_several_jobs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ran(command: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=int("--part 2" in " ".join(command)))
+
+    monkeypatch.setattr("subprocess.run", ran)
+    assert sanitize._statuses(["command"], 4) == [0, 0, 1, 0]
