@@ -34,7 +34,7 @@ import torch
 from drawn import Drawn, draw
 from emulator.device import emulated
 from emulator.graphs import graphs_of
-from orientation import sets_always
+from orientation import pingpong_always, sets_always
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
@@ -107,7 +107,10 @@ def run(seed: int, device: str) -> Outcome:
 
 
 def _kernels(drawn: Drawn, seed: int) -> contextlib.AbstractContextManager[None]:
-    return kernels_always(drawn.anchored, twice=seed % 2 == 1, spread=seed % 3 == 1, sets=seed % 4 == 2)
+    quarter = seed % 4
+    return kernels_always(
+        drawn.anchored, twice=seed % 2 == 1, spread=seed % 3 == 1, sets=quarter == 2, pingpong=quarter in (0, 3)
+    )
 
 
 @contextlib.contextmanager
@@ -284,12 +287,18 @@ def _plans(drawn: Drawn, device: str) -> Iterator[list[Schedule]]:
 # --- switches -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def kernels_always(
-    anchored: bool = True, *, twice: bool = False, any_size: bool = True, spread: bool = False, sets: bool = False
+    anchored: bool = True,
+    *,
+    twice: bool = False,
+    any_size: bool = True,
+    spread: bool = False,
+    sets: bool = False,
+    pingpong: bool = False,
 ) -> Iterator[None]:
     """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``, or once
     behind statistics from products of its input where there are such. ``any_size``: behind it, on the smallest values.
     ``spread``: small layers have tiles for all of a GPU, and not those of large layers. ``sets``: samples lie side by
-    side wherever they may.
+    side wherever they may; ``pingpong``: and each warpgroup has tiles of its own.
     """
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
@@ -304,6 +313,8 @@ def kernels_always(
         stack.callback(Convolution.of.cache_clear)
         if sets:
             stack.enter_context(sets_always())
+        if pingpong:
+            stack.enter_context(pingpong_always())
         for part in ("WORTH_TWICE", "HOPELESS") if twice else ():
             stack.enter_context(mock.patch.object(execute, part, math.inf))
         if twice:
