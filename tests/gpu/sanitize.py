@@ -24,7 +24,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
+
+if TYPE_CHECKING:
+    from fxfuse.kernels.convolution import Specialisation
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -92,7 +96,7 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from orientation import pingpong_always, sets_always
 
-    from fxfuse.kernels import planar
+    from fxfuse.kernels import execute, planar
 
     def twice(kind: str, way: str, *shape: int) -> None:
         case = test_limits.Case.of(kind, way)
@@ -103,13 +107,21 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
             x[1, 3, 2, 1, 2], x[2, 0, 0, 0, 0] = 1e30, float("nan")
             case.fast(x)
 
+    def kernel() -> Specialisation:
+        """The convolution's: nothing else was prepared."""
+        (made,) = (p for p in execute._prepared.values() if p is not None)
+        assert made.convolution is not None
+        return made.convolution.made
+
     def teams(kind: str, way: str) -> None:
-        with pingpong_always():
+        with place.kernels_always(), pingpong_always():
             twice(kind, way)
+            assert kernel().pingpong
 
     def side_by_side(way: str) -> None:
-        with sets_always():
+        with place.kernels_always(), sets_always():
             twice("stored", way, 16, 32, 3, 4, 5)
+            assert kernel().samples > 1
 
     def as_it_lies(name: str) -> None:
         with place.kernels_always(), mock.patch.object(planar, "WORTH_IT", 0.0):
@@ -137,7 +149,8 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for name in ("alone", "a mean of many", "a maximum", "softmax", "statistics"):
         yield f"{name}, x as it lies", functools.partial(as_it_lies, name)
     for name, last in itertools.product(("a mean of sums", "holes", "statistics"), (False, True)):
-        yield f"{name}, rows of several positions, {last}", functools.partial(beside, name, last)
+        lies = "channels last" if last else "contiguous"
+        yield f"{name}, rows of several positions, {lies}", functools.partial(beside, name, last)
     for channels in (1, 17):
         yield f"moments of {channels} channels from products of x", functools.partial(correlated, channels)
     for store in test_limits.STORES:

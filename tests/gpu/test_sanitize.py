@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import sanitize
 import torch
+from emulator.device import needs_compiler
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels import running
@@ -113,3 +114,24 @@ def test_one_failure_of_several_jobs_is_one(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("subprocess.run", ran)
     assert sanitize._statuses(["command"], 4) == [0, 0, 1, 0]
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the script itself runs them on a GPU")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "maximum, tf32, each warpgroup has tiles",
+        "softmax, float16 last, each warpgroup has tiles",
+        "batch, tf32, each warpgroup has tiles",
+        "stored, tf32, samples side by side",
+        "a mean of many, x as it lies",
+        "holes, rows of several positions, contiguous",
+        "moments of 17 channels from products of x",
+    ],
+)
+def test_chains_run_the_kernels_that_they_are_for(name: str) -> None:
+    """On the emulated GPU; each of them asserts which."""
+    pytest.importorskip("cuda.bindings")
+    with torch.no_grad():
+        dict(sanitize._each("cpu"))[name]()
