@@ -11,10 +11,12 @@ import dataclasses
 import enum
 import functools
 import itertools
+import math
 from collections import Counter
 
 from fxfuse.kernels.factors import factor_bytes, factor_cycles
 from fxfuse.kernels.geometry import Pass, Step
+from fxfuse.kernels.instructions import ROWS, WINDOW, cycles, cycles_by_channel, window
 from fxfuse.kernels.layer import Layer
 
 #: shared memory of a thread block on sm_90
@@ -30,13 +32,13 @@ OUTBOX_BYTES, MOST_BLOCKS, GATHERED = 19000, 8, 4 + 2 * 128 * 2
 MOST_WAITING = 40960
 #: runs of neighbours in memory that the part of a tile of one warpgroup may have
 MOST_RUNS = 64
-#: rows of a matrix instruction, and how many such tiles of rows a thread block has at most
-ROWS, MOST_TILES = 64, 16
+#: tiles of rows, as a matrix instruction has, of a thread block at most
+MOST_TILES = 16
 #: of results whose matrix rows are channels: elements of a channel that a warp has in shared memory at once, and floats
 #: from one such line to the next, which leaves the banks apart
 LINE, LINE_PITCH = 64, 156
-#: products that the matrix units may add up by themselves where float32's accuracy is wanted: they truncate
-PROMOTE_EVERY = 128
+#: sums of a thread beside which there is room for the accumulators of two windows
+MOST_BESIDE_TWO = 96
 #: bytes along w, of a multiple of which a copy of planes begins and ends
 PLANE_UNIT = 16
 #: slabs of x along d that may be told apart; planes of positions of which that should pay, and what part of the time of
@@ -66,10 +68,10 @@ class Shared(enum.Enum):
 class Specialisation:
     """What is compiled into a convolution kernel.
 
-    ``chunk``: input channels per row of shared memory; ``columns``: output channels per residue class and
-    thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``: buffers in
-    shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``: the only
-    class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are output
+    ``chunk``: 16-bit numbers per row of shared memory, ``parts`` for each input channel; ``columns``: output channels
+    per residue class and thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``:
+    buffers in shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``:
+    the only class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are output
     channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
     ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
     `direct`, as those of float32 always are.
@@ -128,7 +130,12 @@ class Specialisation:
     @functools.cached_property
     def padded_channels(self) -> int:
         """Input channels per group in rows of shared memory."""
-        return -(-self.layer.in_channels // self.chunk) * self.chunk
+        return -(-self.layer.in_channels // self.chunk_channels) * self.chunk_channels
+
+    @property
+    def chunk_channels(self) -> int:
+        """Input channels of a row of shared memory."""
+        return self.chunk // self.parts
 
     @property
     def row_bytes(self) -> int:
@@ -137,8 +144,19 @@ class Specialisation:
 
     @property
     def chunks(self) -> int:
-        """Chunks of channels that are multiplied: of two parts each, all products but low times low."""
-        return self.padded_channels // self.chunk * (3 if self.exact else 1)
+        """Rows of shared memory that hold all input channels of a position."""
+        return self.padded_channels // self.chunk_channels
+
+    @property
+    def products_of_parts(self) -> int:
+        """Products per multiply-add: of two parts each, all but low times low."""
+        return 3 if self.exact else 1
+
+    def window(self, count: int) -> int:
+        """Columns of the instructions that multiply a run of ``count`` classes where float32's accuracy is wanted."""
+        if self.by_channel:
+            return min(self.m_tiles * ROWS, 2 * WINDOW)
+        return window(count * self.columns)
 
     @property
     def resident(self) -> bool:
@@ -288,12 +306,13 @@ class Specialisation:
         """Clock cycles that the matrix units of a multiprocessor need for all taps of 64 rows."""
         if self.planar:
             return factor_cycles(self.passes, self.chunk, self.columns)
-        return self._cycles(self.passes) * (self.chunks * self.chunk // 16)
+        return self._cycles(self.passes) * (self.padded_channels * self.products_of_parts // 16)
 
     def _cycles(self, passes: tuple[Pass, ...]) -> float:
         if self.by_channel:
-            return cycles_by_channel(passes, self.columns, self.m_tiles * ROWS)
-        return cycles(passes, self.columns)
+            positions = self.window(1) if self.exact else self.m_tiles * ROWS
+            return cycles_by_channel(passes, self.columns, positions, exact=self.exact)
+        return cycles(passes, self.columns, exact=self.exact)
 
     @property
     def products(self) -> int:
@@ -321,7 +340,7 @@ class Specialisation:
 
     def shared(self, first: Specialisation) -> Shared:
         """What of a ``first`` kernel's rows and packed weights this one reads, too, where both are given the same."""
-        how = ("layer", "exact", "padded_channels", "watched", "planar")
+        how = ("layer", "exact", "padded_channels", "watched", "planar", *(("chunk",) if self.exact else ()))
         if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
@@ -408,21 +427,42 @@ class Specialisation:
             most = factor_bytes(self.passes, self.chunk, self.columns)
         return -(-most // 1024) * 1024
 
+    @functools.cached_property
+    def together(self) -> int:
+        """Steps of a stage, one, two or four, whose products are made together where float32's accuracy is wanted, and
+        then added to sums. One where each of several runs would have instructions for that, and too many registers.
+        """
+        if not self.exact or self.windows == 1 or len(self.runs) > 1:
+            return 1
+        steps = max((len(same) for p in self.passes for same in self._alike(p.steps, 1)), default=1)
+        room = min(STAGE_BYTES // max((self.step_bytes(s) for p in self.passes for s in p.steps), default=1), steps)
+        return 4 if room > 3 else 2 if room > 1 else 1
+
+    @property
+    def windows(self) -> int:
+        """Instructions whose accumulators there is room for beside the sums."""
+        return 2 if math.prod(self.accumulators) <= MOST_BESIDE_TWO else 1
+
     def batches(self, steps: tuple[Step, ...]) -> list[list[Step]]:
         """Steps that share a stage: neighbours of the same run and slab, about as many in each."""
         return self._batches(steps, self.slabs)
 
     def _batches(self, steps: tuple[Step, ...], slabs: int) -> list[list[Step]]:
         found: list[list[Step]] = []
-        for _, group in itertools.groupby(steps, lambda s: (s.first, s.count, s.delta[0] if slabs > 1 else 0)):
-            same = [*group]
+        for same in self._alike(steps, slabs):
             room = len(same) if self.pingpong else STAGE_BYTES // self.step_bytes(same[0])
-            if self.exact:
-                room = min(room, -(-PROMOTE_EVERY // self.chunk))
-            count = -(-len(same) // room)
-            cuts = [i * len(same) // count for i in range(count + 1)]
+            each = self.together  # a stage has so many steps, or a multiple of that
+            units = -(-len(same) // each)
+            count = -(-units // max(room // each, 1))
+            cuts = [min(i * units // count * each, len(same)) for i in range(count + 1)]
             found += [same[a:b] for a, b in itertools.pairwise(cuts)]
         return found
+
+    @staticmethod
+    def _alike(steps: tuple[Step, ...], slabs: int) -> list[list[Step]]:
+        """Steps of the same run and slab."""
+        groups = itertools.groupby(steps, lambda s: (s.first, s.count, s.delta[0] if slabs > 1 else 0))
+        return [[*group] for _, group in groups]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -430,14 +470,3 @@ def _not_padding(parts: tuple[float, ...], low: int, depth: int, planes: int, ea
     """Of products of which slabs have these ``parts``, the first one at ``low``, the part that reads planes of x."""
     tiles = range(low, low + planes, each)
     return sum(part for first in tiles for d, part in enumerate(parts) if -each < first + d < depth) / len(tiles)
-
-
-def cycles(passes: tuple[Pass, ...], columns: int) -> float:
-    """Relative time of the instructions: below 64 columns they wait for shared memory."""
-    return sum(max(s.count * columns / 2, 1.2 * (16 + s.count * columns / 4)) for p in passes for s in p.steps)
-
-
-def cycles_by_channel(passes: tuple[Pass, ...], columns: int, positions: int) -> float:
-    """The same where the rows are channels, for 64 of an instruction's ``positions``."""
-    each = max(ROWS / 2, 1.2 * (16 + 16 * ROWS / positions))
-    return sum(-(-s.count * columns // ROWS) * each for p in passes for s in p.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fxfuse.kernels import emit_planar
 from fxfuse.kernels.convolution import ROWS, Specialisation
@@ -55,7 +55,7 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         '#include "prepare.cuh"',
         '#include "rows_beside.cuh"',
         epilogue.code,
-        *(() if made.planar else (_wgmma(columns, operand) for columns in _instructions(made))),
+        *(() if made.planar else _wgmma_functions(made, operand)),
         _residues(made),
         *(emit_planar.tables(made) if made.planar else _tables(made)),
         _problem(made, dtype, output, epilogue, store),
@@ -65,19 +65,34 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
 
 def _instructions(made: Specialisation) -> list[int]:
     """Columns of the matrix instructions."""
+    if made.exact:
+        return sorted({made.window(count) for _, count in made.runs})
     return [made.m_tiles * ROWS] if made.by_channel else sorted({count * made.columns for _, count in made.runs})
 
 
-def _wgmma(columns: int, operand: str) -> str:
-    """The instruction m64nNk16: accumulators ``a[offset ...]``, descriptors of both operands, its rows' first."""
+def _wgmma(columns: int, operand: str, adds: int = 1, name: str = "wgmma") -> str:
+    """The instruction m64nNk16: accumulators ``a[offset ...]``, descriptors of both operands, its rows' first.
+
+    ``adds``: 1 where it adds to what accumulators hold, 0 where it begins anew.
+    """
     count = columns // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(a[o + {i}])' for i in range(count))
     return (
-        f"template <int o, int size> FXFUSE_INLINE void wgmma_n{columns}(float (&a)[size], uint64_t x, uint64_t y) {{\n"
+        f"template <int o, int size> "
+        f"FXFUSE_INLINE void {name}_n{columns}(float (&a)[size], uint64_t x, uint64_t y) {{\n"
         f'  asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} {{{registers}}}, '
-        f'%{count}, %{count + 1}, 1, 1, 1, 0, 0;" : {outputs} : "l"(x), "l"(y));\n}}'
+        f'%{count}, %{count + 1}, {adds}, 1, 1, 0, 0;" : {outputs} : "l"(x), "l"(y));\n}}'
     )
+
+
+def _wgmma_functions(made: Specialisation, operand: str) -> Iterator[str]:
+    for columns in _instructions(made):
+        if made.exact:
+            yield _wgmma(columns, operand, 0, "wgmma_new")
+            yield _wgmma(columns, operand, 1, "wgmma_more")
+        else:
+            yield _wgmma(columns, operand)
 
 
 def _residues(made: Specialisation) -> str:
@@ -106,6 +121,7 @@ def _tables(made: Specialisation) -> list[str]:
             for i, step in enumerate(batch):
                 d, h, w = (a - b for a, b in zip(step.delta, low, strict=True))
                 last = int(i == len(batch) - 1) + 2 * (number == ends[step.first, step.count])
+                last += 4 * (made.together == 4 and i % 4 == 0 and i + 4 <= len(batch))
                 steps.append(f"{{{d}, {h}, {w}, {last}, {inside // 16}, {size // 16 if i == 0 else 0}}}")
                 number += 1
                 inside += made.step_bytes(step)
@@ -238,17 +254,9 @@ using Direct = {direct};"""
 
 def _members(made: Specialisation) -> str:
     """Of ``Problem``, what warpgroup instructions multiply: see ``conv_wgmma.cuh`` and ``prepare.cuh``."""
-    half = made.columns // 2
-    if made.by_channel:
-        instructions = f"    wgmma_n{made.m_tiles * ROWS}<0>(acc, x, y);"
-    else:
-        ways = [
-            f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {half}>(acc, x, y);"
-            for c in sorted({c for _, c in made.runs})
-        ]
-        instructions = "    " + "\n    else ".join(ways)
     constants = {
         "chunk": made.chunk,
+        "chunk_channels": made.chunk_channels,
         "offsets": len(made.layer.offsets),
         "runs": len(made.runs),
         "chunk_weights": made.weight_bytes // made.chunks // 16 if made.pingpong else 0,
@@ -269,16 +277,47 @@ def _members(made: Specialisation) -> str:
   static FXFUSE_INLINE fxfuse::Packed place(int i) {{ return kPacked[i]; }}
   static FXFUSE_INLINE fxfuse::Taps taps(int place, int offset) {{ return kTaps[place * offsets + offset]; }}
   static FXFUSE_INLINE int tap(int i) {{ return kTap[i]; }}
-  template <int first, int count, int size>
-  static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
-{instructions}
-  }}
+{_windows(made) if made.exact else _wgmmas(made)}
   static __device__ constexpr int run_first(int r) {{
     constexpr int values[] = {_list([f for f, _ in made.runs])};
     return values[r];
   }}
   static __device__ constexpr int run_count(int r) {{
     constexpr int values[] = {_list([c for _, c in made.runs])};
+    return values[r];
+  }}"""
+
+
+def _wgmmas(made: Specialisation) -> str:
+    """The instruction for a run of classes: see ``conv_wgmma.cuh``."""
+    if made.by_channel:
+        instructions = f"wgmma_n{made.m_tiles * ROWS}<0>(acc, x, y);"
+    else:
+        ways = [
+            f"if constexpr (count == {c}) wgmma_n{c * made.columns}<first * {made.columns // 2}>(acc, x, y);"
+            for c in sorted({c for _, c in made.runs})
+        ]
+        instructions = "\n    else ".join(ways)
+    return f"""  template <int first, int count, int size>
+  static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
+    {instructions}
+  }}"""
+
+
+def _windows(made: Specialisation) -> str:
+    """The instructions for a window, and how wide those of a run are: see ``conv_windows.cuh``."""
+    ways = "\n    else ".join(
+        f"if constexpr (width == {n} && {'!' if name == 'more' else ''}anew) wgmma_{name}_n{n}<0>(acc, x, y);"
+        for n in _instructions(made)
+        for name in ("new", "more")
+    )
+    return f"""  static constexpr int together = {made.together}, windows = {made.windows};
+  template <int width, bool anew, int size>
+  static FXFUSE_INLINE void wgmma(float (&acc)[size], uint64_t x, uint64_t y) {{
+    {ways}
+  }}
+  static __device__ constexpr int window(int r) {{
+    constexpr int values[] = {_list([made.window(count) for _, count in made.runs])};
     return values[r];
   }}"""
 

@@ -16,9 +16,9 @@ from fxfuse.kernels.convolution import (
     TURN_CYCLES,
     Specialisation,
     Unsupported,
-    cycles,
 )
 from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
+from fxfuse.kernels.instructions import cycles
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.tiles import Extents, best_fit
 from fxfuse.kernels.tiling import (
@@ -52,6 +52,7 @@ class _Classes:
 
     layer: Layer
     merged: bool
+    exact: bool
 
     @property
     def stride(self) -> Extents:
@@ -69,7 +70,7 @@ class _Classes:
         if self.merged:
             one = sum_of(self.layer.residues)
             return (Pass((one,), steps_of_sum(one, added=finite)),)
-        return _passes(self.layer, stack, columns, finite, running)
+        return _passes(self, stack, columns, finite, running)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,16 +107,17 @@ def _kernels(
     merged = summed
 
     def accumulators(merged: bool) -> tuple[int, tuple[Pass, ...]]:
-        classes, running = _Classes(layer, merged), pooled and not merged
+        classes, running = _Classes(layer, merged, exact), pooled and not merged
         if folded:
-            return _holding(classes, running=running, exact=exact, before=before, rows=rows, finite=finite)
+            return _holding(classes, running=running, before=before, rows=rows, finite=finite)
         return _stacked(classes, running=running, anywhere=sectors and not running, finite=finite)
 
     columns, passes = accumulators(merged)
     if merged and not finite:  # no weights are added: the same products, of narrower instructions
         with contextlib.suppress(Unsupported):
             other = accumulators(False)
-            if _pool_cycles(layer, *other, merged=False) < _pool_cycles(layer, columns, passes, merged=True):
+            of = functools.partial(_pool_cycles, layer, exact=exact)
+            if of(*other, merged=False) < of(columns, passes, merged=True):
                 merged, (columns, passes) = False, other
     stack = max(len(p.residues) for p in passes)
     # a store has one bit for every row of a thread and residue class
@@ -123,12 +125,13 @@ def _kernels(
         m
         for m in (4, 2, 1)
         if m * 2 * stack <= 32
-        and m * stack * columns <= (128 if exact else 256)
         and not (pooled and not merged and m * columns > (64 if before else 128))
+        and m * stack * columns <= (128 if exact and folded and m > 1 else 256)
+        and not (exact and pooled and not merged and m * (stack + 1) * columns > 256)  # beside windows
     ]
     made = [
         Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, pooled, exact, one, merged)
-        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels))
+        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels, exact))
         if m_tiles < 4 or x_buffers > 1  # two tiles of half the size hide each other's copies
         if stack * columns * chunk * 2 <= STAGE_BYTES
     ]
@@ -141,16 +144,17 @@ def kernels_of_sets(usual: Specialisation, finite: bool) -> tuple[Specialisation
 
     ``finite``: as of :func:`specialise`.
     """
-    layer, classes = usual.layer, _Classes(usual.layer, False)
-    width, most = max(8, -(-layer.out_channels // 8) * 8), 128 if usual.exact else 256
+    layer, classes = usual.layer, _Classes(usual.layer, False, usual.exact)
+    memory = _memory(layer.in_channels, usual.exact)
+    width = max(8, -(-layer.out_channels // 8) * 8)
     found = []
     for stack, columns in itertools.product(classes.stacks, {_columns(width, m) for m in (32, 64, 128, 256)}):
-        tiles = [m for m in (4, 2, 1) if m * stack * columns <= most and m * 2 * stack <= 32]
+        tiles = [m for m in (4, 2, 1) if m * stack * columns <= 256 and m * 2 * stack <= 32]
         if not tiles:
             continue
         passes = classes.passes(stack, columns, finite=finite)
         even = len({(len(p.steps), sum(s.count for s in p.steps)) for p in passes}) == 1
-        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), _memory(layer.in_channels)):
+        for m_tiles, stages, (chunk, x_buffers) in itertools.product(tiles, (4, 3), memory):
             if stack * columns * chunk * 2 > STAGE_BYTES:
                 continue
             made = dataclasses.replace(
@@ -233,7 +237,7 @@ def _by_channel(layer: Layer, *, exact: bool) -> _Kernels:
             continue
         found += [
             Specialisation(layer, chunk, columns, passes, m_tiles, stages, x_buffers, False, exact, by_channel=True)
-            for stages, (chunk, x_buffers) in itertools.product((4, 3), _memory(layer.in_channels))
+            for stages, (chunk, x_buffers) in itertools.product((4, 3), _memory(layer.in_channels, exact))
             if along * columns * chunk * 2 <= STAGE_BYTES
         ]
     return _Kernels(tuple(m for m in found if min(best_fit(m, extents) for extents in _TYPICAL) > 0))
@@ -252,9 +256,9 @@ def _chosen(kernels: _Kernels, stored: Extents | None, contiguous: bool, itemsiz
     return usual
 
 
-def _pool_cycles(layer: Layer, columns: int, passes: tuple[Pass, ...], *, merged: bool) -> float:
+def _pool_cycles(layer: Layer, columns: int, passes: tuple[Pass, ...], *, merged: bool, exact: bool) -> float:
     """Of a multiprocessor, for 64 positions and a group's channels: products, and a pool outside the matrix units."""
-    multiply = cycles(passes, columns) * -(-layer.in_channels // 16)
+    multiply = cycles(passes, columns, exact=exact) * -(-layer.in_channels // 16) * (3 if exact else 1)
     accumulators = 0 if merged else 64 * columns * len(layer.residues)
     return -(-layer.out_channels // columns) * max(multiply, multiply / CONSUMERS + accumulators * POOLED)
 
@@ -278,13 +282,14 @@ def _stacked(classes: _Classes, *, running: bool, anywhere: bool, finite: bool) 
             if stack * columns > 128:
                 continue
             passes = classes.passes(stack, columns, finite=finite, running=running)
-            multiply = _cycles_of(layer, columns, running, passes) * -(-width // columns)
+            multiply = _cycles_of(classes, columns, running, passes) * -(-width // columns)
             seconds = multiply * layer.in_channels / 16 / CLOCK
             if anywhere:
                 partial = 0.0 if stack % plane == 0 else PARTIAL_ROW if stack % stride[2] == 0 else 1.0
                 written = 64 * math.prod(stride) * width * 4
                 seconds += written / STORE_RATE * (1 + PARTIAL_SECTOR * partial)
-            choices.append((seconds, -stack, columns, passes))
+            # windows are as wide of few classes, which leave room for more rows
+            choices.append((seconds, stack if classes.exact else -stack, columns, passes))
     _, _, columns, passes = min(choices, key=lambda c: c[:3])
     return columns, passes
 
@@ -296,33 +301,33 @@ def check_holding(layer: Layer, *, pooled: bool, merged: bool, exact: bool, befo
     :func:`specialise`.
     """
     running = pooled and not merged
-    _holding(_Classes(layer, merged), running=running, exact=exact, before=before, rows=rows, finite=False)
+    _holding(_Classes(layer, merged, exact), running=running, before=before, rows=rows, finite=False)
 
 
 def _holding(
-    classes: _Classes, *, running: bool, exact: bool, before: bool, rows: bool, finite: bool
+    classes: _Classes, *, running: bool, before: bool, rows: bool, finite: bool
 ) -> tuple[int, tuple[Pass, ...]]:
     """Output channels and passes of a tile that holds all channels. Arguments as of :func:`check_holding`."""
     layer, stride = classes.layer, classes.stride
     columns = max(8, -(-layer.out_channels // 8) * 8)
-    most = (64 if before or exact else 128) if running else 128 if exact else 256
+    most = (64 if before or classes.exact else 128) if running else 256
     if layer.groups > 1:
         raise Unsupported(f"{layer.groups} groups of channels lie in as many tiles")
     if columns > most:
         raise Unsupported(f"{layer.out_channels} channels have more accumulators than a tile holds ({most} channels)")
     pairs = rows and not running and stride[2] == 2  # neighbours along w in one thread make a store of two
-    for wide in (128, 256)[: 1 if exact else 2]:  # half as wide an instruction leaves room for two tiles of rows
+    for wide in (128, 256):  # half as wide an instruction leaves room for two tiles of rows
         found = []
         for stack in classes.stacks:
             if stack * columns <= wide and not (pairs and stack % 2):
                 passes = classes.passes(stack, columns, finite=finite and not running)
-                found.append((cycles(passes, columns), -stack, passes))
+                found.append((cycles(passes, columns, exact=classes.exact), -stack, passes))
         if found:
             return columns, min(found, key=lambda f: f[:2])[2]
     raise Unsupported(f"{layer.out_channels} channels of two neighbours have more accumulators than a tile holds")
 
 
-def _passes(layer: Layer, stack: int, columns: int, finite: bool, running: bool) -> tuple[Pass, ...]:
+def _passes(classes: _Classes, stack: int, columns: int, finite: bool, running: bool) -> tuple[Pass, ...]:
     """Passes of ``stack`` residue classes, in an order in which instructions always begin at the first one.
 
     ptxas keeps the accumulators of one instruction in one place: runs that begin anywhere would be copied
@@ -330,8 +335,9 @@ def _passes(layer: Layer, stack: int, columns: int, finite: bool, running: bool)
     every class gets instructions of its own. Where little is stored, and x is finite, all classes of a pass are
     multiplied together if that takes less than waiting for each run.
     """
-    groups = [layer.residues[i : i + stack] for i in range(0, len(layer.residues), stack)]
-    time = functools.partial(_cycles_of, layer, columns, running)
+    every = classes.layer.residues
+    groups = [every[i : i + stack] for i in range(0, len(every), stack)]
+    time = functools.partial(_cycles_of, classes, columns, running)
     ways = []
     for order in _orders(groups, stack):
         ordered = [tuple(g[i] for i in order) for g in groups]
@@ -350,15 +356,18 @@ def _passes(layer: Layer, stack: int, columns: int, finite: bool, running: bool)
     return min([*ways, alone], key=time)
 
 
-def _cycles_of(layer: Layer, columns: int, running: bool, passes: tuple[Pass, ...]) -> float:
+def _cycles_of(classes: _Classes, columns: int, running: bool, passes: tuple[Pass, ...]) -> float:
     """Of instructions for 64 positions and 16 input channels; where little is stored, with their part of what runs wait
     for. Elsewhere stores take that time, too: groups of few channels took 476 us in one run, 449 in eight.
     """
-    chunk, _ = _memory(layer.in_channels)[0]
+    channels, exact = classes.layer.in_channels, classes.exact
+    chunk, _ = _memory(channels, exact)[0]
     runs = [{(s.first, s.count) for s in p.steps} for p in passes]
-    turns = chunk >= layer.in_channels and all(r == runs[0] for r in runs)
+    turns = not exact and chunk >= channels and all(r == runs[0] for r in runs)
     waits = sum(map(len, runs)) * (TURN_CYCLES if turns else RUN_CYCLES) if running else 0
-    return cycles(passes, columns) + waits / (CONSUMERS * USUAL_TILES * chunk // 16)
+    # of two parts of each number there are three products
+    together = chunk // 2 * 3 if exact else chunk
+    return cycles(passes, columns, exact=exact) + waits / (CONSUMERS * USUAL_TILES * together // 16)
 
 
 def _orders(groups: list[tuple[Residue, ...]], stack: int) -> list[tuple[int, ...]]:
@@ -378,10 +387,11 @@ def _columns(width: int, most: int) -> int:
     return min(range(8, min(width, most) + 1, 8), key=lambda c: (-(-width // c) * c + 8 * -(-width // c), -c))
 
 
-def _memory(channels: int) -> list[tuple[int, int]]:
+def _memory(channels: int, exact: bool) -> list[tuple[int, int]]:
     """(chunk, buffers of x)"""
-    padded = -(-channels // 16) * 16
-    return [(chunk, buffers) for chunk in (64, 32, 16) if padded % chunk == 0 for buffers in (2, 1)]
+    padded, parts = -(-channels // 16) * 16, 2 if exact else 1
+    chunks = (chunk for chunk in (64, 32, 16) if chunk // parts >= 16 and padded % (chunk // parts) == 0)
+    return [(chunk, buffers) for chunk in chunks for buffers in (2, 1)]
 
 
 def _usual_rate(made: Specialisation) -> float:
@@ -401,6 +411,8 @@ def _speed(made: Specialisation) -> float:
     if made.by_channel:  # of up to 256 columns each
         together = made.accumulators[0] * made.m_tiles * made.chunk // 16
     speed = {1: 0.7, 2: 0.85, 4: 0.97}.get(together, 1.0)
+    if made.exact and made.by_channel:  # a step has one wide window, with nothing on its way while that is added
+        speed *= 0.9
     speed *= (0.85 if made.m_tiles == 1 else 1.0) * (1.0 if made.stages > 3 else 0.97)
     if len(made.passes) > 1:  # x should stay
         waits = 0.96 if made.resident else 0.97

@@ -68,7 +68,7 @@ class EmulationError(RuntimeError):
 
 # --- sources ----------------------------------------------------------------------------------------
 _MATRIX = re.compile(
-    r"(void wgmma_n(\d+)\(float \(&a\)\[size\], uint64_t x, uint64_t y\) \{)"
+    r"(void wgmma_(?:(new|more)_)?n(\d+)\(float \(&a\)\[size\], uint64_t x, uint64_t y\) \{)"
     r'\s*asm volatile\("[^"]*\.f32\.(f16|bf16)\..*?\n\}',
     re.DOTALL,
 )
@@ -77,9 +77,14 @@ _DYNAMIC = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 _STATIC = re.compile(r"__shared__ ([^;]+?) (\w+)((?:\[[^;]*\])?);")
 
 
+def _matrix(found: re.Match[str]) -> str:
+    head, name, columns, kind = found.groups()
+    return f"{head}\n  emulated_wgmma(a + o, x, y, {columns}, {int(kind == 'bf16')}, {int(name == 'new')});\n}}"
+
+
 def translated(text: str) -> str:
     """CUDA C++ as the host's compiler takes it: shared memory and matrix instructions by calls of the runtime."""
-    text = _MATRIX.sub(lambda m: f"{m[1]}\n  emulated_wgmma(a + o, x, y, {m[2]}, {int(m[3] == 'bf16')});\n}}", text)
+    text = _MATRIX.sub(_matrix, text)
     text = _DYNAMIC.sub(r"\1* const \2 = emulated_dynamic();", text)
     return _STATIC.sub(
         r"struct Shared_\2 { \1 \2\3; }; static char of_\2; "

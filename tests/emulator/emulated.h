@@ -69,7 +69,7 @@ void emulated_store_group();
 void emulated_stored(int pending);
 void emulated_begin_dependent();
 int emulated_left_early();  // of the threads of the last run, those that have not called it
-void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat);
+void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat, int anew);
 void emulated_wgmma_commit();
 void emulated_wgmma_wait(int pending);
 }

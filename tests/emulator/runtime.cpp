@@ -65,7 +65,7 @@ struct Warp {
 
 struct Product {
   uint64_t x, y;
-  int columns, bfloat, threads;
+  int columns, bfloat, anew, threads;
   float* accumulators[kWarpgroup];
 };
 
@@ -256,7 +256,7 @@ void multiply(Warpgroup& group) {
       const int row = thread / 32 * 16 + (i / 2 & 1) * 8 + (thread & 31) / 4, column = i / 4 * 8 + (thread & 3) * 2 + (i & 1);
       float sum = 0;
       for (int k = 0; k < 16; ++k) sum += x[row][k] * y[column][k];
-      p.accumulators[thread][i] += sum;
+      p.accumulators[thread][i] = p.anew ? sum : p.accumulators[thread][i] + sum;
     }
 }
 
@@ -392,7 +392,7 @@ void emulated_stored(int pending) {
   for (size_t& at : f.sent) at -= end;
 }
 
-void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat) {
+void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, int bfloat, int anew) {
   Fiber& f = fibers[current];
   Warpgroup& group = warpgroups[current / kWarpgroup];
   for (const Issued& other : f.flying)  // each thread has half as many accumulators as the instruction has columns
@@ -400,9 +400,9 @@ void emulated_wgmma(float* accumulators, uint64_t x, uint64_t y, int columns, in
       emulated_fail("a product adds to what one of another shape, not waited for, adds to");
   f.flying.push_back({f.issued, accumulators, columns});
   const size_t at = f.issued++ - group.finished;
-  if (at == group.waiting.size()) group.waiting.push_back({x, y, columns, bfloat, 0, {}});
+  if (at == group.waiting.size()) group.waiting.push_back({x, y, columns, bfloat, anew, 0, {}});
   Product& p = group.waiting[at];
-  if (p.x != x || p.y != y || p.columns != columns) emulated_fail("threads of a warpgroup issue different products");
+  if (p.x != x || p.y != y || p.columns != columns || p.anew != anew) emulated_fail("threads of a warpgroup issue different products");
   p.accumulators[current % kWarpgroup] = accumulators;
   if (++p.threads == kWarpgroup && eager)
     while (!group.waiting.empty() && group.waiting.front().threads == kWarpgroup) multiply(group);

@@ -89,9 +89,12 @@ def products(made: Specialisation, tiling: Tiling, depth: int) -> tuple[int, int
     for first in range(0, tiling.counts[0] * tiling.tile[0], tiling.tile[0]):
         for step in (s for p in made.passes for s in p.steps):
             planes = range(first + step.delta[0], first + step.delta[0] + tiling.tile[0])
-            count = step.count * made.columns // 64 if made.by_channel else made.m_tiles
+            width, columns = made.window(step.count), step.count * made.columns
+            count = columns // 64 if made.by_channel else made.m_tiles
+            if made.exact:
+                count *= (made.m_tiles * 64 if made.by_channel else columns) // width
             wanted, every = wanted + any(0 <= plane < depth for plane in planes) * count, every + count
-    each = CONSUMERS * math.prod(tiling.counts[1:]) * made.chunks * made.chunk // 16
+    each = CONSUMERS * math.prod(tiling.counts[1:]) * made.padded_channels * made.products_of_parts // 16
     return wanted * each, every * each
 
 

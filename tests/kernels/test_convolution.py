@@ -25,13 +25,13 @@ from fxfuse.kernels.convolution import (
     MOST_BLOCKS,
     MOST_TILES,
     MOST_WAITING,
-    PROMOTE_EVERY,
     SHARED_BYTES,
     STAGE_BYTES,
     Specialisation,
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
+from fxfuse.kernels.instructions import WINDOW
 from fxfuse.kernels.layer import JOINED, Layer
 from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiles import (
@@ -183,9 +183,11 @@ def test_a_specialisation_holds_its_limits(
     assert sorted(taps) == sorted(t.index for r in layer.residues for t in r.taps)
     wide = made.columns * made.residues
     assert made.columns % 8 == 0 and wide <= 128
-    assert made.m_tiles * wide // 2 * (2 if exact else 1) <= 128  # accumulators, of 240 registers
+    assert made.m_tiles * wide // 2 <= 128  # accumulators, of 240 registers
+    assert not exact or windows_fit(made)
     assert made.m_tiles * 2 * made.residues <= 32
-    assert made.chunk in (16, 32, 64) and made.chunks * made.chunk >= layer.in_channels
+    assert made.chunk in ((32, 64) if exact else (16, 32, 64))
+    assert made.chunks * made.chunk_channels >= layer.in_channels
     for one in made.passes:
         batches = made.batches(one.steps)
         assert [s for b in batches for s in b] == list(one.steps)
@@ -194,10 +196,21 @@ def test_a_specialisation_holds_its_limits(
         for batch in batches:
             assert sum(map(made.step_bytes, batch)) <= made.stage_bytes <= STAGE_BYTES
             assert len({(s.first, s.count, s.delta[0] if made.slabs > 1 else 0) for s in batch}) == 1
-            assert not exact or len(batch) == 1 or len(batch) * made.chunk <= PROMOTE_EVERY + made.chunk
     used = made.stages * made.stage_bytes + made.x_buffers * made.region_bytes + made.staging_bytes + 1024
     assert used <= made.dynamic_bytes <= SHARED_BYTES - 512
     assert made.lines and (made.by_channel or made.least_blocks >= 2) and made.pitch % 8 == 0
+
+
+def windows_fit(made: Specialisation) -> bool:
+    """Of float32's own accuracy: the sums, what is added to them, and stages of whole steps that are made together."""
+    widths = [made.window(count) for _, count in made.runs]
+    assert all(count * made.columns % width == 0 for (_, count), width in zip(made.runs, widths, strict=True))
+    assert all(width % 8 == 0 and width <= WINDOW for width in widths)
+    assert math.prod(made.accumulators) + made.windows * max(widths) // 2 <= 160
+    assert made.together in (1, 2, 4) and (made.together == 1 or len(made.runs) == 1)
+    batches = [b for p in made.passes for b in made.batches(p.steps)[:-1]] if made.slabs == 1 else []
+    assert all(len(batch) % made.together == 0 for batch in batches)
+    return True
 
 
 @given(layers(channels=280), st.sampled_from(["", "pooled", "before", "summed"]), *[st.booleans()] * 4)
@@ -221,7 +234,8 @@ def test_one_tile_holds_all_channels_of_a_reduction(
     if not fits:
         return
     assert made.column_tiles == layer.groups == 1 and made.one == one
-    accumulators = made.m_tiles * made.columns * made.residues // 2 * (2 if exact else 1)
+    accumulators = made.m_tiles * made.columns * made.residues // 2
+    assert not exact or windows_fit(made)
     assert accumulators <= 128 and made.columns * made.residues <= 256  # an instruction's columns
     assert not pooled or made.merged or accumulators + made.m_tiles * made.columns // 2 <= 192
     assert all(made.step_bytes(s) <= STAGE_BYTES for p in made.passes for s in p.steps)

@@ -359,13 +359,15 @@ def test_a_row_of_values_without_channels() -> None:
         ("x: f32[2, 8, 4, 5, 6], w: f32[8, 300, 3, 3, 3], b: f32[300]", False,
          "300 channels have more accumulators than a tile holds (256 channels)"),
         ("x: f32[2, 8, 4, 5, 6], w: f32[8, 200, 3, 3, 3], b: f32[200]", True,
-         "200 channels have more accumulators than a tile holds (128 channels)"),
+         "200 channels of two neighbours have more accumulators than a tile holds"),
+        ("x: f32[2, 8, 4, 5, 6], w: f32[8, 300, 3, 3, 3], b: f32[300]", True,
+         "300 channels have more accumulators than a tile holds (256 channels)"),
         ("x: f32[2, 8, 4, 5, 6], w: f32[8, 200, 3, 3, 3], b: f32[200]", False,
          "200 channels of two neighbours have more accumulators than a tile holds"),
         ("x: f16[2, 8, 4, 5, 6], w: f16[8, 200, 3, 3, 3], b: f16[200]", True,
          "200 channels of two neighbours have more accumulators than a tile holds"),
     ],
-    ids=["groups", "300", "exact", "neighbours", "f16"],
+    ids=["groups", "300", "exact", "300 exact", "neighbours", "f16"],
 )  # fmt: skip
 def test_channels_that_no_tile_holds(text: str, exact: bool, reason: str) -> None:
     line = conv().replace("groups=1", "groups=2") if "groups of" in reason else conv()

@@ -110,11 +110,8 @@ FXFUSE_INLINE void conv_copy(const TensorMap* map, const uint8_t* weights, const
       const int begin = Problem::pass_begin(pass), end = Problem::pass_begin(pass + 1);
       if (begin == end && !(Problem::resident && pass == 0)) continue;
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
-        int source = t.group * g.chunks + chunk, slab = SlabRing::first(g, slabs);
-        if (Problem::exact) {  // high, high, low: against high, low, high of the weights
-          const int part = g.chunks / 3, which = chunk / part;
-          source = (which == 2 ? g.groups * part : 0) + t.group * part + chunk - which * part;
-        }
+        const int source = t.group * g.chunks + chunk;
+        int slab = SlabRing::first(g, slabs);
         auto copy = [&](uint8_t* to, uint64_t* full, int plane) {
           if constexpr (Problem::samples == 1) {
             copy_box(to, map, full, source * Problem::chunk, t.w + low.w, t.h + low.h, t.d + low.d + plane, t.n);

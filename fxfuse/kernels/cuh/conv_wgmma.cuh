@@ -23,21 +23,14 @@
 // functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction
 // for a run of residues.
 #pragma once
-#include "conv_copies.cuh"
+#include "conv_windows.cuh"
 
 namespace fxfuse {
 
-// Operands of positions that a warpgroup's instructions have: one per 64, or one for all where positions are columns.
+// Operands of positions that a warpgroup's instructions have: one per 64, or one for all where these are an instruction's
+// columns.
 template <class Problem>
-constexpr int kRowTiles = Problem::by_channel ? 1 : Problem::m_tiles;
-
-// A step as the multiplying warpgroups read it, from shared memory.
-struct StepAddress {
-  uint32_t x;        // units of 16 bytes that the rows are shifted by
-  uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does; kLast where a run ends;
-                     // kSlab times its d
-};
-constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17, kLast = 1u << 18, kSlab = 1u << 19;
+constexpr int kRowTiles = Problem::by_channel && !Problem::exact ? 1 : Problem::m_tiles;
 
 // The step that comes next, of a problem `in_turn`.
 struct NextStep {
@@ -51,20 +44,6 @@ FXFUSE_INLINE void conv_send(const Geometry& g, const typename Problem::Epilogue
   for (int index = first_tile(0); index < g.tiles; index = next_tile<Problem>(index))
     Problem::Epilogue::send(arguments, g, outbox, part_of(g, tile_at<Problem>(g, index), group), group);
   stored_bytes_read();  // or shared memory may be another block's
-}
-
-// Adds the accumulators of a run to sums that are kept as float32 should be, and empties them: the matrix units
-// truncate as they accumulate.
-template <class Problem, int r>
-FXFUSE_INLINE void promote(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
-                           float (&sum)[Problem::accumulator_tiles][Problem::accumulators]) {
-  constexpr int first = Problem::run_first(r) * Problem::columns, end = first + Problem::run_count(r) * Problem::columns;
-  constexpr bool by_channel = Problem::by_channel;  // then the run's channels are some of the tiles
-#pragma unroll
-  for (int i = by_channel ? first / 64 : 0; i < (by_channel ? end / 64 : Problem::accumulator_tiles); ++i)
-#pragma unroll
-    for (int j = by_channel ? 0 : first / 2; j < (by_channel ? Problem::accumulators : end / 2); ++j)
-      sum[i][j] += acc[i][j], acc[i][j] = 0.f;
 }
 
 // The stage of weights that `ring` is at, when it is there: in units of 16 bytes.
@@ -95,7 +74,6 @@ FXFUSE_INLINE void end_products(Barriers<Problem>& barriers, Ring& ring, int bef
 // nothing on its way at its end: ptxas serialises instructions whose accumulators meet others behind a branch.
 template <class Problem, int r, class Meanwhile>
 FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::accumulators],
-                            float (&sum)[Problem::accumulator_tiles][Problem::accumulators],
                             const uint32_t (&rows)[kRowTiles<Problem>], uint32_t rows_high, const StepAddress* steps,
                             uint32_t stages, int pass, const Geometry& g, Slabs slabs, Barriers<Problem>& barriers, Ring& ring,
                             SlabRing& apart, NextStep& next, bool leader, Meanwhile meanwhile) {
@@ -114,6 +92,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     StepAddress step = in_turn ? next.step : steps[begin];
     int s = begin;
     bool goes_on;
+    typename Windows<Problem, r>::Accumulators window;
 #pragma unroll 1
     do {
       if (step.weights & kBegins) {
@@ -129,12 +108,24 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
           for (slab = step.weights / kSlab; came <= slab; ++came) barrier_wait(&barriers.x_full[came], apart.phase(came));
         stage = begin_stage<Problem>(stages, barriers, ring);
       }
-      const uint32_t weights = stage + (step.weights & 0xffff), x = step.x;
-      const bool ends = step.weights & kEnds;
-      ++s;
-      goes_on = in_turn ? !(step.weights & kLast) : s < end;
-      step = steps[s];  // one more than there are is there
-      if constexpr (Problem::by_channel) {
+      auto take = [&] {
+        const StepAddress taken = step;
+        ++s;
+        goes_on = in_turn ? !(taken.weights & kLast) : s < end;
+        step = steps[s];  // one more than there are is there
+        return taken;
+      };
+      const StepAddress taken = take();
+      const uint32_t weights = stage + (taken.weights & 0xffff), x = taken.x;
+      const bool ends = taken.weights & kEnds;
+      if constexpr (Problem::exact) {
+        if (Problem::together > 2 && taken.weights & kFour)
+          Windows<Problem, r>::multiply(acc, rows, rows_high, stage, {taken, take(), take(), take()}, window);
+        else if (Problem::together > 1 && !ends)
+          Windows<Problem, r>::multiply(acc, rows, rows_high, stage, {taken, take()}, window);
+        else
+          Windows<Problem, r>::multiply(acc, rows, rows_high, stage, {taken}, window);
+      } else if constexpr (Problem::by_channel) {
         constexpr int first = Problem::run_first(r) * Problem::columns / 64, count = Problem::run_count(r) * Problem::columns / 64;
 #pragma unroll
         for (int i = 0; i < count; ++i)
@@ -150,14 +141,9 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
             Problem::template wgmma<Problem::run_first(r), Problem::run_count(r)>(
                 acc[i], (uint64_t)rows_high << 32 | (rows[i] + x + k * 2), weights_high << 32 | (weights + k * 2));
       }
-      if (ends) {
+      if (ends && !Problem::exact) {
         wgmma_commit();
-        if constexpr (Problem::exact) {
-          wgmma_wait<0>();
-          promote<Problem, r>(acc, sum);
-        } else {
-          wgmma_wait<1>();  // the products of the stage before are done
-        }
+        wgmma_wait<1>();  // the products of the stage before are done
       }
     } while (goes_on);
     next = {s, step};
@@ -179,7 +165,7 @@ FXFUSE_INLINE void conv_run(float (&acc)[Problem::accumulator_tiles][Problem::ac
     apart.next(first, apart.came);
   }
   if constexpr (r + 1 < Problem::runs)
-    conv_run<Problem, r + 1>(acc, sum, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader, meanwhile);
+    conv_run<Problem, r + 1>(acc, rows, rows_high, steps, stages, pass, g, slabs, barriers, ring, apart, next, leader, meanwhile);
 }
 
 // The steps of a pass of a problem that `turns`: all its runs, one behind the other, of which each begins, by 64 rows of
@@ -256,7 +242,6 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
   Ring xs, ws;
   SlabRing apart;
   float acc[Problem::accumulator_tiles][Problem::accumulators];
-  float sum[Problem::accumulator_tiles][Problem::accumulators];  // of an exact problem
   typename Problem::Place place(g, group, warp, lane);
   const uint32_t rows_high = (uint32_t)(descriptor<row_bytes>(0, g.row_group * row_bytes) >> 32);
   const uint32_t weights = (uint32_t)descriptor<row_bytes>(shared_address(stages), 0);
@@ -284,7 +269,7 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
 #pragma unroll
       for (int i = 0; i < Problem::accumulator_tiles; ++i)
 #pragma unroll
-        for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f, sum[i][j] = 0.f;
+        for (int j = 0; j < Problem::accumulators; ++j) acc[i][j] = 0.f;
       typename Problem::Epilogue::Ready ready;
       auto meanwhile = [&] {  // the last products are on their way
         if constexpr (Problem::pingpong && Problem::in_turn) turn.end(lane);
@@ -307,17 +292,14 @@ FXFUSE_INLINE void conv_consume(const Geometry& g, const typename Problem::Epilo
           if constexpr (Problem::turns)
             conv_turns<Problem, 0>(acc, rows, rows_high, steps, weights + chunk * Problem::chunk_weights, barriers, ws, -1, next, leader, meanwhile);
           else
-            conv_run<Problem, 0>(acc, sum, rows, rows_high, steps, weights + chunk * Problem::chunk_weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
+            conv_run<Problem, 0>(acc, rows, rows_high, steps, weights + chunk * Problem::chunk_weights, pass, g, slabs, barriers, ws, apart, next, leader, meanwhile);
           if (!Problem::by_slab && (!Problem::resident || pass + 1 == Problem::passes)) done_with_x();
         } while (++chunk < g.chunks);
       } else if (Problem::resident && pass + 1 == Problem::passes) {
         done_with_x();
       }
       if constexpr (Problem::pingpong && !Problem::in_turn) turn.end(lane);
-      if constexpr (Problem::exact)
-        epilogue.pass(sum, pass, ready);
-      else
-        epilogue.pass(acc, pass, ready);
+      epilogue.pass(acc, pass, ready);
     }
     epilogue.finish();
   }
@@ -349,7 +331,7 @@ FXFUSE_INLINE void conv_wgmma(const TensorMap* map, const uint8_t* weights, cons
   for (int i = threadIdx.x; i < Problem::steps; i += kThreads) {
     const Step s = Problem::step(i);
     const int rows = ((s.d * g.region_h + (Problem::inner == 1 ? s.w : s.h)) * g.region_w + (Problem::inner == 1 ? s.h : s.w)) * Problem::samples;
-    const uint32_t ends = (s.last & 1 ? kEnds : 0) | (s.last & 2 ? kLast : 0);
+    const uint32_t ends = (s.last & 1 ? kEnds : 0) | (s.last & 2 ? kLast : 0) | (s.last & 4 ? kFour : 0);
     const uint32_t where = (s.batch ? kBegins : 0) | ends | (Problem::by_slab ? s.d * kSlab : 0);
     steps[i] = {(uint32_t)(rows * (Problem::chunk * 2 / 16)), s.weights | where};
   }

@@ -178,26 +178,31 @@ struct Taken {
   }
 };
 
-// Eight values as 16-bit numbers, and behind `row_length` of them what those leave of the values.
-template <class Half16, bool exact>
-FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8], int row_length) {
+// A row of positions has 16-bit numbers of all channels. Of an exact problem it has two for each: those of the channels of a
+// chunk, then what these leave of the values, then the next chunk's.
+template <class Problem>
+FXFUSE_INLINE int remainders(int channel) {  // in front of it
+  return Problem::exact ? channel & -Problem::chunk_channels : 0;
+}
+
+// Eight values as 16-bit numbers.
+template <class Half16, class Problem>
+FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8]) {
   alignas(16) Half16 v[8];
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k]);
   *(uint4*)to = *(const uint4*)v;
-  if (!exact) return;
+  if (!Problem::exact) return;
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = from_float<Half16>(values[k] - to_float(v[k]));
-  *(uint4*)(to + row_length) = *(const uint4*)v;
+  *(uint4*)(to + Problem::chunk_channels) = *(const uint4*)v;
 }
 
 // A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
 // 4096 / span channels of one sample, of 8192 / span where they go by quads.
-// `exact`: behind all of them, what the 16-bit numbers leave of the values.
 template <class T, class Half16, class Problem>
 FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                  const Scaling& by) {
-  constexpr bool exact = Problem::exact;
   __shared__ float tiles[64 * 65];
   const int span = g.span, pitch = span + 1, shift = 31 - __clz(span);
   auto tile = [&](int row, int p) -> float& { return tiles[row * pitch + p]; };
@@ -212,7 +217,8 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   const int units = wide / 8;
   Taken<Problem::scaled, Problem::watched> take{by};
   auto row_of = [&](int p, int unit) {
-    return rows + ((int64_t)n * positions + first + p) * row_length * (exact ? 2 : 1) + row0 + unit * 8;
+    const int length = row_length + remainders<Problem>(row_length), at = row0 + unit * 8;
+    return rows + ((int64_t)n * positions + first + p) * length + row0 + unit * 8 + remainders<Problem>(at);
   };
   auto source = [&](int row) -> const T* {  // of a channel; null for padding
     const int group = (row0 + row) / padded, c = row0 + row - group * padded;
@@ -233,7 +239,7 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
           float values[8];
 #pragma unroll
           for (int k = 0; k < 8; ++k) values[k] = take(q == 0 ? read[k].x : q == 1 ? read[k].y : q == 2 ? read[k].z : read[k].w);
-          store_eight<Half16, exact>(row_of(p + q, unit), values, row_length);
+          store_eight<Half16, Problem>(row_of(p + q, unit), values);
         }
       }
       take.tell(state, n);
@@ -249,7 +255,7 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
         const float4* from = (const float4*)((const float*)x + n * stride_n + (first + p) * stride_w + row0 + unit * 8);
         const float4 a = from[0], b = from[1];
         const float values[8] = {take(a.x), take(a.y), take(a.z), take(a.w), take(b.x), take(b.y), take(b.z), take(b.w)};
-        store_eight<Half16, exact>(row_of(p, unit), values, row_length);
+        store_eight<Half16, Problem>(row_of(p, unit), values);
       }
       take.tell(state, n);
       return;
@@ -294,7 +300,7 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
     float values[8];
 #pragma unroll
     for (int k = 0; k < 8; ++k) values[k] = tile(unit * 8 + k, p);
-    store_eight<Half16, exact>(row_of(p, unit), values, row_length);
+    store_eight<Half16, Problem>(row_of(p, unit), values);
   }
   __syncthreads();
 }
@@ -360,7 +366,8 @@ struct Taps {
   int first, count;  // of more of them
 };
 
-// One 16-byte unit per thread: 8 input channels of one output channel at one place. Neighbouring threads read neighbouring
+// One 16-byte unit per thread: 8 input channels of one output channel at one place, or, of an exact problem, what the 16-bit
+// numbers leave of them. Neighbouring threads read neighbouring
 // taps, and output channels behind those. `blocks` of them for each group, column tile and chunk. Zeros between the
 // channels of the model's groups that are `joined`. Where rows have a channel at several `offsets`, each has taps of its own.
 template <class Problem, class T, class Half16, bool scaled>
@@ -377,9 +384,8 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const bool there = column < out_channels;
   const int outs = out_channels / Problem::joined, one = column / outs;  // of the model's groups
   const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
-  // of three products of parts the second one has what is left of the weights
-  const int chunks_part = Problem::exact ? chunks / 3 : chunks, part = chunk / chunks_part;
-  const int first = (chunk - part * chunks_part) * Problem::chunk + unit * 8;
+  const bool remainder = Problem::exact && unit * 8 >= Problem::chunk_channels;
+  const int first = chunk * Problem::chunk_channels + unit * 8 - (remainder ? Problem::chunk_channels : 0);
   const int begin = first / offsets;
   const T* const from = w + ((int64_t)(group * (in_channels / offsets) + begin) * outs + column - one * outs) * volume;
   Taps taps = Problem::taps(at_step, 0);
@@ -396,7 +402,7 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
     if (Problem::headroom > 0 && inside)
       for (int k = 0; k < taps.count; ++k) v = fmaf(to_float(at[Problem::tap(taps.first + k)]), s, v);
     values[i] = from_float<Half16>(v);
-    if (Problem::exact && part == 1) values[i] = from_float<Half16>(v - to_float(values[i]));
+    if (remainder) values[i] = from_float<Half16>(v - to_float(values[i]));
   }
   const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
   uint8_t* const to = packed + (int64_t)tile * weight_bytes + place.pass_offset * chunks + chunk * place.pass_bytes +

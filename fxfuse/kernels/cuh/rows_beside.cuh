@@ -86,10 +86,10 @@ struct RowsBeside {
   template <class T, class Half16, class Problem>
   static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
-    if (g.quads) block_by<Half16, Problem::exact, true>(block, x, rows, state, g, by);
-    else block_by<Half16, Problem::exact, false>(block, x, rows, state, g, by);
+    if (g.quads) block_by<Half16, Problem, true>(block, x, rows, state, g, by);
+    else block_by<Half16, Problem, false>(block, x, rows, state, g, by);
   }
-  template <class Half16, bool exact, bool quads>
+  template <class Half16, class Problem, bool quads>
   static FXFUSE_INLINE void block_by(int block, const float* x, Half16* rows, const SampleState& state,
                                      const RowGeometry& g, const Scaling& by) {
     const int row_length = g.padded * g.groups, blocks_y = (row_length + 63) / 64;
@@ -107,13 +107,15 @@ struct RowsBeside {
     read<quads>(values, unit, from, g, d, h, w);
     Taken<true, false> take{by};
     look(values, unit, end, take);
-    Half16* const to = rows + (((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w) * row_length * (exact ? 2 : 1);
+    const int64_t row = ((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w;
+    const int length = row_length + remainders<Problem>(row_length);
+    Half16* const to = rows + row * length + place + remainders<Problem>(place);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       if (q >= end) break;
 #pragma unroll
       for (int k = 0; k < 8; ++k) values[q][k] *= by.scale;
-      store_eight<Half16, exact>(to + q * row_length * (exact ? 2 : 1) + place, values[q], row_length);
+      store_eight<Half16, Problem>(to + q * length, values[q]);
     }
     take.tell(state, n);
   }
