@@ -58,7 +58,7 @@ class Rows(ctypes.Structure):
     _fields_ = [
         ("stride", Strides),
         *((n, I32) for n in ("depth", "height", "width", "channels", "padded", "groups")),
-        *((n, I32) for n in ("blocks", "blocks_positions", "span", "quads", "rows_d", "rows_h", "rows_w")),
+        *((n, I32) for n in ("blocks", "blocks_positions", "span", "at_once", "rows_d", "rows_h", "rows_w")),
     ]
 
 

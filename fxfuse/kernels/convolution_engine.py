@@ -44,7 +44,14 @@ from fxfuse.kernels.convolution import MOST_TILES, Shared, Specialisation, Unsup
 from fxfuse.kernels.convolution_kernels import BLOCK, KERNELS, THREADS, Convolution, sampled
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, planes_map, rows_map, stream_of
-from fxfuse.kernels.lies import by_quads, lines_by_quads, planes_in_place, rows_in_place, samples_are_dense, three_dims
+from fxfuse.kernels.lies import (
+    at_once_of,
+    lines_by_quads,
+    planes_in_place,
+    rows_in_place,
+    samples_are_dense,
+    three_dims,
+)
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
 from fxfuse.kernels.tiles import Extents, Tiling, copied, first_planes, outbox_blocks, region_stride
 from fxfuse.kernels.tiling import Store
@@ -241,7 +248,7 @@ class _Call:
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
                 blocks = couts + (0 if given else n * told.samples.parts)
                 yield Launch(kernels["measure"], blocks, BLOCK, arguments)
-            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given, scaled=self.scaled)
+            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given)
             taps = sum(s.count for p in made.passes for s in p.steps)
             blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
             blocks = rows_geometry.blocks + blocks_weights * shape.groups * made.column_tiles * made.chunks
@@ -334,20 +341,20 @@ class _Call:
         self.source = source
 
 
-def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool, scaled: bool) -> Rows:
+def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool) -> Rows:
     """What `prepare` and `again` are told of the rows of x; without blocks where they are ``made_before``."""
     n, _, *sizes = x.shape
     layer, groups, width = made.layer, made.layer.groups, made.padded_channels * made.layer.groups
     rows = d, h, w = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
     if layer.beside:  # four neighbours along w at once
-        quads, positions = lines_by_quads(x), d * h * -(-w // 4) * 4
+        at_once, positions = 4 * lines_by_quads(x), d * h * -(-w // 4) * 4
     else:
-        quads, positions = scaled and by_quads(x), math.prod(rows)
-    span = (8192 if quads or layer.beside else 4096) // max(16, min(64, 1 << (width - 1).bit_length()))
+        at_once, positions = at_once_of(x), math.prod(rows)
+    span = (2048 * at_once or (8192 if layer.beside else 4096)) // max(16, min(64, 1 << (width - 1).bit_length()))
     blocks_positions = -(-positions // span)
     blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
     channels = layer.channels * layer.joined, made.padded_channels, groups
-    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, quads, *rows)
+    return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, at_once, *rows)
 
 
 def _geometry(x: Tensor, extents: Extents, made: Specialisation, tiling: Tiling, itemsize: int) -> Geometry:

@@ -35,7 +35,7 @@ convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weight
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
 }}
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(256, {4 if scaled == "true" else 3})
 prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes,

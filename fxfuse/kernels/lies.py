@@ -22,12 +22,14 @@ def samples_are_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def by_quads(x: Tensor) -> bool:
-    """Whether positions of x are neighbours, and every four of them can be read at once."""
+def at_once_of(x: Tensor) -> int:
+    """Positions of x, all of a channel neighbours, of which every so many can be read at once, 16 bytes; else 0."""
     n, c, d, h, w = x.stride()
     *_, height, width = x.shape
-    whole = math.prod(x.shape[2:]) % 4 == 0 and x.data_ptr() % 16 == 0
-    return whole and w == 1 and h == width and d == height * width and n % 4 == 0 and c % 4 == 0
+    count = 16 // x.element_size()
+    whole = math.prod(x.shape[2:]) % count == 0 and x.data_ptr() % 16 == 0
+    neighbours = w == 1 and h == width and d == height * width
+    return count if whole and neighbours and n % count == 0 and c % count == 0 else 0
 
 
 def lines_by_quads(x: Tensor) -> bool:

@@ -114,6 +114,12 @@ inline unsigned __float_as_uint(float v) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  const uint64_t both = (uint64_t)b << 32 | a;
+  unsigned made = 0;
+  for (int i = 0; i < 4; ++i) made |= (unsigned)(both >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return made;
+}
 inline int __clz(unsigned v) { return v ? __builtin_clz(v) : 32; }
 template <class T>
 T __ldg(const T* p) {

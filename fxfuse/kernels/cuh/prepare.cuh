@@ -135,7 +135,7 @@ struct RowGeometry {
   int channels, padded, groups;  // per group
   int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
   int span;                      // a power of two: 64, or more where the rows are short
-  int quads;                     // float32 positions are neighbours, and four of them are read at once
+  int at_once;                   // neighbouring positions of a channel that are read together, 16 bytes of them; or 0
   int rows_d, rows_h, rows_w;    // positions of a sample that have a row
 };
 
@@ -199,7 +199,7 @@ FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8]) {
 }
 
 // A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
-// 4096 / span channels of one sample, of 8192 / span where they go by quads.
+// 4096 / span channels of one sample, of 8192 / span where four are read together, 16384 / span where eight are.
 template <class T, class Half16, class Problem>
 FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                  const Scaling& by) {
@@ -225,7 +225,7 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
     return c < channels ? x + n * stride_n + (int64_t)(group * channels + c) * stride_c : nullptr;
   };
   if constexpr (sizeof(T) == 4) {
-    if (g.quads) {
+    if (g.at_once) {
       for (int i = threadIdx.x; i < units << (shift - 2); i += blockDim.x) {
         const int quad = i / units, unit = i - quad * units, p = quad * 4;
         if (first + p >= positions) break;
@@ -305,11 +305,48 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   __syncthreads();
 }
 
+// The same of 16-bit numbers of neighbouring positions, eight of which are read together: a thread turns those of eight
+// channels by moving bytes alone.
+template <class T, class Problem>
+FXFUSE_INLINE void block_of_octs_to_rows(int block, const T* x, T* rows, const SampleState& state, const RowGeometry& g) {
+  const int row_length = g.padded * g.groups, blocks_y = (row_length + 63) / 64, positions = g.depth * g.height * g.width;
+  const int block_rest = block / g.blocks_positions, n = block_rest / blocks_y, row0 = (block_rest - n * blocks_y) * 64;
+  const int first = (block - block_rest * g.blocks_positions) * g.span, octs = min(g.span, positions - first) / 8;
+  const int units = min(row_length - row0, 64) / 8;
+  Taken<false, Problem::watched> take{{1.f, 0, 0}};
+#pragma unroll 1
+  for (int i = threadIdx.x; i < octs * units; i += blockDim.x) {
+    const int oct = i / units, row = row0 + (i - oct * units) * 8, group = row / g.padded, c = row - group * g.padded;
+    const int p = first + oct * 8;
+    const T* from = x + n * g.stride_n + (group * g.channels + c) * g.stride_c + p;
+    uint32_t read[8][4];  // of channels, two positions each
+#pragma unroll
+    for (int k = 0; k < 8; ++k, from += g.stride_c) {
+      const uint4 v = c + k < g.channels ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+      read[k][0] = v.x, read[k][1] = v.y, read[k][2] = v.z, read[k][3] = v.w;
+    }
+    if (Problem::watched)
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+#pragma unroll
+        for (uint32_t two : read[k]) take.look(to_float(T{(uint16_t)two})), take.look(to_float(T{(uint16_t)(two >> 16)}));
+    T* to = rows + ((int64_t)n * positions + p) * row_length + row;
+#pragma unroll
+    for (int q = 0; q < 8; ++q, to += row_length) {
+      auto two = [&](int k) { return __byte_perm(read[k][q / 2], read[k + 1][q / 2], q % 2 ? 0x7632 : 0x5410); };
+      *(uint4*)to = make_uint4(two(0), two(2), two(4), two(6));
+    }
+  }
+  take.tell(state, n);
+}
+
 // How rows are made where each is of one position.
 struct RowsApart {
   template <class T, class Half16, class Problem>
   static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
+    if constexpr (sizeof(T) == 2)
+      if (g.at_once) return block_of_octs_to_rows<T, Problem>(block, x, rows, state, g);
     block_to_rows<T, Half16, Problem>(block, x, rows, state, g, by);
   }
 };

@@ -86,7 +86,7 @@ struct RowsBeside {
   template <class T, class Half16, class Problem>
   static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
-    if (g.quads) block_by<Half16, Problem, true>(block, x, rows, state, g, by);
+    if (g.at_once) block_by<Half16, Problem, true>(block, x, rows, state, g, by);
     else block_by<Half16, Problem, false>(block, x, rows, state, g, by);
   }
   template <class Half16, class Problem, bool quads>
