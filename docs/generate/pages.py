@@ -33,6 +33,7 @@ def first_report() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "ahead": results.ahead,
+    "windows": results.windows,
     "calls": results.calls,
     "clocks": results.clocks,
     "counters": results.counters,

@@ -227,6 +227,16 @@ def clocks() -> str:
     return f"{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def windows() -> str:
+    """Calls without TF32, as products leave the matrix units in one way and another."""
+    data = json.loads((RESULTS / "h100_windows.json").read_text())
+    body = [
+        [TITLES[r["model"]], *(f"{f['call']} ({f['convolution']})" for f in r["forms"].values())] for r in data["rows"]
+    ]
+    head = ["forward: us of a call (of its convolution)", *data["rows"][0]["forms"]]
+    return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
+
+
 def ahead() -> str:
     """Calls in which some thread blocks make rows of x while the others multiply, and those where rows come first."""
     data = json.loads((RESULTS / "h100_ahead.json").read_text())

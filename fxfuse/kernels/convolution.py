@@ -72,7 +72,8 @@ class Specialisation:
     per residue class and thread block; ``m_tiles``: 64-row tiles per multiplying warpgroup; ``stages``, ``x_buffers``:
     buffers in shared memory, of weights and of x. ``pooled``, ``exact``, ``one``: see :func:`specialise`. ``merged``:
     the only class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are
-    output channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way round.
+    output channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way
+    round.
     ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
     `direct`, as those of float32 always are.
     ``planar``: where x, of few channels, is not made rows, the bytes of a number of it: shared memory has a plane
