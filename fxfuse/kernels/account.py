@@ -181,7 +181,7 @@ def _tiles(kernel: Launch, engine: Convolution, batch: int) -> Iterator[tuple[st
     if made.planar:
         yield "input channels", f"{made.chunk} planes in shared memory, as x has them"
     else:
-        yield "input channels", f"{made.chunk} per row of shared memory, {made.padded_channels} with padding"
+        yield "input channels", f"{made.chunk_channels} per row of shared memory, {made.padded_channels} with padding"
     if made.layer.beside:
         dims = " and ".join(("d", "h", "w")[dim] for dim in made.layer.beside)
         count, each = len(made.layer.offsets), made.layer.channels

@@ -452,7 +452,7 @@ class Specialisation:
         found: list[list[Step]] = []
         for same in self._alike(steps, slabs):
             room = len(same) if self.pingpong else STAGE_BYTES // self.step_bytes(same[0])
-            each = self.together  # a stage has so many steps, or a multiple of that
+            each = self.together  # a stage but the last has a multiple of these
             units = -(-len(same) // each)
             count = -(-units // max(room // each, 1))
             cuts = [min(i * units // count * each, len(same)) for i in range(count + 1)]

@@ -8,13 +8,21 @@ from fxfuse.kernels.geometry import Pass
 
 #: rows of a matrix instruction
 ROWS = 64
-#: columns at most of instructions whose accumulators are kept beside sums (``cuh/conv_windows.cuh``)
+#: columns at most of instructions whose accumulators are kept beside sums (``cuh/conv_windows.cuh``); twice as many
+#: where they are positions
 WINDOW = 64
 
 
 def window(columns: int) -> int:
     """Columns of the instructions, all of them as wide, that multiply so many where float32's accuracy is wanted."""
     return max(n for n in range(8, min(columns, WINDOW) + 1, 8) if columns % n == 0)
+
+
+def held(channels: int, most: int) -> int:
+    """Columns, at least ``channels`` and at most ``most``, whose windows take the least time: 88 are eleven of 8."""
+    return min(
+        range(-(-channels // 8) * 8, most + 1, 8), key=lambda n: (n // window(n) * _instruction(window(n), True), n)
+    )
 
 
 def cycles(passes: Iterable[Pass], columns: int, *, exact: bool = False) -> float:

@@ -22,7 +22,7 @@ CASES: dict[str, tuple[list[nn.Module], tuple[int, ...], bool, int, int]] = {
     "four steps, and others": ([Up(16, 24, 3, bias=False)], (2, 16, 5, 6, 11), False, 4, 2),
     "a window for each tile of rows": ([Up(48, 40, 3, 1, 1)], (2, 48, 9, 12, 22), False, 4, 2),
     "two steps of more channels": ([Up(32, 64, (2, 3, 3), 1, 1)], (2, 32, 5, 6, 11), False, 4, 2),
-    "two windows of a tile": ([Up(16, 88, 3, bias=False), nn.LogSoftmax(1)], (2, 16, 4, 5, 9), False, 2, 2),
+    "two windows of a tile": ([Up(16, 92, 3, bias=False), nn.LogSoftmax(1)], (2, 16, 4, 5, 9), False, 2, 2),
     "runs of classes": ([Up(32, 32, 3, 2, 1), nn.ReLU()], (2, 32, 4, 7, 20), False, 1, 1),
     "every class by itself": ([Up(16, 32, (5, 3, 2), 2, 1)], (2, 16, 4, 5, 20), False, 1, 1),
     "a tile's only window": ([Up(16, 8, 3, 2, 1), nn.ReLU()], (2, 16, 4, 5, 7), False, 1, 2),

@@ -80,6 +80,8 @@ def test_facts_of_the_convolution() -> None:
     assert facts["arithmetic"] == "TF32's accuracy of 16-bit products"
     assert facts["results"] == "f32[16, 64, 30, 30, 30], contiguous"
     assert int(facts["tiles"]) > 132
+    exact = dict(known(first(precision="ieee")).parts[0].facts)
+    assert exact["input channels"] == "32 per row of shared memory, 32 with padding"  # two parts of each
 
 
 @pytest.mark.parametrize("width", [31, 32])

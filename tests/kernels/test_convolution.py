@@ -31,7 +31,7 @@ from fxfuse.kernels.convolution import (
     Unsupported,
 )
 from fxfuse.kernels.geometry import reach, residues_of, steps_of
-from fxfuse.kernels.instructions import WINDOW
+from fxfuse.kernels.instructions import WINDOW, held, window
 from fxfuse.kernels.layer import JOINED, Layer
 from fxfuse.kernels.specialise import check_holding, specialise
 from fxfuse.kernels.tiles import (
@@ -205,12 +205,54 @@ def windows_fit(made: Specialisation) -> bool:
     """Of float32's own accuracy: the sums, what is added to them, and stages of whole steps that are made together."""
     widths = [made.window(count) for _, count in made.runs]
     assert all(count * made.columns % width == 0 for (_, count), width in zip(made.runs, widths, strict=True))
-    assert all(width % 8 == 0 and width <= WINDOW for width in widths)
-    assert math.prod(made.accumulators) + made.windows * max(widths) // 2 <= 160
+    assert all(width % 8 == 0 and width <= (2 * WINDOW if made.by_channel else WINDOW) for width in widths)
+    assert math.prod(made.accumulators) + made.windows * max(widths) // 2 <= (192 if made.by_channel else 160)
     assert made.together in (1, 2, 4) and (made.together == 1 or len(made.runs) == 1)
-    batches = [b for p in made.passes for b in made.batches(p.steps)[:-1]] if made.slabs == 1 else []
-    assert all(len(batch) % made.together == 0 for batch in batches)
+    for one in made.passes:
+        batches = made.batches(one.steps)
+        for batch, behind in itertools.pairwise(batches):
+            same = made.slabs == 1 or batch[0].delta[0] == behind[0].delta[0]
+            assert (
+                not same
+                or (batch[0].first, batch[0].count) != (behind[0].first, behind[0].count)
+                or (len(batch) % made.together == 0)
+            )
     return True
+
+
+@given(layers(channels=280), st.tuples(*[st.integers(1, 70)] * 3))
+def test_windows_of_channels_as_rows(layer: Layer, stored: tuple[int, int, int]) -> None:
+    try:
+        made = specialise(layer, pooled=False, exact=True, contiguous=True, finite=True, stored=stored)
+    except Unsupported:
+        return
+    assert windows_fit(made)
+
+
+@given(st.integers(1, 256), st.sampled_from([64, 256]))
+def test_windows_of_a_reduction_are_wide(channels: int, most: int) -> None:
+    """Columns that have no good divisor get more of them: 88 channels were eleven windows of 8."""
+    if channels > most:
+        return
+    columns = held(channels, most)
+    assert channels <= columns <= most and columns % 8 == 0
+    assert window(columns) >= min(32, -(-channels // 8) * 8)
+    if channels > 128:
+        return
+    layer = Layer(32, channels, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    assert specialise(layer, pooled=False, exact=True, folded=True).columns == held(channels, 256)
+
+
+def test_accumulators_leave_room_for_windows() -> None:
+    """Beside a pool's running values, and where a reduction goes through shared memory."""
+    layer = Layer(32, 64, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+    for channels in (16, 24, 32, 64):
+        pooling = dataclasses.replace(layer, out_channels=channels)
+        how = {"pooled": True, "exact": True, "before": False, "summed": False, "finite": False}
+        for pool in specialising._kernels(pooling, False, False, False, False, **how).made:
+            assert pool.m_tiles * (pool.residues + 1) * pool.columns <= 256
+    folded = specialise(dataclasses.replace(layer, out_channels=96, stride=ONE), pooled=False, exact=True, folded=True)
+    assert folded.m_tiles == 1 and folded.columns == 96
 
 
 @given(layers(channels=280), st.sampled_from(["", "pooled", "before", "summed"]), *[st.booleans()] * 4)

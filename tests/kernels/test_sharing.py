@@ -74,6 +74,14 @@ def test_what_kernels_have_in_common(changed: dict[str, object], shares: Shared)
     assert MADE.shared(other) is shares and other.shared(MADE) is shares
 
 
+def test_rows_of_two_parts_have_their_chunk() -> None:
+    """Second parts lie behind the first ones of a chunk."""
+    made = specialise(LAYER, pooled=False, exact=True)
+    less = dataclasses.replace(made, chunk=made.chunk // 2)
+    assert made.shared(less) is less.shared(made) is Shared.NOTHING
+    assert made.shared(dataclasses.replace(made, columns=16)) is Shared.ROWS
+
+
 def twice(name: str, dtype: torch.dtype = F32) -> tuple[Candidate, Schedule, Specialisation]:
     found = next(c for c in ways(name, dtype) if c.name == "twice")
     assert found.schedule is not None and found.convolution is not None

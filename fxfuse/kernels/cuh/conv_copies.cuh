@@ -7,7 +7,7 @@ namespace fxfuse {
 // One tap of one or more residue classes, contiguous among the pass's: from `first`, `count` of them.
 struct Step {
   unsigned char d, h, w;         // delta less the least delta: below 256, as are sizes of what a copy brings
-  unsigned char last;            // 1: of its stage; 3: and of its run
+  unsigned char last;            // 1: of its stage; 2: of its run; 4: first of four that are taken together
   unsigned short weights;        // offset in the stage, in units of 16 bytes
   unsigned short batch;          // units of 16 bytes of the stage that starts here; 0: the stage goes on
 };

@@ -14,14 +14,15 @@
 // one while the other works off its accumulators.
 //
 // `Problem` (emitted) has: Epilogue; Table, what that keeps in shared memory, and Outbox (conv_outbox.cuh); constants chunk
-// (channels), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
+// (numbers of a row), chunk_channels (channels of these), columns, residues, m_tiles, accumulator_tiles, accumulators (of each), stages, stage_bytes, passes, x_buffers,
 // samples, inner (conv_tiles.cuh), by_pass (a tile has one of the passes, all of which have as many bytes of weights),
 // resident (x stays for all passes: it has one chunk), idle (some pass has no step), runs, slabs (of x along d that are told
 // apart), by_slab (each of them is copied, waited for and given back by itself), in_turn (a tile's steps are those of every
 // run of every pass, one behind the other), turns (and runs begin before the one in front has ended), even (all passes have
 // as many classes), pingpong, chunk_weights (then from those of a chunk to the next one's, in units of 16 bytes); static
 // functions pass_begin(i), step(i), run_begin(pass, i, slab) and residue(pass, i) that read its tables; wgmma, the instruction
-// for a run of residues.
+// for a run of residues. Of an `exact` problem, which has windows, wgmma is that for a window; window(i), the columns of those
+// of a run; windows, how many a thread has room for; together, steps whose products are made before any are added.
 #pragma once
 #include "conv_windows.cuh"
 

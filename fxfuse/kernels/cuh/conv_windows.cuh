@@ -1,8 +1,8 @@
 // Products of float32's own accuracy. Of every number there are two of 16 bits, the rounded one and what that leaves of it
 // (`prepare.cuh`): rows of x and of weights have both, a chunk's first parts in front of its second ones. All products but
 // those of two second parts are added. The matrix units truncate as they accumulate, so that accumulators, a `window` of up
-// to 64 columns, have the products of one or two steps alone, the small ones first, and are added to float32 sums. Where
-// there are two windows, one is added while the other one's products are on their way.
+// to 64 columns, or of 128 positions, have the products of one or two steps alone, the small ones first, and are added to
+// float32 sums. Where there are two windows, one is added while the other one's products are on their way.
 #pragma once
 #include "conv_copies.cuh"
 
@@ -12,7 +12,7 @@ namespace fxfuse {
 struct StepAddress {
   uint32_t x;        // units of 16 bytes that the rows are shifted by
   uint32_t weights;  // units of 16 bytes from the stage's begin; kBegins and kEnds where a stage does; kLast where a run ends;
-                     // kSlab times its d
+                     // kFour where three more of the stage are to be taken with it; kSlab times its d
 };
 constexpr uint32_t kBegins = 1u << 16, kEnds = 1u << 17, kLast = 1u << 18, kFour = 1u << 19, kSlab = 1u << 20;
 

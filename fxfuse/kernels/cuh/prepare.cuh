@@ -404,9 +404,9 @@ struct Taps {
 };
 
 // One 16-byte unit per thread: 8 input channels of one output channel at one place, or, of an exact problem, what the 16-bit
-// numbers leave of them. Neighbouring threads read neighbouring
-// taps, and output channels behind those. `blocks` of them for each group, column tile and chunk. Zeros between the
-// channels of the model's groups that are `joined`. Where rows have a channel at several `offsets`, each has taps of its own.
+// numbers leave of them. Neighbouring threads read neighbouring taps, and output channels behind those. `blocks` of them for
+// each group, column tile and chunk. Zeros between the channels of the model's groups that are `joined`. Where rows have a
+// channel at several `offsets`, each has taps of its own.
 template <class Problem, class T, class Half16, bool scaled>
 FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
                                 int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
