@@ -23,6 +23,7 @@ from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import operators
 from fxfuse.kernels.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
 from fxfuse.kernels.execute import Strides
+from fxfuse.kernels.instructions import PRODUCTS
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Step, Torch
 from fxfuse.kernels.tail_engine import source_of
 from fxfuse.program import Program
@@ -113,7 +114,7 @@ def account_of(region: Region, plan: Candidate) -> Account:
     parts = (after,) if plan.schedule is None else tuple(_parts(program, plan, exact))
     types = types_of(program)
     given, made = (bytes_of(types, dict.fromkeys(names)) for names in (dict(program.inputs), program.outputs))
-    rate = HALF_RATE / 3 if exact else HALF_RATE
+    rate = HALF_RATE / PRODUCTS if exact else HALF_RATE
     floor = max((given + made) / BANDWIDTH, min(after.macs, sum(p.macs for p in parts)) / rate)
     refusal = plan.refusal if any(p.by == "torch" for p in parts) else None
     return Account(before, tuple(p for p in parts if p.launches), refusal, given, made, floor)

@@ -16,7 +16,7 @@ from collections import Counter
 
 from fxfuse.kernels.factors import factor_bytes, factor_cycles
 from fxfuse.kernels.geometry import Pass, Step
-from fxfuse.kernels.instructions import ROWS, WINDOW, cycles, cycles_by_channel, window
+from fxfuse.kernels.instructions import PARTS, PRODUCTS, ROWS, WINDOW, cycles, cycles_by_channel, window
 from fxfuse.kernels.layer import Layer
 
 #: shared memory of a thread block on sm_90
@@ -126,7 +126,7 @@ class Specialisation:
     @property
     def parts(self) -> int:
         """16-bit numbers that make a float32: two for float32's own accuracy."""
-        return 2 if self.exact else 1
+        return PARTS if self.exact else 1
 
     @functools.cached_property
     def padded_channels(self) -> int:
@@ -150,8 +150,8 @@ class Specialisation:
 
     @property
     def products_of_parts(self) -> int:
-        """Products per multiply-add: of two parts each, all but low times low."""
-        return 3 if self.exact else 1
+        """Products of 16-bit numbers per multiply-add."""
+        return PRODUCTS if self.exact else 1
 
     def window(self, count: int) -> int:
         """Columns of the instructions that multiply a run of ``count`` classes where float32's accuracy is wanted."""

@@ -136,7 +136,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
         written=written,
         macs=macs,
         seconds=_seconds(kernel, made, n, three_of(sizes)),
-        floor=max((read + written) / BANDWIDTH, macs * (3 if made.exact else 1) / HALF_RATE),
+        floor=max((read + written) / BANDWIDTH, macs * made.products_of_parts / HALF_RATE),
     )
 
 

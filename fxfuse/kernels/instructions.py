@@ -8,6 +8,8 @@ from fxfuse.kernels.geometry import Pass
 
 #: rows of a matrix instruction
 ROWS = 64
+#: where float32's accuracy is wanted: 16-bit numbers for each of float32, and products of two such (not low times low)
+PARTS, PRODUCTS = 2, 3
 #: columns at most of instructions whose accumulators are kept beside sums (``cuh/conv_windows.cuh``); twice as many
 #: where they are positions
 WINDOW = 64

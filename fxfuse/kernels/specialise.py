@@ -18,7 +18,7 @@ from fxfuse.kernels.convolution import (
     Unsupported,
 )
 from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
-from fxfuse.kernels.instructions import cycles, held
+from fxfuse.kernels.instructions import PARTS, PRODUCTS, cycles, held
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.tiles import Extents, best_fit
 from fxfuse.kernels.tiling import (
@@ -48,7 +48,10 @@ PARTIAL_ROW = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class _Classes:
-    """What has accumulators of its own: every residue class of a position, or, ``merged``, the sum of all of them."""
+    """What has accumulators of its own: every residue class of a position, or, ``merged``, the sum of all of them.
+
+    ``exact``: as of :func:`specialise`.
+    """
 
     layer: Layer
     merged: bool
@@ -258,7 +261,7 @@ def _chosen(kernels: _Kernels, stored: Extents | None, contiguous: bool, itemsiz
 
 def _pool_cycles(layer: Layer, columns: int, passes: tuple[Pass, ...], *, merged: bool, exact: bool) -> float:
     """Of a multiprocessor, for 64 positions and a group's channels: products, and a pool outside the matrix units."""
-    multiply = cycles(passes, columns, exact=exact) * -(-layer.in_channels // 16) * (3 if exact else 1)
+    multiply = cycles(passes, columns, exact=exact) * -(-layer.in_channels // 16) * (PRODUCTS if exact else 1)
     accumulators = 0 if merged else 64 * columns * len(layer.residues)
     return -(-layer.out_channels // columns) * max(multiply, multiply / CONSUMERS + accumulators * POOLED)
 
@@ -367,8 +370,7 @@ def _cycles_of(classes: _Classes, columns: int, running: bool, passes: tuple[Pas
     runs = [{(s.first, s.count) for s in p.steps} for p in passes]
     turns = not exact and chunk >= channels and all(r == runs[0] for r in runs)
     waits = sum(map(len, runs)) * (TURN_CYCLES if turns else RUN_CYCLES) if running else 0
-    # of two parts of each number there are three products
-    together = chunk // 2 * 3 if exact else chunk
+    together = chunk // PARTS * PRODUCTS if exact else chunk
     return cycles(passes, columns, exact=exact) + waits / (CONSUMERS * USUAL_TILES * together // 16)
 
 
@@ -391,7 +393,7 @@ def _columns(width: int, most: int) -> int:
 
 def _memory(channels: int, exact: bool) -> list[tuple[int, int]]:
     """(chunk, buffers of x)"""
-    padded, parts = -(-channels // 16) * 16, 2 if exact else 1
+    padded, parts = -(-channels // 16) * 16, PARTS if exact else 1
     chunks = (chunk for chunk in (64, 32, 16) if chunk // parts >= 16 and padded % (chunk // parts) == 0)
     return [(chunk, buffers) for chunk in chunks for buffers in (2, 1)]
 
