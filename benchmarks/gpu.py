@@ -28,12 +28,25 @@ from fxfuse.models import CASES, Case
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+def add_cases(parser: argparse.ArgumentParser) -> None:
+    """--chains, --random and --seed, and --dtype."""
+    parser.add_argument("--chains", action="store_true", help="the chains of fxfuse/bench/chains.py")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random chains")
+    parser.add_argument("--seed", type=int, default=0, help="of the random chains (default: 0)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
+
+
+def asked_for(given: argparse.Namespace) -> tuple[Case, ...]:
+    """The set of cases that the arguments of `add_cases` name."""
+    if given.random:
+        pick = random.Random(given.seed)
+        return tuple(draw(pick) for _ in range(given.random))
+    return CHAINS if given.chains else CASES
+
+
 def jobs(given: argparse.Namespace) -> Iterator[tuple[Case, str]]:
     """The cases that are asked for, in each of their modes."""
-    pick = random.Random(given.seed)
-    cases = CHAINS if given.chains else CASES
-    if given.random:
-        cases = tuple(draw(pick) for _ in range(given.random))
+    cases = asked_for(given)
     unknown = sorted({*(given.cases or ())} - {c.name for c in cases})
     if unknown:
         raise SystemExit(f"there is no case {', '.join(unknown)}; there are {', '.join(c.name for c in cases)}")
@@ -77,11 +90,8 @@ def complete(row: Mapping[str, Any], peers: Sequence[bench.Peer]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_file(parser)
-    parser.add_argument("--chains", action="store_true", help="the chains of fxfuse/bench/chains.py")
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random chains")
-    parser.add_argument("--seed", type=int, default=0, help="of the random chains (default: 0)")
+    add_cases(parser)
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="names of models (default: all)")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
     parser.add_argument("--ieee", action="store_true", help="float32 convolutions without TF32")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow to start)")
     given = parser.parse_args()

@@ -11,12 +11,11 @@ import subprocess
 import sys
 
 import torch
-from gpu import DTYPES
+from gpu import add_cases, asked_for
 
 import fxfuse
 from fxfuse import bench
-from fxfuse.bench.chains import CHAINS
-from fxfuse.models import CASES, Case
+from fxfuse.models import Case
 
 
 def warm(case: Case, dtype: torch.dtype) -> None:
@@ -35,16 +34,15 @@ def warm(case: Case, dtype: torch.dtype) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chains", action="store_true", help="the chains of fxfuse/bench/chains.py")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
+    add_cases(parser)
     parser.add_argument("--jobs", type=int, default=7, metavar="N", help="so many at once (default: 7)")
     parser.add_argument("--case", metavar="NAME", help="this one alone, in this process")
     given = parser.parse_args()
-    cases = {c.name: c for c in (CHAINS if given.chains else CASES)}
+    cases = {c.name: c for c in asked_for(given)}
     if given.case:
         warm(cases[given.case], getattr(torch, given.dtype))
         return
-    command = [sys.executable, __file__, "--dtype", given.dtype, *(["--chains"] if given.chains else [])]
+    command = [sys.executable, __file__, *sys.argv[1:]]
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         done = {n: pool.submit(subprocess.run, [*command, "--case", n], check=False) for n in cases}
     failed = [name for name, one in done.items() if one.result().returncode]
