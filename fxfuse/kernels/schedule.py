@@ -32,6 +32,7 @@ from fxfuse.kernels.reductions import fold_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
+from fxfuse.kernels.uncrop import uncropped
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
 from fxfuse.program import Program
@@ -90,11 +91,11 @@ def versions(
 
     ``least``: elements of a value that kernels take. ``anchored``: so does the convolution.
     """
-    plain = program
+    plain = program if anchored else uncropped(program, observed, inputs)
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
     pools = any(vocabulary.lookup(i.op).kind is Kind.POOL for i in program.body)
     if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
-        plain = unfold(program, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
+        plain = unfold(plain, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
     split = _split(plain, found[plain], least)
     return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
@@ -209,6 +210,10 @@ class _Cutter:
                 "nothing of the convolution is left" if not anchors else f"{len(anchors)} convolutions in one chain"
             )
         self.anchor = anchors[0]
+        for name in self.anchor.outs:  # a cropped one has gaps where torch makes it; a kernel leaves none
+            if name not in program.outputs and layout_of(self.types[name].shape, self.strides[name]) is None:
+                last = self.types[name].shape[1] != 1 and self.strides[name][1] == 1
+                self.strides[name] = dense(self.types[name].shape, "channels_last" if last else "contiguous")
         self.late = set(self.anchor.outs)  # what the convolution's value reaches
         for instr in program.body:
             if not self.late.isdisjoint(instr.reads()):

@@ -57,6 +57,22 @@ def test_pools_of_values_that_are_not_finite(pool: Callable[[Tensor, int], Tenso
     assert_near(got, expected, LIMIT[F32])
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("stage", ["avg_pool f32", "max_pool f32", "max_pool f16"])
+def test_a_pool_that_leaves_outputs_out(stage: str, last: bool) -> None:
+    """Behind a convolution of ours, which has not computed them, and behind one of torch, which has."""
+    torch.manual_seed(4)
+    stage, kind = stage.split()
+    dtype, behind = {"f32": F32, "f16": F16}[kind], {"avg_pool": F.avg_pool3d, "max_pool": F.max_pool3d}[stage]
+    x = torch.randn(2, 4, 5, 6, 7).to(dtype)  # 11, 13 and 15 outputs
+    for anchored in (True, False):
+        model = Then(layer(4, 9, 3, dtype, stride=2), lambda y: behind(y, 3)).eval()
+        got, expected, made = run(model, x, last=last, anchored=anchored)
+        first = f"one kernel: conv_transpose -> {kind}[2, 9, 9, 12, 15]" if anchored else "then conv_transpose"
+        assert made == f"{first}; then one kernel: {stage} 3x3x3 -> {kind}[2, 9, 3, 4, 5]", made
+        assert_near(got, expected, LIMIT[dtype])
+
+
 REDUCTIONS: dict[str, Pool] = {
     "sum": lambda y: y.sum(1),
     "mean": lambda y: y.mean(1, keepdim=True),
