@@ -28,7 +28,7 @@ from fxfuse.patterns.means import (
     SplitBatchNormBeforeMean,
 )
 from fxfuse.patterns.pointwise import MergeClamps, MergeNumbers, MoveScaleBeforeClamp
-from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
+from fxfuse.patterns.pools import ComposeAvgPools, ComposeMaxPools, MergeAvgPoolIntoMean, MoveMonotoneBehindMaxPool
 from fxfuse.patterns.rule import (
     Application,
     Legality,
@@ -52,6 +52,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     MoveScaleBeforeClamp(),
     ComposeMaxPools(),
     ComposeAvgPools(),
+    MergeAvgPoolIntoMean(),
     MoveMonotoneBehindMaxPool(),
     FoldScaleIntoConvTranspose(),
     FoldShiftIntoConvTranspose(),

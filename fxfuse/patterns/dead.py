@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, same_shape, sizes
-from fxfuse.patterns.placement import batched, constant_along
+from fxfuse.chain import Builder, attributes, dtype, op_name, op_of, operands, sizes
+from fxfuse.patterns.placement import batched, value_over_space
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X, label_of
-from fxfuse.vocabulary import Kind
 
 
 class DropCopies(Rule):
@@ -43,7 +42,7 @@ class DropDeadOutputs(Rule):
         node, chain = operands(root)[0], []
         while isinstance(node, fx.Node) and op_name(node) != "conv_transpose":
             chain.append(node)
-            node = self._value(node)
+            node = value_over_space(node)
         if node is None:
             return None
         match.bound.update(conv=node, chain=chain)
@@ -51,23 +50,6 @@ class DropDeadOutputs(Rule):
         if self._refusal(node, root) is None and self._extent(node, root) is None:
             return None  # every output is read
         return match
-
-    @staticmethod
-    def _value(node: fx.Node) -> fx.Node | None:
-        """The one operand of a pointwise node that varies over space, or None."""
-        if op_name(node) is None or op_of(node).kind is not Kind.POINTWISE:
-            return None
-        val = node.meta["val"]
-        tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
-        values = {o for o in tensors if same_shape(o.meta["val"], val)}
-        others = [o for o in tensors if o not in values]
-        if len(values) != 1:
-            return None
-        if op_name(node) != "prelu":  # its weight lies along the channels, whatever its shape
-            space = tuple(range(2, val.dim()))
-            if not all(constant_along(o, space, val.dim()) for o in others):
-                return None
-        return values.pop()
 
     def check(self, match: Match) -> Reject | None:
         return self._refusal(match["conv"], match["reader"])

@@ -232,7 +232,7 @@ def _collapse_refusal(conv: fx.Node, reduce: fx.Node) -> Reject | None:
     out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
     if out is None or x is None or weight is None:
         return Reject("the boxes of inputs need sizes that are known", conv)
-    if attributes(conv)["extent"] is not None:
+    if attributes(conv)["extent"] is not None and len(dims) < spatial:
         return Reject("some outputs are already dropped", conv)
     if 0 in (*out, *x):
         return Reject("the tensor is empty", conv)

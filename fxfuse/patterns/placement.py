@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxfuse.chain import attributes, dtype, op_name, operands, same_shape, sizes
+from fxfuse.chain import attributes, dtype, op_name, op_of, operands, same_shape, sizes
 from fxfuse.patterns.rule import Reject
+from fxfuse.vocabulary import Kind
 from fxfuse.vocabulary.conv import output_size
 
 #: maps that are affine in one operand: a*y + c
@@ -209,6 +210,21 @@ def plain_average(pool: fx.Node) -> Reject | None:
     return None
 
 
+def composed_average(inner: fx.Node, outer: fx.Node) -> Reject | None:
+    """None where the ``avg_pool`` of an ``avg_pool`` is one."""
+    if len(attributes(inner)["kernel"]) != len(attributes(outer)["kernel"]):
+        return Reject("the pools run over different dims", outer)
+    for node in (inner, outer):
+        refusal = plain_average(node)
+        if refusal is not None:
+            return refusal
+    one, two = attributes(inner), attributes(outer)
+    for k1, s1, k2 in zip(one["kernel"], one["stride"], two["kernel"], strict=True):
+        if s1 != k1 and k2 != 1:
+            return Reject(f"stride {s1} != kernel {k1}: the inner windows overlap or leave gaps", inner)
+    return None
+
+
 def affine_value(node: fx.Node, dims: tuple[int, ...], *, rounded: bool = True) -> fx.Node | Reject:
     """The operand y of the affine map ``node`` = a*y + c where a and c are constant along ``dims``, or why none is.
 
@@ -240,6 +256,32 @@ def _varying(node: fx.Node, dims: tuple[int, ...]) -> fx.Node | None:
         if constant and len(others) == len(tensors) - 1 and same_shape(value.meta["val"], node.meta["val"]):
             return value
     return None
+
+
+def value_over_space(node: fx.Node) -> fx.Node | None:
+    """The one operand of a pointwise ``node`` that varies over space, or None."""
+    if op_name(node) is None or op_of(node).kind is not Kind.POINTWISE:
+        return None
+    val = node.meta["val"]
+    tensors = [o for o in operands(node) if isinstance(o, fx.Node)]
+    values = {o for o in tensors if same_shape(o.meta["val"], val)}
+    others = [o for o in tensors if o not in values]
+    if len(values) != 1:
+        return None
+    if op_name(node) != "prelu":  # its weight lies along the channels, whatever its shape
+        space = tuple(range(2, val.dim()))
+        if not all(constant_along(o, space, val.dim()) for o in others):
+            return None
+    return values.pop()
+
+
+def crops_convolution(value: fx.Node | None) -> bool:
+    """Whether a crop of ``value`` becomes one of a convolution."""
+    while value is not None and op_name(value) != "conv_transpose":
+        if len(value.users) != 1:
+            return False
+        value = value_over_space(value)
+    return value is not None and batched(value) and len(value.users) == 1
 
 
 def constant_along(operand: fx.Node, dims: tuple[int, ...], rank: int) -> bool:

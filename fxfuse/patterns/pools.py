@@ -1,11 +1,20 @@
-"""Pools of pools, and pools of monotone maps."""
+"""Pools of pools and of monotone maps, and means of pools."""
 
 from __future__ import annotations
 
 from torch import fx
 
 from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
-from fxfuse.patterns.placement import MONOTONE, plain_average, source, stays_before_max_pool
+from fxfuse.patterns.placement import (
+    AFFINE,
+    MONOTONE,
+    composed_average,
+    crops_convolution,
+    moves_behind_pool,
+    plain_average,
+    source,
+    stays_before_max_pool,
+)
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 from fxfuse.vocabulary.pools import output_size
 
@@ -125,17 +134,7 @@ class ComposeAvgPools(Rule):
     pattern = P("avg_pool", P("avg_pool", name="inner"), name="outer")
 
     def check(self, match: Match) -> Reject | None:
-        if len(attributes(match["inner"])["kernel"]) != len(attributes(match["outer"])["kernel"]):
-            return Reject("the pools run over different dims", match["outer"])
-        for node in (match["inner"], match["outer"]):
-            refusal = plain_average(node)
-            if refusal is not None:
-                return refusal
-        one, two = attributes(match["inner"]), attributes(match["outer"])
-        for k1, s1, k2 in zip(one["kernel"], one["stride"], two["kernel"], strict=True):
-            if s1 != k1 and k2 != 1:
-                return Reject(f"stride {s1} != kernel {k1}: the inner windows overlap or leave gaps", match["inner"])
-        return None
+        return composed_average(match["inner"], match["outer"])
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         one, two = attributes(match["inner"]), attributes(match["outer"])
@@ -150,6 +149,56 @@ class ComposeAvgPools(Rule):
             count_include_pad=True,
             divisor_override=None,
         )
+
+
+class MergeAvgPoolIntoMean(Rule):
+    """mean(avg_pool(x; k, s)) = mean(x up to the last position that a window reads)
+
+    Over all of space, where the windows tile (s = k): each of these positions counts once. Unpadded,
+    floor mode, the divisor the window's size. Where windows leave positions out, x is made of the
+    outputs of a convolution, of which as many are dropped.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P("mean", P("avg_pool", X, name="pool"), name="reduce")
+
+    def check(self, match: Match) -> Reject | None:
+        pool, reduce = match["pool"], match["reduce"]
+        value, given = operands(pool)[0], attributes(pool)
+        refusal = plain_average(pool)
+        if refusal is not None:
+            return refusal
+        if op_name(value) == "avg_pool" and composed_average(value, pool) is None:
+            return Reject("the pool becomes one with the pool before it", pool)
+        if op_name(value) in AFFINE and not isinstance(moves_behind_pool(value, pool), Reject):
+            return Reject("the map before the pool moves behind it, or into a convolution", value)
+        rank = pool.meta["val"].dim()
+        dims = range(rank - len(given["kernel"]), rank)
+        for dim, kernel, stride in zip(dims, given["kernel"], given["stride"], strict=True):
+            if kernel != stride:
+                return Reject(f"stride {stride} != kernel {kernel}: the windows overlap or leave gaps", pool)
+            if kernel > 1 and dim not in attributes(reduce)["dims"]:
+                return Reject(f"dim {dim}, along which windows lie, is kept", reduce)
+        if sizes(pool) is None or sizes(value) is None:
+            return Reject("which positions windows read depends on sizes that are not known", pool)
+        if self._extent(pool) is not None and not crops_convolution(value):
+            return Reject("positions that no window reads are not those of a convolution alone", value)
+        return None
+
+    @staticmethod
+    def _extent(pool: fx.Node) -> tuple[int, ...] | None:
+        """How many leading positions windows read per dim; None where they read all."""
+        out, given, kernel = sizes(pool), sizes(operands(pool)[0]), attributes(pool)["kernel"]
+        assert out is not None and given is not None
+        read = tuple(o * k for o, k in zip(out[-len(kernel) :], kernel, strict=True))
+        return None if read == given[-len(kernel) :] else read
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        pool, reduce = match["pool"], match["reduce"]
+        value, extent = operands(pool)[0], self._extent(pool)
+        if extent is not None:
+            value = build.call("crop", value, extent=extent)
+        return build.call("mean", value, **attributes(reduce))
 
 
 class MoveMonotoneBehindMaxPool(Rule):

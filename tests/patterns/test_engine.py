@@ -531,6 +531,11 @@ def test_rules_that_need_no_sizes_fire_without(chain: str, fired: list[str]) -> 
             "the merged kernel needs sizes that are known",
         ),
         (
+            f"z = {avg_pool('y', 3, 3)}\nr = mean(z, dims=(2,), keepdim=True)\nr",
+            "MergeAvgPoolIntoMean",
+            "which positions windows read depends on sizes that are not known",
+        ),
+        (
             "r = sum(y, dims=(1,), keepdim=False)\nr",
             "FoldChannelSumIntoConvTranspose",
             "dropped dims need sizes that are known",

@@ -334,6 +334,19 @@ def test_collapsed_means_of_any_convolution() -> None:
     assert partial[True] > 5 and partial[False] > 20, partial
 
 
+@given(st.data())
+def test_collapsed_means_of_the_outputs_that_are_left(draw: st.DataObject) -> None:
+    stride, padding = draw.draw(st.integers(1, 3)), draw.draw(st.integers(0, 2))
+    extent = tuple(draw.draw(st.integers(1, 3 * stride)) for _ in range(2))
+    call = conv(stride=stride, padding=padding, dims=2, extent=extent)
+    kind = draw.draw(st.sampled_from(["mean", "sum"]))
+    inputs = "x: f64[2, 3, 5, 6], w: f64[3, 2, 4, 5], b: f64[2]"
+    result = rewrite(program(inputs, f"y = {call}\nr = {kind}(y, dims=(2, 3), keepdim=True)\nr"), [COLLAPSE])
+    assert result.rules == ["CollapseMeanOfConvTranspose"]
+    agree(result)
+    same_gradients(result)
+
+
 def test_collapsed_means_tap_by_tap() -> None:
     """Every geometry of one dim: padding beyond the kernel, gaps, dilation on the stride's grid, output padding."""
     grid = itertools.product(range(1, 5), range(1, 5), range(1, 4), range(5), range(3), range(1, 4))
@@ -400,8 +413,8 @@ def test_collapsed_means_of_narrow_types_are_summed_in_float32(dtype: str) -> No
             "sums along some dims may overflow in torch.float16",
         ),
         (
-            "x: f64[2, 3, 5], w: f64[3, 2, 3], b: f64[2]",
-            conv(extent=(4,)),
+            "x: f64[2, 3, 5, 5], w: f64[3, 2, 3, 3], b: f64[2]",
+            conv(extent=(4, 6), dims=2),
             "mean(y, dims=(2,), keepdim=True)",
             "some outputs are already dropped",
         ),

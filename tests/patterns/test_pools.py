@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.patterns import ComposeAvgPools, ComposeMaxPools, MoveMonotoneBehindMaxPool
+from fxfuse.patterns import (
+    DEFAULT_RULES,
+    CollapseMeanOfConvTranspose,
+    ComposeAvgPools,
+    ComposeMaxPools,
+    DropDeadOutputs,
+    MergeAvgPoolIntoMean,
+    MoveAffineBehindAvgPool,
+    MoveAffineBehindMean,
+    MoveMonotoneBehindMaxPool,
+)
 from fxfuse.program import Program
 
 NAN, INF = float("nan"), float("inf")
@@ -239,6 +249,114 @@ def test_average_pools_with_a_divisor_or_over_other_dims_do_not_compose() -> Non
     body = f"m = {avg_pool('x', 2, 2)}\nr = {avg_pool('m', 2, 2)}\nr, m"
     result = rewrite(program("x: f64[2, 3, 8]", body), [ComposeAvgPools()])
     assert result.reason("ComposeAvgPools") == "the value of avg_pool is also used elsewhere"
+
+
+# --- mean of an average pool ------------------------------------------------------------------------
+LAYER = "x: f64[2, 3, 5, 6], w: f64[3, 4, 3, 3], b: f64[4], c: f64[4, 1, 1], z: f64[11, 13]"
+#: of 11 and 13 outputs, of which windows of 3 leave two and one out
+CONV = f"y = {conv(stride=2, dims=2)}"
+TILES = avg_pool("y", 3, 3, dims=2)
+MERGE = [MergeAvgPoolIntoMean()]
+
+
+def test_the_mean_of_an_average_pool_is_a_mean() -> None:
+    pool = avg_pool("x", (3, 5), (3, 5), dims=2)
+    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(2, 3), keepdim=True)\nr")
+    result = rewrite(source, MERGE)
+    assert result.text == "v0 = mean(x0, dims=(2, 3), keepdim=True)\nv0"
+    agree(result)
+    same_gradients(result)
+    same_special(result, [special((2, 3, 12, 10))])
+    assert not MergeAvgPoolIntoMean.forward_only
+
+
+def test_windows_of_one_leave_a_dim_that_the_mean_keeps() -> None:
+    pool = avg_pool("x", (1, 5), (1, 5), dims=2)
+    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(1, 3), keepdim=False)\nr")
+    result = rewrite(source, MERGE)
+    assert result.text == "v0 = mean(x0, dims=(1, 3), keepdim=False)\nv0"
+    agree(result)
+
+
+def test_outputs_that_no_window_reads_are_dropped_from_the_mean() -> None:
+    source = program(LAYER, f"{CONV}\nm = {TILES}\nr = mean(m, dims=(2, 3), keepdim=True)\nr")
+    result = rewrite(source, MERGE)
+    assert [i.op for i in result.rewritten.body] == ["conv_transpose", "crop", "mean"]
+    assert "crop(v0, extent=(9, 12))" in result.text
+    agree(result)
+    result = rewrite(source, [*MERGE, DropDeadOutputs(), CollapseMeanOfConvTranspose()])
+    assert result.rules == ["MergeAvgPoolIntoMean", "DropDeadOutputs", "CollapseMeanOfConvTranspose"]
+    agree(result)
+    same_gradients(result)
+
+
+@given(st.data())
+def test_means_of_average_pools(draw: st.DataObject) -> None:
+    """With maps between, one of which moves behind the pool; all rules that speak of it lead to the same program."""
+    kernel = tuple(draw.draw(st.integers(1, 4)) for _ in range(2))
+    body = [CONV]
+    for name in draw.draw(
+        st.sampled_from([(), ("mul",), ("relu",), ("relu", "mul"), ("mul", "relu"), ("relu", "pool")])
+    ):
+        call = {"mul": "mul(y, c)", "relu": "relu(y)", "pool": avg_pool("y", 2, 2, dims=2)}[name]
+        body.append(f"y{len(body)} = {call.replace('(y', f'(y{len(body) - 1}' if len(body) > 1 else '(y')}")
+    last = "y" if len(body) == 1 else f"y{len(body) - 1}"
+    body += [
+        f"m = {avg_pool(last, kernel, kernel, dims=2)}",
+        f"r = mean(m, dims=(2, 3), keepdim={draw.draw(st.booleans())})",
+    ]
+    source = program(LAYER, "\n".join([*body, "r"]))
+    result = rewrite(source, DEFAULT_RULES)
+    assert "MergeAvgPoolIntoMean" in result.rules and "avg_pool" not in result.text and "crop" not in result.text
+    agree(result)
+    rules = draw.draw(st.permutations(DEFAULT_RULES))
+    assert rewrite(source, rules).text == result.text
+
+
+@pytest.mark.parametrize(
+    ("pool", "mean", "reason"),
+    [
+        (avg_pool("y", 3, 2, dims=2), (2, 3), "stride 2 != kernel 3: the windows overlap or leave gaps"),
+        (avg_pool("y", 2, 3, dims=2), (2, 3), "stride 3 != kernel 2: the windows overlap or leave gaps"),
+        (avg_pool("y", 3, 3, 1, dims=2), (2, 3), "padding changes the weight of border values"),
+        (avg_pool("y", 3, 3, ceil_mode=True, dims=2), (2, 3), "ceil_mode averages partial windows"),
+        (avg_pool("y", 3, 3, divisor=2, dims=2), (2, 3), "divisor_override is not the window's size"),
+        (TILES, (3,), "dim 2, along which windows lie, is kept"),
+        (TILES, (1,), "dim 2, along which windows lie, is kept"),
+    ],
+)
+def test_average_pools_that_stay_before_a_mean(pool: str, mean: tuple[int, ...], reason: str) -> None:
+    result = rewrite(program(LAYER, f"{CONV}\nm = {pool}\nr = mean(m, dims={mean}, keepdim=True)\nr"), MERGE)
+    assert result.reason("MergeAvgPoolIntoMean") == reason
+
+
+ELSE = "positions that no window reads are not those of a convolution alone"
+
+
+@pytest.mark.parametrize(
+    ("before", "kernel", "outputs", "reason"),
+    [
+        ("mul(y, c)", 3, "r", "the map before the pool moves behind it, or into a convolution"),
+        (avg_pool("y", 2, 2, dims=2), 2, "r", "the pool becomes one with the pool before it"),
+        ("softmax(y, dim=1)", 3, "r", ELSE),
+        ("mul(y, z)", 3, "r", ELSE),
+        ("relu(y)", 3, "r, y", ELSE),
+        ("relu(y)", 3, "r, m", "the value of avg_pool is also used elsewhere"),
+    ],
+)
+def test_where_a_mean_of_an_average_pool_waits_or_stays(before: str, kernel: int, outputs: str, reason: str) -> None:
+    pool = avg_pool("u", kernel, kernel, dims=2)
+    body = f"{CONV}\nu = {before}\nm = {pool}\nr = mean(m, dims=(2, 3), keepdim=True)\n{outputs}"
+    assert rewrite(program(LAYER, body), MERGE).reason("MergeAvgPoolIntoMean") == reason
+
+
+def test_a_map_behind_which_a_pool_was_moves_behind_the_mean() -> None:
+    rules = [MoveAffineBehindMean(), MoveAffineBehindAvgPool(), *MERGE]
+    body = f"u = relu(x)\nv = mul(u, c)\nm = {avg_pool('v', 4, 4)}\nr = mean(m, dims=(2,), keepdim=True)\nr"
+    for order in itertools.permutations(rules):
+        result = rewrite(program("x: f64[2, 3, 12], c: f64[3, 1]", body), order)
+        assert [i.op for i in result.rewritten.body] == ["relu", "mean", "mul"]
+        agree(result)
 
 
 # --- max of a monotone map ------------------------------------------------------------------------
