@@ -139,14 +139,15 @@ FXFUSE_INLINE void pool_at(float (&y)[planes], const Plane<In> (&of)[planes], co
     if (Pool::sums) y[r] /= (float)divisor;
 }
 
-// `last`, `last_made`: channels are neighbours in the input, in the result.
+// `last`, `last_made`: channels are neighbours in the input, in the result. Neighbouring threads read neighbours, where
+// they store is further apart if it must: there is less of it.
 template <class Pool, bool last, bool last_made, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
   constexpr int planes = Pool::planes;
   const unsigned positions = (unsigned)a.made.d * a.made.h * a.made.w, all = (unsigned)a.made.n * a.made.c;
   const unsigned i = block_from_end() * (unsigned)kMapThreads + threadIdx.x;
   unsigned p = 0, plane = 0;
-  if (last_made) {
+  if (last) {
     const unsigned place = i / a.made.c, n = place / positions;
     p = place - n * positions, plane = n * a.made.c + (i - place * a.made.c);
   } else {
@@ -166,8 +167,10 @@ FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
   float y[planes];
   pool_at<Pool, last>(y, of, a.size, a.made, d, h, w, a.before);
 #pragma unroll
-  for (int r = 0; r < planes; ++r)
-    if (plane + r < all) a.out[last_made ? i : (plane + r) * positions + p] = from_float<Out>(a.after(y[r], of[r].n, of[r].c, d, h, w));
+  for (int r = 0; r < planes; ++r) {
+    const unsigned at = last_made ? (of[r].n * positions + p) * a.made.c + of[r].c : (plane + r) * positions + p;
+    if (plane + r < all) a.out[at] = from_float<Out>(a.after(y[r], of[r].n, of[r].c, d, h, w));
+  }
 }
 
 }  // namespace fxfuse
