@@ -1,4 +1,4 @@
-"""Random transposed convolutions on a Hopper GPU: the engine's kernel against cuDNN's best, for each numerics class.
+"""Transposed convolutions on a Hopper GPU, of decoders and random ones: the engine's kernel against cuDNN's best.
 
 benchmarks/README.md has the commands; the file is written after every row, and --resume goes on with it.
 
@@ -34,7 +34,6 @@ from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds
 from fxfuse.timing import queued
@@ -73,6 +72,37 @@ class Case:
             f"CT({g.in_channels * g.groups},{g.out_channels * g.groups},k{g.kernel},s{g.stride},p{g.padding},"
             f"d{g.dilation},g{g.groups}) x {self.batch}x{self.sizes}"
         )
+
+
+def _decoder(
+    channels: tuple[int, int], kernel: int | tuple[int, int, int], stride: int, padding: int, batch: int, size: int
+) -> Case:
+    """A layer of one group; one whose kernel is (1, k, k) keeps planes, of which there are fewer than rows."""
+    flat = isinstance(kernel, tuple)
+    kernels = kernel if isinstance(kernel, tuple) else (kernel,) * 3
+    layer = Layer(*channels, 1, kernels, (1 if flat else stride, stride, stride), (padding,) * 3, (1, 1, 1))
+    return Case(layer, batch, (max(8, size // 4) if flat else size, size, size))
+
+
+FLAT = (1, 2, 2)
+#: of segmentation, generators and their outputs of few channels, and convolutions of stride 1
+DECODERS = tuple(
+    _decoder(*each)
+    for each in (
+        ((64, 32), 2, 2, 0, 2, 48), ((128, 64), 2, 2, 0, 2, 32), ((256, 128), 2, 2, 0, 2, 16),
+        ((32, 16), 2, 2, 0, 2, 64), ((512, 256), 2, 2, 0, 4, 8), ((320, 256), 2, 2, 0, 2, 8),
+        ((96, 48), 2, 2, 0, 2, 48), ((48, 24), 2, 2, 0, 2, 48), ((16, 16), 2, 2, 0, 4, 48),
+        ((320, 320), FLAT, 2, 0, 2, 16), ((64, 32), FLAT, 2, 0, 2, 64), ((32, 1), 3, 1, 1, 4, 64),
+        ((32, 3), 3, 1, 1, 4, 64), ((64, 3), 4, 2, 1, 8, 32), ((64, 1), 4, 2, 1, 8, 32),
+        ((128, 3), 3, 2, 1, 4, 32), ((32, 2), 1, 1, 0, 4, 64), ((64, 4), 1, 1, 0, 4, 64),
+        ((64, 3), 5, 2, 2, 2, 48), ((48, 3), 3, 2, 1, 8, 32), ((32, 4), 4, 2, 1, 4, 48),
+        ((128, 1), 5, 1, 2, 2, 32), ((64, 2), 2, 2, 0, 2, 64), ((32, 3), 4, 4, 0, 4, 32),
+        ((64, 8), 4, 4, 0, 2, 32), ((32, 32), 4, 4, 0, 2, 32), ((64, 64), 3, 1, 1, 2, 64),
+        ((128, 128), 3, 1, 1, 2, 32), ((32, 32), 3, 1, 1, 2, 96), ((256, 256), 3, 1, 1, 2, 16),
+        ((64, 64), 1, 1, 0, 4, 64), ((128, 32), 1, 1, 0, 4, 64), ((64, 32), 3, 1, 1, 2, 64),
+        ((96, 96), 3, 1, 1, 2, 48),
+    )
+)  # fmt: skip
 
 
 def draw(rng: random.Random) -> Case:
@@ -140,6 +170,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             calls.run(xs[i % copies], weight, bias, out)
 
         result[f"fxfuse {layout}"] = median(ours)
+        result[f"refused {layout}"] = refusal(case, name, layout)
         row = 0 if layout == "channels_last" else case.extents[2]
         result[f"estimate {layout}"] = 1e3 * seconds(
             made.made, case.batch, case.sizes, case.extents, row, out.element_size()
@@ -151,14 +182,14 @@ def measure(case: Case, name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file(parser)
-    parser.add_argument("--count", type=int, default=60, metavar="N", help="so many layers (default: 60)")
-    parser.add_argument("--seed", type=int, default=0, help="of the layers (default: 0)")
+    parser.add_argument("--count", type=int, default=120, metavar="N", help="so many random layers (default: 120)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random layers (default: 0)")
     parser.add_argument(
         "--read", type=Path, metavar="FILE", help="summarise FILE, of the same --count and --seed; measure nothing"
     )
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    cases = [draw(rng) for _ in range(arguments.count)]
+    cases = [*DECODERS, *(draw(rng) for _ in range(arguments.count))]
     if arguments.read:
         summarise(cases, json.loads(arguments.read.read_text())["rows"])
         return
@@ -193,16 +224,16 @@ def main() -> None:
         raise SystemExit(f"wrong results: {'; '.join(wrong)}")
 
 
-def chosen(case: Case, name: str, layout: str) -> bool:
-    """Whether the compiler would run the layer as a kernel, with nothing behind it."""
+def refusal(case: Case, name: str, layout: str) -> str | None:
+    """Why the compiler leaves the layer, with nothing behind it, to torch; None where it runs as a kernel."""
     dtype, exact = CLASSES[name]
     layer = case.layer
     kind = TensorType(dtype, (case.batch, layer.out_channels * layer.groups, *case.extents))
     launch = Launch(
         layer, "x", "w", "b", dtype, dtype, case.extents, "y", kind, dense(kind.shape, layout), ("conv_transpose",)
     )
-    made = specialise(layer, pooled=False, exact=exact, contiguous=layout == "contiguous", finite=name != "float16")
-    return slower(launch, made, case.batch, case.sizes) is None
+    made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch).made
+    return slower(launch, made, case.batch, case.sizes)
 
 
 def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
@@ -216,7 +247,7 @@ def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
                 for r in results
                 if r["class"] == name and "unsupported" not in r
                 for layout in ("contiguous", "channels_last")
-                if not only_chosen or chosen(by_name[r["case"]], name, layout)
+                if not only_chosen or refusal(by_name[r["case"]], name, layout) is None
             ]
             which = "chosen" if only_chosen else "all"
             spread = f", mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}" if ratios else ""

@@ -37,6 +37,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "calls": results.calls,
     "clocks": results.clocks,
     "counters": results.counters,
+    "layers": results.layers,
     "left_out": results.left_out,
     "orientation": results.orientation,
     "small": results.small,

@@ -289,6 +289,29 @@ def small() -> str:
     return f"{told}\n\n{made}\n\n*{measured_on(data['machine'])}.*"
 
 
+def layers() -> str:
+    """Layers alone, by class: how many run as kernels, and gains over the same call of eager mode."""
+    data = json.loads((RESULTS / "h100_layers.json").read_text())
+    body = []
+    for name, title in {
+        "tf32": "float32, TF32 allowed",
+        "float16": "float16",
+        "ieee": "float32, TF32 not allowed",
+    }.items():
+        gains: dict[bool, list[float]] = {True: [], False: []}
+        for row in data["rows"]:
+            if row["class"] == name and "unsupported" not in row:
+                for layout in ("contiguous", "channels_last"):
+                    ran = row[f"refused {layout}"] is None
+                    gains[ran].append(row[f"eager {layout}"] / row[f"fxfuse {layout}"])
+        cells = [
+            (str(len(g)), f"{math.exp(sum(map(math.log, g)) / len(g)):.2f}x", f"{min(g):.2f}x") for g in gains.values()
+        ]
+        body.append([title, *cells[0], cells[1][0], cells[1][1]])
+    head = ["class", "run as kernels", "mean gain", "least gain", "left to torch", "mean gain a kernel would have"]
+    return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
+
+
 # --- numerics ---------------------------------------------------------------------------------------
 def errors() -> str:
     """Relative L2 errors against float64 of the five models, per class."""

@@ -1,7 +1,8 @@
 """Whether the engine's kernel or torch's own convolution is the faster: rules read off a sweep over layers.
 
-The sweep is ``benchmarks/layers.py``; its results lie in ``benchmarks/results/h100_layers.json``. An estimate
-of cuDNN's time would be a guess, so layers of the kinds that lost are refused, and the rest is taken.
+The sweep is ``benchmarks/layers.py``; its results lie in ``benchmarks/results/h100_layers.json``. Layers of the kinds
+that lost are refused, and the rest is taken. Of cuDNN's time there is an estimate for stride 1 alone, where its kernels
+come near to what the matrix units give.
 """
 
 from __future__ import annotations
@@ -21,13 +22,24 @@ from fxfuse.kernels.tiling import seconds, tile
 LEAST_SECONDS = 1.8e-5
 #: the same where other operators are behind the convolution, which the kernel takes as well
 LEAST_SECONDS_CHAIN = 1.6e-5
-#: part of a tile's rows that are positions of the output
-LEAST_FIT = 0.55
 #: the same for grouped convolutions, of which cuDNN makes little
 LEAST_SECONDS_GROUPED = 1.6e-5
-#: taps of a kernel from which on 16-bit convolutions of stride 1 win over cuDNN's; and where there are fewer output
-#: channels than cuDNN's tiles have
-LARGE_KERNEL, LARGE_KERNEL_NARROW, NARROW = 64, 27, 64
+#: the same for 16-bit channels_last_3d where no window overlaps another: cuDNN multiplies, and that is all
+LEAST_SECONDS_APART = 3.1e-5
+#: the same for channels_last_3d where outputs have no tap
+LEAST_SECONDS_HOLES = 5.1e-5
+#: output channels up to which cuDNN has other kernels than for many, which float32 with many products per output makes
+#: fast
+FEW, MANY_PRODUCTS = 4, 10_000
+#: bytes of one group's results at one position that are less than a line of memory: for kernels of few taps
+LINE = 128
+#: part of a tile's rows that are positions of the output, below which float32 with stride 1 is compared, too
+LEAST_FIT = 0.55
+#: cuDNN with stride 1 at its best: operations per second by the bytes of an element; columns of its tiles; bytes per
+#: second of the passes that bring contiguous tensors to channels_last_3d and back
+CUDNN_RATE, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 128, 2.4e12
+#: part of that time from which on the kernel's estimate is as long
+AS_FAST = 0.9
 
 
 def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
@@ -37,42 +49,58 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     last = kernel.layout == "channels_last"
     if batch == 0 or 0 in extents:
         return "there is nothing to compute"
-    itemsize = kernel.kind.dtype.itemsize
     if kernel.step != ONE:
         return None  # of all that cuDNN makes, little is stored
-    estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, itemsize)
-    enough = math.prod(layer.kernel) > max(4, math.prod(layer.stride))
-    if layer.groups * layer.joined > 1 and enough and estimate > LEAST_SECONDS_GROUPED:
+    estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, kernel.kind.dtype.itemsize)
+    taps, steps, grouped = math.prod(layer.kernel), math.prod(layer.stride), layer.groups * layer.joined > 1
+    if grouped and taps > max(4, steps) and estimate > LEAST_SECONDS_GROUPED:
         return None
     folds = kernel.fold is not None
     little = bool(kernel.combine) or (kernel.fold is not None and not kernel.fold.keeps)  # of it is stored
     chain = bool(kernel.combine) or kernel.gathers or folds or len(kernel.stages) > 2
-    if estimate < (LEAST_SECONDS_CHAIN if chain else LEAST_SECONDS):
-        return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
-    if math.prod(layer.kernel) < math.prod(layer.stride) and not little:
-        return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
-    step = layer.stride if not kernel.combine else (1, 1, 1)
-    d, h, w = (-(-e // s) for e, s in zip(extents, step, strict=True))
-    tiling = tile(made, (d, h, w), row, itemsize)
-    whole_sets = -(-batch // made.samples) * made.samples
-    if tiling.fit((d, h, w)) * batch / whole_sets < LEAST_FIT and not made.exact:
-        return f"an output of {extents} leaves most rows of the tiles unused"
     narrow = kernel.dtype is not torch.float32
-    if layer.stride[2] > 2 and (narrow or not last) and not little:
-        return f"a stride of {layer.stride[2]} along w scatters what is stored"
-    if layer.out_channels <= 4 and layer.channels * layer.joined >= 32:
-        return f"{layer.out_channels} output channels leave the matrix units idle"
-    if math.prod(layer.kernel) <= 4 and not (kernel.combine or folds):
-        return f"a kernel of {layer.kernel} is bound by memory, in cuDNN as here"
-    large = LARGE_KERNEL_NARROW if layer.out_channels < NARROW else LARGE_KERNEL
-    if (
-        narrow
-        and math.prod(layer.stride) == 1
-        and math.prod(layer.kernel) < large
-        and not (kernel.combine or kernel.gathers or folds)
-    ):
+    least = LEAST_SECONDS_APART if narrow and last and taps <= steps else LEAST_SECONDS
+    if estimate < (LEAST_SECONDS_CHAIN if chain else least):
+        return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
+    if taps < steps and not little and last and (narrow or estimate < LEAST_SECONDS_HOLES):
+        return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
+    channels = layer.channels * layer.joined
+    if layer.out_channels <= FEW and not narrow:
+        idle = f"{layer.out_channels} output channels leave the matrix units idle"
+        if channels * taps > MANY_PRODUCTS * steps or (made.exact and (layer.out_channels == 1 or steps == 1)):
+            return idle
+    if kernel.combine or folds or steps > 1:
+        return None
+    if taps == 1 and layer.out_channels < channels and not (narrow and last):
+        return f"a kernel of {layer.kernel} is bound by reading its input, in cuDNN as here"
+    if grouped and 1 < taps <= 4 and last and layer.out_channels * kernel.kind.dtype.itemsize <= LINE:
+        return f"{layer.out_channels} output channels lie apart from those of other groups"
+    if (taps == 1 and last) or kernel.gathers or made.exact or not (narrow or _fit(kernel, made, batch) < LEAST_FIT):
+        return None
+    if estimate > AS_FAST * _cudnn(kernel, made, batch, sizes):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None
+
+
+def _fit(kernel: Launch, made: Specialisation, batch: int) -> float:
+    """Part of the tiles' rows that are positions of the output."""
+    d, h, w = kernel.sizes
+    row = w if kernel.layout == "contiguous" else 0
+    tiling = tile(made, (d, h, w), row, kernel.kind.dtype.itemsize)
+    return tiling.fit((d, h, w)) * batch / (-(-batch // made.samples) * made.samples)
+
+
+def _cudnn(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> float:
+    """Seconds that cuDNN takes at least for a convolution of stride 1."""
+    layer, itemsize = made.layer, kernel.dtype.itemsize
+    outputs, channels = batch * math.prod(kernel.sizes), layer.channels * layer.joined
+    columns = -(-layer.out_channels // CUDNN_COLUMNS) * CUDNN_COLUMNS
+    products = layer.groups * outputs * channels * columns * math.prod(layer.kernel)
+    found = 2 * products / CUDNN_RATE[itemsize]
+    if kernel.layout == "channels_last":
+        return found
+    elements = layer.groups * (batch * math.prod(sizes) * channels + outputs * layer.out_channels)
+    return found + 2 * itemsize * elements / CUDNN_TRANSPOSES  # read and written
 
 
 def _apart(kernel: Launch, made: Specialisation) -> Specialisation:
