@@ -73,10 +73,10 @@ def best(
             there = {**values, made.kernel.stored: _stored(made.kernel, values[made.kernel.x].device)}
             there |= observe(made.rest, [there[name] for name, _ in made.rest.inputs])
             if _same_forms(program, observed, there):
-                found.append((_with_steps(made, there), there))
+                found.append(_bundled(_with_steps(made, there), there))
     if not found:
         raise Unscheduled("a result would come out in another layout than from torch's operators")
-    return _bundled(*min(found, key=lambda f: _passes_by_torch(f[0])))  # the first of equals
+    return min(found, key=_passes_by_torch)  # the first of equals
 
 
 def least_elements(anchored: bool) -> int:
@@ -191,8 +191,8 @@ def _split(program: Program, values: Mapping[str, Form], least: int) -> Program:
 
 
 def _same_forms(program: Program, values: Mapping[str, Form], others: Mapping[str, Form]) -> bool:
-    """Whether the program's outputs have the same dtypes, sizes and strides."""
-    return all(values[name] == others[name] for name in program.outputs)
+    """Whether the program's outputs have the same dtypes, sizes and strides, of dims that have any."""
+    return all(values[name].lies_as(others[name]) for name in program.outputs)
 
 
 def _stored(kernel: Launch, device: torch.device) -> Form:

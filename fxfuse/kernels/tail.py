@@ -48,7 +48,11 @@ class _Planner:
         self.left = needed_by(program.body, program.outputs)
         self.steps: list[Step] = []
         self.torch: list[Instr] = []
-        self.largest = max(map(elements, self.values.types.values()), default=0)
+        own = [
+            *self.there,
+            *(o for i in program.body for o in i.outs),
+        ]  # what was before is no measure of what is small
+        self.largest = max((elements(self.values.types[n]) for n in own), default=0)
 
     def plan(self) -> tuple[Step, ...]:
         while self.left:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
+import many_chains
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Schedule
+from fxfuse.kernels.steps import Gather, Map, Schedule, Torch
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -418,6 +420,27 @@ def test_layouts_are_as_torch_has_them(layout: str) -> None:
     assert sorted(found.kernel.strides)[0] == 1 and found.kernel.strides.index(1) == (
         4 if layout == "contiguous" else 1
     )
+
+
+def test_strides_of_one_sample_are_no_reason_for_torch() -> None:
+    """Torch gives channels_last_3d any strides along dims of one element; a norm's are others than a map's."""
+    norm = "z = group_norm(y, b, b, groups=4, eps=1e-5)"
+    made = program(conv(), norm, "r = relu(z)", inputs=INPUTS.replace("x: f32[2,", "x: f32[1,"))
+    inputs = examples(made)
+    inputs[0] = torch.empty(1, 8, 4, 5, 6, device="meta").to(memory_format=torch.channels_last_3d)
+    with mock.patch.object(torch._C, "_conv_determine_backend_memory_format", many_chains._as_cudnn):
+        found = schedule(made, [torch.empty_strided(t.shape, t.stride()) for t in inputs])
+    assert found.kernel.layout == "channels_last" and not any(isinstance(s, Torch) for s in found.steps)
+    assert "then one kernel: sub > mul > mul > add > relu -> f32[1, 16, 9, 11, 13]" in str(found)
+
+
+def test_a_norm_of_what_a_pool_leaves_is_a_kernel() -> None:
+    """What is small among the values behind the convolution is: not what is small beside its input."""
+    norm = "z = group_norm(m, b, b, groups=4, eps=1e-5)"
+    inputs = "x: f32[2, 256, 12, 12, 12], w: f32[256, 16, 3, 3, 3], b: f32[16]"
+    made = cut(conv(s="(1, 1, 1)"), "u = silu(y)", "m = " + avg_pool("u", 3), norm, inputs=inputs)
+    assert 256 * 12**3 > 64 * 16 * 4**3  # the input is that much larger than what is normalised
+    assert [type(s) for s in made.steps] == [Map, Gather, Map]
 
 
 # --- the three parts together ---------------------------------------------------------------------
