@@ -35,9 +35,9 @@ FEW, MANY_PRODUCTS = 4, 10_000
 LINE = 128
 #: part of a tile's rows that are positions of the output, below which float32 with stride 1 is compared, too
 LEAST_FIT = 0.55
-#: cuDNN with stride 1 at its best: operations per second by the bytes of an element; columns of its tiles; bytes per
-#: second of the passes that bring contiguous tensors to channels_last_3d and back
-CUDNN_RATE, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 128, 2.4e12
+#: cuDNN with stride 1 at its best: operations per second by the bytes of an element; input channels that it multiplies
+#: at once, columns of its tiles; bytes per second of the passes that bring contiguous tensors to channels_last_3d and back
+CUDNN_RATE, CUDNN_DEPTH, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 32, 128, 2.4e12
 #: part of that time from which on the kernel's estimate is as long
 AS_FAST = 0.9
 
@@ -71,7 +71,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
             return idle
     if kernel.combine or folds or steps > 1:
         return None
-    if taps == 1 and layer.out_channels < channels and not (narrow and last):
+    if taps == 1 and 2 * layer.out_channels < channels and not (narrow and last) and not kernel.gathers:
         return f"a kernel of {layer.kernel} is bound by reading its input, in cuDNN as here"
     if grouped and 1 < taps <= 4 and last and layer.out_channels * kernel.kind.dtype.itemsize <= LINE:
         return f"{layer.out_channels} output channels lie apart from those of other groups"
@@ -94,8 +94,8 @@ def _cudnn(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     """Seconds that cuDNN takes at least for a convolution of stride 1."""
     layer, itemsize = made.layer, kernel.dtype.itemsize
     outputs, channels = batch * math.prod(kernel.sizes), layer.channels * layer.joined
-    columns = -(-layer.out_channels // CUDNN_COLUMNS) * CUDNN_COLUMNS
-    products = layer.groups * outputs * channels * columns * math.prod(layer.kernel)
+    depth, columns = -(-channels // CUDNN_DEPTH) * CUDNN_DEPTH, -(-layer.out_channels // CUDNN_COLUMNS) * CUDNN_COLUMNS
+    products = layer.groups * outputs * depth * columns * math.prod(layer.kernel)
     found = 2 * products / CUDNN_RATE[itemsize]
     if kernel.layout == "channels_last":
         return found
