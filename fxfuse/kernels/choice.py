@@ -36,7 +36,7 @@ LINE = 128
 #: part of a tile's rows that are positions of the output, below which float32 with stride 1 is compared, too
 LEAST_FIT = 0.55
 #: cuDNN with stride 1 at its best: operations per second by the bytes of an element; input channels that it multiplies
-#: at once, columns of its tiles; bytes per second of the passes that bring contiguous tensors to channels_last_3d and back
+#: at once, and columns of its tiles; bytes per second as it brings contiguous tensors to channels_last_3d and back
 CUDNN_RATE, CUDNN_DEPTH, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 32, 128, 2.4e12
 #: part of that time from which on the kernel's estimate is as long
 AS_FAST = 0.9
