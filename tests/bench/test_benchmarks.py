@@ -130,8 +130,9 @@ def test_layers(
     monkeypatch.setattr(layers, "measure", measure)
     monkeypatch.setattr(layers, "compile_ahead", compiled.append)
     monkeypatch.setattr(layers, "TOGETHER", 4)
+    monkeypatch.setattr(layers, "DECODERS", layers.DECODERS[:1])
     path = tmp_path / "x.json"
-    monkeypatch.setattr(sys, "argv", ["layers.py", "--count", "3", "--json", str(path), "--resume"])
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--count", "2", "--json", str(path), "--resume"])
     with pytest.raises(SystemExit, match="wrong results: far off"):
         layers.main()
     assert len(asked) == len(set(asked)) == len(compiled) == 9

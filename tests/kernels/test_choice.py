@@ -64,6 +64,7 @@ def test_layers_that_win(dtype: str) -> None:
     assert reason((8, 12), (5, 5, 5), (3, 3, 3), dtype=dtype, size=7) is None  # few rows of its tiles are positions
     assert reason((128, 32), TWO, (3, 3, 3), dtype=dtype) is None
     assert reason((64, 64), (1, 1, 1), size=64, batch=4, dtype=dtype, last=True) is None
+    assert reason((8, 96), dtype=dtype) is None  # of few input channels cuDNN multiplies more
 
 
 TWO, ONES = (2, 2, 2), (1, 1, 1)
@@ -71,6 +72,7 @@ MEAN = "u = mean(y, dims=(2, 3, 4), keepdim=True)"
 SOFTMAX, LOGSUMEXP = "u = softmax(y, dim=1)", "u = logsumexp(y, dims=(1,), keepdim=False)"
 HOLES = {"kernel": TWO, "stride": (3, 3, 3), "last": True, "dtype": "f16"}
 POINTS: dict[str, Any] = {"kernel": ONES, "channels": (128, 32)}
+UP: dict[str, Any] = {"channels": (64, 32), "kernel": TWO, "stride": TWO, "dtype": "f16", "batch": 1, "last": True}
 GROUPS = {"kernel": (2, 2, 1), "groups": 4, "channels": (96, 128), "last": True}
 HALF: dict[str, Any] = {"dtype": "f16", "channels": (256, 256), "batch": 2, "size": 16}
 NO_TAP, IDLE, READS = "leave outputs that no tap reaches", "output channels leave the matrix units idle", "its input"
@@ -98,6 +100,9 @@ APART, CUDNN = "lie apart from those of other groups", "with stride 1 as fast"
         (POINTS, {"kernel": (1, 2, 2)}, READS),
         (POINTS, {"stride": (1, 1, 2)}, READS),
         (POINTS | {"dtype": "f16"}, {"last": True}, READS),
+        (UP, {"last": False}, "the layer is small"),
+        (UP, {"dtype": "f32"}, "the layer is small"),
+        (UP, {"kernel": (3, 3, 3)}, "the layer is small"),
         (GROUPS, {"last": False}, APART),
         (GROUPS, {"kernel": (3, 2, 1)}, APART),
         (GROUPS, {"channels": (96, 132)}, APART),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxfuse.forms import Form
 from fxfuse.kernels.chains import dense, layout_of, layouts_of
 
 LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
@@ -42,3 +43,11 @@ def test_none() -> None:
     for view in (x.transpose(2, 4), x[..., 1:], x[:, :2], x[:, :, :1].expand(-1, -1, 4, -1, -1), x[::2, :, 1:]):
         assert layouts_of(view.shape, view.stride()) == [] and layout_of(view.shape, view.stride()) is None
     assert layouts_of(x.shape, x[1:].stride()) == ["contiguous"]
+
+
+def test_strides_of_one_element_say_nothing() -> None:
+    x, last = torch.empty(1, 3, 4, 5), torch.empty(1, 3, 4, 5, memory_format=torch.channels_last)
+    form = Form.of(last)
+    assert form.lies_as(Form.of(last.as_strided((1, 3, 4, 5), (3, *last.stride()[1:]))))
+    for other in (x, last.half(), last[:, :2], last[0], last.to("meta"), torch.empty(1, 3, 4, 5, 1)):
+        assert not form.lies_as(Form.of(other))

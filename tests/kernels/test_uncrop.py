@@ -29,7 +29,7 @@ LEFT = {
     "a_pool_and_a_mean": f"{CROPPED}\nm = {max_pool('y', 2, 2, dims=2)}\nr = mean(y, dims=(2, 3), keepdim=True)\nm, r",
     "what_varies_over_space": f"{CROPPED}\nv = add(y, z)\nm = {max_pool('v', (2, 3), (2, 3), dims=2)}\nm",
     "an_adaptive_pool": f"{CROPPED}\nm = adaptive_avg_pool(y, size=(2, 3))\nm",
-    "padding_behind": f"{CROPPED}\nm = {max_pool('y', 2, 2, (0, 1), dims=2)}\nm",
+    "padding_behind": f"{CROPPED}\nm = {max_pool('y', (2, 4), (2, 4), (0, 2), dims=2)}\nm",
     "a_window_that_begins_inside": f"{CROPPED}\nm = {max_pool('y', 2, (2, 3), ceil_mode=True, dims=2)}\nm",
     "another_window_behind": f"{CROPPED}\nm = {max_pool('y', 1, 2, dims=2)}\nr = mean(m, dims=(2, 3), keepdim=True)\nr",
 }  # fmt: skip

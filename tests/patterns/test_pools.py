@@ -341,6 +341,7 @@ ELSE = "positions that no window reads are not those of a convolution alone"
         ("softmax(y, dim=1)", 3, "r", ELSE),
         ("mul(y, z)", 3, "r", ELSE),
         ("relu(y)", 3, "r, y", ELSE),
+        ("relu(y)", 3, "r, u", ELSE),
         ("relu(y)", 3, "r, m", "the value of avg_pool is also used elsewhere"),
     ],
 )

@@ -139,8 +139,8 @@ def test_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """They are told where a cache has the cubin, and nothing is compiled for them unless asked."""
     monkeypatch.setenv("FXFUSE_CACHE_DIR", str(tmp_path))
     jit.forget()
-    model = nn.Sequential(nn.ConvTranspose3d(64, 64, 1, stride=2), nn.ReLU()).eval()  # torch convolves
-    report = explained(model, (8, 64, 16, 16, 16))
+    model = nn.Sequential(nn.ConvTranspose3d(64, 16, 1), nn.ReLU()).eval()  # torch convolves
+    report = explained(model, (8, 64, 32, 32, 32))
     (kernel,) = [p for p in report.regions[0].account.parts if p.source]  # type: ignore[union-attr]
 
     def resources() -> Any:
