@@ -50,11 +50,6 @@ class Row:
         return TITLES.get(self.model, self.model) + (f", {self.mode}" if self.model in MODES else "")
 
     @property
-    def ratio(self) -> float:
-        """Of eager mode's time."""
-        return self.ms["fxfuse"] / self.ms["eager"]
-
-    @property
     def best_peer(self) -> float:
         return min(v for k, v in self.ms.items() if k != "fxfuse")
 
@@ -115,19 +110,32 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def random_chains() -> str:
-    """What the file of random chains says, in a sentence, and the chains at both ends."""
-    machine, rows = load("h100_random")
-    ordered = sorted(rows, key=lambda r: r.ratio)
-    mean = math.exp(sum(math.log(r.ratio) for r in rows) / len(rows))
+def random_chains(name: str) -> str:
+    """What a file of random chains says, in a sentence, and the chains at both ends."""
+    machine, rows = load(name)
+    gains = {r.title: r.best_peer / r.ms["fxfuse"] for r in rows}
+    ordered = sorted(rows, key=lambda r: -gains[r.title])
+    mean, floors = (
+        math.exp(sum(math.log(v) for v in values) / len(rows))
+        for values in (gains.values(), [r.ms["fxfuse"] / (r.floor or math.nan) for r in rows])
+    )
+    compiled = any("compile" in r.ms for r in rows)
+    peers = ["eager", *["torch.compile"] * compiled]
     body = [
-        [r.title, milliseconds(r.ms["eager"]), milliseconds(r.ms["fxfuse"]), f"{r.ratio:.2f}"]
-        for r in (*ordered[:3], *ordered[-3:])
+        [
+            r.title,
+            *(milliseconds(r.ms[{"torch.compile": "compile"}.get(peer, peer)]) for peer in peers),
+            milliseconds(r.ms["fxfuse"]),
+            f"{gains[r.title]:.1f}x",
+            milliseconds(r.floor),
+        ]
+        for r in (*ordered[:5], *ordered[-5:])
     ]
+    against = "the faster one of eager mode and torch.compile" if compiled else "eager mode"
     return (
-        f"{len(rows)} random chains take {mean:.2f} of eager mode's time in the geometric mean; the worst one "
-        f"{ordered[-1].ratio:.2f}. The three that gain most, and the three that gain least:\n\n"
-        f"{table(['chain', 'eager', 'fxfuse', 'ratio'], body)}\n\n*{measured_on(machine)}.*"
+        f"{len(rows)} random chains are {mean:.1f} times as fast as {against} in the geometric mean, the worst one "
+        f"{min(gains.values()):.2f} times; they take {floors:.1f} times the floor. The five that gain most, and the "
+        f"five that gain least:\n\n{table(['chain', *peers, 'fxfuse', 'gain', 'floor'], body)}\n\n*{measured_on(machine)}.*"
     )
 
 
