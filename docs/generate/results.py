@@ -132,10 +132,11 @@ def random_chains(name: str) -> str:
         for r in (*ordered[:5], *ordered[-5:])
     ]
     against = "the faster one of eager mode and torch.compile" if compiled else "eager mode"
+    shown = table(["chain", *peers, "fxfuse", "gain", "floor"], body)
     return (
         f"{len(rows)} random chains are {mean:.1f} times as fast as {against} in the geometric mean, the worst one "
         f"{min(gains.values()):.2f} times; they take {floors:.1f} times the floor. The five that gain most, and the "
-        f"five that gain least:\n\n{table(['chain', *peers, 'fxfuse', 'gain', 'floor'], body)}\n\n*{measured_on(machine)}.*"
+        f"five that gain least:\n\n{shown}\n\n*{measured_on(machine)}.*"
     )
 
 
