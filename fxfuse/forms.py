@@ -42,9 +42,9 @@ class Form:
 
     def lies_as(self, other: Form) -> bool:
         """Whether the two are the same but for the strides of dims of one element, which say nothing."""
-        both = zip(self.shape, self.strides, other.strides, strict=False)
-        alike = (self.dtype, self.shape, self.device) == (other.dtype, other.shape, other.device)
-        return alike and all(size == 1 or a == b for size, a, b in both)
+        if (self.dtype, self.shape, self.device) != (other.dtype, other.shape, other.device):
+            return False
+        return all(s == 1 or a == b for s, a, b in zip(self.shape, self.strides, other.strides, strict=True))
 
     def numel(self) -> int:
         return math.prod(self.shape)

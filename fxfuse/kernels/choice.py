@@ -18,16 +18,12 @@ from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.steps import Launch
 from fxfuse.kernels.tiling import seconds, tile
 
-#: below this estimate a call is launches and nothing else, and cuDNN has fewer of them
-LEAST_SECONDS = 1.8e-5
-#: the same where other operators are behind the convolution, which the kernel takes as well
-LEAST_SECONDS_CHAIN = 1.6e-5
-#: the same for grouped convolutions, of which cuDNN makes little
-LEAST_SECONDS_GROUPED = 1.6e-5
-#: the same for 16-bit channels_last_3d where no window overlaps another: cuDNN multiplies, and that is all
-LEAST_SECONDS_APART = 3.1e-5
-#: the same for channels_last_3d where outputs have no tap
-LEAST_SECONDS_HOLES = 5.1e-5
+#: below this estimate a call is launches and nothing else, and cuDNN has fewer of them: for a convolution alone; where
+#: other operators are behind it, which the kernel takes as well; for a grouped one, of which cuDNN makes little
+LEAST_SECONDS, LEAST_SECONDS_CHAIN, LEAST_SECONDS_GROUPED = 1.8e-5, 1.6e-5, 1.6e-5
+#: in channels_last_3d, for 16-bit numbers where a kernel has no more taps than its stride has outputs, so that cuDNN
+#: multiplies, and that is all; and for float32 where outputs have no tap
+LEAST_SECONDS_APART, LEAST_SECONDS_HOLES = 3.1e-5, 5.1e-5
 #: output channels up to which cuDNN has other kernels than for many, which float32 with many products per output makes
 #: fast
 FEW, MANY_PRODUCTS = 4, 10_000
@@ -38,6 +34,8 @@ LEAST_FIT = 0.55
 #: cuDNN with stride 1 at its best: operations per second by the bytes of an element; input channels that it multiplies
 #: at once, and columns of its tiles; bytes per second as it brings contiguous tensors to channels_last_3d and back
 CUDNN_RATE, CUDNN_DEPTH, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 32, 128, 2.4e12
+#: seconds of its shortest calls for contiguous tensors, which are several kernels
+CUDNN_LEAST = 3e-5
 #: part of that time from which on the kernel's estimate is as long
 AS_FAST = 0.9
 
@@ -71,9 +69,9 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
             return idle
     if kernel.combine or folds or steps > 1:
         return None
-    if taps == 1 and 2 * layer.out_channels < channels and not (narrow and last) and not kernel.gathers:
+    if taps == 1 and 2 * layer.out_channels <= channels and not (narrow and last) and not kernel.gathers:
         return f"a kernel of {layer.kernel} is bound by reading its input, in cuDNN as here"
-    if grouped and 1 < taps <= 4 and last and layer.out_channels * kernel.kind.dtype.itemsize <= LINE:
+    if layer.groups > 1 and 1 < taps <= 4 and last and layer.out_channels * kernel.kind.dtype.itemsize <= LINE:
         return f"{layer.out_channels} output channels lie apart from those of other groups"
     if (taps == 1 and last) or kernel.gathers or made.exact or not (narrow or _fit(kernel, made, batch) < LEAST_FIT):
         return None
@@ -100,7 +98,7 @@ def _cudnn(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     if kernel.layout == "channels_last":
         return found
     elements = layer.groups * (batch * math.prod(sizes) * channels + outputs * layer.out_channels)
-    return found + 2 * itemsize * elements / CUDNN_TRANSPOSES  # read and written
+    return max(found + 2 * itemsize * elements / CUDNN_TRANSPOSES, CUDNN_LEAST)  # read and written
 
 
 def _apart(kernel: Launch, made: Specialisation) -> Specialisation:

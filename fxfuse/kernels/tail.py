@@ -48,10 +48,8 @@ class _Planner:
         self.left = needed_by(program.body, program.outputs)
         self.steps: list[Step] = []
         self.torch: list[Instr] = []
-        own = [
-            *self.there,
-            *(o for i in program.body for o in i.outs),
-        ]  # what was before is no measure of what is small
+        # what was before the program is no measure of what is small in it
+        own = [*self.there, *(o for i in program.body for o in i.outs)]
         self.largest = max((elements(self.values.types[n]) for n in own), default=0)
 
     def plan(self) -> tuple[Step, ...]:

@@ -1,7 +1,7 @@
 """Outputs that no window of a pool reads, computed after all: where torch convolves, it makes them anyway.
 
-A crop saves a kernel of ours work. Torch crops what it has made, and leaves a view with gaps, which no kernel reads
-as its value. Pure.
+A crop saves a kernel of ours work. Torch crops some of it from the input, and the rest from what it has made, which
+leaves a view with gaps that no kernel reads as its value. Pure.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from torch import Tensor
 from fxfuse import vocabulary
 from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref
+from fxfuse.kernels.chains import layout_of
 from fxfuse.kernels.observe import observe
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
+
+#: outputs that are computed, of those that are read: more than these are not worth a kernel behind them
+MOST_MORE = 1.5
 
 
 def uncropped(program: Program, values: dict[str, Form], inputs: Sequence[Tensor]) -> Program:
@@ -27,7 +31,7 @@ def uncropped(program: Program, values: dict[str, Form], inputs: Sequence[Tensor
     """
     body, pools = list(program.body), set[str]()
     for place, anchor in enumerate(body):
-        if anchor.op == "conv_transpose" and dict(anchor.attributes)["extent"] is not None:
+        if anchor.op == "conv_transpose" and _has_gaps(values[anchor.outs[0]]):
             found = _pools_behind(program, anchor, values)
             if found is not None:
                 pools |= found
@@ -37,7 +41,12 @@ def uncropped(program: Program, values: dict[str, Form], inputs: Sequence[Tensor
         return program
     made = Program(program.inputs, tuple(body), program.outputs)
     there = observe(made, inputs)
-    return made if all(there[name].shape == values[name].shape for name in pools) else program
+    more = any(form.numel() > MOST_MORE * values[name].numel() for name, form in there.items())
+    return made if not more and all(there[name].shape == values[name].shape for name in pools) else program
+
+
+def _has_gaps(form: Form) -> bool:
+    return layout_of(form.shape, form.stride()) is None
 
 
 def _pools_behind(program: Program, anchor: Instr, values: Mapping[str, Form]) -> set[str] | None:

@@ -275,13 +275,15 @@ def value_over_space(node: fx.Node) -> fx.Node | None:
     return values.pop()
 
 
-def crops_convolution(value: fx.Node | None) -> bool:
-    """Whether a crop of ``value`` becomes one of a convolution."""
+def crops_convolution(value: fx.Node | None, dims: int) -> bool:
+    """Whether a crop of ``value`` in its last ``dims`` becomes one of a convolution, whose space these are."""
     while value is not None and op_name(value) != "conv_transpose":
         if len(value.users) != 1:
             return False
         value = value_over_space(value)
-    return value is not None and batched(value) and len(value.users) == 1
+    if value is None or not batched(value) or len(value.users) != 1:
+        return False
+    return len(attributes(value)["stride"]) == dims
 
 
 def constant_along(operand: fx.Node, dims: tuple[int, ...], rank: int) -> bool:

@@ -154,9 +154,9 @@ class ComposeAvgPools(Rule):
 class MergeAvgPoolIntoMean(Rule):
     """mean(avg_pool(x; k, s)) = mean(x up to the last position that a window reads)
 
-    Over all of space, where the windows tile (s = k): each of these positions counts once. Unpadded,
-    floor mode, the divisor the window's size. Where windows leave positions out, x is made of the
-    outputs of a convolution, of which as many are dropped.
+    Over space alone, and all dims that windows have, where these tile (s = k): each of these positions
+    counts once. Unpadded, floor mode, the divisor the window's size. Where windows leave positions out,
+    x is made of the outputs of a convolution, of which as many are dropped.
     """
 
     legality = Legality.REASSOCIATING
@@ -168,10 +168,13 @@ class MergeAvgPoolIntoMean(Rule):
         refusal = plain_average(pool)
         if refusal is not None:
             return refusal
-        if op_name(value) == "avg_pool" and composed_average(value, pool) is None:
+        alone = len(value.users) == 1  # or no rule moves it
+        if alone and op_name(value) == "avg_pool" and composed_average(value, pool) is None:
             return Reject("the pool becomes one with the pool before it", pool)
-        if op_name(value) in AFFINE and not isinstance(moves_behind_pool(value, pool), Reject):
+        if alone and op_name(value) in AFFINE and not isinstance(moves_behind_pool(value, pool), Reject):
             return Reject("the map before the pool moves behind it, or into a convolution", value)
+        if min(attributes(reduce)["dims"], default=0) < 2:
+            return Reject("the mean runs over samples or channels, too", reduce)
         rank = pool.meta["val"].dim()
         dims = range(rank - len(given["kernel"]), rank)
         for dim, kernel, stride in zip(dims, given["kernel"], given["stride"], strict=True):
@@ -181,7 +184,7 @@ class MergeAvgPoolIntoMean(Rule):
                 return Reject(f"dim {dim}, along which windows lie, is kept", reduce)
         if sizes(pool) is None or sizes(value) is None:
             return Reject("which positions windows read depends on sizes that are not known", pool)
-        if self._extent(pool) is not None and not crops_convolution(value):
+        if self._extent(pool) is not None and not crops_convolution(value, len(given["kernel"])):
             return Reject("positions that no window reads are not those of a convolution alone", value)
         return None
 

@@ -36,6 +36,7 @@ def reason(
     behind: tuple[str, ...] = (),
     last: bool = False,
     exact: bool = False,
+    finite: bool = False,
 ) -> str | None:
     weight = ", ".join(map(str, (channels[0], channels[1] // groups, *kernel)))
     lines = [CONV.format(s=stride, g=groups), *([POOL.format(s=stride)] if pool else []), *behind]
@@ -47,7 +48,8 @@ def reason(
     if last:
         launch = dataclasses.replace(launch, strides=dense(launch.kind.shape, "channels_last"))
     folded, one = launch.fold is not None, launch.fold is not None and not launch.fold.keeps
-    layer = specialise(launch.layer, pooled=pool, exact=exact, folded=folded, one=one)
+    one_layer = launch.layer.join() if finite else launch.layer
+    layer = specialise(one_layer, pooled=pool, exact=exact, folded=folded, one=one, finite=finite)
     return slower(launch, layer, batch, (size, size, size))
 
 
@@ -94,7 +96,7 @@ APART, CUDNN = "lie apart from those of other groups", "with stride 1 as fast"
         ({"channels": (64, 3), "exact": True}, {"stride": TWO}, "3 " + IDLE),
         ({"channels": (64, 3), "exact": True}, {"exact": False}, "3 " + IDLE),
         ({"channels": (64, 1), "exact": True, "kernel": TWO, "stride": TWO}, {"channels": (64, 2)}, "1 " + IDLE),
-        (POINTS, {"channels": (128, 64)}, READS),
+        (POINTS, {"channels": (128, 65)}, READS),
         (POINTS, {"behind": (MEAN,)}, READS),
         (POINTS, {"behind": (SOFTMAX,)}, READS),
         (POINTS, {"kernel": (1, 2, 2)}, READS),
@@ -105,6 +107,7 @@ APART, CUDNN = "lie apart from those of other groups", "with stride 1 as fast"
         (UP, {"kernel": (3, 3, 3)}, "the layer is small"),
         (GROUPS, {"last": False}, APART),
         (GROUPS, {"kernel": (3, 2, 1)}, APART),
+        (GROUPS | {"channels": (16, 16)}, {"finite": True}, APART),  # its groups are multiplied together
         (GROUPS, {"channels": (96, 132)}, APART),
         (GROUPS, {"stride": (2, 1, 1)}, APART),
         (HALF, {"behind": (MEAN,)}, "cuDNN convolves f16 " + CUDNN),

@@ -24,6 +24,10 @@ WHOLE = {
 }
 LEFT = {
     "a_whole_one": f"y = {conv(stride=2, dims=2)}\nm = {avg_pool('y', 3, 3, dims=2)}\nm",
+    "one_that_torch_has_cropped_before": (
+        f"y = {conv(stride=3, dims=2, extent=(9, 12))}\nm = {avg_pool('y', 3, 3, dims=2)}\nm"
+    ),
+    "much_more": f"{CROPPED.replace('(8, 9)', '(8, 6)')}\nm = {max_pool('y', (2, 6), (2, 6), dims=2)}\nm",
     "an_output": f"{CROPPED}\nm = {avg_pool('y', (4, 3), (4, 3), dims=2)}\nm, y",
     "a_mean": f"{CROPPED}\nr = mean(y, dims=(2, 3), keepdim=True)\nr",
     "a_pool_and_a_mean": f"{CROPPED}\nm = {max_pool('y', 2, 2, dims=2)}\nr = mean(y, dims=(2, 3), keepdim=True)\nm, r",

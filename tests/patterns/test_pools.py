@@ -272,9 +272,9 @@ def test_the_mean_of_an_average_pool_is_a_mean() -> None:
 
 def test_windows_of_one_leave_a_dim_that_the_mean_keeps() -> None:
     pool = avg_pool("x", (1, 5), (1, 5), dims=2)
-    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(1, 3), keepdim=False)\nr")
+    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(3,), keepdim=False)\nr")
     result = rewrite(source, MERGE)
-    assert result.text == "v0 = mean(x0, dims=(1, 3), keepdim=False)\nv0"
+    assert result.text == "v0 = mean(x0, dims=(3,), keepdim=False)\nv0"
     agree(result)
 
 
@@ -322,7 +322,9 @@ def test_means_of_average_pools(draw: st.DataObject) -> None:
         (avg_pool("y", 3, 3, ceil_mode=True, dims=2), (2, 3), "ceil_mode averages partial windows"),
         (avg_pool("y", 3, 3, divisor=2, dims=2), (2, 3), "divisor_override is not the window's size"),
         (TILES, (3,), "dim 2, along which windows lie, is kept"),
-        (TILES, (1,), "dim 2, along which windows lie, is kept"),
+        (TILES, (2,), "dim 3, along which windows lie, is kept"),
+        (TILES, (1, 2, 3), "the mean runs over samples or channels, too"),
+        (TILES, (0, 2, 3), "the mean runs over samples or channels, too"),
     ],
 )
 def test_average_pools_that_stay_before_a_mean(pool: str, mean: tuple[int, ...], reason: str) -> None:
@@ -349,6 +351,28 @@ def test_where_a_mean_of_an_average_pool_waits_or_stays(before: str, kernel: int
     pool = avg_pool("u", kernel, kernel, dims=2)
     body = f"{CONV}\nu = {before}\nm = {pool}\nr = mean(m, dims=(2, 3), keepdim=True)\n{outputs}"
     assert rewrite(program(LAYER, body), MERGE).reason("MergeAvgPoolIntoMean") == reason
+
+
+def test_a_pool_over_more_dims_than_space_is_left_alone() -> None:
+    """Torch takes a batched 2-D value for a sample of a 3-D one: its channels are no space."""
+    pool = avg_pool("y", 2, 2, dims=3)
+    source = program(
+        LAYER.replace("[3, 4, 3, 3]", "[3, 5, 3, 3]"),
+        f"y = {conv('x, w, None', stride=2, dims=2)}\nm = {pool}\nr = mean(m, dims=(1, 2, 3), keepdim=True)\nr",
+    )
+    result = rewrite(source, DEFAULT_RULES)
+    assert result.rules == []
+    agree(result)
+
+
+@pytest.mark.parametrize("first", [avg_pool("y", 2, 2, dims=2), "mul(y, c)"])
+def test_what_another_rule_does_not_move_is_merged(first: str) -> None:
+    """The value before the pool is an output, too: the two pools stay two, and the map where it is."""
+    pool = avg_pool("u", 1, 1, dims=2)
+    body = f"{CONV}\nu = {first}\nm = {pool}\nr = mean(m, dims=(2, 3), keepdim=True)\nr, u"
+    result = rewrite(program(LAYER, body), MERGE)
+    assert result.rules == ["MergeAvgPoolIntoMean"]
+    agree(result)
 
 
 def test_a_map_behind_which_a_pool_was_moves_behind_the_mean() -> None:

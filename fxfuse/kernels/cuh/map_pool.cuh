@@ -139,8 +139,8 @@ FXFUSE_INLINE void pool_at(float (&y)[planes], const Plane<In> (&of)[planes], co
     if (Pool::sums) y[r] /= (float)divisor;
 }
 
-// `last`, `last_made`: channels are neighbours in the input, in the result. Neighbouring threads read neighbours, where
-// they store is further apart if it must: there is less of it.
+// `last`, `last_made`: channels are neighbours in the input, in the result. Neighbouring threads read neighbours; where
+// they store is further apart if it must, which most often is less.
 template <class Pool, bool last, bool last_made, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_pool(const PoolArguments<In, Out, Before, After>& a) {
   constexpr int planes = Pool::planes;
