@@ -25,7 +25,7 @@ WHOLE = {
 LEFT = {
     "a_whole_one": f"y = {conv(stride=2, dims=2)}\nm = {avg_pool('y', 3, 3, dims=2)}\nm",
     "one_that_torch_has_cropped_before": (
-        f"y = {conv(stride=3, dims=2, extent=(9, 12))}\nm = {avg_pool('y', 3, 3, dims=2)}\nm"
+        f"y = {conv(stride=3, dims=2, extent=(12, 12))}\nm = {avg_pool('y', (3, 12), (3, 12), dims=2)}\nm"
     ),
     "much_more": f"{CROPPED.replace('(8, 9)', '(8, 6)')}\nm = {max_pool('y', (2, 6), (2, 6), dims=2)}\nm",
     "an_output": f"{CROPPED}\nm = {avg_pool('y', (4, 3), (4, 3), dims=2)}\nm, y",

@@ -259,23 +259,19 @@ TILES = avg_pool("y", 3, 3, dims=2)
 MERGE = [MergeAvgPoolIntoMean()]
 
 
-def test_the_mean_of_an_average_pool_is_a_mean() -> None:
-    pool = avg_pool("x", (3, 5), (3, 5), dims=2)
-    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(2, 3), keepdim=True)\nr")
-    result = rewrite(source, MERGE)
-    assert result.text == "v0 = mean(x0, dims=(2, 3), keepdim=True)\nv0"
+@pytest.mark.parametrize(
+    ("kernel", "dims", "keepdim"),
+    [((3, 5), (2, 3), True), ((1, 5), (3,), False)],  # windows of one leave a dim that the mean keeps
+)
+def test_the_mean_of_an_average_pool_is_a_mean(kernel: tuple[int, int], dims: tuple[int, ...], keepdim: bool) -> None:
+    mean = f"mean({{}}, dims={dims}, keepdim={keepdim})"
+    body = f"m = {avg_pool('x', kernel, kernel, dims=2)}\nr = {mean.format('m')}\nr"
+    result = rewrite(program("x: f64[2, 3, 12, 10]", body), MERGE)
+    assert result.text == f"v0 = {mean.format('x0')}\nv0"
     agree(result)
     same_gradients(result)
     same_special(result, [special((2, 3, 12, 10))])
     assert not MergeAvgPoolIntoMean.forward_only
-
-
-def test_windows_of_one_leave_a_dim_that_the_mean_keeps() -> None:
-    pool = avg_pool("x", (1, 5), (1, 5), dims=2)
-    source = program("x: f64[2, 3, 12, 10]", f"m = {pool}\nr = mean(m, dims=(3,), keepdim=False)\nr")
-    result = rewrite(source, MERGE)
-    assert result.text == "v0 = mean(x0, dims=(3,), keepdim=False)\nv0"
-    agree(result)
 
 
 def test_outputs_that_no_window_reads_are_dropped_from_the_mean() -> None:
@@ -353,14 +349,12 @@ def test_where_a_mean_of_an_average_pool_waits_or_stays(before: str, kernel: int
     assert rewrite(program(LAYER, body), MERGE).reason("MergeAvgPoolIntoMean") == reason
 
 
-def test_a_pool_over_more_dims_than_space_is_left_alone() -> None:
+@pytest.mark.parametrize(("kernel", "dims"), [((2, 2, 2), (1, 2, 3)), ((1, 2, 2), (2, 3))])
+def test_a_pool_over_more_dims_than_space_is_left_alone(kernel: tuple[int, ...], dims: tuple[int, ...]) -> None:
     """Torch takes a batched 2-D value for a sample of a 3-D one: its channels are no space."""
-    pool = avg_pool("y", 2, 2, dims=3)
-    source = program(
-        LAYER.replace("[3, 4, 3, 3]", "[3, 5, 3, 3]"),
-        f"y = {conv('x, w, None', stride=2, dims=2)}\nm = {pool}\nr = mean(m, dims=(1, 2, 3), keepdim=True)\nr",
-    )
-    result = rewrite(source, DEFAULT_RULES)
+    layer = f"y = {conv('x, w, None', stride=2, dims=2)}\nm = {avg_pool('y', kernel, kernel, dims=3)}"
+    body = f"{layer}\nr = mean(m, dims={dims}, keepdim=True)\nr"
+    result = rewrite(program(LAYER.replace("[3, 4, 3, 3]", "[3, 5, 3, 3]"), body), DEFAULT_RULES)
     assert result.rules == []
     agree(result)
 
