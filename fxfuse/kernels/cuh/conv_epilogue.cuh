@@ -7,26 +7,30 @@
 
 namespace fxfuse {
 
-// Makes what is stored of all accumulators, expression(value), in their place: `kept`. Zero outside the tensor.
+// Makes what is stored of all accumulators, expression(value), in their place: `kept`. Zero outside the tensor, where
+// statistics want it, or where an expression is not to be asked.
 template <class Problem, class Out, int classes, class Kept, class Value, class Expression>
 FXFUSE_INLINE void replace(const Geometry& g, const Place<Problem>& place, const Extent& o, const Residue (&residue)[classes],
                            Kept kept, const Value& value, const Expression& expression) {
-  const uint32_t inside = inside_mask(g, place, o, residue, true);
+  constexpr bool masked = Problem::gathers || Expression::local;
+  uint32_t inside = 0;
+  if constexpr (masked) inside = inside_mask(g, place, o, residue, true);
 #pragma unroll
   for (int j = 0; j < Problem::columns / 8; ++j)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       schedule_barrier();
+      if (!Problem::gathers && place.box.column * Problem::columns + place.column(j, e) >= g.out_channels) continue;  // keeps the columns apart
       const Results<Problem, Value, Expression> results(g, place, value, expression, j, e);
       uint32_t here = inside;
-      settle(here);  // or a register per row keeps its bit
+      if constexpr (masked) settle(here);  // or a register per row keeps its bit
 #pragma unroll
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int q = 0; q < classes; ++q) {
-            const bool one = here >> ((i * 2 + r) * classes + q) & 1;
+            const bool one = !masked || (here >> ((i * 2 + r) * classes + q) & 1);
             kept(i, r, j, e, q) = as_stored<Out>(results(place, o, residue[q], one, i, r, q), one);
           }
     }
@@ -44,6 +48,26 @@ FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Pl
     store_wide<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
   else
     store_direct<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
+}
+
+// Stores expression(value), and its statistics. Where both want the same values, or where a store goes through all channels
+// of a position before the next, they are made once, column by column, in the place of the accumulators: what a column's
+// results have in common is read once, not for each of them.
+template <class Problem, class Runs, class Out, int width, bool reversed, int classes, class Kept, class Value, class Expression>
+FXFUSE_INLINE void deliver(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
+                           const Residue (&residue)[classes], Outbox<Problem>& outbox, float* gathered, int group, int pass,
+                           int passes, Kept kept, const Value& value, const Expression& expression) {
+  constexpr bool in_place = Problem::keeps && (Problem::gathers || Problem::channels_last);
+  if constexpr (in_place) {
+    replace<Problem, Out>(g, place, o, residue, kept, value, expression);
+    const Identity same;
+    if constexpr (Problem::gathers) gather<Problem, Out, true>(to, g, place, o, residue, gathered, group, pass, passes, made(kept), same);
+    store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, made(kept), same);
+  } else if constexpr (Problem::keeps) {
+    store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, value, expression);
+  } else {
+    gather<Problem, Out, false>(to, g, place, o, residue, gathered, group, pass, passes, value, expression);
+  }
 }
 
 // The residue classes of a pass.
@@ -116,18 +140,10 @@ struct Store {
       fold<Problem, Runs, Out, width, reversed>(a.to, g, place, o, residue, outbox, group, kept, value, a.expression, a.behind);
       return;
     }
-    if constexpr (Problem::gathers && Problem::keeps) {  // both want the same values: made once, in place
-      replace<Problem, Out>(g, place, o, residue, kept, value, a.expression);
-      const Identity same;
-      gather<Problem, Out, true>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, made(kept), same);
-      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, made(kept), same);
-      return;
-    }
-    if constexpr (Problem::gathers) gather<Problem, Out, false>(a.to, g, place, o, residue, gathered, group, pass, Problem::passes, value, a.expression);
     if constexpr (stages)
       stage_runs(ready.where, outbox, a.to, g, place, o, residue, group, value, a.expression);
-    else if constexpr (Problem::keeps)
-      store<Problem, Runs, Out, Problem::residues, width, reversed>(a.to, g, place, o, residue, outbox, group, value, a.expression);
+    else
+      deliver<Problem, Runs, Out, width, reversed>(a.to, g, place, o, residue, outbox, gathered, group, pass, Problem::passes, kept, value, a.expression);
   }
   FXFUSE_INLINE void finish() {}
 
@@ -272,13 +288,12 @@ struct Pool {
   FXFUSE_INLINE void conclude(float (&combined)[Problem::m_tiles][Problem::columns / 2], const Place<Problem>& place, const Value& value) {
     const Extent o{a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
     const Residue residue[1] = {{0, 0, 0, 1}};
+    auto kept = [&](int i, int r, int j, int e, int) -> float& { return combined[i][j * 4 + r * 2 + e]; };
     if constexpr (Problem::folds) {
-      auto kept = [&](int i, int r, int j, int e, int) -> float& { return combined[i][j * 4 + r * 2 + e]; };
       fold<Problem, Runs, Out, 1, false>(a.to, g, place, o, residue, outbox, group, kept, value, a.after, a.behind);
       return;
     }
-    if constexpr (Problem::gathers) gather<Problem, Out, false>(a.to, g, place, o, residue, gathered, group, 0, 1, value, a.after);
-    if constexpr (Problem::keeps) store<Problem, Runs, Out, 1, 1, false>(a.to, g, place, o, residue, outbox, group, value, a.after);
+    deliver<Problem, Runs, Out, 1, false>(a.to, g, place, o, residue, outbox, gathered, group, 0, 1, kept, value, a.after);
   }
 
   static FXFUSE_INLINE void send(const Arguments& a, const Geometry& g, Outbox<Problem>& outbox, const Tile& part, int group) {
