@@ -20,6 +20,7 @@ from fxfuse.partition import forward_inplace_results, partition
 from fxfuse.patterns import DEFAULT_RULES, Legality, Rule, Settings, given_rules
 from fxfuse.propagate import isolated, propagate
 from fxfuse.report import Report, summarize
+from fxfuse.sizes import sizes_as_numbers
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def fuse(
     with isolated():
         values_only(graph)
         propagate(graph, modules, inputs)  # shapes, effects, and each node's meaning in the vocabulary
+        sizes_as_numbers(graph)
         forward_inplace_results(graph)
         order = Order(graph)
         drafts = partition(graph, order)  # one draft per anchor

@@ -372,4 +372,4 @@ def _fold_type(epilogue: Epilogue) -> str:
     fold = epilogue.fold
     if fold is None:
         return "  using Fold = fxfuse::NoFold;"
-    return f"  struct Fold : fxfuse::Fold{fold.combine} {{\n    static constexpr int channels = {fold.channels};\n  }};"
+    return f"  struct Fold : fxfuse::{fold.op} {{\n    static constexpr int channels = {fold.channels};\n  }};"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fxfuse.kernels.emit_entries import TYPES
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.reductions import Fold, Rows, Window
@@ -65,7 +67,7 @@ def emit_pool_fold(
         '#include "pool_fold.cuh"',
         *_head(before, after, behind),
         _pool(window, both),
-        _entry("pool", arguments, f"fxfuse::pool_fold<Pool, fxfuse::Fold{fold.combine}, {slices}>(a)", POOL_BLOCKS),
+        _entry("pool", arguments, f"fxfuse::pool_fold<Pool, fxfuse::{fold.op}, {slices}>(a)", POOL_BLOCKS),
     ])  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def emit_fold(
         '#include "map_fold.cuh"',
         *_head(before, after),
         "struct Fold {",
-        f"  using Op = fxfuse::Fold{fold.combine};",
+        f"  using Op = fxfuse::{fold.op};",
         f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last, last_made)};",
         f"  static constexpr bool last = {str(last).lower()}, last_made = {str(last_made).lower()};",
         "};",
@@ -110,16 +112,21 @@ def emit_fold(
 
 
 def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, after: Expression | None) -> str:
-    """Entries ``whole``, ``any``: for rows of a multiple of the vector, or not."""
+    """The entry ``rows``."""
     arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
-    lanes = "fxfuse::kMapThreads" if rows.long else "32"
-    call = f"fxfuse::map_rows<fxfuse::Row{rows.combine}, {lanes}"
-    entries = {"whole": f"{call}, {vector(dtype)}>(a)", "any": f"{call}, 1>(a)"}
+    count = rows_at_once(dtype, rows)
+    held = f"{rows.lanes(count)}, {count}, {rows.each(count)}, {str(rows.line).lower()}"
+    call = f"held_rows<fxfuse::{rows.op}, {held}>" if rows.held else f"map_rows<fxfuse::{rows.op}, {count}>"
     return "\n".join([
         '#include "map_rows.cuh"',
         *_head(before, after),
-        *(_entry(name, arguments, body) for name, body in entries.items()),
+        _entry("rows", arguments, f"fxfuse::{call}(a)"),
     ])  # fmt: skip
+
+
+def rows_at_once(dtype: str, rows: Rows) -> int:
+    """Elements that a thread reads at once of rows: a part of all of them."""
+    return math.gcd(vector(dtype), rows.length)
 
 
 def emit_statistics(dtype: str, layout: str) -> str:

@@ -7,13 +7,14 @@ makes x can gather on its way, and for arithmetic that joins the pointwise chain
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Operand, Ref, TensorType
+from fxfuse.kernels.chains import needed_by
 from fxfuse.program import Program
 
 #: dtypes whose statistics kernels gather
@@ -26,13 +27,51 @@ def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Calla
     ``types``: of every value of the program.
     """
     splitter = _Splitter(program, types)
+    viewed = {back.outs[0]: (there, middle) for there, middle, back in _between_views(program, types)}
     for instr in program.body:
+        between = viewed.get(instr.outs[0])
+        if between is not None and splitter.sees_through(*between, instr.outs[0], wanted):
+            continue
         first, split = instr.operands[0], _SPLIT.get(instr.op)
         fits = split is not None and isinstance(first, Ref) and splitter.fits(first.name, wanted)
         if not fits or not split(splitter, instr, first.name):  # type: ignore[misc, union-attr]
             splitter.body.append(instr)
             splitter.follow(instr)
-    return Program(program.inputs, tuple(splitter.body), program.outputs)
+    body = needed_by(splitter.body, program.outputs)  # views that were seen through lead nowhere
+    return Program(program.inputs, tuple(body), program.outputs)
+
+
+def _between_views(program: Program, types: Mapping[str, TensorType]) -> Iterator[tuple[Instr, Instr, Instr]]:
+    """What stands between two permutations or two reshapes that cancel: those and it, by nothing else read."""
+    readers: dict[str, list[Instr]] = {}
+    for instr in program.body:
+        for name in instr.reads():
+            readers.setdefault(name, []).append(instr)
+
+    def reader_of(instr: Instr) -> Instr | None:
+        found = readers.get(instr.outs[0], [])
+        alone = len(found) == 1 and instr.outs[0] not in program.outputs
+        return found[0] if alone and found[0].operands[0] == Ref(instr.outs[0]) else None
+
+    for there in program.body:
+        if there.op not in ("permute", "reshape"):
+            continue
+        middle = reader_of(there)
+        back = reader_of(middle) if middle is not None else None
+        if middle is None or back is None or back.op != there.op:
+            continue
+        if there.op == "permute":
+            first, second = (dict(i.attributes)["dims"] for i in (there, back))
+            cancels = [first[d] for d in second] == [*range(len(first))]
+        else:
+            cancels = types[back.outs[0]].shape == types[next(there.reads())].shape
+        if cancels:
+            yield there, middle, back
+
+
+def _affine(parameters: Sequence[Operand]) -> list[tuple[str, Operand]]:
+    """``* weight + bias``, as far as there are any."""
+    return [(op, o) for op, o in zip(("mul", "add"), parameters, strict=False) if o is not None]
 
 
 class _Splitter:
@@ -85,10 +124,8 @@ class _Splitter:
 
     def affine(self, instr: Instr, value: str, mean: str, scale: str, weight: Operand, bias: Operand) -> None:
         """``(value - mean) * scale * weight + bias``, as the first result of ``instr``."""
-        steps: list[tuple[str, Operand]] = [("sub", Ref(mean)), ("mul", Ref(scale))]
-        steps += [("mul", weight)] if weight is not None else []
-        steps += [("add", bias)] if bias is not None else []
-        if all(not isinstance(o, Ref) or self._per_channel(o) for _, o in steps):
+        steps = [("sub", Ref(mean)), ("mul", Ref(scale)), *_affine((weight, bias))]
+        if all(not isinstance(o, Ref) or self._per_channel(o, value) for _, o in steps):
             self.map(value, steps, instr.outs[0])
         self.finish(value, steps, instr.outs[0])
 
@@ -97,10 +134,12 @@ class _Splitter:
         source, before = self.mapped.get(value, (value, ()))
         self.mapped[out] = source, (*before, *steps)
 
-    def _per_channel(self, operand: Ref) -> bool:
-        """Whether an operand that was made here is the same all over a channel."""
-        shape = self.types[operand.name].shape if operand.name in self.types else None
-        return shape is None or all(s == 1 for s in shape[-3:]) or len(shape) < 3
+    def _per_channel(self, operand: Ref, value: str) -> bool:
+        """Whether an operand of ``value`` is the same all over a channel: what was made here is."""
+        if operand.name not in self.types:
+            return True
+        spatial = len(self.types[value].shape) - 2
+        return all(s == 1 for s in self.types[operand.name].shape[-spatial:])
 
     def finish(self, value: str, steps: list[tuple[str, Operand]], out: str) -> None:
         """The steps, in float32 at least, and rounded once."""
@@ -135,11 +174,85 @@ class _Splitter:
         return True
 
     def layer_norm(self, instr: Instr, value: str) -> bool:
-        attributes = dict(instr.attributes)
-        if attributes["shape"] != self.types[value].shape[1:]:
-            return False
-        mean, _, scale = self.statistics(value, batch=False, groups=1, eps=attributes["eps"])
+        groups = self._groups_over(instr, value)
+        if groups is None:
+            return self._rows(instr, value)
+        mean, _, scale = self.statistics(value, batch=False, groups=groups, eps=dict(instr.attributes)["eps"])
         self.affine(instr, value, mean, scale, *instr.operands[1:3])
+        return True
+
+    def rms_norm(self, instr: Instr, value: str) -> bool:
+        groups, eps = self._groups_over(instr, value), self._eps(instr, value)
+        if groups is None or eps is None:
+            return self._rows(instr, value)
+        mean, var, _ = self.statistics(value, batch=False, groups=groups)
+        squares = self.call("add", Ref(self.call("square", Ref(mean))), Ref(var))
+        scale = self.call("rsqrt", Ref(self.call("add", Ref(squares), eps)))
+        self.finish(value, [("mul", Ref(scale)), *_affine(instr.operands[1:])], instr.outs[0])
+        return True
+
+    def _groups_over(self, instr: Instr, value: str) -> int | None:
+        """Groups of channels whose statistics are those over the last dims that a norm names; None for others."""
+        whole = self.types[value].shape
+        return {len(whole) - 1: 1, len(whole) - 2: whole[1]}.get(len(dict(instr.attributes)["shape"]))
+
+    def _eps(self, instr: Instr, value: str) -> float | None:
+        """What a norm adds to the variance; None where torch's number depends on its version."""
+        given: float | None = dict(instr.attributes)["eps"]
+        if given is None and self.types[value].dtype is torch.float32:
+            return torch.finfo(torch.float32).eps
+        return given
+
+    def _rows(self, instr: Instr, value: str) -> bool:
+        """A norm over some of the spatial dims, whose statistics are many."""
+        rank, over = len(self.types[value].shape), len(dict(instr.attributes)["shape"])
+        dims = tuple(range(rank - over, rank))
+        return over < rank and self._normalised(instr, value, dims, _affine(instr.operands[1:]), instr.outs[0])
+
+    # --- what stands between two views that cancel --------------------------------------------------
+    def sees_through(self, there: Instr, middle: Instr, out: str, wanted: Callable[[str], bool]) -> bool:
+        """Whether ``out``, which a view behind ``middle`` makes, is made of what the view ``there`` is of."""
+        (value,), see = there.reads(), _THROUGH_VIEWS.get((there.op, middle.op))
+        return see is not None and self.fits(value, wanted) and see(self, there, middle, value, out)
+
+    def _over_channels(self, there: Instr, norm: Instr, value: str, out: str) -> bool:
+        """A norm over channels, which the permutation ``there`` makes the last dim: dim 1 of ``value`` and ``out``."""
+        rank = len(self.types[value].shape)
+        if dict(there.attributes)["dims"] != (0, *range(2, rank), 1) or len(dict(norm.attributes)["shape"]) > 1:
+            return False
+        parameters = [self.per_channel(o, value) for o in norm.operands[1:]]
+        return self._normalised(norm, value, (1,), _affine(parameters), out, last=True)
+
+    def _over_flattened(self, there: Instr, softmax: Instr, value: str, out: str) -> bool:
+        """A softmax over the last dims, which the reshape ``there`` makes one."""
+        shape, flat = self.types[value].shape, dict(there.attributes)["shape"]
+        count = len(shape) - len(flat) + 1
+        if dict(softmax.attributes)["dim"] != len(flat) - 1 or count < 1 or shape[: len(flat) - 1] != flat[:-1]:
+            return False
+        self.call("softmax_over", Ref(value), outs=(out,), count=count, log=softmax.op == "log_softmax")
+        return True
+
+    def _normalised(
+        self,
+        instr: Instr,
+        value: str,
+        dims: tuple[int, ...],
+        steps: list[tuple[str, Operand]],
+        out: str,
+        *,
+        last: bool = False,
+    ) -> bool:
+        kind, eps = self.types[value], self._eps(instr, value)
+        narrow = kind.dtype is not torch.float32
+        if eps is None or self.types[out].dtype is not kind.dtype:
+            return False
+        wide = self.call("cast", Ref(value), dtype=torch.float32) if narrow else value
+        outs = None if steps or narrow else (out,)
+        made = self.call(
+            "normalise", Ref(wide), outs=outs, dims=dims, eps=eps, centred=instr.op == "layer_norm", last=last
+        )
+        if outs is None:
+            self.finish(made, steps, out)
         return True
 
     def batch_norm(self, instr: Instr, value: str) -> bool:
@@ -231,10 +344,17 @@ class _Splitter:
         return math.prod(spatial) * (n if batch else 1)
 
 
+_THROUGH_VIEWS: Mapping[tuple[str, str], Callable[[_Splitter, Instr, Instr, str, str], bool]] = {
+    ("permute", "layer_norm"): _Splitter._over_channels,
+    ("permute", "rms_norm"): _Splitter._over_channels,
+    ("reshape", "softmax"): _Splitter._over_flattened,
+    ("reshape", "log_softmax"): _Splitter._over_flattened,
+}
 _SPLIT: Mapping[str, Callable[[_Splitter, Instr, str], bool]] = {
     "group_norm": _Splitter.group_norm,
     "instance_norm": _Splitter.instance_norm,
     "layer_norm": _Splitter.layer_norm,
+    "rms_norm": _Splitter.rms_norm,
     "batch_norm": _Splitter.batch_norm,
     "batch_norm_batch": _Splitter.batch_norm_batch,
     "batch_norm_train": _Splitter.batch_norm_train,

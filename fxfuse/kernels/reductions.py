@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Mapping
 
 from fxfuse.instr import Instr, TensorType
 
@@ -43,6 +44,8 @@ class Window:
 #: channels that a thread holds; threads that share those of a position behind a pool
 MOST_CHANNELS_EACH, MOST_SLICES = 64, 8
 _FOLDS = {
+    "normalise": "Norm",
+    "softmax_over": "Softmax",
     "sum": "Sum",
     "mean": "Mean",
     "amax": "Maximum",
@@ -57,15 +60,21 @@ _FOLDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it."""
+    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it. ``eps``: of a norm."""
 
     combine: str
     channels: int
+    eps: float = 0.0
 
     @property
     def keeps(self) -> bool:
         """Whether every channel has a result."""
-        return self.combine.endswith("Softmax")
+        return _keeps(self.combine)
+
+    @property
+    def op(self) -> str:
+        """The struct of ``cuh/fold.cuh``."""
+        return _op(self.combine, self.eps)
 
     def lanes(self, last: bool, last_made: bool) -> int:
         """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
@@ -83,29 +92,52 @@ class Fold:
         return min(MOST_SLICES, 1 << (each - 1).bit_length())
 
 
-#: elements of a row from which on a block takes it, and not a warp; and rows that are enough for blocks
+#: elements of a row from which on a block takes it, and not a part of a warp; rows that are enough for blocks
 LONG_ROW, ENOUGH_ROWS = 1024, 128
+#: threads of a block that takes a row, elements of which each may hold so many
+BLOCK_LANES, MOST_HELD = 256, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A reduction over the last dims of a contiguous value, of ``combine``, as ``cuh/map_rows.cuh`` names it.
+    """A reduction over the last dims of a contiguous value, of ``combine``.
 
-    ``length``: elements that are reduced, one behind the other: a row.
+    ``length``: elements that are reduced, one behind the other: a row. ``line``: it is all of the last dim alone.
+    ``eps``: of a norm.
     """
 
     combine: str
     length: int
+    line: bool = False
+    eps: float = 0.0
 
     @property
     def keeps(self) -> bool:
         """Whether every element has a result."""
-        return self.combine.endswith("Softmax")
+        return _keeps(self.combine)
+
+    @property
+    def op(self) -> str:
+        """The struct of ``cuh/fold.cuh``, or, of a row that is not ``held``, of ``cuh/map_rows.cuh``."""
+        return _op(self.combine, self.eps) if self.held else f"Row{self.combine}"
 
     @property
     def long(self) -> bool:
-        """Whether a block takes a row, and not a warp."""
+        """Whether a block takes a row, and not a part of a warp."""
         return self.length >= LONG_ROW
+
+    @property
+    def held(self) -> bool:
+        """Whether a row lies in registers of its threads, and is read once."""
+        return self.length <= BLOCK_LANES * MOST_HELD
+
+    def lanes(self, count: int) -> int:
+        """Threads per row, each of which reads ``count`` elements at once."""
+        return BLOCK_LANES if self.long else min(32, _power_from(-(-self.length // count)))
+
+    def each(self, count: int) -> int:
+        """How often a thread reads, of a row that is held: a power of two, which more lengths than one have."""
+        return _power_from(-(-self.length // (count * self.lanes(count))))
 
 
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
@@ -115,7 +147,27 @@ def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     channels = kind.shape[1]
     if combine is None or dims != (1,) or not channels:
         return None
-    return Fold(combine, channels)
+    return Fold(_named(combine, attributes), channels, attributes.get("eps", 0.0))
+
+
+def _named(combine: str, attributes: Mapping[str, object]) -> str:
+    if combine == "Norm":
+        return "LayerNorm" if attributes["centred"] else "RMSNorm"
+    return "LogSoftmax" if attributes.get("log") else combine
+
+
+def _op(combine: str, eps: float) -> str:
+    bits = struct.unpack("=I", struct.pack("=f", eps))[0]
+    return f"Fold{combine}" + (f"<{bits:#x}u>" if combine.endswith("Norm") else "")
+
+
+def _keeps(combine: str) -> bool:
+    return combine.endswith(("Softmax", "Norm"))
+
+
+def _power_from(value: int) -> int:
+    """The first power of two that is not less."""
+    return 1 << (value - 1).bit_length()
 
 
 def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
@@ -123,11 +175,14 @@ def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
     dims = attributes.get("dims", (attributes.get("dim"),))
     rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
+    if "count" in attributes:
+        dims = tuple(range(rank - attributes["count"], rank))
     if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
-    rows = Rows(combine, math.prod(shape[rank - len(dims) :]))
-    count = math.prod(shape) // rows.length
-    return rows if count >= ENOUGH_ROWS or not rows.long else None
+    length = math.prod(shape[rank - len(dims) :])
+    rows = Rows(_named(combine, attributes), length, length == shape[-1], attributes.get("eps", 0.0))
+    enough = math.prod(shape) // length >= ENOUGH_ROWS or not rows.long
+    return rows if enough and (rows.held or combine != "Norm") else None
 
 
 def window_of(pool: Instr, rank: int) -> Window | None:

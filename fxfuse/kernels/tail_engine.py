@@ -23,7 +23,16 @@ from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.collapsed_engine import prepare_contraction, prepare_sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics, vector
+from fxfuse.kernels.emit_tail import (
+    emit_fold,
+    emit_map,
+    emit_pool,
+    emit_pool_fold,
+    emit_rows,
+    emit_statistics,
+    rows_at_once,
+    vector,
+)
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
@@ -173,10 +182,10 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         grid = (-(-n * d * h * w * lanes // BLOCK), 1, 1)
         sizes = (*size, 0)
     elif step.rows is not None:
-        length, count = step.rows.length, vector(DTYPE_NAMES[step.given.dtype])
-        kernel = load(source, ("whole", "any"), device)["any" if length % count else "whole"]
-        grid = (-(-math.prod(size) // (length * (1 if step.rows.long else BLOCK // 32))), 1, 1)
-        sizes = (*size, length)
+        kernel = load(source, ("rows",), device)["rows"]
+        lanes = step.rows.lanes(rows_at_once(DTYPE_NAMES[step.given.dtype], step.rows))
+        grid = (-(-math.prod(size) // (step.rows.length * (BLOCK // lanes))), 1, 1)
+        sizes = (*size, step.rows.length)
     else:
         kernels = load(source, ("whole", "any"), device)
         count = vector(DTYPE_NAMES[step.given.dtype])

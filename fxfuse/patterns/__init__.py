@@ -43,10 +43,12 @@ from fxfuse.patterns.rule import (
     X,
     apply_rules,
 )
+from fxfuse.patterns.views import ReduceBeforeReshape
 
 #: every rule that `optimize` applies
 DEFAULT_RULES: tuple[Rule, ...] = (
     DropCopies(),
+    ReduceBeforeReshape(),
     MergeClamps(),
     MergeNumbers(),
     MoveScaleBeforeClamp(),

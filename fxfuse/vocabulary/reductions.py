@@ -77,3 +77,22 @@ def softmax(x: Tensor, *, dim: int) -> Tensor:
 @define(Kind.REDUCTION)
 def log_softmax(x: Tensor, *, dim: int) -> Tensor:
     return torch.log_softmax(x, dim)
+
+
+@define(Kind.REDUCTION)
+def normalise(x: Tensor, *, dims: tuple[int, ...], eps: float, centred: bool, last: bool = False) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over ``dims``, var the biased one; else ``x / sqrt(mean(x^2) + eps)``.
+
+    What kernels make of a LayerNorm and an RMSNorm; no model spells it. ``last``: laid out with dim 1 as the last one.
+    """
+    if centred:
+        x = x - x.mean(dims, keepdim=True)
+    x = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+
+
+@define(Kind.REDUCTION)
+def softmax_over(x: Tensor, *, count: int, log: bool) -> Tensor:
+    """Softmax or log_softmax over the last ``count`` dims at once, contiguous: between two reshapes in a model."""
+    flat = x.flatten(x.dim() - count)
+    return (torch.log_softmax(flat, -1) if log else torch.softmax(flat, -1)).view(x.shape)

@@ -34,6 +34,7 @@ FOLDS: dict[str, Fold] = {
     "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
     "softmax": lambda y: y.softmax(1),
     "log_softmax": lambda y: y.log_softmax(1),
+    "normalise": lambda y: F.layer_norm(y.permute(0, 2, 3, 4, 1), y.shape[1:2]).permute(0, 4, 1, 2, 3),
 }
 
 
@@ -147,6 +148,43 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bo
         (2, 8, 3, 4, 5), F32, True, False, "conv_transpose > gelu > avg_pool 2x2x2 > softmax > mul",
     ),
 }  # fmt: skip
+
+
+def over_channels(norm: Callable[..., Tensor], y: Tensor, *parameters: Tensor | float) -> Tensor:
+    """As a model has it that wants channels to be the last dim."""
+    return norm(y.permute(0, 2, 3, 4, 1), (y.shape[1],), *parameters).permute(0, 4, 1, 2, 3)
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, bool, bool, str]] = {
+    "channels last": (
+        lambda: Then(layer(8, 24, 3, **TWO), lambda y, w, b: F.gelu(over_channels(F.layer_norm, y, w, b)),
+                     torch.rand(24), torch.rand(24)),
+        (2, 8, 3, 4, 5), F32, True, False, "conv_transpose > normalise > mul > add > gelu",
+    ),
+    "columns of padding": (
+        lambda: Then(layer(8, 13, 3, **TWO), lambda y, w: over_channels(F.rms_norm, y, w, 1e-3), torch.rand(13)),
+        (2, 8, 3, 4, 5), F32, False, False, "conv_transpose > normalise > mul",
+    ),
+    "float32's own accuracy": (
+        lambda: Then(layer(8, 24, 3), lambda y: over_channels(F.layer_norm, y.tanh() + 3)),
+        (2, 8, 3, 4, 5), F32, False, True, "conv_transpose > tanh > add > normalise",
+    ),
+    "float16": (
+        lambda: Then(layer(8, 40, 3, F16, **TWO), lambda y, w: over_channels(F.rms_norm, y, w, 1e-3),
+                     torch.rand(40).half()),
+        (2, 8, 3, 4, 5), F16, False, False, "conv_transpose > cast > normalise > mul > cast",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_over_channels(name: str) -> None:
+    """Without a sample whose squares float32 cannot hold, which other cases have."""
+    model, sizes, dtype, last, exact, stages = NORMS[name]
+    torch.manual_seed(1)
+    got, expected, made = run(model().to(dtype).eval(), torch.randn(sizes, dtype=dtype), last=last, exact=exact)
+    assert made.startswith(f"one kernel: {stages} -> ") and ";" not in made, made
+    assert_near(got, expected, 2e-5 if exact else LIMIT[dtype])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from place import kernels_always, needs
-from stages import Stages, check, made, sample
-from torch import Tensor
+from place import DEVICE, kernels_always, needs
+from stages import Stages, check, made, sample, spread
+from torch import Tensor, nn
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((8, 0))
@@ -43,6 +43,32 @@ def test_reductions(reduction: str, dtype: torch.dtype, size: tuple[int, int, in
     x = sample(2, 8, *size, dtype=dtype)
     few = "all but samples" in reduction and 70 * (size[0] + 2) * (size[1] + 2) * size[2] >= 1024
     check(model, x, *([] if few else ["then one kernel: "]))
+
+
+NORMS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
+    "layer_norm over w": lambda size: nn.LayerNorm(size[-1:], 1e-3),
+    "layer_norm over h and w": lambda size: nn.LayerNorm(size[-2:], bias=False),
+    "layer_norm over space": lambda size: nn.LayerNorm(size[-3:]),
+    "bare layer_norm over w": lambda size: nn.LayerNorm(size[-1:], elementwise_affine=False),
+    "rms_norm over w": lambda size: nn.RMSNorm(size[-1:], 1e-4),
+    "rms_norm over h and w": lambda size: nn.RMSNorm(size[-2:], 1e-4, elementwise_affine=False),
+    "rms_norm over space": lambda size: nn.RMSNorm(size[-3:], 1e-4),
+    "rms_norm over all but samples": lambda size: nn.RMSNorm(size, 1e-4),
+}
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (9, 10, 12), (2, 3, 1030)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms(norm: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """And pointwise in front and behind; a shift of the value that a variance must not lose."""
+    torch.manual_seed(6)
+    d, h, w = size
+    last = NORMS[norm]((70, d + 2, h + 2, w)).to(DEVICE).to(dtype)
+    model = spread(Stages(made(3, 8, 70, (3, 3, 1), dtype=dtype), lambda y: y + 3, last, torch.sigmoid))
+    check(
+        model, sample(2, 8, *size, dtype=dtype), "normalise" if "over w" in norm or "h and w" in norm else "statistics"
+    )
 
 
 def test_rows_of_values_that_are_not_finite() -> None:

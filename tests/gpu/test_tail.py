@@ -110,6 +110,7 @@ FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
     "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
     "softmax": lambda y: y.softmax(1),
     "log_softmax": lambda y: y.log_softmax(1),
+    "normalise": lambda y: F.layer_norm(y.permute(0, 2, 3, 4, 1), y.shape[1:2]).permute(0, 4, 1, 2, 3),
 }
 
 

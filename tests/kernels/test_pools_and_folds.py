@@ -153,7 +153,12 @@ def test_threads_of_a_position(fold: Fold, layouts: tuple[bool, bool], lanes: in
 @pytest.mark.parametrize(
     ("text", "rows"),
     [
-        ("softmax(x, dim=4)", Rows("Softmax", 16)),
+        ("softmax(x, dim=4)", Rows("Softmax", 16, line=True)),
+        ("softmax_over(x, count=2, log=True)", Rows("LogSoftmax", 256)),
+        ("softmax_over(x, count=3, log=False)", Rows("Softmax", 4096)),
+        ("normalise(x, dims=(4,), eps=0.5, centred=True)", Rows("LayerNorm", 16, line=True, eps=0.5)),
+        ("normalise(x, dims=(3, 4), eps=0.5, centred=False)", Rows("RMSNorm", 256, eps=0.5)),
+        ("normalise(x, dims=(1,), eps=0.5, centred=False)", None),
         ("amax(x, dims=(3, 4), keepdim=False)", Rows("Maximum", 256)),
         ("logsumexp(x, dims=(2, 3, 4), keepdim=True)", Rows("LogSumExp", 4096)),
         ("mean(x, dims=(1, 2, 3, 4), keepdim=True)", None),  # two rows leave most of a GPU idle
@@ -167,4 +172,28 @@ def test_reductions_over_the_last_dims_are_rows(text: str, rows: Rows | None) ->
     made = program("x: f32[2, 64, 16, 16, 16]", f"y = {text}\ny")
     found = rows_of(made.body[0], made.inputs[0][1])
     assert found == rows
-    assert found is None or (found.keeps, found.long) == (text.startswith("softmax"), found.length > 1000)
+    keeps = text.startswith(("softmax", "normalise"))
+    assert found is None or (found.keeps, found.long) == (keeps, found.length > 1000)
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "lanes", "each"),
+    [
+        (1, 1, 1, 1), (3, 1, 4, 1), (16, 4, 4, 1), (64, 4, 16, 1), (100, 4, 32, 1), (128, 8, 16, 1), (132, 4, 32, 2),
+        (1020, 4, 32, 8), (1023, 1, 32, 32), (1024, 4, 256, 1), (8192, 4, 256, 8), (8191, 1, 256, 32),
+    ],
+)  # fmt: skip
+def test_threads_hold_a_row(length: int, count: int, lanes: int, each: int) -> None:
+    """A power of two of them, which read so many times as many neighbours at once."""
+    rows = Rows("Softmax", length)
+    assert (rows.lanes(count), rows.each(count)) == (lanes, each)
+    assert rows.held and lanes * count * each >= length and count * each <= 32
+
+
+def test_longer_rows_are_not_held() -> None:
+    """Kernels go through them twice; a norm's statistics would then be of sums of squares."""
+    source = program("x: f32[2, 64, 16, 16, 33]", "y = softmax_over(x, count=3, log=False)\ny")
+    kind = source.inputs[0][1]
+    assert rows_of(source.body[0], kind) == Rows("Softmax", 8448)
+    norm = program("x: f32[2, 64, 16, 16, 33]", "y = normalise(x, dims=(2, 3, 4), eps=0.5, centred=True)\ny")
+    assert rows_of(norm.body[0], kind) is None

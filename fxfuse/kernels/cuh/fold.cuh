@@ -86,4 +86,26 @@ struct FoldLogSoftmax {
   static FXFUSE_INLINE float result(float v, float r) { return v - r; }
 };
 
+// `eps`: the bits of a float, which is added to the mean of squares. Two passes over what the holder holds are no less exact
+// than torch's one, which merges moments.
+template <uint32_t eps>
+struct FoldRMSNorm {
+  static constexpr bool keeps = true;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int channels) {
+    return rsqrtf(sum_of(f, [](float v) { return v * v; }) / (float)channels + __uint_as_float(eps));
+  }
+  static FXFUSE_INLINE float result(float v, float r) { return v * r; }
+};
+template <uint32_t eps>
+struct FoldLayerNorm {
+  static constexpr bool keeps = true;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int channels) {
+    f.subtract(sum(f) / (float)channels);
+    return FoldRMSNorm<eps>::fold(f, channels);
+  }
+  static FXFUSE_INLINE float result(float v, float r) { return v * r; }
+};
+
 }  // namespace fxfuse

@@ -1,5 +1,5 @@
-// Reductions over the last dims of a contiguous value, bound by memory: a warp or a block per row, which goes through the
-// row once, and once more where every element has a result.
+// Reductions over the last dims of a contiguous value, bound by memory: some threads of a warp or a block per row, which hold
+// it; or a block goes through a long one once, and once more where every element has a result.
 #pragma once
 #include "fold.cuh"
 #include "map.cuh"
@@ -79,43 +79,35 @@ FXFUSE_INLINE Row other_row(const Row& mine, int distance) {
   return other;
 }
 
-// `Row`: how to reduce. `lanes` threads per row, 32 or kMapThreads; each reads `count` neighbours at once, of which the
+// A long row, which a block goes through. `Row`: how to reduce; a thread reads `count` neighbours at once, of which the
 // length is a multiple.
-template <class Row, int lanes, int count, class In, class Out, class Before, class After>
+template <class Row, int count, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a) {
   constexpr int warps = kMapThreads / 32;
   __shared__ float shared[2][warps];
-  const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, rows = plane * a.size.c * a.size.n / a.length;
-  const unsigned found = block_from_end() * (kMapThreads / lanes) + threadIdx.x / lanes;
-  const unsigned row = found < rows ? found : rows - 1;  // all take part in shuffles
-  const int lane = threadIdx.x % lanes;
-  const unsigned begin = row * a.length;
+  const unsigned row = block_from_end(), begin = row * a.length;
+  const int first = threadIdx.x * count, step = kMapThreads * count;
   Row mine;
 #pragma unroll 4
-  for (int i = lane * count; i < a.length; i += lanes * count) {
+  for (int i = first; i < a.length; i += step) {
     const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
 #pragma unroll
     for (int k = 0; k < count; ++k) mine.add(at_element(a.before, a.size, to_float(v.v[k]), begin + i + k));
   }
 #pragma unroll
   for (int o = 16; o; o >>= 1) mine.merge(other_row(mine, o));
-  // one thread's, since others may have rounded differently
-  mine.x = __shfl_sync(~0u, mine.x, 0), mine.y = __shfl_sync(~0u, mine.y, 0);
-  if (lanes > 32) {
-    if ((threadIdx.x & 31) == 0) shared[0][threadIdx.x / 32] = mine.x, shared[1][threadIdx.x / 32] = mine.y;
-    __syncthreads();
-    mine.x = shared[0][0], mine.y = shared[1][0];
-    for (int k = 1; k < warps; ++k) {
-      Row other;
-      other.x = shared[0][k], other.y = shared[1][k];
-      mine.merge(other);
-    }
+  if ((threadIdx.x & 31) == 0) shared[0][threadIdx.x / 32] = mine.x, shared[1][threadIdx.x / 32] = mine.y;
+  __syncthreads();
+  mine.x = shared[0][0], mine.y = shared[1][0];
+  for (int k = 1; k < warps; ++k) {
+    Row other;
+    other.x = shared[0][k], other.y = shared[1][k];
+    mine.merge(other);
   }
-  if (found >= rows) return;
   const float r = mine.of(a.length);
   if constexpr (Row::keeps) {
 #pragma unroll 4
-    for (int i = lane * count; i < a.length; i += lanes * count) {
+    for (int i = first; i < a.length; i += step) {
       const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
       Vector<Out, count> made;
 #pragma unroll
@@ -127,7 +119,112 @@ FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a)
       *(Vector<Out, count>*)(a.out + begin + i) = made;
     }
   } else {
-    if (lane == 0) a.out[row] = from_float<Out>(at_element(a.after, a.size, r, begin));
+    if (threadIdx.x == 0) a.out[row] = from_float<Out>(at_element(a.after, a.size, r, begin));
+  }
+}
+
+// Elements of a row in the registers of `lanes` threads, for the reductions of fold.cuh: of thread `lane` those from
+// (k * lanes + lane) * count on, `count` neighbours each.
+template <int lanes, int count, int each>
+struct HeldRow {
+  float v[each * count];
+  int lane, length;
+  float* shared;  // of a block that holds one row: one number per warp, twice
+
+  FXFUSE_INLINE int at(int k) const { return (k * lanes + lane) * count; }
+  template <class Combine, class Of>
+  FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
+    float r = zero;
+#pragma unroll
+    for (int k = 0; k < each; ++k)
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        if (at(k) < length) r = combine(r, of(v[k * count + i]));
+#pragma unroll
+    for (int o = (lanes < 32 ? lanes : 32) / 2; o; o /= 2) r = combine(r, __shfl_xor_sync(~0u, r, o));
+    if constexpr (lanes > 32) {
+      constexpr int warps = lanes / 32;
+      if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = r;
+      __syncthreads();
+      r = shared[0];
+#pragma unroll
+      for (int w = 1; w < warps; ++w) r = combine(r, shared[w]);
+      __syncthreads();
+    }
+    return r;
+  }
+  template <class Made>
+  FXFUSE_INLINE void make(Made made) {
+#pragma unroll
+    for (int k = 0; k < each * count; ++k) v[k] = made(v[k]);
+  }
+  FXFUSE_INLINE void subtract(float shift) {
+    make([&](float v) { return v - shift; });
+  }
+  FXFUSE_INLINE void raise(const Powers& powers) { make(powers); }
+};
+
+// The expression for `count` neighbours of a row, from element `i` of the row on, which begins at `begin`. `line`: a row is
+// one of w.
+template <int count, bool line, class Expression>
+FXFUSE_INLINE void along_row(const Expression& expression, const Sizes& size, float* v, unsigned begin, int i) {
+  const unsigned here = begin + (line ? 0 : i), before = here / size.w, slab = before / size.h, channel = slab / size.d;
+  int n = channel / size.c, c = channel - n * size.c, d = slab - channel * size.d, h = before - slab * size.h;
+  int w = line ? i : here - before * size.w;
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    v[k] = expression(v[k], n, c, d, h, w);
+    if (++w == size.w && !line) {
+      w = 0;
+      if (++h == size.h) {
+        h = 0;
+        if (++d == size.d) {
+          d = 0;
+          if (++c == size.c) c = 0, ++n;  // behind the last sample only behind the last of the neighbours
+        }
+      }
+    }
+  }
+}
+
+// A row that its threads hold. `Op`: a reduction of fold.cuh.
+template <class Op, int lanes, int count, int each, bool line, class In, class Out, class Before, class After>
+FXFUSE_INLINE void held_rows(const ReductionArguments<In, Out, Before, After>& a) {
+  __shared__ float shared[kMapThreads / 32];
+  const unsigned plane = (unsigned)a.size.d * a.size.h * a.size.w, rows = plane * a.size.c * a.size.n / a.length;
+  const unsigned found = block_from_end() * (kMapThreads / lanes) + threadIdx.x / lanes;
+  const unsigned row = found < rows ? found : rows - 1, begin = row * a.length;  // all take part in shuffles
+  HeldRow<lanes, count, each> held;
+  held.lane = threadIdx.x % lanes, held.length = a.length, held.shared = shared;
+#pragma unroll
+  for (int k = 0; k < each; ++k) {
+    const int i = held.at(k);
+    Vector<In, count> v = {};
+    if (i < a.length) v = *(const Vector<In, count>*)(a.in + begin + i);
+#pragma unroll
+    for (int e = 0; e < count; ++e) held.v[k * count + e] = to_float(v.v[e]);
+  }
+#pragma unroll
+  for (int k = 0; k < each; ++k)
+    if (held.at(k) < a.length) along_row<count, line>(a.before, a.size, held.v + k * count, begin, held.at(k));
+  const float r = Op::fold(held, a.length);
+  if (found >= rows) return;
+  if constexpr (Op::keeps) {
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      const int i = held.at(k);
+      if (i >= a.length) continue;
+      float v[count];
+#pragma unroll
+      for (int e = 0; e < count; ++e) v[e] = Op::result(held.v[k * count + e], r);
+      along_row<count, line>(a.after, a.size, v, begin, i);
+      Vector<Out, count> made;
+#pragma unroll
+      for (int e = 0; e < count; ++e) made.v[e] = from_float<Out>(v[e]);
+      *(Vector<Out, count>*)(a.out + begin + i) = made;
+    }
+  } else {
+    if (held.lane == 0) a.out[row] = from_float<Out>(at_element(a.after, a.size, r, begin));
   }
 }
 

@@ -1,0 +1,68 @@
+"""Reductions of reshaped values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+from fxfuse.chain import Builder, attributes, op_of, operands, sizes
+from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
+
+
+class ReduceBeforeReshape(Rule):
+    """reduce(reshape(x)) = reduce(x) over the dims that the reshape has made those that are reduced
+
+    As in ``x.flatten(2).mean(-1)``, which is the mean over all of space. Along which dims something is reduced is what
+    other rules ask for.
+    """
+
+    legality = Legality.REASSOCIATING
+    pattern = P(
+        ("sum", "mean", "amax", "amin", "logsumexp", "var", "std", "vector_norm"),
+        P("reshape", X, name="reshape"),
+        name="reduce",
+    )
+
+    def check(self, match: Match) -> Reject | None:
+        found = _dims_before(match)
+        return found if isinstance(found, Reject) else None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        reduce, value = match["reduce"], operands(match["reshape"])[0]
+        given = {**attributes(reduce), "dims": _dims_before(match), "keepdim": False}
+        new = build.call(op_of(reduce).name, value, **given)
+        return new if sizes(new) == sizes(reduce) else build.call("reshape", new, shape=sizes(reduce))
+
+
+def _dims_before(match: Match) -> tuple[int, ...] | Reject:
+    """The dims of what is reshaped that the reduction is over."""
+    before, after = sizes(operands(match["reshape"])[0]), sizes(match["reshape"])
+    if before is None or after is None:
+        return Reject("sizes are not known")
+    if 0 in before:
+        return Reject("there is nothing to reduce")
+    reduced, found = {*attributes(match["reduce"])["dims"]}, list[int]()
+    for those, these in _groups(before, after):
+        long = {d for d in these if after[d] != 1}
+        if not long <= reduced and not reduced.isdisjoint(long):
+            return Reject("the reshape mixes dims that are reduced with others")
+        if long <= reduced and not reduced.isdisjoint(these):
+            found += those
+    return tuple(found) or Reject("dims of size 1 alone are reduced")
+
+
+def _groups(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The shortest runs of dims of both sizes that have as many elements, in order."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first, second = (i, j)
+        a = before[i] if i < len(before) else 1
+        b = after[j] if j < len(after) else 1
+        i, j = min(i + 1, len(before)), min(j + 1, len(after))
+        while a != b:
+            if a < b:
+                a, i = a * before[i], i + 1
+            else:
+                b, j = b * after[j], j + 1
+        yield range(first, i), range(second, j)
