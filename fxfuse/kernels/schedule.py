@@ -231,7 +231,8 @@ class _Cutter:
         after = Chain(chain.result)
         instead: dict[str, Instr] = {}  # of the pool
         if pool is not None and found is not None:
-            stages.append(f"{pool.op} {'x'.join(map(str, found.window))}")
+            name = "max_pool" if pool.op == "amax" else pool.op
+            stages.append(f"{name} {'x'.join(map(str, found.window))}")
             taken.append(pool)
             if found.rest is None:
                 after = self.values.longest(pool.outs[0], "After", self.late)
@@ -342,7 +343,7 @@ class _Cutter:
     def _pool(self, value: str, layer: Layer) -> tuple[Instr | None, Pooling | None]:
         """The pool that alone reads ``value``, and how residue classes make it; None where they do not."""
         pool = self.values.only_reader(value)
-        if pool is None or vocabulary.lookup(pool.op).kind is not Kind.POOL:
+        if pool is None or not (vocabulary.lookup(pool.op).kind is Kind.POOL or pool.op == "amax"):
             return None, None
         spatial = len(self.types[value].shape) - 2
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))

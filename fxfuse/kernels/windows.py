@@ -48,16 +48,21 @@ class _Dim:
 
 
 def pooling(pool: Instr, step: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Pooling | None:
-    """How ``pool`` is made of residue classes of a convolution of stride ``step``; None where it is not.
+    """How ``pool``, or a reduction, is made of residue classes of a convolution of stride ``step``; None where it is not.
 
     ``lengths``, ``counts``: sizes of its input and of its result per dim. ``max_pool(y; k, t, p)`` is
-    ``max_pool(m; k/s, t/s, p/s)`` with ``m[q]`` the maximum of ``y[s*q .. s*q + s-1]``, and a mean over
-    whole windows is the mean of means.
+    ``max_pool(m; k/s, t/s, p/s)`` with ``m[q]`` the maximum of ``y[s*q .. s*q + s-1]``, a mean over
+    whole windows is the mean of means, and a maximum over all of space is that of any maxima.
     """
-    combine = COMBINE.get(pool.op)
-    dims = _dims(pool, lengths, counts)
-    if combine is None or dims is None or math.prod(step) == 1:
+    if math.prod(step) == 1:
         return None
+    if _is_over_space(pool, len(step)):  # its windows need not be whole
+        sizes = tuple(-(-length // s) for length, s in zip(lengths, step, strict=True))
+        return Pooling("Maximum", tuple(step), sizes, 1.0, pool)
+    dims = _dims(pool, lengths, counts)
+    if dims is None:
+        return None
+    combine = COMBINE[pool.op]
     if any(v % s for d, s in zip(dims, step, strict=True) for v in (d.kernel, d.stride, d.padding)):
         return None
     if combine == "Sum" and any((d.count - 1) * d.stride + d.kernel > d.length for d in dims):
@@ -78,8 +83,18 @@ def pooling(pool: Instr, step: Sequence[int], lengths: Sequence[int], counts: Se
     return Pooling(combine, tuple(step), sizes, factor, rest, tuple(d.kernel for d in small) if follow else None)
 
 
+def _is_over_space(pool: Instr, rank: int) -> bool:
+    """Whether it is a maximum over all of space, and perhaps over more."""
+    attributes = dict(pool.attributes)
+    if pool.op == "adaptive_max_pool":
+        return attributes["size"] == (1,) * rank
+    return pool.op == "amax" and {*range(2, 2 + rank)} <= {*attributes["dims"]}
+
+
 def _dims(pool: Instr, lengths: Sequence[int], counts: Sequence[int]) -> list[_Dim] | None:
     attributes = dict(pool.attributes)
+    if pool.op not in COMBINE:
+        return None
     if pool.op.startswith("adaptive"):
         if any(length % count for length, count in zip(lengths, counts, strict=True)):
             return None  # windows of several sizes

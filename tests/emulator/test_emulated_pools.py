@@ -73,6 +73,20 @@ def test_a_pool_that_leaves_outputs_out(stage: str, last: bool) -> None:
         assert_near(got, expected, LIMIT[dtype])
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_a_maximum_over_space(dtype: torch.dtype, last: bool) -> None:
+    """The convolution's kernel makes one value of eight, at the odd end of fewer; NaN wins, and less than 0 is no less."""
+    torch.manual_seed(5)
+    x = torch.randn(2, 4, 3, 4, 5).to(dtype)
+    x[1, 2, 1, 2, 3] = NAN
+    model = Then(layer(4, 9, 3, dtype, stride=2), lambda y: -F.softplus(y).amax((2, 3, 4))).eval()
+    got, expected, made = run(model, x, last=last)
+    kind = {F32: "f32", F16: "f16"}[dtype]
+    assert made.startswith(f"one kernel: conv_transpose > softplus > max_pool 2x2x2 -> {kind}[2, 9, 4, 5, 6]; "), made
+    assert_near(got, expected, LIMIT[dtype])
+
+
 REDUCTIONS: dict[str, Pool] = {
     "sum": lambda y: y.sum(1),
     "mean": lambda y: y.mean(1, keepdim=True),

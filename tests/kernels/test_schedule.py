@@ -289,6 +289,29 @@ def test_an_adaptive_pool_of_equal_windows() -> None:
     assert stages(made) == ([], ["conv_transpose", "adaptive_max_pool 2x2x2"], ["adaptive_max_pool"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["amax(z, dims=(2, 3, 4), keepdim=True)", "amax(z, dims=(0, 2, 3, 4), keepdim=False)",
+     "amax(z, dims=(1, 2, 3, 4), keepdim=False)", "adaptive_max_pool(z, size=(1, 1, 1))"],
+)  # fmt: skip
+def test_a_maximum_over_all_of_space_is_one_of_positions_first(line: str) -> None:
+    """9, 11 and 13 outputs: the last windows have one."""
+    made = cut(conv(), "z = exp(y)", f"m = {line}")
+    op = line.split("(")[0]
+    first = "max_pool 2x2x2" if op == "amax" else "adaptive_max_pool 2x2x2"
+    assert stages(made) == ([], ["conv_transpose", "exp", first], [op])
+    assert made.kernel.combine == "Maximum" and made.kernel.kind.shape == (2, 16, 5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["amax(y, dims=(2, 3), keepdim=True)", "amin(y, dims=(2, 3, 4), keepdim=True)",
+     "adaptive_max_pool(y, size=(1, 1, 2))", "max(y, dim=2, keepdim=True)"],
+)  # fmt: skip
+def test_other_maxima_are_not(line: str) -> None:
+    assert stages(cut(conv(), f"m = {line}")) == ([], ["conv_transpose"], [line.split("(")[0]])
+
+
 def test_a_pool_that_others_share_is_torchs() -> None:
     made = cut(conv(), "m = " + max_pool("y"), "n = " + max_pool("y", 4), returns="m, n")
     assert stages(made) == ([], ["conv_transpose"], ["max_pool", "max_pool"])
