@@ -186,7 +186,7 @@ class _Splitter:
         if groups is None or eps is None:
             return self._rows(instr, value)
         mean, var, _ = self.statistics(value, batch=False, groups=groups)
-        squares = self.call("add", Ref(self.call("square", Ref(mean))), Ref(var))
+        squares = self._mean_of_squares(mean, var)
         scale = self.call("rsqrt", Ref(self.call("add", Ref(squares), eps)))
         self.finish(value, [("mul", Ref(scale)), *_affine(instr.operands[1:])], instr.outs[0])
         return True
@@ -308,35 +308,82 @@ class _Splitter:
 
     def sum(self, instr: Instr, value: str) -> bool:
         dims = dict(instr.attributes)["dims"]
-        shape = self.types[value].shape
-        return self._mean(instr, value, dims, float(math.prod(shape[d] or 0 for d in dims)))
+        return self._mean(instr, value, dims, float(self._size(value, dims)))
 
     def adaptive_avg_pool(self, instr: Instr, value: str) -> bool:
         size, spatial = dict(instr.attributes)["size"], tuple(range(2, len(self.types[value].shape)))
         return size == (1,) * len(spatial) and self._mean(instr, value, spatial, 1.0)
 
     def _mean(self, instr: Instr, value: str, dims: tuple[int, ...], factor: float) -> bool:
-        """The mean over all spatial dims, and perhaps over samples, times ``factor``."""
-        kind, (out,) = self.types[value], instr.outs
-        spatial = tuple(range(2, len(kind.shape)))
-        if dims not in (spatial, (0, *spatial)) or self.types[out].dtype is not kind.dtype:
+        """The mean over all spatial dims, and perhaps over samples or channels, times ``factor``."""
+        over = self._over(instr, value, dims)
+        if over is None:
             return False
-        batch = dims[0] == 0
-        # (mean of steps) = (steps of mean), as far as the steps are the same for all samples that are in it
-        source, before = (value, ()) if batch else self.mapped.get(value, (value, ()))
-        mean = self.statistics(source, batch=batch, groups=self._channels(value))[0]
-        steps = [*before, *([("mul", factor)] if factor != 1.0 else [])]
-        for op, operand in steps:
+        # (mean of steps) = (steps of mean), as far as the steps are the same for all samples and channels that are in it
+        source, before = self.mapped.get(value, (value, ())) if dims[0] == 2 else (value, ())
+        mean = self.statistics(source, **over)[0]
+        for op, operand in (*before, *([("mul", factor)] if factor != 1.0 else [])):
             mean = self.call(op, Ref(mean), operand)
-        narrow = kind.dtype is not torch.float32
-        shape = tuple(s or 0 for s in self.types[out].shape)
-        flat = self.call("reshape", Ref(mean), shape=shape, outs=None if narrow else (out,))
+        return self._reduced(instr, value, mean)
+
+    def var(self, instr: Instr, value: str) -> bool:
+        return self._deviation(instr, value)
+
+    def std(self, instr: Instr, value: str) -> bool:
+        return self._deviation(instr, value)
+
+    def _deviation(self, instr: Instr, value: str) -> bool:
+        attributes = dict(instr.attributes)
+        over, count = self._over(instr, value, attributes["dims"]), self._size(value, attributes["dims"])
+        freedom = count - attributes["correction"]
+        if over is None or freedom <= 0:
+            return False
+        var = self.statistics(value, **over)[1]
+        if freedom != count:
+            var = self.call("mul", Ref(var), count / freedom)
+        return self._reduced(instr, value, self.call("sqrt", Ref(var)) if instr.op == "std" else var)
+
+    def vector_norm(self, instr: Instr, value: str) -> bool:
+        attributes = dict(instr.attributes)
+        over = self._over(instr, value, attributes["dims"])
+        if over is None or attributes["ord"] != 2:
+            return False
+        mean, var, _ = self.statistics(value, **over)
+        squares = self._mean_of_squares(mean, var)
+        total = self.call("mul", Ref(squares), float(self._size(value, attributes["dims"])))
+        return self._reduced(instr, value, self.call("sqrt", Ref(total)))
+
+    def _mean_of_squares(self, mean: str, var: str) -> str:
+        return self.call("add", Ref(self.call("square", Ref(mean))), Ref(var))
+
+    def _over(self, instr: Instr, value: str, dims: tuple[int, ...]) -> dict[str, Any] | None:
+        """Which statistics are those over ``dims``, all spatial ones among them, as a reduction makes them."""
+        kind = self.types[value]
+        if not {*range(2, len(kind.shape))} <= {*dims} or self.types[instr.outs[0]].dtype is not kind.dtype:
+            return None
+        return {"batch": 0 in dims, "groups": 1 if 1 in dims else self._channels(value)}
+
+    def _reduced(self, instr: Instr, value: str, made: str) -> bool:
+        """What a reduction makes, of a number that every channel has, (N, C, 1, ...) or (1, C, 1, ...)."""
+        kind, (out,) = self.types[value], instr.outs
+        shape, narrow = tuple(s or 0 for s in self.types[out].shape), kind.dtype is not torch.float32
+        alike = 1 in dict(instr.attributes).get("dims", ())  # all channels have the same one
+        if alike:
+            made = self.call("reshape", Ref(made), shape=(math.prod(shape), self._channels(value)))
+            made = self.call("crop", Ref(made), extent=(1,))
+        flat = self.call("reshape", Ref(made), shape=shape, outs=None if narrow or alike else (out,))
         if narrow:
             self.call("cast", Ref(flat), outs=(out,), dtype=kind.dtype)
+        elif alike:
+            self.call("contiguous", Ref(flat), outs=(out,))
         return True
 
     def _channels(self, value: str) -> int:
         return self.types[value].shape[1] or 0
+
+    def _size(self, value: str, dims: Sequence[int]) -> int:
+        """Elements along these dims."""
+        return math.prod(self.types[value].shape[d] or 0 for d in dims)
 
     def _count(self, value: str, *, batch: bool) -> int:
         """Elements that a channel's statistics are of."""
@@ -361,5 +408,8 @@ _SPLIT: Mapping[str, Callable[[_Splitter, Instr, str], bool]] = {
     "centre": _Splitter.centre,
     "mean": _Splitter.mean,
     "sum": _Splitter.sum,
+    "var": _Splitter.var,
+    "std": _Splitter.std,
+    "vector_norm": _Splitter.vector_norm,
     "adaptive_avg_pool": _Splitter.adaptive_avg_pool,
 }

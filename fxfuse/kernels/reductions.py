@@ -6,6 +6,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from fxfuse.instr import Instr, TensorType
 
@@ -46,6 +47,10 @@ MOST_CHANNELS_EACH, MOST_SLICES = 64, 8
 _FOLDS = {
     "normalise": "Norm",
     "softmax_over": "Softmax",
+    "prod": "Product",
+    "var": "Variance",
+    "std": "Deviation",
+    "vector_norm": "Length",
     "sum": "Sum",
     "mean": "Mean",
     "amax": "Maximum",
@@ -60,11 +65,11 @@ _FOLDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it. ``eps``: of a norm."""
+    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it. ``number``: one that it needs."""
 
     combine: str
     channels: int
-    eps: float = 0.0
+    number: float | None = None
 
     @property
     def keeps(self) -> bool:
@@ -74,7 +79,7 @@ class Fold:
     @property
     def op(self) -> str:
         """The struct of ``cuh/fold.cuh``."""
-        return _op(self.combine, self.eps)
+        return _op(self.combine, self.number)
 
     def lanes(self, last: bool, last_made: bool) -> int:
         """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
@@ -92,6 +97,9 @@ class Fold:
         return min(MOST_SLICES, 1 << (each - 1).bit_length())
 
 
+#: reductions of rows that need not be held: they take one more element at a time
+_STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax")
+
 #: elements of a row from which on a block takes it, and not a part of a warp; rows that are enough for blocks
 LONG_ROW, ENOUGH_ROWS = 1024, 128
 #: threads of a block that takes a row, elements of which each may hold so many
@@ -103,13 +111,13 @@ class Rows:
     """A reduction over the last dims of a contiguous value, of ``combine``.
 
     ``length``: elements that are reduced, one behind the other: a row. ``line``: it is all of the last dim alone.
-    ``eps``: of a norm.
+    ``number``: one that it needs.
     """
 
     combine: str
     length: int
     line: bool = False
-    eps: float = 0.0
+    number: float | None = None
 
     @property
     def keeps(self) -> bool:
@@ -119,7 +127,7 @@ class Rows:
     @property
     def op(self) -> str:
         """The struct of ``cuh/fold.cuh``, or, of a row that is not ``held``, of ``cuh/map_rows.cuh``."""
-        return _op(self.combine, self.eps) if self.held else f"Row{self.combine}"
+        return _op(self.combine, self.number) if self.held else f"Row{self.combine}"
 
     @property
     def long(self) -> bool:
@@ -142,12 +150,18 @@ class Rows:
 
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     """The reduction of a (N, C, *spatial) value over its channels; None for others."""
-    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    attributes, combine = dict(reduction.attributes), _combine(reduction)
     dims = attributes.get("dims", (attributes.get("dim"),))
     channels = kind.shape[1]
     if combine is None or dims != (1,) or not channels:
         return None
-    return Fold(_named(combine, attributes), channels, attributes.get("eps", 0.0))
+    return Fold(_named(combine, attributes), channels, _number(attributes))
+
+
+def _combine(reduction: Instr) -> str | None:
+    if reduction.op == "vector_norm" and dict(reduction.attributes)["ord"] != 2:
+        return None
+    return _FOLDS.get(reduction.op)
 
 
 def _named(combine: str, attributes: Mapping[str, object]) -> str:
@@ -156,9 +170,16 @@ def _named(combine: str, attributes: Mapping[str, object]) -> str:
     return "LogSoftmax" if attributes.get("log") else combine
 
 
-def _op(combine: str, eps: float) -> str:
-    bits = struct.unpack("=I", struct.pack("=f", eps))[0]
-    return f"Fold{combine}" + (f"<{bits:#x}u>" if combine.endswith("Norm") else "")
+def _number(attributes: Mapping[str, Any]) -> float | None:
+    """What is added to a norm's variance, or taken from the number of elements of a variance."""
+    found: float | None = attributes.get("eps", attributes.get("correction"))
+    return found
+
+
+def _op(combine: str, number: float | None) -> str:
+    if number is None:
+        return f"Fold{combine}"
+    return f"Fold{combine}<{struct.unpack('=I', struct.pack('=f', number))[0]:#x}u>"
 
 
 def _keeps(combine: str) -> bool:
@@ -172,7 +193,7 @@ def _power_from(value: int) -> int:
 
 def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
-    attributes, combine = dict(reduction.attributes), _FOLDS.get(reduction.op)
+    attributes, combine = dict(reduction.attributes), _combine(reduction)
     dims = attributes.get("dims", (attributes.get("dim"),))
     rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
     if "count" in attributes:
@@ -180,9 +201,9 @@ def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
     length = math.prod(shape[rank - len(dims) :])
-    rows = Rows(_named(combine, attributes), length, length == shape[-1], attributes.get("eps", 0.0))
+    rows = Rows(_named(combine, attributes), length, length == shape[-1], _number(attributes))
     enough = math.prod(shape) // length >= ENOUGH_ROWS or not rows.long
-    return rows if enough and (rows.held or combine != "Norm") else None
+    return rows if enough and (rows.held or combine in _STREAMED) else None
 
 
 def window_of(pool: Instr, rank: int) -> Window | None:

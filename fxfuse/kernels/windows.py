@@ -87,7 +87,7 @@ def _is_over_space(pool: Instr, rank: int) -> bool:
     """Whether it is a maximum over all of space, and perhaps over more."""
     attributes = dict(pool.attributes)
     if pool.op == "adaptive_max_pool":
-        return attributes["size"] == (1,) * rank
+        return bool(attributes["size"] == (1,) * rank)
     return pool.op == "amax" and {*range(2, 2 + rank)} <= {*attributes["dims"]}
 
 

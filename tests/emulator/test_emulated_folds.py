@@ -34,6 +34,10 @@ FOLDS: dict[str, Fold] = {
     "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
     "softmax": lambda y: y.softmax(1),
     "log_softmax": lambda y: y.log_softmax(1),
+    "prod": lambda y: y.prod(1),
+    "var": lambda y: y.var(1),
+    "std": lambda y: y.std(1, keepdim=True, correction=0),
+    "vector_norm": lambda y: y.norm(dim=1),
     "normalise": lambda y: F.layer_norm(y.permute(0, 2, 3, 4, 1), y.shape[1:2]).permute(0, 4, 1, 2, 3),
 }
 
@@ -208,6 +212,8 @@ def rows(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
 def test_rows_that_are_not_finite(fold: str, dtype: torch.dtype) -> None:
     """Of float16 the matrix units make them, in padding columns, too; of float32 the direct kernel does."""
+    if dtype is F16 and fold in ("prod", "var"):
+        pytest.skip("results that float16 does not hold")
     torch.manual_seed(2)
     convolution = layer(2, 13, 1, dtype)
     with torch.no_grad():

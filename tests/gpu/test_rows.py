@@ -30,6 +30,10 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "min over w": lambda y: y.min(4, keepdim=True).values,
     "sum over h and w": lambda y: y.sum((3, 4), keepdim=True).tanh(),
     "mean over w": lambda y: y.mean(-1),
+    "var over w": lambda y: y.var(-1),
+    "std over h and w": lambda y: y.std((3, 4), correction=0),
+    "length over h and w": lambda y: torch.linalg.vector_norm(y, dim=(3, 4)),
+    "prod over w": lambda y: (y + 1).prod(-1),
     "amax over all but samples": lambda y: y.amax((1, 2, 3, 4)),
 }
 

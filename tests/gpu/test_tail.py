@@ -110,6 +110,10 @@ FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
     "logsumexp": lambda y: y.logsumexp(1, keepdim=True),
     "softmax": lambda y: y.softmax(1),
     "log_softmax": lambda y: y.log_softmax(1),
+    "prod": lambda y: y.prod(1),
+    "var": lambda y: y.var(1),
+    "std": lambda y: y.std(1, keepdim=True, correction=0),
+    "vector_norm": lambda y: y.norm(dim=1),
     "normalise": lambda y: F.layer_norm(y.permute(0, 2, 3, 4, 1), y.shape[1:2]).permute(0, 4, 1, 2, 3),
 }
 

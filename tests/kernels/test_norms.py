@@ -40,6 +40,15 @@ SPLIT = {
     "mean": "y = mean(x, dims=(2, 3, 4), keepdim=False)\ny",
     "mean_of_all_samples": "y = mean(x, dims=(0, 2, 3, 4), keepdim=True)\ny",
     "sum": "y = sum(x, dims=(2, 3, 4), keepdim=True)\ny",
+    "mean_over_channels_too": "y = mean(x, dims=(1, 2, 3, 4), keepdim=False)\ny",
+    "mean_of_everything": "y = mean(x, dims=(0, 1, 2, 3, 4), keepdim=False)\ny",
+    "sum_of_everything": "y = sum(x, dims=(0, 1, 2, 3, 4), keepdim=True)\ny",
+    "var": "y = var(x, dims=(2, 3, 4), correction=1, keepdim=True)\ny",
+    "var_of_all_samples": "y = var(x, dims=(0, 2, 3, 4), correction=0, keepdim=False)\ny",
+    "std": "y = std(x, dims=(2, 3, 4), correction=2.5, keepdim=False)\ny",
+    "std_over_channels_too": "y = std(x, dims=(1, 2, 3, 4), correction=1, keepdim=True)\ny",
+    "length": "y = vector_norm(x, ord=2.0, dims=(2, 3, 4), keepdim=False)\ny",
+    "length_of_everything": "y = vector_norm(x, ord=2, dims=(0, 1, 2, 3, 4), keepdim=False)\ny",
     "adaptive_avg_pool": "y = adaptive_avg_pool(x, size=(1, 1, 1))\ny",
 }
 LEFT = {
@@ -62,7 +71,9 @@ LEFT = {
     "a_softmax_that_stays_flat": f"{FLAT}\nu = softmax(t, dim=2)\nu",
     "a_relu_between_reshapes": f"{FLAT}\nu = relu(t)\n{BACK}\ny",
     "a_partial_mean": "y = mean(x, dims=(2, 3), keepdim=False)\ny",
-    "a_mean_over_channels": "y = mean(x, dims=(1, 2, 3, 4), keepdim=False)\ny",
+    "a_variance_of_rows": "y = var(x, dims=(3, 4), correction=1, keepdim=True)\ny",
+    "a_variance_without_freedom": "y = var(x, dims=(2, 3, 4), correction=40, keepdim=True)\ny",
+    "a_sum_of_magnitudes": "y = vector_norm(x, ord=1.0, dims=(2, 3, 4), keepdim=False)\ny",
     "a_pool": "y = adaptive_avg_pool(x, size=(1, 1, 2))\ny",
     "softmax": "y = softmax(x, dim=1)\ny",
 }
@@ -108,6 +119,7 @@ def test_values_are_torchs(name: str, dtype: str, parameters: str) -> None:
         pytest.skip("torch has no such kernel on a CPU")
     after = split(original)
     taken = {"group_norm", "instance_norm", "layer_norm", "rms_norm", "softmax", "log_softmax", "mean", "sum"}
+    taken |= {"var", "std", "vector_norm"}
     assert not taken & {i.op for i in after.body}
     found = after.run(tensors)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -248,6 +260,13 @@ def test_steps_that_a_mean_does_not_pass_are_none(step: str) -> None:
     lines = ["w2 = reshape(w, shape=(-1, 1, 1, 1))", "y = instance_norm(x, w, b, eps=1e-3)", f"z = {step}"]
     original = made("\n".join([*lines, "q = mean(z, dims=(2, 3, 4), keepdim=True)", "q"]))
     after, tensors = split(original), inputs(original, offset=1.0)
+    torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(1, 2, 3, 4), (0, 1, 2, 3, 4)], ids=str)
+def test_a_mean_over_channels_of_what_differs_by_channel(dims: tuple[int, ...]) -> None:
+    original = made(f"y = batch_norm(x, m, v, w, b, eps=1e-3)\nq = mean(y, dims={dims}, keepdim=True)\nq")
+    after, tensors = split(original), inputs(original)
     torch.testing.assert_close(after.run(tensors)[0], original.run(tensors)[0], rtol=1e-5, atol=1e-5)
 
 

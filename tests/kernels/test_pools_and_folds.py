@@ -130,7 +130,7 @@ def test_folds_are_torchs_reductions(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["sum(x, dims=(1, 2), keepdim=True)", "mean(x, dims=(2,), keepdim=True)",
-                                  "softmax(x, dim=3)", "prod(x, dim=1, keepdim=True)"])  # fmt: skip
+                                  "softmax(x, dim=3)", "vector_norm(x, ord=1.0, dims=(1,), keepdim=True)"])  # fmt: skip
 def test_other_reductions_are_none(text: str) -> None:
     made = program("x: f64[2, 6, 3, 4]", f"y = {text}\ny")
     assert fold_of(made.body[0], made.inputs[0][1]) is None
@@ -156,8 +156,8 @@ def test_threads_of_a_position(fold: Fold, layouts: tuple[bool, bool], lanes: in
         ("softmax(x, dim=4)", Rows("Softmax", 16, line=True)),
         ("softmax_over(x, count=2, log=True)", Rows("LogSoftmax", 256)),
         ("softmax_over(x, count=3, log=False)", Rows("Softmax", 4096)),
-        ("normalise(x, dims=(4,), eps=0.5, centred=True)", Rows("LayerNorm", 16, line=True, eps=0.5)),
-        ("normalise(x, dims=(3, 4), eps=0.5, centred=False)", Rows("RMSNorm", 256, eps=0.5)),
+        ("normalise(x, dims=(4,), eps=0.5, centred=True)", Rows("LayerNorm", 16, line=True, number=0.5)),
+        ("normalise(x, dims=(3, 4), eps=0.5, centred=False)", Rows("RMSNorm", 256, number=0.5)),
         ("normalise(x, dims=(1,), eps=0.5, centred=False)", None),
         ("amax(x, dims=(3, 4), keepdim=False)", Rows("Maximum", 256)),
         ("logsumexp(x, dims=(2, 3, 4), keepdim=True)", Rows("LogSumExp", 4096)),
@@ -165,7 +165,11 @@ def test_threads_of_a_position(fold: Fold, layouts: tuple[bool, bool], lanes: in
         ("sum(x, dims=(2, 4), keepdim=True)", None),
         ("sum(x, dims=(2, 3), keepdim=True)", None),
         ("softmax(x, dim=1)", None),
-        ("prod(x, dim=4, keepdim=True)", None),
+        ("prod(x, dim=4, keepdim=True)", Rows("Product", 16, line=True)),
+        ("var(x, dims=(4,), correction=1.0, keepdim=True)", Rows("Variance", 16, line=True, number=1.0)),
+        ("vector_norm(x, ord=2.0, dims=(4,), keepdim=True)", Rows("Length", 16, line=True)),
+        ("vector_norm(x, ord=1.0, dims=(4,), keepdim=True)", None),
+        ("prod(x, dim=3, keepdim=True)", None),
     ],
 )
 def test_reductions_over_the_last_dims_are_rows(text: str, rows: Rows | None) -> None:

@@ -66,6 +66,39 @@ struct FoldLogSumExp {
     return logf(sum_of(f, [m](float v) { return exponential(v - m); })) + m;
   }
 };
+template <class F>
+FXFUSE_INLINE float squares(const F& f) {
+  return sum_of(f, [](float v) { return v * v; });
+}
+struct FoldProduct {
+  static constexpr bool keeps = false;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int) {
+    return f.all(1.f, [](float a, float b) { return a * b; }, [](float v) { return v; });
+  }
+};
+struct FoldLength {
+  static constexpr bool keeps = false;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int) { return sqrtf(squares(f)); }
+};
+// `correction`: the bits of a float, which is taken from the number of values. Two passes over what the holder holds are no
+// less exact than torch's one, which merges moments.
+template <uint32_t correction>
+struct FoldVariance {
+  static constexpr bool keeps = false;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int channels) {
+    f.subtract(sum(f) / (float)channels);
+    return squares(f) / fmaxf((float)channels - __uint_as_float(correction), 0.f);
+  }
+};
+template <uint32_t correction>
+struct FoldDeviation {
+  static constexpr bool keeps = false;
+  template <class F>
+  static FXFUSE_INLINE float fold(F& f, int channels) { return sqrtf(FoldVariance<correction>::fold(f, channels)); }
+};
 // One value for every channel: result(value, r) of what `fold` leaves there and returns.
 struct FoldSoftmax {
   static constexpr bool keeps = true;
@@ -86,14 +119,13 @@ struct FoldLogSoftmax {
   static FXFUSE_INLINE float result(float v, float r) { return v - r; }
 };
 
-// `eps`: the bits of a float, which is added to the mean of squares. Two passes over what the holder holds are no less exact
-// than torch's one, which merges moments.
+// `eps`: the bits of a float, which is added to the mean of squares.
 template <uint32_t eps>
 struct FoldRMSNorm {
   static constexpr bool keeps = true;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int channels) {
-    return rsqrtf(sum_of(f, [](float v) { return v * v; }) / (float)channels + __uint_as_float(eps));
+    return rsqrtf(squares(f) / (float)channels + __uint_as_float(eps));
   }
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }
 };
