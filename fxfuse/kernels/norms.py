@@ -319,7 +319,7 @@ class _Splitter:
         over = self._over(instr, value, dims)
         if over is None:
             return False
-        # (mean of steps) = (steps of mean), as far as the steps are the same for all samples and channels that are in it
+        # (mean of steps) = (steps of mean), as far as the steps are the same for all samples and channels in it
         source, before = self.mapped.get(value, (value, ())) if dims[0] == 2 else (value, ())
         mean = self.statistics(source, **over)[0]
         for op, operand in (*before, *([("mul", factor)] if factor != 1.0 else [])):

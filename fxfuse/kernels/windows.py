@@ -48,7 +48,7 @@ class _Dim:
 
 
 def pooling(pool: Instr, step: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Pooling | None:
-    """How ``pool``, or a reduction, is made of residue classes of a convolution of stride ``step``; None where it is not.
+    """How ``pool``, or a reduction, is made of residue classes of a convolution of stride ``step``; None where not.
 
     ``lengths``, ``counts``: sizes of its input and of its result per dim. ``max_pool(y; k, t, p)`` is
     ``max_pool(m; k/s, t/s, p/s)`` with ``m[q]`` the maximum of ``y[s*q .. s*q + s-1]``, a mean over

@@ -76,7 +76,7 @@ def test_a_pool_that_leaves_outputs_out(stage: str, last: bool) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "last"])
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 def test_a_maximum_over_space(dtype: torch.dtype, last: bool) -> None:
-    """The convolution's kernel makes one value of eight, at the odd end of fewer; NaN wins, and less than 0 is no less."""
+    """The kernel makes one value of eight, at the odd end of fewer; NaN wins, and so does what is below 0."""
     torch.manual_seed(5)
     x = torch.randn(2, 4, 3, 4, 5).to(dtype)
     x[1, 2, 1, 2, 3] = NAN
