@@ -59,12 +59,14 @@ class Values:
         there: Collection[str] = (),
         kept: bool = False,
         small: int = SMALL,
+        widened: bool = True,
     ) -> Chain:
         """The most of the pointwise instructions behind ``value`` that lead to one result and leave no other use.
 
         ``missing``: values that are not there when the chain runs, unless it makes them. ``name``: of the
         expression. ``kept``: ``value`` is in memory, for others to read. Operands that are smaller by the factor
-        ``small`` and pointwise themselves are computed in the chain, too, unless they are ``there``.
+        ``small`` and pointwise themselves are computed in the chain, too, unless they are ``there``. Not ``widened``:
+        a cast to a wider dtype is not its last instruction, which would make twice the bytes of what it was given.
         """
         reached, operands = {value}, set[str]()
         behind = []
@@ -83,7 +85,7 @@ class Values:
                 operands.update(instr.outs)
                 behind.append(instr)
         for last in reversed(behind):
-            if last.outs[0] in operands:
+            if last.outs[0] in operands or (not widened and self.widens(last)):
                 continue
             body = needed(behind, last)
             inside = [i for i in body if i.outs[0] not in operands]
@@ -98,6 +100,11 @@ class Values:
                 continue
             return Chain(last.outs[0], tuple(body), made)
         return Chain(value)
+
+    def widens(self, instr: Instr) -> bool:
+        """Whether it is a cast to a wider dtype."""
+        (made,), given = instr.outs, next(instr.reads(), None)
+        return instr.op == "cast" and self.types[made].dtype.itemsize > self.types[given or made].dtype.itemsize
 
     def _same_place(self, instr: Instr, value: str) -> bool:
         pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE

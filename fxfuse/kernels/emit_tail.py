@@ -116,11 +116,15 @@ def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, af
     arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
     count = rows_at_once(dtype, rows)
     held = f"{rows.lanes(count)}, {count}, {rows.each(count)}, {str(rows.line).lower()}"
-    call = f"held_rows<fxfuse::{rows.op}, {held}>" if rows.held else f"map_rows<fxfuse::{rows.op}, {count}>"
+    call = (
+        f"held_rows<fxfuse::{rows.op}, {held}>"
+        if rows.held
+        else f"map_rows<fxfuse::{rows.op}, {rows.threads}, {count}>"
+    )
     return "\n".join([
         '#include "map_rows.cuh"',
         *_head(before, after),
-        _entry("rows", arguments, f"fxfuse::{call}(a)"),
+        _entry("rows", arguments, f"fxfuse::{call}(a)", threads=str(rows.threads)),
     ])  # fmt: skip
 
 
@@ -164,9 +168,11 @@ def _head(*expressions: Expression | None) -> list[str]:
     return ['#include "map.cuh"', *(e.code for e in expressions if e is not None)]
 
 
-def _entry(name: str, arguments: str, body: str, blocks: int | None = None) -> str:
+def _entry(
+    name: str, arguments: str, body: str, blocks: int | None = None, threads: str = "fxfuse::kMapThreads"
+) -> str:
     least = "" if blocks is None else f", {blocks}"
     return (
-        f'extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads{least})\n'
+        f'extern "C" __global__ void __launch_bounds__({threads}{least})\n'
         f"{name}(const __grid_constant__ {arguments} a) {{\n  fxfuse::begin_dependent();\n  {body};\n}}"
     )

@@ -100,10 +100,11 @@ class Fold:
 #: reductions of rows that need not be held: they take one more element at a time
 _STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax")
 
-#: elements of a row from which on a block takes it, and not a part of a warp; rows that are enough for blocks
-LONG_ROW, ENOUGH_ROWS = 1024, 128
+#: elements of a row from which on a block takes it, and not a part of a warp; or a block of more threads; rows that are
+#: enough for blocks
+LONG_ROW, VERY_LONG_ROW, ENOUGH_ROWS = 1024, 2**16, 128
 #: threads of a block that takes a row, elements of which each may hold so many
-BLOCK_LANES, MOST_HELD = 256, 32
+BLOCK_LANES, MOST_HELD = 256, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +140,14 @@ class Rows:
         """Whether a row lies in registers of its threads, and is read once."""
         return self.length <= BLOCK_LANES * MOST_HELD
 
+    @property
+    def threads(self) -> int:
+        """Of a block: few blocks go through rows that are very long, and the L2 cache keeps them for the way back."""
+        return 4 * BLOCK_LANES if self.length >= VERY_LONG_ROW else BLOCK_LANES
+
     def lanes(self, count: int) -> int:
         """Threads per row, each of which reads ``count`` elements at once."""
-        return BLOCK_LANES if self.long else min(32, _power_from(-(-self.length // count)))
+        return self.threads if self.long else min(32, _power_from(-(-self.length // count)))
 
     def each(self, count: int) -> int:
         """How often a thread reads, of a row that is held: a power of two, which more lengths than one have."""
@@ -150,10 +156,8 @@ class Rows:
 
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     """The reduction of a (N, C, *spatial) value over its channels; None for others."""
-    attributes, combine = dict(reduction.attributes), _combine(reduction)
-    dims = attributes.get("dims", (attributes.get("dim"),))
-    channels = kind.shape[1]
-    if combine is None or dims != (1,) or not channels:
+    attributes, combine, channels = dict(reduction.attributes), _combine(reduction), kind.shape[1]
+    if combine is None or _dims_of(reduction, kind) != (1,) or not channels:
         return None
     return Fold(_named(combine, attributes), channels, _number(attributes))
 
@@ -168,6 +172,28 @@ def _named(combine: str, attributes: Mapping[str, object]) -> str:
     if combine == "Norm":
         return "LayerNorm" if attributes["centred"] else "RMSNorm"
     return "LogSoftmax" if attributes.get("log") else combine
+
+
+def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | None:
+    """The reduction of a contiguous value over some dims that follow each other, between others, as one over channels of
+    the same elements in three dims, and those; None for others."""
+    dims, combine, shape = _dims_of(reduction, kind), _combine(reduction), [s or 0 for s in kind.shape]
+    if combine is None or not dims or dims != tuple(range(dims[0], dims[-1] + 1)) or not math.prod(shape):
+        return None
+    first, last = dims[0], dims[-1] + 1
+    if first == 0 or last == len(shape):
+        return None
+    sizes = tuple(math.prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
+    attributes = dict(reduction.attributes)
+    return Fold(_named(combine, attributes), sizes[1], _number(attributes)), TensorType(kind.dtype, sizes)
+
+
+def _dims_of(reduction: Instr, kind: TensorType) -> tuple[int, ...]:
+    """The dims that a reduction is over."""
+    attributes, rank = dict(reduction.attributes), len(kind.shape)
+    if "count" in attributes:
+        return tuple(range(rank - attributes["count"], rank))
+    return tuple(attributes["dims"]) if "dims" in attributes else (attributes["dim"],)
 
 
 def _number(attributes: Mapping[str, Any]) -> float | None:
@@ -194,11 +220,10 @@ def _power_from(value: int) -> int:
 def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
     attributes, combine = dict(reduction.attributes), _combine(reduction)
-    dims = attributes.get("dims", (attributes.get("dim"),))
-    rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
-    if "count" in attributes:
-        dims = tuple(range(rank - attributes["count"], rank))
-    if combine is None or dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
+    if combine is None:
+        return None
+    dims, rank, shape = _dims_of(reduction, kind), len(kind.shape), [s or 0 for s in kind.shape]
+    if dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
     length = math.prod(shape[rank - len(dims) :])
     rows = Rows(_named(combine, attributes), length, length == shape[-1], _number(attributes))

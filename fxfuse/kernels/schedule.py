@@ -28,7 +28,7 @@ from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
-from fxfuse.kernels.reductions import fold_of
+from fxfuse.kernels.reductions import fold_of, rows_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
@@ -219,10 +219,11 @@ class _Cutter:
             if not self.late.isdisjoint(instr.reads()):
                 self.late.update(instr.outs)
 
-    def schedule(self) -> Schedule:
+    def schedule(self, *, widened: bool = True) -> Schedule:
+        """``widened``: as of :meth:`~fxfuse.kernels.chains.Values.longest`."""
         layer, extents = self._layer()
         value = self.anchor.outs[0]
-        chain = self.values.longest(value, "Before", self.late)
+        chain = self.values.longest(value, "Before", self.late, widened=widened)
         taken = [self.anchor, *chain.body]
         stages = [i.op for i in taken]
         pool, found = self._pool(chain.result, layer)
@@ -268,6 +269,8 @@ class _Cutter:
         if not instead:
             kernel, folded = self._folded(kernel)
             taken += folded
+        if widened and kernel.stored == chain.result and self._is_widened_for_rows(chain):
+            return self.schedule(widened=False)  # their kernel takes the cast, too
         if not self.values.storable(kernel.stored):
             raise Unscheduled(f"{kernel.stored}: no kernel stores {kernel.kind} with the strides {kernel.strides}")
         return self._split(kernel, taken, instead)
@@ -348,6 +351,13 @@ class _Cutter:
         spatial = len(self.types[value].shape) - 2
         sizes, made = (self.types[n].shape[2:] for n in (value, pool.outs[0]))
         return pool, pooling(pool, layer.stride[3 - spatial :], sizes, made)  # type: ignore[arg-type]
+
+    def _is_widened_for_rows(self, chain: Chain) -> bool:
+        """Whether a chain ends with a cast to a wider dtype, and a kernel reduces rows of that."""
+        if not chain.body or not self.values.widens(chain.body[-1]):
+            return False
+        reader = self.values.only_reader(chain.result)
+        return reader is not None and rows_of(reader, self.types[chain.result]) is not None
 
     def _takes(self, layer: Layer, whole: Pooling) -> bool:
         """Whether a planar kernel makes all of a pool."""

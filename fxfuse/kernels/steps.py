@@ -104,7 +104,8 @@ class Map:
     Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
     There is at most one of ``window``, ``fold`` and ``rows``, or a ``window`` and a ``fold`` behind it. ``before`` is
     in front of the first of them, ``after`` behind it, ``behind`` that ``fold``.
-    ``body``: the instructions that it stands for.
+    ``body``: the instructions that it stands for. ``viewed``: ``given`` has the elements of a contiguous value in other
+    dims, in which what is reduced are channels.
     """
 
     value: str
@@ -121,6 +122,7 @@ class Map:
     after: Expression | None = None
     behind: Expression | None = None
     body: tuple[Instr, ...] = ()
+    viewed: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.collapsed import sums_of
 from fxfuse.kernels.contraction import contraction_of
-from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, rows_of, window_of
+from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, inner_of, rows_of, window_of
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -247,9 +247,43 @@ class _Planner:
         """The chain, the reduction over channels or over the last dims behind it, and the chain behind that."""
         kind = self.values.types[before.result]
         fold, after = fold_of(reduction, kind) or rows_of(reduction, kind), self._behind(reduction, kind, "After")
-        if fold is None or after is None:
+        if fold is None:
+            return self._inside(value, before, reduction)
+        return None if after is None else self._made(value, before, fold, after, (reduction,), reduction.op)
+
+    def _inside(self, value: str, before: Chain, reduction: Instr) -> tuple[Step, Sequence[Instr]] | None:
+        """A reduction over dims inside: of channels, in other dims, in which the chains must not ask for a place."""
+        kind, given = self.values.types[before.result], self.values.types[value]
+        found, after = inner_of(reduction, kind), self._behind(reduction, kind, "After")
+        if found is None or after is None:
             return None
-        return self._made(value, before, fold, after, (reduction,), reduction.op)
+        fold, viewed = found
+        if any(c.expression is not None and c.expression.fields for c in (before, after)):
+            before, after = Chain(value), Chain(reduction.outs[0])
+            if next(reduction.reads()) != value:
+                return None
+        if -(-fold.channels // fold.lanes(last=False, last_made=False)) > MOST_CHANNELS_EACH:
+            return None
+        out = self.values.types[after.result]
+        if any(
+            self.values.strides[n] != dense(self.values.types[n].shape, "contiguous") for n in (value, after.result)
+        ):
+            return None
+        step = Map(
+            value=value,
+            given=TensorType(given.dtype, viewed.shape),
+            stored=after.result,
+            kind=out,
+            strides=self.values.strides[after.result],
+            layouts=("contiguous", "contiguous"),
+            stages=tuple(i.op for i in (*before.body, reduction, *after.body)),
+            before=before.expression,
+            fold=fold,
+            after=after.expression,
+            body=(*before.body, reduction, *after.body),
+            viewed=True,
+        )
+        return step, self._without_small(step, kind)
 
     def _made(
         self,

@@ -163,7 +163,7 @@ def _laid_out(value: Tensor, layout: str, planned: tuple[int, ...]) -> Tensor:
 def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], follows: bool) -> Run:
     index = device.index
     source = source_of(step)
-    size = _sizes(step.given)
+    size, block = _sizes(step.given), BLOCK
     n, c, d, h, w = size
     if step.window is not None:
         kernel = load(source, ("pool",), device)["pool"]
@@ -184,7 +184,8 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     elif step.rows is not None:
         kernel = load(source, ("rows",), device)["rows"]
         lanes = step.rows.lanes(rows_at_once(DTYPE_NAMES[step.given.dtype], step.rows))
-        grid = (-(-math.prod(size) // (step.rows.length * (BLOCK // lanes))), 1, 1)
+        block = step.rows.threads
+        grid = (-(-math.prod(size) // (step.rows.length * (block // lanes))), 1, 1)
         sizes = (*size, step.rows.length)
     else:
         kernels = load(source, ("whole", "any"), device)
@@ -204,13 +205,17 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
     expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
     packed = struct.pack(f"={len(sizes)}i", *sizes)
-    launch = sender(kernel, grid, BLOCK, ("qq", packed, *(p for o in operands for p in o.parts)), follows=follows)
+    launch = sender(kernel, grid, block, ("qq", packed, *(p for o in operands for p in o.parts)), follows=follows)
 
     given, stored, planned = step.value, step.stored, dense(step.given.shape, step.layouts[0])
     tell = told_by(operands)
 
+    viewed = tuple(s or 0 for s in step.given.shape) if step.viewed else None
+
     def run(values: Values) -> None:
         value = values[given]
+        if viewed is not None:
+            value = value.reshape(viewed)
         if value.stride() != planned:
             value = _laid_out(value, step.layouts[0], planned)
         at = value.data_ptr()

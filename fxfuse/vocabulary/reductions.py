@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.vocabulary.op import Kind, define
@@ -85,10 +86,12 @@ def normalise(x: Tensor, *, dims: tuple[int, ...], eps: float, centred: bool, la
 
     What kernels make of a LayerNorm and an RMSNorm; no model spells it. ``last``: laid out with dim 1 as the last one.
     """
-    if centred:
-        x = x - x.mean(dims, keepdim=True)
-    x = x * (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    moved = x if dims[-1] == x.dim() - 1 else x.movedim(dims, tuple(range(-len(dims), 0)))
+    shape = moved.shape[-len(dims) :]
+    y = F.layer_norm(moved, shape, eps=eps) if centred else F.rms_norm(moved, shape, eps=eps)
+    if moved is not x:
+        y = y.movedim(tuple(range(-len(dims), 0)), dims)
+    return y if last else y.contiguous()
 
 
 @define(Kind.REDUCTION)

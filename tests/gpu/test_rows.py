@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
 from place import DEVICE, kernels_always, needs
 from stages import Stages, check, made, sample, spread
 from torch import Tensor, nn
+
+from fxfuse.kernels import reductions
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((8, 0))
@@ -26,6 +29,13 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax over all but samples": lambda y: y.flatten(1).softmax(1).view(y.shape) * 100,
     "logsumexp over h and w": lambda y: y.logsumexp((3, 4)),
     "amax over space": lambda y: y.amax((2, 3, 4), keepdim=True) * y,
+    "softmax over d": lambda y: y.softmax(2),
+    "log_softmax over h": lambda y: y.log_softmax(3) * 2,
+    "amax over d": lambda y: y.amax(2),
+    "min over h": lambda y: y.min(3, keepdim=True).values,
+    "logsumexp over d and h": lambda y: y.logsumexp((2, 3)),
+    "std over d": lambda y: y.std(2),
+    "sum over c and d": lambda y: y.sum((1, 2), keepdim=True),
     "amin over w": lambda y: y.amin(4),
     "min over w": lambda y: y.min(4, keepdim=True).values,
     "sum over h and w": lambda y: y.sum((3, 4), keepdim=True).tanh(),
@@ -73,6 +83,16 @@ def test_norms(norm: str, dtype: torch.dtype, size: tuple[int, int, int]) -> Non
     check(
         model, sample(2, 8, *size, dtype=dtype), "normalise" if "over w" in norm or "h and w" in norm else "statistics"
     )
+
+
+@pytest.mark.parametrize("reduction", ["log_softmax over space", "amax over space", "sum over h and w"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_that_many_threads_go_through(reduction: str, dtype: torch.dtype) -> None:
+    """There and back; the last part of a row is no whole one."""
+    torch.manual_seed(7)
+    model = Stages(made(3, 4, 70, (3, 3, 1), dtype=dtype), torch.tanh, REDUCTIONS[reduction], torch.sigmoid)
+    with mock.patch.object(reductions, "VERY_LONG_ROW", 4096), mock.patch.object(reductions, "MOST_HELD", 4):
+        check(model, sample(2, 4, 2, 3, 1030, dtype=dtype), "then one kernel: ")
 
 
 def test_rows_of_values_that_are_not_finite() -> None:

@@ -194,6 +194,17 @@ def test_what_a_kernel_cannot_read_ends_the_chain() -> None:
     assert stages(made) == ([], ["conv_transpose", "relu"], ["mul"])
 
 
+def test_a_cast_in_front_of_rows_is_their_kernels() -> None:
+    """Half the bytes to write and to read; not in front of what no kernel reduces."""
+    inputs = "x: f16[2, 8, 4, 4, 4], w: f16[8, 16, 3, 3, 3]"
+    lines = ["z = relu(y)", "c = cast(z, dtype=f32)"]
+    made = cut(conv(b="None"), *lines, "r = normalise(c, dims=(4,), eps=1e-5, centred=True, last=False)", inputs=inputs)
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["cast", "normalise"])
+    assert made.kernel.kind.dtype is torch.float16
+    made = cut(conv(b="None"), *lines, "r = vector_norm(c, ord=1.0, dims=(4,), keepdim=True)", inputs=inputs)
+    assert stages(made) == ([], ["conv_transpose", "relu", "cast"], ["vector_norm"])
+
+
 def test_the_stored_dtype_is_that_of_the_value() -> None:
     made = cut(conv(b="None"), "z = cast(y, dtype=f32)", inputs="x: f16[2, 8, 4, 4, 4], w: f16[8, 16, 3, 3, 3]")
     assert made.kernel.kind.dtype is torch.float32 and made.kernel.dtype is torch.float16

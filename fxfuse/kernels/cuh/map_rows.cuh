@@ -79,14 +79,14 @@ FXFUSE_INLINE Row other_row(const Row& mine, int distance) {
   return other;
 }
 
-// A long row, which a block goes through. `Row`: how to reduce; a thread reads `count` neighbours at once, of which the
-// length is a multiple.
-template <class Row, int count, class In, class Out, class Before, class After>
+// A long row, which a block of `threads` goes through, and back where every element has a result: what was read last may
+// lie in the L2 cache. `Row`: how to reduce; a thread reads `count` neighbours at once, of which the length is a multiple.
+template <class Row, int threads, int count, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a) {
-  constexpr int warps = kMapThreads / 32;
+  constexpr int warps = threads / 32;
   __shared__ float shared[2][warps];
   const unsigned row = block_from_end(), begin = row * a.length;
-  const int first = threadIdx.x * count, step = kMapThreads * count;
+  const int first = threadIdx.x * count, step = threads * count;
   Row mine;
 #pragma unroll 4
   for (int i = first; i < a.length; i += step) {
@@ -107,7 +107,8 @@ FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a)
   const float r = mine.of(a.length);
   if constexpr (Row::keeps) {
 #pragma unroll 4
-    for (int i = first; i < a.length; i += step) {
+    for (int i = (a.length - 1) / step * step + first; i >= 0; i -= step) {
+      if (i >= a.length) continue;
       const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
       Vector<Out, count> made;
 #pragma unroll
