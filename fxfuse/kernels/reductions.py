@@ -175,7 +175,7 @@ def _named(combine: str, attributes: Mapping[str, object]) -> str:
 
 
 def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | None:
-    """The reduction of a contiguous value over some dims that follow each other, between others, as one over channels of
+    """The reduction of a contiguous value over dims that follow each other, between others, as one over channels of
     the same elements in three dims, and those; None for others."""
     dims, combine, shape = _dims_of(reduction, kind), _combine(reduction), [s or 0 for s in kind.shape]
     if combine is None or not dims or dims != tuple(range(dims[0], dims[-1] + 1)) or not math.prod(shape):

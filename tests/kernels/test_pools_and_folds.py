@@ -205,7 +205,8 @@ def test_reductions_over_dims_inside_are_of_channels(text: str, fold: Fold | Non
     ("length", "count", "lanes", "each"),
     [
         (1, 1, 1, 1), (3, 1, 4, 1), (16, 4, 4, 1), (64, 4, 16, 1), (100, 4, 32, 1), (128, 8, 16, 1), (132, 4, 32, 2),
-        (1020, 4, 32, 8), (1023, 1, 32, 32), (1024, 4, 256, 1), (9216, 4, 256, 16), (16384, 4, 256, 16), (16383, 1, 256, 64),
+        (1020, 4, 32, 8), (1023, 1, 32, 32), (1024, 4, 256, 1), (9216, 4, 256, 16), (16384, 4, 256, 16),
+        (16383, 1, 256, 64),
     ],
 )  # fmt: skip
 def test_threads_hold_a_row(length: int, count: int, lanes: int, each: int) -> None:
