@@ -128,6 +128,27 @@ def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, af
     ])  # fmt: skip
 
 
+def emit_rows_pool(
+    dtype: str,
+    output: str,
+    before: Expression | None,
+    rows: Rows,
+    after: Expression | None,
+    window: Window,
+    behind: Expression | None,
+) -> str:
+    """The entry ``pool``, of what a reduction leaves of rows."""
+    arguments = f"fxfuse::PoolFoldArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after, behind)}>"
+    count = rows_at_once(dtype, rows)
+    held = f"{rows.lanes(count)}, {count}, {rows.each(count)}"
+    return "\n".join([
+        '#include "rows_pool.cuh"',
+        *_head(before, after, behind),
+        _pool(window, ("contiguous", "contiguous")),
+        _entry("pool", arguments, f"fxfuse::rows_pool<fxfuse::{rows.op}, Pool, {held}>(a)"),
+    ])  # fmt: skip
+
+
 def rows_at_once(dtype: str, rows: Rows) -> int:
     """Elements that a thread reads at once of rows: a part of all of them."""
     return math.gcd(vector(dtype), rows.length)

@@ -105,6 +105,8 @@ _STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax")
 LONG_ROW, VERY_LONG_ROW, ENOUGH_ROWS = 1024, 2**16, 128
 #: threads of a block that takes a row, elements of which each may hold so many
 BLOCK_LANES, MOST_HELD = 256, 64
+#: elements of a row whose results a block also pools, in shared memory
+MOST_POOLED = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,10 @@ class Rows:
     def held(self) -> bool:
         """Whether a row lies in registers of its threads, and is read once."""
         return self.length <= BLOCK_LANES * MOST_HELD
+
+    def poolable(self, window: Window) -> bool:
+        """Whether a kernel pools what it makes of rows of w as well: of short ones, and of windows that are whole."""
+        return self.keeps and self.line and self.length <= MOST_POOLED and window.whole
 
     @property
     def threads(self) -> int:

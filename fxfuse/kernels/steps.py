@@ -102,8 +102,8 @@ class Map:
     """One kernel: reads ``value``, which is ``given``, and operands; stores ``stored``, of the type ``kind``.
 
     Both are dense, in the memory formats ``layouts``, which differ only where there is a ``window`` or a ``fold``.
-    There is at most one of ``window``, ``fold`` and ``rows``, or a ``window`` and a ``fold`` behind it. ``before`` is
-    in front of the first of them, ``after`` behind it, ``behind`` that ``fold``.
+    There is at most one of ``window``, ``fold`` and ``rows``, or a ``window`` and a ``fold`` behind it, or ``rows`` and
+    a ``window`` behind them. ``before`` is in front of the first of them, ``after`` behind it, ``behind`` the second.
     ``body``: the instructions that it stands for. ``viewed``: ``given`` has the elements of a contiguous value in other
     dims, in which what is reduced are channels.
     """

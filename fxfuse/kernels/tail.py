@@ -249,7 +249,46 @@ class _Planner:
         fold, after = fold_of(reduction, kind) or rows_of(reduction, kind), self._behind(reduction, kind, "After")
         if fold is None:
             return self._inside(value, before, reduction)
-        return None if after is None else self._made(value, before, fold, after, (reduction,), reduction.op)
+        if after is None:
+            return None
+        found = self._rows_and_pooled(value, before, fold, after, reduction) if isinstance(fold, Rows) else None
+        return found or self._made(value, before, fold, after, (reduction,), reduction.op)
+
+    def _rows_and_pooled(
+        self, value: str, before: Chain, rows: Rows, after: Chain, reduction: Instr
+    ) -> tuple[Step, Sequence[Instr]] | None:
+        """The chain, the reduction of rows, which keeps them, the chain behind it, a pool, and the chain behind that."""
+        pool, kind = self.values.only_reader(after.result), self.values.types[after.result]
+        if pool is None or vocabulary.lookup(pool.op).kind is not Kind.POOL:
+            return None
+        window, out = window_of(pool, len(kind.shape) - 2), self.values.types[pool.outs[0]]
+        if window is None or out.dtype is not kind.dtype or not rows.poolable(window):
+            return None
+        if math.prod(window.kernel[:2]) > MOST_OVERLAP * math.prod(window.stride[:2]):
+            return None
+        behind = self.values.longest(pool.outs[0], "Behind", self._missing(), there=self.there)
+        names = value, after.result, behind.result
+        if any(self.values.strides[n] != dense(self.values.types[n].shape, "contiguous") for n in names):
+            return None
+        bodies = before.body, (reduction,), after.body, (pool,), behind.body
+        stages = [[i.op for i in body] for body in bodies]
+        stages[3] = [f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"]
+        step = Map(
+            value=value,
+            given=self.values.types[value],
+            stored=behind.result,
+            kind=self.values.types[behind.result],
+            strides=self.values.strides[behind.result],
+            layouts=("contiguous", "contiguous"),
+            stages=tuple(itertools.chain(*stages)),
+            before=before.expression,
+            rows=rows,
+            window=window,
+            after=after.expression,
+            behind=behind.expression,
+            body=tuple(itertools.chain(*bodies)),
+        )
+        return step, self._without_small(step, kind)
 
     def _inside(self, value: str, before: Chain, reduction: Instr) -> tuple[Step, Sequence[Instr]] | None:
         """A reduction over dims inside: of channels, in other dims, in which the chains must not ask for a place."""

@@ -29,6 +29,7 @@ from fxfuse.kernels.emit_tail import (
     emit_pool,
     emit_pool_fold,
     emit_rows,
+    emit_rows_pool,
     emit_statistics,
     rows_at_once,
     vector,
@@ -93,6 +94,8 @@ def source_of(step: Step) -> str:
         dtypes = DTYPE_NAMES[step.weights.dtype], DTYPE_NAMES[step.kind.dtype]
         return emit_contraction(*dtypes, step.after, rows=step.rows, across=step.across, taps=len(step.table))
     dtype, output = DTYPE_NAMES[step.given.dtype], DTYPE_NAMES[step.kind.dtype]
+    if step.rows is not None and step.window is not None:
+        return emit_rows_pool(dtype, output, step.before, step.rows, step.after, step.window, step.behind)
     if step.window is not None and step.fold is not None:
         return emit_pool_fold(dtype, output, step.before, step.window, step.after, step.fold, step.behind)
     if step.window is not None:
@@ -170,7 +173,10 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         spatial = step.kind.shape[2 - len(step.given.shape) :]
         made = _sizes(dataclasses.replace(step.kind, shape=(n, c, *spatial)))
         threads = math.prod(made[2:])  # of all positions
-        if step.fold is not None:
+        if step.rows is not None:
+            lanes = step.rows.lanes(rows_at_once(DTYPE_NAMES[step.given.dtype], step.rows))
+            threads = n * c * made[2] * made[3] * lanes
+        elif step.fold is not None:
             threads *= n * step.fold.slices(step.window)
         else:
             threads *= -(-n * c // step.window.planes(step.layouts))
@@ -201,7 +207,7 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
         sizes = (*size, 0)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
     pointwise = step.window is None and step.fold is None and step.rows is None
-    both = step.window is not None and step.fold is not None
+    both = step.window is not None and (step.fold is not None or step.rows is not None)
     expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
     packed = struct.pack(f"={len(sizes)}i", *sizes)

@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs
-from stages import Stages, check, made, sample, spread
+from stages import Stages, check, made, sample, spread, steps_run
 from torch import Tensor, nn
 
 from fxfuse.kernels import reductions
@@ -83,6 +84,43 @@ def test_norms(norm: str, dtype: torch.dtype, size: tuple[int, int, int]) -> Non
     check(
         model, sample(2, 8, *size, dtype=dtype), "normalise" if "over w" in norm or "h and w" in norm else "statistics"
     )
+
+
+POOLED: dict[str, tuple[tuple[int, int, int], Callable[[int], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "a mean of a norm": ((5, 6, 16), lambda w: nn.LayerNorm(w), lambda y: F.avg_pool3d(y, 2)),
+    "a rest in every dim": ((5, 6, 17), lambda w: nn.LayerNorm(w), lambda y: F.avg_pool3d(y, (3, 2, 4))),
+    "a maximum": ((4, 5, 6), lambda w: nn.RMSNorm(w, 1e-4), lambda y: F.max_pool3d(y, 2)),
+    "windows that overlap": ((5, 5, 9), lambda w: nn.LayerNorm(w), lambda y: F.max_pool3d(y, (1, 2, 3), (1, 1, 2))),
+    "dilation": ((5, 6, 40), lambda w: nn.LayerNorm(w), lambda y: F.max_pool3d(y, 2, 2, 0, (2, 1, 3))),
+    "a softmax": ((4, 4, 70), lambda _: nn.Softmax(-1), lambda y: F.avg_pool3d(y, (2, 2, 5), (2, 2, 3))),
+    "a row of a warp and more": ((3, 4, 300), lambda w: nn.LayerNorm(w), lambda y: F.avg_pool3d(y, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", POOLED)
+def test_pools_of_rows(name: str, dtype: torch.dtype) -> None:
+    """One kernel; what is in front of it and behind it is its, too."""
+    torch.manual_seed(8)
+    size, norm, pool = POOLED[name]
+    last = norm(size[2]).to(DEVICE).to(dtype)
+    model = spread(Stages(made(3, 4, 9, (2, 3, 1), dtype=dtype), torch.tanh, last, pool, F.silu))
+    x = sample(2, 4, size[0] - 1, size[1] - 2, size[2], dtype=dtype)
+    check(model, x)
+    assert steps_run().count("kernel: ") == 2 and "pool" in steps_run().split("; ")[-1], steps_run()
+    x[1, 2, 1, 1, 3] = float("nan")
+    check(model, x)
+
+
+def test_pools_of_rows_that_two_kernels_make() -> None:
+    """Padding; a window beyond the end; long rows; rows of two dims; a norm that others read; many rows again."""
+    for pool in (
+        lambda y: F.avg_pool3d(y, 2, padding=1), lambda y: F.max_pool3d(y, 2, ceil_mode=True),
+        lambda y: F.max_pool3d(y, (3, 3, 1), 1), lambda y: (y, F.avg_pool3d(y, 2))[1] + y.sum(),
+        nn.AdaptiveAvgPool3d(2),
+    ):  # fmt: skip
+        check(Stages(made(3, 4, 9, 1), F.relu, nn.LayerNorm(9, 0.3).to(DEVICE), pool), sample(2, 4, 5, 7, 9), "normalise")
+        assert not any("normalise" in s and "pool" in s for s in steps_run().split("; ")), steps_run()
 
 
 @pytest.mark.parametrize("reduction", ["log_softmax over space", "amax over space", "sum over h and w"])
