@@ -257,7 +257,7 @@ class _Planner:
     def _rows_and_pooled(
         self, value: str, before: Chain, rows: Rows, after: Chain, reduction: Instr
     ) -> tuple[Step, Sequence[Instr]] | None:
-        """The chain, the reduction of rows, which keeps them, the chain behind it, a pool, and the chain behind that."""
+        """The chain, the reduction of rows, which keeps them, the chain behind it, a pool, the chain behind that."""
         pool, kind = self.values.only_reader(after.result), self.values.types[after.result]
         if pool is None or vocabulary.lookup(pool.op).kind is not Kind.POOL:
             return None

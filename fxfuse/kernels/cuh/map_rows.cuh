@@ -83,12 +83,12 @@ FXFUSE_INLINE Row other_row(const Row& mine, int distance) {
 // lie in the L2 cache. `Row`: how to reduce; a thread reads `count` neighbours at once, of which the length is a multiple.
 template <class Row, int threads, int count, class In, class Out, class Before, class After>
 FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a) {
-  constexpr int warps = threads / 32;
+  constexpr int warps = threads / 32, at_once = threads > kMapThreads ? 8 : 4;
   __shared__ float shared[2][warps];
   const unsigned row = block_from_end(), begin = row * a.length;
   const int first = threadIdx.x * count, step = threads * count;
   Row mine;
-#pragma unroll 4
+#pragma unroll(at_once)
   for (int i = first; i < a.length; i += step) {
     const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
 #pragma unroll
@@ -106,7 +106,7 @@ FXFUSE_INLINE void map_rows(const ReductionArguments<In, Out, Before, After>& a)
   }
   const float r = mine.of(a.length);
   if constexpr (Row::keeps) {
-#pragma unroll 4
+#pragma unroll(at_once)
     for (int i = (a.length - 1) / step * step + first; i >= 0; i -= step) {
       if (i >= a.length) continue;
       const Vector<In, count> v = *(const Vector<In, count>*)(a.in + begin + i);
