@@ -1,11 +1,12 @@
 """fxfuse and its peers on a CUDA GPU, all in one process on the same inputs. benchmarks/README.md has the commands.
 
 What `python -m fxfuse bench` does, for sets of cases: the project's five models, with --chains those of
-fxfuse/bench/chains.py, with --random as many random ones. Protocol: no_grad, CUDA events around queued calls,
-inputs rotated past the L2 cache, median of seven, cudnn.benchmark on for every peer; what is not right is not
-timed. The peers: eager, eager in channels_last_3d, and with --compile torch.compile of both. The floor is
-what moving the input, the parameters and the output takes at the copy bandwidth, or what the products that
-are left after the rewrites take at the rate of 16-bit matrix multiplications, whichever is longer.
+fxfuse/bench/chains.py, with --idioms those of fxfuse/bench/idioms.py, with --random as many random ones. Protocol:
+no_grad, CUDA events around queued calls, inputs rotated past the L2 cache, median of seven, cudnn.benchmark on for
+every peer; what is not right is not timed. The peers: eager, eager in channels_last_3d, and with --compile
+torch.compile of both. The floor is what moving the input, the parameters and the output takes at the copy bandwidth,
+or what the products that are left after the rewrites take at the rate of 16-bit matrix multiplications, whichever is
+longer.
 
 The file is written after every row. With --resume, rows that this source of fxfuse measured on the same device
 and versions, with the same peers, are kept and not measured again.
@@ -23,6 +24,7 @@ from arguments import Budget, add_file, opened
 
 from fxfuse import bench, environment
 from fxfuse.bench.chains import CHAINS, draw
+from fxfuse.bench.idioms import IDIOMS
 from fxfuse.models import CASES, Case
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,6 +33,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """--chains, --random and --seed, and --dtype."""
     parser.add_argument("--chains", action="store_true", help="the chains of fxfuse/bench/chains.py")
+    parser.add_argument("--idioms", action="store_true", help="those of fxfuse/bench/idioms.py")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random chains")
     parser.add_argument("--seed", type=int, default=0, help="of the random chains (default: 0)")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
@@ -41,7 +44,7 @@ def asked_for(given: argparse.Namespace) -> tuple[Case, ...]:
     if given.random:
         pick = random.Random(given.seed)
         return tuple(draw(pick) for _ in range(given.random))
-    return CHAINS if given.chains else CASES
+    return IDIOMS if given.idioms else CHAINS if given.chains else CASES
 
 
 def jobs(given: argparse.Namespace) -> Iterator[tuple[Case, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,23 +20,22 @@ _FUNCTIONS = (torch.numel, len)
 
 
 def sizes_as_numbers(graph: fx.Graph) -> None:
-    """Put the sizes that a propagated graph asks for, and parts of a shape, where they are used; in place.
-
-    What the model returns stays as it is, and so does a shape that is asked for something itself (``y.shape.numel()``).
-    """
-    known: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if _asks(node) or (node.target is operator.getitem and node.args[0] in known):
-            val = facts(node).val
-            if type(val) is int or (isinstance(val, tuple) and all(type(v) is int for v in val)):
-                known[node] = tuple(val) if isinstance(val, tuple) else val
-    for node in reversed(known):
-        for user in list(node.users):
-            itself = user.op == "call_method" and user.args[0] is node
-            if user.op != "output" and not itself and user not in known:
-                _replace(user, node, known[node])
-        if not node.users:
+    """Put the sizes that a propagated graph asks for where they are used, and shapes in the place of the question."""
+    known: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        val = facts(node).val if node.op != "output" else None
+        if not (_asks(node) or (node.target is operator.getitem and node.args[0] in known)):
+            continue
+        if type(val) is int:
+            for user in list(node.users):
+                _replace(user, node, val)
             graph.erase_node(node)
+        elif isinstance(val, torch.Size) and all(type(v) is int for v in val):
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.Size, (list(val),), {}
+            facts(node).reads, facts(node).call = frozenset(), None
+            known.add(node)
+    for node in reversed([n for n in graph.nodes if n in known and not n.users]):
+        graph.erase_node(node)
 
 
 def _asks(node: fx.Node) -> bool:
@@ -52,10 +50,10 @@ def _asks(node: fx.Node) -> bool:
     return node.target in _FUNCTIONS or (node.target is getattr and node.args[1] in _ATTRIBUTES)
 
 
-def _replace(user: fx.Node, node: fx.Node, number: Any) -> None:
+def _replace(user: fx.Node, node: fx.Node, number: int) -> None:
     user.args = fx.node.map_arg(user.args, lambda n: number if n is node else n)
     user.kwargs = fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)
-    call = facts(user).call
+    call = facts(user).call if user.op != "output" else None
     if call is not None:
         operands = tuple(number if o is node else o for o in call.operands)
         facts(user).call = dataclasses.replace(call, operands=operands)

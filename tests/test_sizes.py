@@ -55,24 +55,38 @@ def test_who_asks_for_a_size_keeps_no_value(name: str, given: bool) -> None:
     torch.testing.assert_close(fast(other), model(other))
 
 
-KEPT: dict[str, Callable[[Tensor], object]] = {
-    "returned": lambda y: (y.relu(), y.shape),
-    "a size that is returned": lambda y: (y.relu(), y.size(1)),
+@torch.fx.wrap
+def count_of(y: Tensor, shape: torch.Size) -> Tensor:
+    return y / shape.numel()
+
+
+RETURNED: dict[str, Callable[[Tensor], object]] = {
+    "a shape": lambda y: (y.relu(), y.shape),
+    "a size": lambda y: (y.relu(), y.size(1)),
+    "a part of a shape": lambda y: (y.relu(), y.shape[2:]),
+    "shapes put together": lambda y: (y.relu(), y.shape[:2] + y.shape[3:], y.shape + torch.Size((1,)), y.shape * 2),
     "a shape that is asked itself": lambda y: y.relu() / y.shape.numel(),
+    "a part that is asked itself": lambda y: (y.relu(), (y.shape[:2] + y.shape[3:]).numel()),
+    "a shape that a function is given": lambda y: count_of(y.relu(), y.shape),
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_what_stays(name: str) -> None:
-    """With the type that it had."""
+@pytest.mark.parametrize("name", RETURNED)
+def test_shapes_stay_shapes(name: str) -> None:
+    """With the type that they had, and no value for them."""
     torch.manual_seed(0)
-    model, x = Behind(KEPT[name]).eval(), torch.randn(2, 2, 3, 4, 5)
+    model, x = Behind(RETURNED[name]).eval(), torch.randn(2, 2, 3, 4, 5)
     fast = fxfuse.optimize(model, (x,))
-    got, expected = fast(x), model(x)
-    assert type(got) is type(expected)
-    if isinstance(expected, tuple):
-        assert type(got[1]) is type(expected[1]) and got[1] == expected[1]  # type: ignore[index]
-    torch.testing.assert_close(got, expected)
+    for given in (x, x[:1, :, :2]):
+        got, expected = fast(given), model(given)
+        assert type(got) is type(expected)
+        if isinstance(expected, tuple):
+            assert [type(v) for v in got] == [type(v) for v in expected]  # type: ignore[attr-defined]
+            assert list(got[1:]) == list(expected[1:])  # type: ignore[index]
+            got, expected = got[0], expected[0]  # type: ignore[index]
+        torch.testing.assert_close(got, expected)
+    (region,) = fast.fxfuse_report.regions
+    assert len(region.region.original.outputs) == 1
 
 
 def test_sizes_that_a_compiler_does_not_know_stay() -> None:

@@ -49,6 +49,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "operators": source.operators,
     "outside": source.outside,
     "own_rule": lambda: code("own_rule"),
+    "times_idioms": lambda: results.times("h100_idioms"),
     "random_chains": lambda: results.random_chains("h100_random"),
     "random_chains_float16": lambda: results.random_chains("h100_random_float16"),
     "readme_times": results.readme_times,

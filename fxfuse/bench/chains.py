@@ -41,7 +41,7 @@ class Scale(nn.Module):
         return x + weight if self.add else x * weight
 
 
-def up(*args: int, **more: int | bool) -> nn.ConvTranspose3d:
+def up(*args: int | tuple[int, ...], **more: int | bool | tuple[int, ...]) -> nn.ConvTranspose3d:
     return nn.ConvTranspose3d(*args, **more)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ makes x can gather on its way, and for arithmetic that joins the pointwise chain
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Operand, Ref, TensorType
 from fxfuse.kernels.chains import needed_by
+from fxfuse.kernels.reductions import fold_of, rows_of
 from fxfuse.program import Program
 
 #: dtypes whose statistics kernels gather
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: channels that a kernel normalises
+MOST_CHANNELS = 256
 
 
 def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Callable[[str], bool]) -> Program:
@@ -78,6 +82,8 @@ class _Splitter:
     def __init__(self, program: Program, types: Mapping[str, TensorType]) -> None:
         self.types = types
         self.taken = {*types}
+        self.readers = collections.Counter(n for i in program.body for n in i.reads())
+        self.readers.update(program.outputs)
         self.casts = {i.outs[0]: i for i in program.body if i.op == "cast"}
         self.body: list[Instr] = []
         #: value -> the value and the steps per channel that it is made of
@@ -182,14 +188,7 @@ class _Splitter:
         return True
 
     def rms_norm(self, instr: Instr, value: str) -> bool:
-        groups, eps = self._groups_over(instr, value), self._eps(instr, value)
-        if groups is None or eps is None:
-            return self._rows(instr, value)
-        mean, var, _ = self.statistics(value, batch=False, groups=groups)
-        squares = self._mean_of_squares(mean, var)
-        scale = self.call("rsqrt", Ref(self.call("add", Ref(squares), eps)))
-        self.finish(value, [("mul", Ref(scale)), *_affine(instr.operands[1:])], instr.outs[0])
-        return True
+        return self._rows(instr, value)  # others have means of squares, of which Inf and -Inf leave no trace in moments
 
     def _groups_over(self, instr: Instr, value: str) -> int | None:
         """Groups of channels whose statistics are those over the last dims that a norm names; None for others."""
@@ -207,7 +206,7 @@ class _Splitter:
         """A norm over some of the spatial dims, whose statistics are many."""
         rank, over = len(self.types[value].shape), len(dict(instr.attributes)["shape"])
         dims = tuple(range(rank - over, rank))
-        return over < rank and self._normalised(instr, value, dims, _affine(instr.operands[1:]), instr.outs[0])
+        return 0 < over < rank and self._normalised(instr, value, dims, _affine(instr.operands[1:]), instr.outs[0])
 
     # --- what stands between two views that cancel --------------------------------------------------
     def sees_through(self, there: Instr, middle: Instr, out: str, wanted: Callable[[str], bool]) -> bool:
@@ -246,11 +245,13 @@ class _Splitter:
         narrow = kind.dtype is not torch.float32
         if eps is None or self.types[out].dtype is not kind.dtype:
             return False
+        given = {"dims": dims, "eps": eps, "centred": instr.op == "layer_norm", "last": last}
+        asked = Instr((out,), "normalise", (Ref(value),), tuple(given.items()))
+        if rows_of(asked, kind) is None and (fold_of(asked, kind) is None or self._channels(value) > MOST_CHANNELS):
+            return False  # torch has one kernel for all of it
         wide = self.call("cast", Ref(value), dtype=torch.float32) if narrow else value
         outs = None if steps or narrow else (out,)
-        made = self.call(
-            "normalise", Ref(wide), outs=outs, dims=dims, eps=eps, centred=instr.op == "layer_norm", last=last
-        )
+        made = self.call("normalise", Ref(wide), outs=outs, **given)
         if outs is None:
             self.finish(made, steps, out)
         return True
@@ -344,17 +345,16 @@ class _Splitter:
         return self._reduced(instr, value, self.call("sqrt", Ref(var)) if instr.op == "std" else var)
 
     def vector_norm(self, instr: Instr, value: str) -> bool:
+        """The root of the sum of squares, where nothing but squares are wanted of ``value``."""
         attributes = dict(instr.attributes)
-        over = self._over(instr, value, attributes["dims"])
-        if over is None or attributes["ord"] != 2:
+        over, count = self._over(instr, value, attributes["dims"]), self._size(value, attributes["dims"])
+        if over is None or attributes["ord"] != 2 or count == 1 or self.readers[value] != 1:
             return False
-        mean, var, _ = self.statistics(value, **over)
-        squares = self._mean_of_squares(mean, var)
-        total = self.call("mul", Ref(squares), float(self._size(value, attributes["dims"])))
+        narrow = self.types[value].dtype is not torch.float32
+        wide = self.call("cast", Ref(value), dtype=torch.float32) if narrow else value
+        mean = self.statistics(self.call("square", Ref(wide)), **over)[0]
+        total = self.call("mul", Ref(mean), float(count))
         return self._reduced(instr, value, self.call("sqrt", Ref(total)))
-
-    def _mean_of_squares(self, mean: str, var: str) -> str:
-        return self.call("add", Ref(self.call("square", Ref(mean))), Ref(var))
 
     def _over(self, instr: Instr, value: str, dims: tuple[int, ...]) -> dict[str, Any] | None:
         """Which statistics are those over ``dims``, all spatial ones among them, as a reduction makes them."""

@@ -97,8 +97,10 @@ class Fold:
         return min(MOST_SLICES, 1 << (each - 1).bit_length())
 
 
+#: the largest number of a float
+MOST_NUMBER = 3.4028234e38
 #: reductions of rows that need not be held: they take one more element at a time
-_STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax")
+_STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax", "LogSoftmax")
 
 #: elements of a row from which on a block takes it, and not a part of a warp; or a block of more threads; rows that are
 #: enough for blocks
@@ -162,19 +164,21 @@ class Rows:
 
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     """The reduction of a (N, C, *spatial) value over its channels; None for others."""
-    attributes, combine, channels = dict(reduction.attributes), _combine(reduction), kind.shape[1]
+    attributes, combine, channels = dict(reduction.attributes), _combine(reduction, kind), kind.shape[1]
     if combine is None or _dims_of(reduction, kind) != (1,) or not channels:
         return None
-    return Fold(_named(combine, attributes), channels, _number(attributes))
+    return Fold(combine, channels, _number(attributes))
 
 
-def _combine(reduction: Instr) -> str | None:
-    if reduction.op == "vector_norm" and dict(reduction.attributes)["ord"] != 2:
+def _combine(reduction: Instr, kind: TensorType) -> str | None:
+    """How kernels name a reduction; None for what they do not make."""
+    attributes = dict(reduction.attributes)
+    combine, number = _FOLDS.get(reduction.op), _number(attributes)
+    if combine is None or abs(number or 0.0) > MOST_NUMBER:
         return None
-    return _FOLDS.get(reduction.op)
-
-
-def _named(combine: str, attributes: Mapping[str, object]) -> str:
+    if combine == "Length":  # torch's is the magnitude of one element, however large its square
+        of_one = math.prod(kind.shape[d] or 0 for d in _dims_of(reduction, kind)) == 1
+        return None if attributes["ord"] != 2 or of_one else combine
     if combine == "Norm":
         return "LayerNorm" if attributes["centred"] else "RMSNorm"
     return "LogSoftmax" if attributes.get("log") else combine
@@ -183,7 +187,7 @@ def _named(combine: str, attributes: Mapping[str, object]) -> str:
 def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | None:
     """The reduction of a contiguous value over dims that follow each other, between others, as one over channels of
     the same elements in three dims, and those; None for others."""
-    dims, combine, shape = _dims_of(reduction, kind), _combine(reduction), [s or 0 for s in kind.shape]
+    dims, combine, shape = _dims_of(reduction, kind), _combine(reduction, kind), [s or 0 for s in kind.shape]
     if combine is None or not dims or dims != tuple(range(dims[0], dims[-1] + 1)) or not math.prod(shape):
         return None
     first, last = dims[0], dims[-1] + 1
@@ -191,7 +195,7 @@ def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | No
         return None
     sizes = tuple(math.prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
     attributes = dict(reduction.attributes)
-    return Fold(_named(combine, attributes), sizes[1], _number(attributes)), TensorType(kind.dtype, sizes)
+    return Fold(combine, sizes[1], _number(attributes)), TensorType(kind.dtype, sizes)
 
 
 def _dims_of(reduction: Instr, kind: TensorType) -> tuple[int, ...]:
@@ -225,14 +229,14 @@ def _power_from(value: int) -> int:
 
 def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
-    attributes, combine = dict(reduction.attributes), _combine(reduction)
+    attributes, combine = dict(reduction.attributes), _combine(reduction, kind)
     if combine is None:
         return None
     dims, rank, shape = _dims_of(reduction, kind), len(kind.shape), [s or 0 for s in kind.shape]
     if dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
     length = math.prod(shape[rank - len(dims) :])
-    rows = Rows(_named(combine, attributes), length, length == shape[-1], _number(attributes))
+    rows = Rows(combine, length, length == shape[-1], _number(attributes))
     enough = math.prod(shape) // length >= ENOUGH_ROWS or not rows.long
     return rows if enough and (rows.held or combine in _STREAMED) else None
 

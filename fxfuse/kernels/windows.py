@@ -17,9 +17,10 @@ COMBINE = {"max_pool": "Maximum", "adaptive_max_pool": "Maximum", "avg_pool": "S
 class Pooling:
     """``combine`` all residue classes of each position; ``sizes``: positions per dim that are stored.
 
-    ``window``: the convolution's stride. ``factor``: of a sum, to make it a mean. ``rest``: the pool that
-    is left to do over the positions, or None. ``step``: positions per dim in each of its windows, where it is a mean of
-    windows without padding that follow each other; what it makes is then a sum of all of them, with :meth:`whole`.
+    ``window``: the convolution's stride. ``factor``: of a sum, to make it a mean. ``rest``: the pool, or the
+    maximum over space, that is left to do over the positions, or None. ``step``: positions per dim in each of its
+    windows, where it is a mean of windows without padding that follow each other; what it makes is then a sum of all of
+    them, with :meth:`whole`.
     """
 
     combine: str

@@ -43,6 +43,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean over w": lambda y: y.mean(-1),
     "var over w": lambda y: y.var(-1),
     "std over h and w": lambda y: y.std((3, 4), correction=0),
+    "length over space": lambda y: torch.linalg.vector_norm(y, dim=(2, 3, 4)),
     "length over h and w": lambda y: torch.linalg.vector_norm(y, dim=(3, 4)),
     "prod over w": lambda y: (y + 1).prod(-1),
     "amax over all but samples": lambda y: y.amax((1, 2, 3, 4)),
@@ -57,7 +58,7 @@ def test_reductions(reduction: str, dtype: torch.dtype, size: tuple[int, int, in
     model = Stages(made(3, 8, 70, (3, 3, 1), dtype=dtype), torch.tanh, REDUCTIONS[reduction], torch.sigmoid)
     x = sample(2, 8, *size, dtype=dtype)
     few = "all but samples" in reduction and 70 * (size[0] + 2) * (size[1] + 2) * size[2] >= 1024
-    check(model, x, *([] if few else ["then one kernel: "]))
+    check(model, x, *([] if few or reduction == "length over space" else ["then one kernel: "]))
 
 
 NORMS: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
@@ -81,9 +82,9 @@ def test_norms(norm: str, dtype: torch.dtype, size: tuple[int, int, int]) -> Non
     d, h, w = size
     last = NORMS[norm]((70, d + 2, h + 2, w)).to(DEVICE).to(dtype)
     model = spread(Stages(made(3, 8, 70, (3, 3, 1), dtype=dtype), lambda y: y + 3, last, torch.sigmoid))
-    check(
-        model, sample(2, 8, *size, dtype=dtype), "normalise" if "over w" in norm or "h and w" in norm else "statistics"
-    )
+    rows = "over w" in norm or "h and w" in norm or (norm == "rms_norm over space" and size[2] < 100)
+    step = "normalise" if rows else "statistics" if "layer" in norm else "rms_norm"
+    check(model, sample(2, 8, *size, dtype=dtype), step)
 
 
 POOLED: dict[str, tuple[tuple[int, int, int], Callable[[int], nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -141,6 +142,7 @@ def test_rows_of_values_that_are_not_finite() -> None:
     def cut(y: Tensor) -> Tensor:
         return torch.where(y > 0, y, y * float("inf"))
 
-    for reduction in REDUCTIONS.values():
+    norms = [norm((70, 5, 6, 8)).to(DEVICE) for norm in NORMS.values()]
+    for reduction in (*REDUCTIONS.values(), *norms):
         check(Stages(made(3, 8, 70, 1), reduction), x)
         check(Stages(made(3, 8, 70, 1), cut, reduction), x)

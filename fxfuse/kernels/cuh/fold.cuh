@@ -1,4 +1,4 @@
-// Reductions over channels by name, whoever holds the channels of a position: as torch computes them.
+// Reductions by name, over the channels of a position or the elements of a row, whoever holds them: as torch computes them.
 //
 // A holder has all(zero, combine, of), which combines of(value) of all its channels; subtract(shift) and raise(powers),
 // which make value - shift and powers(value) of every value.

@@ -130,7 +130,7 @@ template <int lanes, int count, int each>
 struct HeldRow {
   float v[each * count];
   int lane, length;
-  float* shared;  // of a block that holds one row: one number per warp, twice
+  float* shared;  // of a block that holds one row: one number per warp
 
   FXFUSE_INLINE int at(int k) const { return (k * lanes + lane) * count; }
   template <class Combine, class Of>
