@@ -36,7 +36,8 @@ SMOOTH = (
 NORMS = (
     "nn.BatchNorm{n}d({c})", "nn.BatchNorm{n}d({c}, affine=False)", "nn.InstanceNorm{n}d({c}, affine=True)",
     "nn.InstanceNorm{n}d({c})", "nn.GroupNorm({g}, {c})", "nn.GroupNorm(1, {c}, affine=False)",
-    "F.layer_norm({v}, {v}.shape[1:])",
+    "F.layer_norm({v}, {v}.shape[1:])", "F.layer_norm({v}, {v}.shape[-1:])", "F.layer_norm({v}, {v}.shape[2:])",
+    "F.rms_norm({v}, {v}.shape[-1:], None, 1e-3)",
 )  # fmt: skip
 #: {t} the convolution's stride, or twice that
 POOLS = (
@@ -49,12 +50,14 @@ POOLS = (
 FOLDS = (
     "{v}.softmax(1)", "{v}.log_softmax(1)", "{v}.logsumexp(1, True)", "{v}.sum(1, keepdim=True)", "{v}.mean(1, True)",
     "{v}.amax(1, True)", "{v}.min(1, True).values", "{v} / (1 + {v}.abs().sum(1, keepdim=True))",
-    "{v}.logsumexp(1)", "{v}.sum(1)", "{v}.amax(1)",
+    "{v}.logsumexp(1)", "{v}.sum(1)", "{v}.amax(1)", "{v} / (1 + {v}.norm(dim=1, keepdim=True))", "{v}.var(1)",
 )  # fmt: skip
 OVER_SPACE = (
     "{v}.mean({space}, keepdim=True)", "{v} - {v}.mean({space}, keepdim=True)", "{v}.amax({space}, True)",
     "{v}.sum({space}, keepdim=True)", "{v} * {v}.mean({space}, keepdim=True).sigmoid()", "{v}.mean({space})",
-    "{v}.flatten(2).softmax(-1).reshape({v}.shape)", "{v}.mean((0, *{space}), keepdim=True)",
+    "{v}.flatten(2).softmax(-1).reshape({v}.shape)", "{v}.mean((0, *{space}), keepdim=True)", "{v}.flatten(2).mean(-1)",
+    "{v} / (1 + {v}.std({space}, correction=0, keepdim=True))", "{v}.softmax(2)", "{v}.mean((1, *{space}))",
+    "{v}.log_softmax(-1)",
 )  # fmt: skip
 
 

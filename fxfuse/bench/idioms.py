@@ -19,11 +19,12 @@ class Then(nn.Module):
 
     def __init__(self, layer: nn.Module, behind: Callable[..., Tensor], *parameters: Tensor) -> None:
         super().__init__()
-        self.layer, self.behind = layer, behind
-        self.given = nn.ParameterList([nn.Parameter(p) for p in parameters])
+        self.layer, self.behind, self.names = layer, behind, [f"given{i}" for i in range(len(parameters))]
+        for name, parameter in zip(self.names, parameters, strict=True):
+            self.register_parameter(name, nn.Parameter(parameter))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.behind(self.layer(x), *self.given)
+        return self.behind(self.layer(x), *(getattr(self, name) for name in self.names))
 
 
 class NormOfChannels(nn.Module):

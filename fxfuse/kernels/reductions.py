@@ -176,9 +176,11 @@ def _combine(reduction: Instr, kind: TensorType) -> str | None:
     combine, number = _FOLDS.get(reduction.op), _number(attributes)
     if combine is None or abs(number or 0.0) > MOST_NUMBER:
         return None
+    count = math.prod(kind.shape[d] or 0 for d in _dims_of(reduction, kind))
     if combine == "Length":  # torch's is the magnitude of one element, however large its square
-        of_one = math.prod(kind.shape[d] or 0 for d in _dims_of(reduction, kind)) == 1
-        return None if attributes["ord"] != 2 or of_one else combine
+        return None if attributes["ord"] != 2 or count == 1 else combine
+    if count <= attributes.get("correction", -1):
+        return None  # torch divides zero by zero, where all that is left may be what rounding has
     if combine == "Norm":
         return "LayerNorm" if attributes["centred"] else "RMSNorm"
     return "LogSoftmax" if attributes.get("log") else combine

@@ -170,6 +170,8 @@ def test_threads_of_a_position(fold: Fold, layouts: tuple[bool, bool], lanes: in
         ("var(x, dims=(4,), correction=1.0, keepdim=True)", Rows("Variance", 16, line=True, number=1.0)),
         ("vector_norm(x, ord=2.0, dims=(4,), keepdim=True)", Rows("Length", 16, line=True)),
         ("vector_norm(x, ord=1.0, dims=(4,), keepdim=True)", None),
+        ("var(x, dims=(4,), correction=16, keepdim=True)", None),
+        ("std(x, dims=(3, 4), correction=300, keepdim=True)", None),
         ("prod(x, dim=3, keepdim=True)", None),
     ],
 )
