@@ -315,6 +315,14 @@ class _Splitter:
         size, spatial = dict(instr.attributes)["size"], tuple(range(2, len(self.types[value].shape)))
         return size == (1,) * len(spatial) and self._mean(instr, value, spatial, 1.0)
 
+    def adaptive_max_pool(self, instr: Instr, value: str) -> bool:
+        """One window, all of space, as a reduction: many threads make it, and not one."""
+        size, spatial = dict(instr.attributes)["size"], tuple(range(2, len(self.types[value].shape)))
+        if size != (1,) * len(spatial):
+            return False
+        self.call("amax", Ref(value), outs=instr.outs, dims=spatial, keepdim=True)
+        return True
+
     def _mean(self, instr: Instr, value: str, dims: tuple[int, ...], factor: float) -> bool:
         """The mean over all spatial dims, and perhaps over samples or channels, times ``factor``."""
         over = self._over(instr, value, dims)
@@ -412,4 +420,5 @@ _SPLIT: Mapping[str, Callable[[_Splitter, Instr, str], bool]] = {
     "std": _Splitter.std,
     "vector_norm": _Splitter.vector_norm,
     "adaptive_avg_pool": _Splitter.adaptive_avg_pool,
+    "adaptive_max_pool": _Splitter.adaptive_max_pool,
 }

@@ -8,7 +8,9 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fxfuse import vocabulary
 from fxfuse.instr import Instr, TensorType
+from fxfuse.vocabulary import Kind
 
 #: elements of the windows that a thread takes at once, where those are several; and of how many planes
 MOST_TOGETHER, MOST_PLANES = 32, 4
@@ -160,6 +162,11 @@ class Rows:
     def each(self, count: int) -> int:
         """How often a thread reads, of a row that is held: a power of two, which more lengths than one have."""
         return _power_from(-(-self.length // (count * self.lanes(count))))
+
+
+def reduces(instr: Instr) -> bool:
+    """Whether an instruction is a reduction, or derived of one."""
+    return instr.op in _FOLDS or vocabulary.lookup(instr.op).kind is Kind.REDUCTION
 
 
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:

@@ -28,7 +28,7 @@ from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
-from fxfuse.kernels.reductions import fold_of, rows_of
+from fxfuse.kernels.reductions import fold_of, reduces, rows_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
@@ -370,7 +370,7 @@ class _Cutter:
     def _folded(self, kernel: Launch) -> tuple[Launch, Sequence[Instr]]:
         """The kernel with the reduction over channels that alone reads what it stores, and what it takes for that."""
         reduction = self.values.only_reader(kernel.stored)
-        if reduction is None or vocabulary.lookup(reduction.op).kind is not Kind.REDUCTION:
+        if reduction is None or not reduces(reduction):
             return kernel, ()
         fold, made = fold_of(reduction, kernel.kind), self.types[reduction.outs[0]]
         if fold is None or made.dtype is not kernel.kind.dtype:

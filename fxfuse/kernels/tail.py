@@ -15,7 +15,17 @@ from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.collapsed import sums_of
 from fxfuse.kernels.contraction import contraction_of
-from fxfuse.kernels.reductions import MOST_CHANNELS_EACH, Fold, Rows, Window, fold_of, inner_of, rows_of, window_of
+from fxfuse.kernels.reductions import (
+    MOST_CHANNELS_EACH,
+    Fold,
+    Rows,
+    Window,
+    fold_of,
+    inner_of,
+    reduces,
+    rows_of,
+    window_of,
+)
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -120,7 +130,7 @@ class _Planner:
             if self._readable(value.name):
                 found = self._pooled(value.name, Chain(value.name), instr)
                 return found or (None, ())
-        if op.kind is Kind.REDUCTION:
+        if reduces(instr):
             value = instr.operands[0]
             assert isinstance(value, Ref)
             if self._readable(value.name):
@@ -173,7 +183,7 @@ class _Planner:
         found = None
         if reader is not None and vocabulary.lookup(reader.op).kind is Kind.POOL:
             found = self._pooled(value, chain, reader)
-        elif reader is not None and vocabulary.lookup(reader.op).kind is Kind.REDUCTION:
+        elif reader is not None and reduces(reader):
             found = self._folded(value, chain, reader)
         if found is not None:
             return found
@@ -201,7 +211,7 @@ class _Planner:
     ) -> tuple[Step, Sequence[Instr]] | None:
         """The same, the reduction over channels behind it, and the chain behind that: with threads enough for a GPU."""
         reduction, pooled = self.values.only_reader(after.result), self.values.types[after.result]
-        if reduction is None or vocabulary.lookup(reduction.op).kind is not Kind.REDUCTION:
+        if reduction is None or not reduces(reduction):
             return None
         fold, behind = fold_of(reduction, pooled), self._behind(reduction, pooled, "Behind")
         if fold is None or not fold.once or behind is None:

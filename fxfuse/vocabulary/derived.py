@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.vocabulary.conv import CONVOLUTIONS, leading
@@ -150,3 +151,24 @@ def statistics(x: Tensor, *, batch: bool, groups: int, eps: float) -> tuple[Tens
     results = (v.expand(-1, -1, c // groups).reshape(shape) for v in (mean, var, (var + eps).rsqrt()))
     mean, var, scale = (v.contiguous() for v in results)  # a reshape of one group is a view
     return mean, var, scale
+
+
+@define(Kind.DERIVED)
+def normalise(x: Tensor, *, dims: tuple[int, ...], eps: float, centred: bool, last: bool = False) -> Tensor:
+    """``(x - mean) / sqrt(var + eps)`` over ``dims``, var the biased one; else ``x / sqrt(mean(x^2) + eps)``.
+
+    What kernels make of a LayerNorm and an RMSNorm. ``last``: laid out with dim 1 as the last one.
+    """
+    moved = x if dims[-1] == x.dim() - 1 else x.movedim(dims, tuple(range(-len(dims), 0)))
+    shape = moved.shape[-len(dims) :]
+    y = F.layer_norm(moved, shape, eps=eps) if centred else F.rms_norm(moved, shape, eps=eps)
+    if moved is not x:
+        y = y.movedim(tuple(range(-len(dims), 0)), dims)
+    return y if last else y.contiguous()
+
+
+@define(Kind.DERIVED)
+def softmax_over(x: Tensor, *, count: int, log: bool) -> Tensor:
+    """Softmax or log_softmax over the last ``count`` dims at once, contiguous: between two reshapes in a model."""
+    flat = x.flatten(x.dim() - count)
+    return (torch.log_softmax(flat, -1) if log else torch.softmax(flat, -1)).view(x.shape)

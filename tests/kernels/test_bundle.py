@@ -436,7 +436,7 @@ def test_operators_that_are_torchs_are_few_kernels_only() -> None:
 def test_where_nothing_else_is_torchs_one_operator_is_a_kernel() -> None:
     made = cut("k = mul(b, 2.0)", CONV.format("w", "k"), "z = relu(y)", "z")
     assert told(made.ahead) == ["bundle k: one kernel on small tensors: mul"]
-    made = cut("k = mul(b, 2.0)", CONV.format("w", "k"), "z = softmax(y, dim=2)", "z")
+    made = cut("k = mul(b, 2.0)", CONV.format("w", "k"), "z = vector_norm(y, ord=1.0, dims=(1,), keepdim=True)", "z")
     assert told(made.ahead) == ["torch k: mul"]
 
 

@@ -49,6 +49,7 @@ SPLIT = {
     "std_over_channels_too": "y = std(x, dims=(1, 2, 3, 4), correction=1, keepdim=True)\ny",
     "length": "y = vector_norm(x, ord=2.0, dims=(2, 3, 4), keepdim=False)\ny",
     "length_of_everything": "y = vector_norm(x, ord=2, dims=(0, 1, 2, 3, 4), keepdim=False)\ny",
+    "adaptive_max_pool": "y = adaptive_max_pool(x, size=(1, 1, 1))\ny",
     "adaptive_avg_pool": "y = adaptive_avg_pool(x, size=(1, 1, 1))\ny",
 }
 LEFT = {
@@ -76,6 +77,7 @@ LEFT = {
     "a_variance_of_rows": "y = var(x, dims=(3, 4), correction=1, keepdim=True)\ny",
     "a_variance_without_freedom": "y = var(x, dims=(2, 3, 4), correction=40, keepdim=True)\ny",
     "a_sum_of_magnitudes": "y = vector_norm(x, ord=1.0, dims=(2, 3, 4), keepdim=False)\ny",
+    "a_maximum_of_windows": "y = adaptive_max_pool(x, size=(1, 2, 1))\ny",
     "a_pool": "y = adaptive_avg_pool(x, size=(1, 1, 2))\ny",
     "softmax": "y = softmax(x, dim=1)\ny",
 }
@@ -121,7 +123,7 @@ def test_values_are_torchs(name: str, dtype: str, parameters: str) -> None:
         pytest.skip("torch has no such kernel on a CPU")
     after = split(original)
     taken = {"group_norm", "instance_norm", "layer_norm", "rms_norm", "softmax", "log_softmax", "mean", "sum"}
-    taken |= {"var", "std", "vector_norm"}
+    taken |= {"var", "std", "vector_norm", "adaptive_max_pool", "adaptive_avg_pool"}
     assert not taken & {i.op for i in after.body}
     found = after.run(tensors)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

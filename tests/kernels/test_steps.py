@@ -196,10 +196,18 @@ def test_a_reduction_over_channels_joins() -> None:
 
 
 def test_other_reductions_are_torchs() -> None:
-    assert steps("v = softmax(y, dim=2)", "v") == ["softmax"]
-    assert steps("v = sum(y, dims=(1, 2), keepdim=True)", "v") == ["sum"]
-    assert steps("v = amax(y, dims=(2,), keepdim=True)", "v") == ["amax"]
-    assert steps("v = prod(y, dim=1, keepdim=True)", "v") == ["prod"]
+    assert steps("v = vector_norm(y, ord=1.0, dims=(1,), keepdim=True)", "v") == ["vector_norm"]
+    assert steps("v = sum(y, dims=(2, 4), keepdim=True)", "v") == ["sum"]
+
+
+def test_reductions_over_dims_inside_are_kernels() -> None:
+    """With the chains around them, as long as these do not ask for a place."""
+    assert steps("v = softmax(y, dim=2)", "v") == ["one kernel: softmax -> f32[2, 16, 6, 7, 8]"]
+    assert steps("v = sum(y, dims=(1, 2), keepdim=True)", "v") == ["one kernel: sum -> f32[2, 1, 1, 7, 8]"]
+    found = steps("z = exp(y)", "v = softmax(z, dim=3)", "t = relu(v)", "t", anchored=False)
+    assert found[1:] == ["one kernel: exp > softmax > relu -> f32[2, 16, 6, 7, 8]"]
+    found = steps("z = mul(y, s)", "v = softmax(z, dim=3)", "t = mul(v, s)", "t", anchored=False)
+    assert [f.split(" -> ")[0] for f in found[1:]] == ["one kernel: mul", "one kernel: softmax", "one kernel: mul"]
 
 
 @pytest.mark.parametrize(("channels", "joins"), [(200, True), (256, True), (257, False)])
@@ -287,11 +295,18 @@ def test_small_operands_that_are_outputs_are_made_as_well() -> None:
 
 
 def test_a_value_that_others_read_is_stored() -> None:
-    found = steps("z = relu(y)", "v = prod(z, dim=1, keepdim=True)", "u = exp(z)", "t = mul(u, v)", "t", anchored=False)
+    found = steps(
+        "z = relu(y)",
+        "v = vector_norm(z, ord=1.0, dims=(1,), keepdim=True)",
+        "u = exp(z)",
+        "t = mul(u, v)",
+        "t",
+        anchored=False,
+    )
     assert found == [
         "conv_transpose",
         "one kernel: relu -> f32[2, 16, 6, 7, 8]",
-        "prod",
+        "vector_norm",
         "one kernel: exp > mul -> f32[2, 16, 6, 7, 8]",
     ]
 
@@ -409,11 +424,11 @@ def test_tensors_that_are_small_are_torchs_behind_its_convolution(monkeypatch: p
     """Behind one of ours, kernels of ours alone are a graph."""
     for module in ("tail", "schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
-    lines = "z = relu(y)", "v = exp(z)", "u = softmax(v, dim=2)", "t = relu(u)", "t"
+    lines = "z = relu(y)", "v = exp(z)", "u = vector_norm(v, ord=1.0, dims=(2,), keepdim=True)", "t = sub(v, u)", "t"
     made = program(INPUTS, "\n".join([CONV, *lines]))
-    assert steps(*lines) == ["softmax", "one kernel: relu -> f32[2, 16, 6, 7, 8]"]
+    assert steps(*lines) == ["vector_norm", "one kernel: sub -> f32[2, 16, 6, 7, 8]"]
     (step,) = schedule(made, examples(made), anchored=False).steps
-    assert isinstance(step, Torch) and str(step) == "conv_transpose > relu > exp > softmax > relu"
+    assert isinstance(step, Torch) and str(step) == "conv_transpose > relu > exp > vector_norm > sub"
 
 
 def steps_of_samples(samples: int, layout: torch.memory_format, *lines: str) -> list[str]:
