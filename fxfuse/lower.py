@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from fxfuse.chain import Builder, eliminate_dead, strides, to_graph, to_program
 from fxfuse.ops import run_region, update_running_statistics
 from fxfuse.order import Order
-from fxfuse.partition import Draft, label
+from fxfuse.partition import Draft
 from fxfuse.patterns import Application, Rejection, RewriteError, Rule, Settings, apply_rules
+from fxfuse.propagate import label
 from fxfuse.region import Region
 
 log = logging.getLogger(__name__)

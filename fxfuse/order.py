@@ -123,3 +123,13 @@ def is_number(node: fx.Node) -> bool:
 def writes_of(node: fx.Node) -> frozenset[int]:
     """The storages that ``node`` writes to, or may write to."""
     return facts(node).writes | (facts(node).reads if _opaque(node) else frozenset())
+
+
+def read_after(writer: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
+    """The values in ``memory`` that were made before ``writer`` and are read after it."""
+    now = index_of(writer)
+    return [
+        n
+        for n in writer.graph.nodes
+        if index_of(n) < now and facts(n).holds & memory and any(index_of(user) > now for user in n.users)
+    ]

@@ -2,7 +2,7 @@
 
 A region takes every operator of the vocabulary that depends on its anchor, as long as the whole
 stays *convex*: nothing it needs may depend on it through a node outside. Dependence includes the order of effects
-(:mod:`fxfuse.order`).
+(:mod:`fxfuse.order`). In front of the anchor it takes what leads to the anchor's input alone (:mod:`fxfuse.prologue`).
 
 Of a view of a tensor from outside, ``weight.view(-1, 1, 1, 1)``, a region is given the tensor, and has the view as
 an operator of its own. Where others read that view, too, it also stays a node of the graph.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from fxfuse import vocabulary
 from fxfuse.call import Call, Statistics
 from fxfuse.chain import Builder, eliminate_dead, op_of, same_type
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.order import Order, index_of, is_number, writes_of
-from fxfuse.propagate import Facts, facts
+from fxfuse.order import Order, index_of, is_number, read_after, writes_of
+from fxfuse.prologue import prologue_of
+from fxfuse.propagate import Facts, facts, label
 from fxfuse.vocabulary import Kind
 
 
@@ -47,11 +48,6 @@ class Draft:
     def operators(self) -> list[fx.Node]:
         """The nodes of the user's graph that it stands for, in order."""
         return sorted([*self.members, *self.own_views], key=index_of)
-
-
-def label(node: fx.Node) -> str:
-    """How a person knows the node: the module's path, or the node's name."""
-    return str(node.target) if node.op == "call_module" else node.name
 
 
 def looks_like_anchor(node: fx.Node) -> bool:
@@ -107,14 +103,11 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
     val = facts(anchor).tensor
     if val is None or not val.is_floating_point():
         return None
-    mode = detect_fake_mode([val]) or FakeTensorMode()
-    draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, {}, [], [])
-    reason = _join(draft, anchor, order)
-    if reason is not None:
-        facts(anchor).refusal = reason
+    draft = _begin(anchor, val, order, taken)
+    if draft is None:
         return None
     tainted: set[fx.Node] = set()  # outside, but after some member
-    for node in _after(graph, anchor, order):
+    for node in _after(graph, draft.members, order):
         needs = order.needs(node)
         if not (needs & draft.members.keys() or needs & tainted):
             continue
@@ -139,10 +132,26 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
     return draft
 
 
-def _after(graph: fx.Graph, anchor: fx.Node, order: Order) -> list[fx.Node]:
-    """The nodes that may come after ``anchor``, each behind all that it needs, whole regions included."""
+def _begin(anchor: fx.Node, val: Tensor, order: Order, taken: set[fx.Node]) -> Draft | None:
+    """A region of the anchor and of what it takes in front of it; None where the anchor itself cannot be built."""
+    mode = detect_fake_mode([val]) or FakeTensorMode()
+    front = prologue_of(anchor, order, taken)
+    while True:
+        draft = Draft(anchor, Builder(fx.Graph(), mode), {}, {}, {}, [], [])
+        failed = next(((i, why) for i, n in enumerate([*front, anchor]) if (why := _join(draft, n, order))), None)
+        if failed is None:
+            return draft
+        at, reason = failed
+        if at == len(front):
+            facts(anchor).refusal = reason
+            return None
+        front = front[at + 1 :]  # what reads none of them stays outside with it
+
+
+def _after(graph: fx.Graph, members: Collection[fx.Node], order: Order) -> list[fx.Node]:
+    """The nodes that may come after some of ``members``, each behind all that it needs, whole regions included."""
     nodes = order.sorted(graph)
-    return nodes[nodes.index(anchor) + 1 :]
+    return [n for n in nodes[min(map(nodes.index, members)) :] if n not in members]
 
 
 def _refuse(draft: Draft, node: fx.Node, needs: set[fx.Node], tainted: set[fx.Node], taken: set[fx.Node]) -> str | None:
@@ -177,7 +186,7 @@ def _refuse_inplace(draft: Draft, node: fx.Node, known: Facts) -> str | None:
     base = known.call.operands[0]
     if not isinstance(base, fx.Node) or base not in draft.members:
         return "it writes in place to a value from outside the region"
-    for other in _read_after(node, facts(base).holds):
+    for other in read_after(node, facts(base).holds):
         if other is not base:
             return f"it writes in place to memory that {label(other)} shares and that is read later"
     return None
@@ -190,20 +199,10 @@ def _refuse_alias(node: fx.Node, known: Facts) -> str | None:
         if facts(writer).index <= known.index or not writes_of(writer) & memory:
             continue
         given = [n for n in writer.all_input_nodes if facts(n).holds & memory]
-        stale = [n for n in _read_after(writer, memory) if len(given) > 1 or n not in given]
+        stale = [n for n in read_after(writer, memory) if len(given) > 1 or n not in given]
         if stale:
             return f"it shares memory that {label(writer)} writes to and that is read later as {label(stale[0])}"
     return None
-
-
-def _read_after(writer: fx.Node, memory: frozenset[int]) -> list[fx.Node]:
-    """The values in ``memory`` that were made before ``writer`` and are read after it."""
-    now = index_of(writer)
-    return [
-        n
-        for n in writer.graph.nodes
-        if index_of(n) < now and facts(n).holds & memory and any(index_of(user) > now for user in n.users)
-    ]
 
 
 def _touching(node: fx.Node, memory: frozenset[int]) -> list[fx.Node]:

@@ -63,6 +63,11 @@ def facts(node: fx.Node) -> Facts:
     return node.meta["fxfuse"]  # type: ignore[no-any-return]
 
 
+def label(node: fx.Node) -> str:
+    """How a person knows the node: the module's path, or the node's name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
 def storages(value: Any) -> frozenset[int]:
     return frozenset(
         t.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Random layers with chains behind them, of sizes for kernels, written out as Python source.
+"""Random layers with chains around them, of sizes for kernels, written out as Python source.
 
 A :class:`Drawn` is a function of its seed: layer, two to six stages, numerics class, memory format, train or
 eval mode, and several input shapes. ``python tests/many_chains.py`` runs them; tests compile their kernels.
@@ -120,9 +120,11 @@ class _Drawing:
         self.modules: list[tuple[str, str]] = []
         self.parameters: list[tuple[str, tuple[int, ...]]] = []
         self.lines: list[str] = []
-        self._layer()
+        self.before = 0  #: lines in front of the layer
+        self._layer(random.Random(-1 - seed))
 
-    def _layer(self) -> None:
+    def _layer(self, front: random.Random) -> None:
+        """``front``: of what is in front of it."""
         pick, dims = self.pick, self.dims
         while True:
             groups = pick.choice([1, 1, 1, 1, 2, 3])
@@ -142,12 +144,26 @@ class _Drawing:
         self.shapes = tuple((n, inside, *size) for n, size in zip(batches, sizes, strict=True))
         self.scale = 2 / math.sqrt(inside / groups * max(1.0, math.prod(kernel) / math.prod(self.stride)))
         bias = pick.random() < 0.7
+        self._front(inside, front)
+        name = f"m{len(self.modules)}"
         self.modules.append((
-            "m0",
+            name,
             f"nn.ConvTranspose{dims}d({inside}, {self.channels}, {kernel}, {self.stride}, {padding}, {extra}, {groups},"
             f" {bias}, {dilation})",
         ))  # fmt: skip
-        self.lines.append("v0 = self.m0(x)")
+        self.lines.append(f"v{self.before} = self.{name}({self._last()})")
+
+    def _front(self, channels: int, pick: random.Random) -> None:
+        """Up to three stages in front of the layer, mostly none."""
+        own, made = self.pick, self.channels
+        self.pick, self.channels = pick, channels
+        for _ in range(pick.choice([0, 0, 0, 0, 1, 2, 3])):
+            kind = pick.random()
+            self._add(None if kind < 0.6 else NORMS if kind < 0.75 else POOLS[:-3], train=False)
+        self.pick, self.channels, self.before = own, made, len(self.lines)
+
+    def _last(self) -> str:
+        return f"v{len(self.lines) - 1}" if self.lines else "x"
 
     def _each(self, values: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.pick.choice(values) for _ in range(self.dims))
@@ -162,8 +178,12 @@ class _Drawing:
         kind = self.pick.random()
         tables = ((0.42, None), (0.6, NORMS), (0.78, POOLS), (0.9, FOLDS), (1.0, OVER_SPACE))
         table = next(t for most, t in tables if kind <= most)
-        if len(self.lines) < 3 and max(self.stride) > 1 and kind < 0.2:
+        if len(self.lines) < self.before + 3 and max(self.stride) > 1 and kind < 0.2:
             table = POOLS[:3]  # residue classes make these
+        self._add(table, train)
+
+    def _add(self, table: Sequence[str] | None, train: bool) -> None:
+        """A line of a ``table``, None for pointwise operators, if it runs."""
         if table is None:
             table = [t for t in POINTWISE[self.pick.choice(SMOOTH)] if "_(" not in t and "True" not in t]
         marks = len(self.modules), len(self.parameters), len(self.lines)
@@ -173,7 +193,7 @@ class _Drawing:
             del self.modules[marks[0] :], self.parameters[marks[1] :], self.lines[marks[2] :]
 
     def _filled(self, text: str) -> str:
-        pick, value = self.pick, f"v{len(self.lines) - 1}"
+        pick, value = self.pick, self._last()
         times = pick.choice([1, 1, 2])
         low, high = pick.choice([-1, -0.5, 0.0]), pick.choice([0.5, 1, 2.0, 6])
         groups = [g for g in (1, 2, 3, 4, 8) if self.channels % g == 0]
@@ -186,7 +206,7 @@ class _Drawing:
             words["{a}"] = self._parameter((pick.choice([1, self.channels]),))
         if "{w}" in text:
             shapes = [(self.channels, *[1] * self.dims), (1, self.channels, *[1] * self.dims), (1,)]
-            earlier = f"v{pick.randrange(len(self.lines))}"
+            earlier = f"v{pick.randrange(len(self.lines))}" if self.lines else "x"
             words["{w}"] = earlier if pick.random() < 0.5 else self._parameter(pick.choice(shapes))
         for word, meaning in words.items():
             text = text.replace(word, str(meaning))
@@ -221,7 +241,7 @@ def draw(seed: int) -> Drawn:
     pick = drawing.pick
     train, wanted = pick.random() < 0.5, pick.randint(1, 6)
     for _ in range(3 * wanted):
-        if len(drawing.lines) <= wanted:
+        if len(drawing.lines) - drawing.before <= wanted:
             drawing.stage(train)
     numerics = ("tf32", "float16", "ieee", "bfloat16", "tf32")[seed % 5]
     return Drawn(

@@ -1,4 +1,4 @@
-"""Random models behind a transposed convolution, written out as Python source that can be pasted into a test."""
+"""Random models around a transposed convolution, written out as Python source that can be pasted into a test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST = 3000  #: elements of a value
 # --- models as source -----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True, repr=False)
 class Chain:
-    """A model: submodules and parameters by name, and the lines of its forward, of which v0 is the convolution."""
+    """A model: submodules and parameters by name, and the lines of its forward, one of which is the convolution."""
 
     shape: tuple[int, ...]
     modules: tuple[tuple[str, str], ...]
@@ -464,9 +464,29 @@ KINDS: tuple[Any, ...] = (
 ALGEBRAIC: tuple[Any, ...] = (algebra, algebra, algebra, algebra, algebra, pool, pointwise)
 
 
+#: what may be in front of a convolution
+FRONT: tuple[Any, ...] = (pointwise, pointwise, pool, norm, outside)
+
+
+def front(draw: Draw, g: Growing) -> None:
+    """Up to three stages in front of the convolution, mostly none. Their values keep the dims that it takes."""
+    for _ in range(draw(st.sampled_from([0] * 6 + [1, 2, 3]))):
+        with g.attempt():
+            if not g.count:
+                g.assign("x.clone()")  # others write to it in place
+                continue
+            v = draw(st.sampled_from(g.values()))
+            text = draw(st.sampled_from(FRONT))(draw, g, v)
+            if text is not None:
+                g.assign(text)
+                made = g.value(f"v{g.count - 1}")
+                if made.dim() != g.value("x").dim() or made.dtype != g.value("x").dtype:
+                    raise ValueError("a convolution takes another value")
+
+
 @st.composite
 def chains(draw: Draw, stages: int = 6, in_line: bool | None = None) -> Chain:
-    """A transposed convolution in one to three dims, then up to ``stages`` stages.
+    """A transposed convolution in one to three dims, sometimes with something in front, then up to ``stages`` stages.
 
     ``in_line``: each stage takes the one before it, and most are such that a rule applies; drawn where None.
     """
@@ -477,14 +497,16 @@ def chains(draw: Draw, stages: int = 6, in_line: bool | None = None) -> Chain:
     batch, cin = draw(st.sampled_from([2, 1, 3])), draw(st.sampled_from([2, 1, 4]))
     g = Growing((batch, cin, *(draw(st.integers(1, size)) for _ in range(n))), draw(st.booleans()))
     g.space["v"] = g.space["x"]
-    while not g.count:
+    front(draw, g)
+    before = g.count
+    while g.count == before:
         with g.attempt():
-            g.assign(str(convolution(draw, g, "x")))
-    wanted = draw(st.integers(1, stages))
+            g.assign(str(convolution(draw, g, f"v{g.count - 1}" if g.count else "x")))
+    wanted = len(g.lines) - 1 + draw(st.integers(1, stages))
     for _ in range(2 * wanted):  # some attempts come to nothing
         if len(g.lines) > wanted:
             break
-        values = [v for v in g.values() if g.value(v).is_floating_point()]
+        values = [v for v in g.values()[before:] if g.value(v).is_floating_point()]
         last = in_line or draw(st.sampled_from([True, True, True, False]))
         v = values[-1] if last else draw(st.sampled_from(values))
         with g.attempt():

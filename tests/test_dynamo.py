@@ -483,6 +483,19 @@ def test_autocast_around() -> None:
         assert ("cast" in {i.op for i in run.region.original.body}) == (context is BF16)
 
 
+@pytest.mark.parametrize("switch", [BF16, torch.no_grad])
+def test_a_switch_in_front_of_the_anchor(switch: Callable[..., Any]) -> None:
+    """What the switch does not reach stays outside, and what it reaches is taken."""
+
+    def body(m: Up, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        with switch():
+            return m.up(F.relu(y) * 2)
+
+    (run,) = compare(Up(body).float(), [torch.randn(2, 2, 3, 4, 5, requires_grad=True)], tolerance=1e-6)
+    assert [i.op for i in run.region.original.body if i.op != "cast"] == ["relu", "mul", "conv_transpose"]
+
+
 def part_without_gradient(m: Up, x: Tensor) -> Tensor:
     y = m.up(x)
     with torch.no_grad():

@@ -45,14 +45,14 @@ class UNet(nn.Module):
 
 
 UNET_EVAL = """\
-UNet: 2 regions of 5 operators, 2 rewrites
+UNet: 2 regions of 8 operators, 3 rewrites
   note: captured with torch.fx.symbolic_trace; its result was compared with the model's
 
-[1] up2.0: conv_transpose > instance_norm > clone > prelu
-    on an H100: torch's operators (4 launches), _ at best, 504 B of intermediates never written
+[1] up2.0: instance_norm > clone > prelu > conv_transpose > instance_norm > clone > prelu
+    on an H100: torch's operators (6 launches), _ at best, 632 B of intermediates never written
     left to torch: the layer is small: _ by estimate, less than launches are worth
-    rewritten: conv_transpose > instance_norm > prelu
-    DropCopies
+    rewritten: instance_norm > prelu > conv_transpose > instance_norm > prelu
+    2x DropCopies
     CancelBiasBeforeStatistics
     ends at cat: torch.cat is not in the vocabulary
 
@@ -65,11 +65,11 @@ rewrites
 """
 
 UNET_TRAIN = """\
-UNet: 2 regions of 3 operators, 1 rewrite
+UNet: 2 regions of 4 operators, 1 rewrite
   note: captured with torch.fx.symbolic_trace; its result was compared with the model's
 
-[1] up2.0: conv_transpose > instance_norm
-    on an H100: torch's operators (3 launches), _ at best
+[1] up2.0: prelu > conv_transpose > instance_norm
+    on an H100: torch's operators (4 launches), _ at best
     left to torch: the layer is small: _ by estimate, less than launches are worth
     CancelBiasBeforeStatistics
     ends at up2.1.1: dropout is random in training mode

@@ -30,7 +30,7 @@ from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.reductions import fold_of, reduces, rows_of
 from fxfuse.kernels.specialise import check_holding
-from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
+from fxfuse.kernels.steps import Gather, Launch, Schedule, Step, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
 from fxfuse.kernels.uncrop import uncropped
 from fxfuse.kernels.unfold import unfold
@@ -142,17 +142,17 @@ def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
 def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what torch had to run on small tensors as kernels, too."""
     kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
-    first = Torch(made.first)
+    first = _front(made, values)
     kernels = not all(isinstance(s, Torch) for s in (*made.steps, kernel))
     stored = [k.stored for k in (kernel, measuring) if k is not None]
-    bundler = Bundler(values, (first, *made.between, *made.steps), kernels=kernels, stored=stored)
+    bundler = Bundler(values, (*first, *made.between, *made.steps), kernels=kernels, stored=stored)
     kernel, measuring = (None if k is None else _direct(k, bundler) for k in (kernel, measuring))
-    between, rest = ([bundler.see_through(s) for s in steps] for steps in (made.between, made.steps))
+    first, between, rest = ([bundler.see_through(s) for s in steps] for steps in (first, made.between, made.steps))
     behind = bundler.needed(rest, outputs)
     late = {*outputs, *_reads(kernel), *(n for item in behind for n in reads_of(item))}
     middle = bundler.needed(between, late)
     wanted = {*late, *_reads(measuring), *(n for item in middle for n in reads_of(item))}
-    ahead = bundler.needed([first], wanted)
+    ahead = bundler.needed(first, wanted)
     all_small = bundler.leaves_nothing([*ahead, *middle, *behind])
     body = [i for i in ahead if isinstance(i, Instr)]
     return dataclasses.replace(
@@ -164,6 +164,19 @@ def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
         between=bundler.arrange(middle, late, all_small=all_small),
         steps=bundler.arrange(behind, outputs, all_small=all_small),
     )
+
+
+def _front(made: Schedule, values: Mapping[str, Form]) -> Sequence[Step]:
+    """The steps in front of the convolution: what leads to its input, as those behind it; the rest as torch."""
+    first, kernel = made.first, made.kernel
+    leads = [] if kernel is None else needed_by(first.body, [kernel.x])
+    if kernel is None or not leads:
+        return [Torch(first)]
+    types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
+    rest = [i for i in first.body if i not in leads]
+    outputs = [o for i in leads for o in i.outs if o in first.outputs or any(o in r.reads() for r in rest)]
+    front = plan(program_of(leads, outputs, types), values, least=least_elements(anchored=True))
+    return [*front, Torch(program_of(rest, [o for i in rest for o in i.outs if o in first.outputs], types))]
 
 
 def _direct(kernel: Launch, bundler: Bundler) -> Launch:

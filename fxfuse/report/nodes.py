@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.partition import label
-from fxfuse.propagate import UNKNOWN, facts
+from fxfuse.propagate import UNKNOWN, facts, label
 from fxfuse.region import Region
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from fxfuse import vocabulary
 from fxfuse.kernels import execute
 from fxfuse.kernels.account import Account, account
-from fxfuse.partition import Draft, label
+from fxfuse.kernels.chains import elements, needed_by
+from fxfuse.partition import Draft
 from fxfuse.patterns import Application, Rejection
-from fxfuse.propagate import facts
+from fxfuse.propagate import facts, label
 from fxfuse.region import Region
 from fxfuse.report import code, document, dot, page, text, words
 from fxfuse.report.nodes import NodeReport, node_reports
@@ -91,12 +92,10 @@ class RegionReport:
 
 
 def _data_input(region: Region) -> str:
-    """The name of the tensor that the anchor convolves, or of the input that it is cast from."""
-    source = next(region.anchor.reads())
-    made_by = {out: i for i in region.original.body for out in i.outs}
-    while source in made_by:
-        source = next(made_by[source].reads())
-    return source
+    """The name of the tensor that the anchor convolves, or of the largest input that it is made of."""
+    convolved = next(region.anchor.reads())
+    read = {convolved, *(n for i in needed_by(region.original.body, [convolved]) for n in i.reads())}
+    return max((elements(kind), name) for name, kind in region.original.inputs if name in read)[1]
 
 
 @dataclasses.dataclass

@@ -220,10 +220,10 @@ def test_a_drag_over_a_box_is_no_click(open_page: Open) -> None:
 
 def test_what_is_not_fused_collapses(open_page: Open) -> None:
     page = open_page(decoder())
-    assert "4 operators" not in titles(page, "before")
+    assert "3 operators" not in titles(page, "before")
     page.locator("#before .collapse").check()
-    assert titles(page, "before")[1] == "4 operators"
-    assert page.locator("#before .count").inner_text() == "11 operators, 7 collapsed"
+    assert titles(page, "before")[1] == "3 operators"
+    assert page.locator("#before .count").inner_text() == "11 operators, 5 collapsed"
     page.locator("#before .box.group").first.click()
     assert "down.0" in page.locator("#panel").inner_text()
     page.get_by_role("button", name="show them one by one").click()

@@ -36,11 +36,11 @@ def test_the_drawing_of_a_decoder() -> None:
     whole, collapsed = found["before"]["whole"], found["before"]["collapsed"]
     assert [b["title"] for b in whole["boxes"]][:3] == ["input_0", "Conv3d", "ReLU"]
     assert whole["boxes"][1]["lines"] == ("down.0", "f32[1, 4, 8, 8, 8]")
-    assert [b["region"] for b in whole["boxes"] if b["region"] is not None] == [0, 0, 1, 1]
+    assert [b["region"] for b in whole["boxes"] if b["region"] is not None] == [0, 0, 0, 1, 1, 1]
     assert {h["region"] for h in whole["hulls"]} == {0, 1}
     groups = [b for b in collapsed["boxes"] if b["kind"] == "group"]
-    assert [b["title"] for b in groups] == ["4 operators", "3 operators"]
-    assert groups[0]["lines"] == ("2 Conv3d", "2 ReLU")
+    assert [b["title"] for b in groups] == ["3 operators", "2 operators"]
+    assert groups[0]["lines"] == ("2 Conv3d", "ReLU")
     after = found["after"]["collapsed"]["boxes"]
     assert [b["kind"] for b in after] == ["input", "group", "region", "group", "region", "output"]
     assert after[2]["title"] == "[1] up1.0" and after[2]["region"] == 0
