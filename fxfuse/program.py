@@ -18,7 +18,7 @@ import functools
 import keyword
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,13 @@ def _verify_instr(instr: Instr) -> None:
             raise ProgramError(f"`{instr}`: {name}={value!r} cannot be written as text")
     if not any(isinstance(o, Ref) for o in instr.operands):
         raise ProgramError(f"`{instr}`: no operand is a value")
+
+
+def program_of(body: Sequence[Instr], outputs: Iterable[str], types: Mapping[str, TensorType]) -> Program:
+    """The program of these instructions; what they or the outputs read and none of them makes are its inputs."""
+    outputs, made = tuple(outputs), {out for i in body for out in i.outs}
+    read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
+    return Program(tuple((n, types[n]) for n in read if n not in made), tuple(body), outputs)
 
 
 # --- running --------------------------------------------------------------------------------------

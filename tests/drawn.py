@@ -144,14 +144,20 @@ class _Drawing:
         self.shapes = tuple((n, inside, *size) for n, size in zip(batches, sizes, strict=True))
         self.scale = 2 / math.sqrt(inside / groups * max(1.0, math.prod(kernel) / math.prod(self.stride)))
         bias = pick.random() < 0.7
-        self._front(inside, front)
-        name = f"m{len(self.modules)}"
-        self.modules.append((
-            name,
+        layer = (
             f"nn.ConvTranspose{dims}d({inside}, {self.channels}, {kernel}, {self.stride}, {padding}, {extra}, {groups},"
-            f" {bias}, {dilation})",
-        ))  # fmt: skip
-        self.lines.append(f"v{self.before} = self.{name}({self._last()})")
+            f" {bias}, {dilation})"
+        )
+        self._front(inside, front)
+        self._convolve(layer)
+        if not self._runs(train=False):  # what a pool leaves of x is too small for it
+            self.modules, self.parameters, self.lines, self.before = [], [], [], 0
+            self._convolve(layer)
+
+    def _convolve(self, layer: str) -> None:
+        name, given = f"m{len(self.modules)}", self._last()
+        self.modules.append((name, layer))
+        self.lines.append(f"v{len(self.lines)} = self.{name}({given})")
 
     def _front(self, channels: int, pick: random.Random) -> None:
         """Up to three stages in front of the layer, mostly none."""

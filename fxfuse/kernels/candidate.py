@@ -6,10 +6,12 @@ import dataclasses
 
 import torch
 
+from fxfuse.instr import DTYPE_NAMES
 from fxfuse.kernels.arithmetic import HEADER
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.emit import Epilogue
+from fxfuse.kernels.emit_entries import Prologue
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.steps import Launch, Schedule
 from fxfuse.kernels.tail_engine import kind_of, source_of
@@ -98,6 +100,14 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         kernel.kind.shape[0] or 0,
         rows=kernel.x_layout != "channels_last",
         planes=kernel.planes,
+        prologue=_prologue(kernel),
     )
     made.tiling(kernel.sizes)
     return made
+
+
+def _prologue(kernel: Launch) -> Prologue | None:
+    if kernel.front is None or kernel.given is None:
+        return None
+    code = "\n".join([f'#include "{HEADER}"', kernel.front.code])
+    return Prologue(DTYPE_NAMES[kernel.given], kernel.front.name, code)

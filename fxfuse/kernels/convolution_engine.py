@@ -59,6 +59,9 @@ from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
+#: those of the expressions before a pool, behind it, behind a reduction, and in front of x, packed
+Operands = tuple[bytes, bytes, bytes, bytes]
+NO_OPERANDS: Operands = b"", b"", b"", b""
 #: places of a workspace for which the arguments are kept
 MOST_PLACES = 16
 
@@ -88,7 +91,7 @@ class Calls:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        operands: tuple[bytes, bytes, bytes] = (b"", b"", b""),
+        operands: Operands = NO_OPERANDS,
         moments: int = 0,
         prepared: Tensor | None = None,
     ) -> Tensor | None:
@@ -153,7 +156,8 @@ class _Call:
         self.planar = made.planar > 0
         self.scaled = layer.dtype is torch.float32 and not self.planar
         self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
-        self.in_place = self.planar or (not self.looks and rows_in_place(x, made))
+        as_it_is = layer.prologue is None and not self.looks
+        self.in_place = self.planar or (as_it_is and rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
         self.map = self._map_of(x, (n, *rows_sizes, width), layer, tiling)
         every = sampled(n, each) if self.scaled else 1
@@ -171,7 +175,7 @@ class _Call:
         self.room = (whole,) if whole else None
         self.bases, self.source = (-1, -1), -1
         self.placed = dict[tuple[int, int], bytes]()
-        self.packed_operands = (b"", b"", b"")
+        self.packed_operands = NO_OPERANDS
         end = self._lay_out(operands, pooled=bool(epilogue.combine))
         told = self.told
         told.samples.parts, told.samples.every, told.to.stride = parts, every, Strides(*out.stride())
@@ -201,6 +205,8 @@ class _Call:
 
     def _lay_out(self, lengths: Sequence[int], *, pooled: bool) -> int:
         """Make room for the arguments, with operands of these lengths behind them; where these end."""
+        *lengths, front = lengths
+        self.front = ctypes.create_string_buffer(max(front, 8))
         end, places = ctypes.sizeof(Arguments), []
         for number, length in enumerate(lengths):
             places.append(end)
@@ -242,13 +248,15 @@ class _Call:
         if "unmark" in names and not given:
             biases = [b_at, wide, I32(couts)] if self.planar else []
             yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n), *biases])
+        front = [] if layer.prologue is None else [self.front]
         if not (self.planar or (given and of.shares is Shared.ALL)):
+            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given)
             if self.scaled:
                 ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
+                arguments += [rows_geometry, *front] if front else []
                 blocks = couts + (0 if given else n * told.samples.parts)
                 yield Launch(kernels["measure"], blocks, BLOCK, arguments)
-            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given)
             taps = sum(s.count for p in made.passes for s in p.steps)
             blocks_weights = -(-taps * made.columns * (made.chunk // 8) // BLOCK)
             blocks = rows_geometry.blocks + blocks_weights * shape.groups * made.column_tiles * made.chunks
@@ -256,10 +264,10 @@ class _Call:
                 kernels["prepare"], max(blocks, 1), BLOCK,
                 [x_at, rows, told.samples, rows_geometry, w_at, packed, scale, I32(made.chunks),
                  I32(made.column_tiles), in_c, out_c, volume, I32(made.weight_bytes), I32(blocks_weights),
-                 *([] if self.scaled else [b_at, wide, I32(couts)])],
+                 *([] if self.scaled else [b_at, wide, I32(couts)]), *front],
             )  # fmt: skip
             if guesses and not given:
-                yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry])
+                yield Launch(kernels["again"], processors * 4, BLOCK, [x_at, rows, told.samples, rows_geometry, *front])
         marks = I64.from_buffer(self.arguments, Arguments.samples.offset + Samples.marks.offset)
         arguments = [w_at, geometry, marks] if self.planar else [packed, geometry]
         yield Launch(
@@ -267,11 +275,11 @@ class _Call:
             [told.map, *arguments, destination], made.dynamic_bytes,
         )  # fmt: skip
         if self.looks and epilogue.keeps:
-            arguments = [x_at, w_at, told.direct, geometry, destination]
+            arguments = [x_at, w_at, told.direct, geometry, destination, *front]
             yield Launch(kernels["direct"], processors * 4, BLOCK, arguments)
         if epilogue.gathers:
             count = pieces(n, couts, told.to.slots)
-            arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at]
+            arguments = [x_at, w_at, told.direct, geometry, destination, I32(count), moments_at, *front]
             yield Launch(kernels["merge"], n * count * -(-couts // MERGED), MERGE_BLOCK, arguments)
 
     def run(
@@ -280,7 +288,7 @@ class _Call:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        operands: tuple[bytes, bytes, bytes],
+        operands: Operands,
         moments: int,
         prepared: Tensor | None,
     ) -> Tensor | None:
@@ -302,8 +310,10 @@ class _Call:
         words[X], words[WEIGHT], words[OUT] = at, weight.data_ptr(), out.data_ptr()
         words[BIAS], words[MOMENTS] = 0 if bias is None else bias.data_ptr(), moments
         if operands != self.packed_operands:
-            for place, packed in zip(self.places, operands, strict=True):
+            *behind, front = operands
+            for place, packed in zip(self.places, behind, strict=True):
                 self.memory[place : place + len(packed)] = packed
+            ctypes.memmove(self.front, front, len(front))
             self.packed_operands = operands
         if self.in_place and at != self.source:
             self._map(at)

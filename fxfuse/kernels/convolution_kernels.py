@@ -19,6 +19,7 @@ from fxfuse.kernels.adapted import as_pingpong, with_more_room, with_more_rows, 
 from fxfuse.kernels.beside import fastest
 from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
 from fxfuse.kernels.emit import Epilogue, emit
+from fxfuse.kernels.emit_entries import Prologue
 from fxfuse.kernels.geometry import ONE
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.sets import may_be_wide
@@ -46,6 +47,7 @@ class Convolution:
     bias: torch.dtype
     epilogue: Epilogue
     layout: str
+    prologue: Prologue | None = None
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -61,13 +63,14 @@ class Convolution:
         samples: int = 0,
         rows: bool = False,
         planes: bool = False,
+        prologue: Prologue | None = None,
     ) -> Convolution:
         """The kernels for a layer; Unsupported where there are none.
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
         many of them, where that is known. ``rows``: x, of 16-bit numbers, has to be made rows, and may be looked at.
-        ``planes``: x may be read as it lies.
+        ``planes``: x may be read as it lies. ``prologue``: what is made of x on the way.
         """
         before = epilogue.before != Epilogue.before
         summed = epilogue.combine == "Sum" and not before
@@ -136,7 +139,7 @@ class Convolution:
             made = as_pingpong(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
         if made.step != epilogue.step:
             raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
-        return Convolution(made, dtype, output, bias, epilogue, layout)
+        return Convolution(made, dtype, output, bias, epilogue, layout, prologue)
 
     def tiling(self, stored: Extents) -> tuple[Tiling, Store]:
         """The tiles of an output of these sizes, and how they are stored. Raises Unsupported where there are none."""
@@ -149,7 +152,7 @@ class Convolution:
     def source(self, store: Store | None = None) -> str:
         """The kernels' text. ``store``: one of :attr:`stores`; by default the one for outputs of some size."""
         dtype, output, bias = (DTYPE_NAMES[d] for d in (self.dtype, self.output, self.bias))
-        return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0])
+        return emit(self.made, dtype, output, bias, self.epilogue, store or self.stores[0], self.prologue)
 
     def slots(self, stored: Extents) -> int:
         """Partial statistics of every channel of a sample, where they are gathered of an output of these sizes."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fxfuse.kernels import emit_planar
 from fxfuse.kernels.convolution import ROWS, Specialisation
-from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, entries
+from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, Prologue, entries
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
@@ -42,7 +42,15 @@ class Epilogue:
     steady: bool = False
 
 
-def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epilogue, store: Store) -> str:
+def emit(
+    made: Specialisation,
+    dtype: str,
+    output: str,
+    bias: str,
+    epilogue: Epilogue,
+    store: Store,
+    prologue: Prologue | None = None,
+) -> str:
     """The source of all kernels of a layer: deterministic, a function of what is compiled in alone."""
     operand = OPERANDS[dtype]
     return "\n".join([
@@ -55,11 +63,12 @@ def emit(made: Specialisation, dtype: str, output: str, bias: str, epilogue: Epi
         '#include "prepare.cuh"',
         '#include "rows_beside.cuh"',
         epilogue.code,
+        *(() if prologue is None else (prologue.code,)),
         *(() if made.planar else _wgmma_functions(made, operand)),
         _residues(made),
         *(emit_planar.tables(made) if made.planar else _tables(made)),
         _problem(made, dtype, output, epilogue, store),
-        *entries(made, dtype, output, bias, gathers=epilogue.gathers),
+        *entries(made, dtype, output, bias, prologue, gathers=epilogue.gathers),
     ])  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from fxfuse.kernels.convolution import Specialisation
@@ -13,73 +14,119 @@ ITEMSIZES = {"f32": 4, "f16": 2, "bf16": 2}
 OPERANDS = {"f32": "f16", "f16": "f16", "bf16": "bf16"}
 
 
-def entries(made: Specialisation, dtype: str, output: str, bias: str, *, gathers: bool) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class Prologue:
+    """What is made of elements of x on their way, which are of the dtype ``given`` in memory: ``front``, the name of an
+    expression struct in ``code``.
+    """
+
+    given: str
+    front: str
+    code: str
+
+
+def entries(
+    made: Specialisation, dtype: str, output: str, bias: str, prologue: Prologue | None, *, gathers: bool
+) -> Iterator[str]:
     """For x and weights of ``dtype``, results of ``output``, and a ``bias`` of that; ``gathers``: with statistics."""
-    t = TYPES[dtype]
-    yield _PLANAR.format(t=t, bias=TYPES[bias]) if made.planar else _multiplying(dtype, bias)
-    yield _DIRECT.format(t=t)
+    words = {
+        "t": TYPES[dtype],
+        "half": TYPES[OPERANDS[dtype]],
+        "bias": TYPES[bias],
+        "out": TYPES[output],
+        **_of_bias(TYPES[bias], scaled=dtype == "f32"),
+        **_of_x(TYPES[dtype], prologue),
+    }
+    yield (_PLANAR if made.planar else _MULTIPLYING).format(**words)
+    yield _DIRECT.format(**words)
     if dtype == "f32" and not made.planar:
-        yield _SCALED.format(half=TYPES[OPERANDS[dtype]], bias=TYPES[bias])
+        yield _SCALED.format(**words)
     if made.watched:
         yield _WATCHED
     if gathers:
-        yield _MERGE.format(t=t, out=TYPES[output])
+        yield _MERGE.format(**words)
 
 
-def _multiplying(dtype: str, bias: str) -> str:
-    t, half, scaled = TYPES[dtype], TYPES[OPERANDS[dtype]], str(dtype == "f32").lower()
-    return f"""
+def _of_bias(kind: str, *, scaled: bool) -> dict[str, str]:
+    """Without scales to be measured, `prepare` has what `measure` does of the bias."""
+    if scaled:
+        return {"scaled": "true", "blocks": "4", "wide": "", "widen": ""}
+    wide = f", const {kind}* bias, float* wide, int all_channels"
+    return {
+        "scaled": "false",
+        "blocks": "3",
+        "wide": wide,
+        "widen": "\n  if (bias) fxfuse::widen(bias, wide, all_channels);",
+    }
+
+
+def _of_x(t: str, prologue: Prologue | None) -> dict[str, str]:
+    """``given``: the type of its elements; ``front``: the parameter in which what is made of them has its operands;
+    ``input``: both. `measure` counts elements of a sample: ``g`` tells it which they are, where that matters.
+    """
+    if prologue is None:
+        return {"given": t, "front": "", "input": f"const fxfuse::Input<{t}, {t}, fxfuse::Identity> input(x, {{}});",
+                "parameter": "", "g": "{}"}  # fmt: skip
+    given = TYPES[prologue.given]
+    return {
+        "given": given,
+        "front": f", const __grid_constant__ {prologue.front} front",
+        "input": f"const fxfuse::Input<{given}, {t}, {prologue.front}> input{{x, front}};",
+        "parameter": ", const __grid_constant__ fxfuse::RowGeometry g",
+        "g": "g",
+    }
+
+
+_MULTIPLYING = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kThreads, 1)
 convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weights,
             const __grid_constant__ fxfuse::Geometry g,
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
 }}
-extern "C" __global__ void __launch_bounds__(256, {4 if scaled == "true" else 3})
-prepare(const {t}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
+extern "C" __global__ void __launch_bounds__(256, {blocks})
+prepare(const {given}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes,
-        int blocks_weights{_BIAS.format(bias=TYPES[bias]) if scaled == "false" else ""}) {{
-  fxfuse::begin_dependent();{_WIDEN if scaled == "false" else ""}
+        int blocks_weights{wide}{front}) {{
+  fxfuse::begin_dependent();{widen}
+  {input}
   if (blockIdx.x < g.blocks)
-    fxfuse::to_rows<{t}, {half}, Problem>(blockIdx.x, x, rows, samples, g);
+    fxfuse::to_rows<decltype(input), {half}, Problem>(blockIdx.x, input, rows, samples, g);
   else
     fxfuse::pack_weights<Problem, {t}, {half}, {scaled}>(blockIdx.x - g.blocks, blocks_weights, w, packed, scale,
                                                          chunks, column_tiles, in_channels, out_channels, volume,
                                                          weight_bytes);
 }}
 """
-
-
 _DIRECT = """
 extern "C" __global__ void __launch_bounds__(256, 4)
-direct(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-       const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
+direct(const {given}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
+       const __grid_constant__ Problem::Epilogue::Arguments arguments{front}) {{
   fxfuse::begin_dependent();
-  fxfuse::direct_elements<Problem, Direct>(x, w, d, g, arguments);
+  {input}
+  fxfuse::direct_elements<Problem, Direct>(input, w, d, g, arguments);
 }}
 """
-#: without scales to be measured, `prepare` has what `measure` does of the bias
-_BIAS = ", const {bias}* bias, float* wide, int all_channels"
-_WIDEN = """
-  if (bias) fxfuse::widen(bias, wide, all_channels);"""
 _SCALED = """
 extern "C" __global__ void __launch_bounds__(256)
 measure(const float* w, const {bias}* bias, const __grid_constant__ fxfuse::ChannelState channels, const float* x,
         const __grid_constant__ fxfuse::SampleState samples, int64_t size, int in_channels, int out_channels,
-        int volume, int all_channels) {{
+        int volume, int all_channels{parameter}{front}) {{
   fxfuse::begin_dependent();
+  {input}
   if (blockIdx.x < all_channels)
     fxfuse::measure_weights<{bias}, Problem::headroom>(blockIdx.x, w, bias, channels, in_channels, out_channels,
                                                        volume);
   else
-    fxfuse::measure_sample(blockIdx.x - all_channels, x, samples, size);
+    fxfuse::measure_sample(blockIdx.x - all_channels, input, samples, size, {g});
 }}
 extern "C" __global__ void __launch_bounds__(256, 4)
 again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
-      const __grid_constant__ fxfuse::RowGeometry g) {{
+      const __grid_constant__ fxfuse::RowGeometry g{front}) {{
   fxfuse::begin_dependent();
-  fxfuse::to_rows_again<float, {half}, Problem>(x, rows, samples, g);
+  {input}
+  fxfuse::to_rows_again<decltype(input), {half}, Problem>(input, rows, samples, g);
 }}
 """
 _WATCHED = """
@@ -91,10 +138,11 @@ unmark(const __grid_constant__ fxfuse::SampleState samples, int count) {
 """
 _MERGE = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
-merge(const {t}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments) {{
+merge(const {given}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
+      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments{front}) {{
   fxfuse::begin_dependent();
-  fxfuse::direct_statistics<Problem, Direct, {out}>(x, w, d, g, arguments, pieces, moments);
+  {input}
+  fxfuse::direct_statistics<Problem, Direct, {out}>(input, w, d, g, arguments, pieces, moments);
 }}
 """
 _PLANAR = """

@@ -24,13 +24,15 @@ from fxfuse.kernels import dump, kept, measure, recent, replays
 from fxfuse.kernels.candidate import AHEAD, CUDNN, ENGINE, PRODUCTS, TORCH, TWICE, Candidate, convolution_of
 from fxfuse.kernels.choice import slower
 from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.estimate import Types, works
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.plan import by_torch, program_of
 from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.prologue import absorb
 from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Launch, Torch
+from fxfuse.kernels.steps import Launch, Schedule, Torch
 from fxfuse.kernels.tail_engine import architecture
 from fxfuse.kernels.twice import from_products, sharing, twice
 from fxfuse.program import Program
@@ -117,6 +119,10 @@ def _by_engine(program: Program, inputs: Sequence[Tensor], exact: bool) -> list[
     made = schedule(program, inputs, exact=exact)
     assert made.kernel is not None
     convolution = convolution_of(made.kernel, exact=exact)
+    with_front = absorb(made, [convolution])
+    if with_front is not None and with_front.kernel is not None:
+        made, convolution = with_front, convolution_of(with_front.kernel, exact=exact)
+    assert made.kernel is not None
     refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
     given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
     once = Candidate(ENGINE, made, convolution, refusal)
@@ -146,10 +152,18 @@ def _statistics_ahead(
         second, first = (convolution_of(k, exact=exact) for k in (again.kernel, again.measuring))
     except (Unscheduled, Unsupported):
         return
-    yield Candidate(TWICE, sharing(again, first.made, second.made), second, once.refusal, measuring=first)
+    yield _twice(sharing(again, first.made, second.made), first, second, once.refusal, exact)
     with contextlib.suppress(Unsupported):
         correlated, products = from_products(again, given)
         yield Candidate(PRODUCTS, correlated, second, once.refusal, measuring=products)
+
+
+def _twice(made: Schedule, first: Convolution, second: Convolution, refusal: str | None, exact: bool) -> Candidate:
+    with_front = absorb(made, [first, second])
+    if with_front is not None and with_front.kernel is not None and with_front.measuring is not None:
+        made = with_front
+        second, first = (convolution_of(k, exact=exact) for k in (with_front.kernel, with_front.measuring))
+    return Candidate(TWICE, made, second, refusal, measuring=first)
 
 
 def _seconds(given: Types, plan: Candidate, exact: bool) -> float:

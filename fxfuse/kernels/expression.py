@@ -53,6 +53,10 @@ class Expression:
     monotone: bool = False
     always: bool = False
 
+    def renamed(self, name: str) -> Expression:
+        """The same as a struct of another name."""
+        return dataclasses.replace(self, name=name, code=self.code.replace(_head(self.name), _head(name)))
+
 
 def emit_expression(
     name: str,
@@ -92,6 +96,10 @@ def emit_expression(
     )
 
 
+def _head(name: str) -> str:
+    return f"struct {name} {{"
+
+
 def _struct(name: str, emitter: _Emitter, returned: str) -> str:
     ahead, rest = emitter.parts()
     place = "int n, int c, int d, int h, int w"
@@ -107,7 +115,7 @@ def _struct(name: str, emitter: _Emitter, returned: str) -> str:
         else []
     )
     return "\n".join([
-        f"struct {name} {{",
+        _head(name),
         *(f"  {_declaration(f, emitter.types)};" for f in emitter.fields),
         f"  static constexpr bool local = {str(emitter.local).lower()};",
         "  struct Channel {",

@@ -231,7 +231,7 @@ def _moments(kernel: Launch, made: Convolution | Correlation, front: int) -> Mom
     return Moments.of(kernel.kind, count, front)
 
 
-_NO_OPERANDS = b"", b"", b""
+_NO_OPERANDS = b"", b"", b"", b""
 
 
 def _convolution(
@@ -251,8 +251,8 @@ def _convolution(
     calls = Calls(convolution, kernel.extents, kernel.factor, kernel.squeezed, shares, follows)
     kind = kernel.kind
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after, behind = (Operands(e, places).pack for e in (kernel.before, kernel.after, kernel.behind))
-    reads = any((before, after, behind))
+    before, after, behind, front_of_x = (Operands(e, places).pack for e in kernel.expressions)
+    reads = any((before, after, behind, front_of_x))
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
     gathers, room, front = kernel.gathers, moments.room, moments.front
@@ -273,6 +273,7 @@ def _convolution(
                 b"" if before is None else before(values),
                 b"" if after is None else after(values),
                 b"" if behind is None else behind(values),
+                b"" if front_of_x is None else front_of_x(values),
             )
         if not_kept is None:
             out = values.get(stored)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,14 +28,15 @@ from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
+from fxfuse.kernels.prologue import steps_in_front
 from fxfuse.kernels.reductions import fold_of, reduces, rows_of
 from fxfuse.kernels.specialise import check_holding
-from fxfuse.kernels.steps import Gather, Launch, Schedule, Step, Torch
+from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
 from fxfuse.kernels.uncrop import uncropped
 from fxfuse.kernels.unfold import unfold
 from fxfuse.kernels.windows import Pooling, pooling
-from fxfuse.program import Program
+from fxfuse.program import Program, program_of
 from fxfuse.vocabulary import Kind
 
 
@@ -142,7 +143,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
 def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what torch had to run on small tensors as kernels, too."""
     kernel, measuring, outputs = made.kernel, made.measuring, made.rest.outputs
-    first = _front(made, values)
+    first = steps_in_front(made, values)
     kernels = not all(isinstance(s, Torch) for s in (*made.steps, kernel))
     stored = [k.stored for k in (kernel, measuring) if k is not None]
     bundler = Bundler(values, (*first, *made.between, *made.steps), kernels=kernels, stored=stored)
@@ -164,19 +165,6 @@ def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
         between=bundler.arrange(middle, late, all_small=all_small),
         steps=bundler.arrange(behind, outputs, all_small=all_small),
     )
-
-
-def _front(made: Schedule, values: Mapping[str, Form]) -> Sequence[Step]:
-    """The steps in front of the convolution: what leads to its input, as those behind it; the rest as torch."""
-    first, kernel = made.first, made.kernel
-    leads = [] if kernel is None else needed_by(first.body, [kernel.x])
-    if kernel is None or not leads:
-        return [Torch(first)]
-    types = {name: TensorType(t.dtype, tuple(t.shape)) for name, t in values.items()}
-    rest = [i for i in first.body if i not in leads]
-    outputs = [o for i in leads for o in i.outs if o in first.outputs or any(o in r.reads() for r in rest)]
-    front = plan(program_of(leads, outputs, types), values, least=least_elements(anchored=True))
-    return [*front, Torch(program_of(rest, [o for i in rest for o in i.outs if o in first.outputs], types))]
 
 
 def _direct(kernel: Launch, bundler: Bundler) -> Launch:
@@ -443,13 +431,6 @@ class _Cutter:
         given = tuple(out for i in first for out in i.outs if out in wanted)
         outputs = self.program.outputs
         return Schedule(program_of(first, given, self.types), kernel, program_of(rest, outputs, self.types), ())
-
-
-def program_of(body: Sequence[Instr], outputs: Iterable[str], types: Mapping[str, TensorType]) -> Program:
-    """The program of these instructions; what they or the outputs read and none of them makes are its inputs."""
-    outputs, made = tuple(outputs), {out for i in body for out in i.outs}
-    read = dict.fromkeys([*(n for i in body for n in i.reads()), *outputs])
-    return Program(tuple((n, types[n]) for n in read if n not in made), tuple(body), outputs)
 
 
 def _name(instr: Instr, operand: int) -> str:

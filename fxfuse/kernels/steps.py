@@ -29,7 +29,8 @@ class Launch:
     "Maximum", "Sum"), or of so many positions per dim (``step``). ``before``, ``after``: the expressions in front
     of that and behind it. ``fold``: the reduction over channels of all that, with the expression ``behind`` it;
     ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction over channels that follows is
-    none of this kernel's. ``stages`` are for a person to read. ``gathers``: it makes partial statistics of the
+    none of this kernel's. ``front``: what is made of elements of x on the way, which in memory are of the dtype
+    ``given``. ``stages`` are for a person to read. ``gathers``: it makes partial statistics of the
     value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products of x with itself make the
     statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first run has made of x and
     the weights.
@@ -58,6 +59,8 @@ class Launch:
     behind: Expression | None = None
     squeezed: bool = False
     apart: str | None = None
+    front: Expression | None = None
+    given: torch.dtype | None = None
     gathers: bool = False
     keeps: bool = True
     correlates: bool = False
@@ -66,9 +69,14 @@ class Launch:
     @property
     def reads(self) -> tuple[str, ...]:
         """Every value that the kernel reads."""
-        operands = [f.value for e in (self.before, self.after, self.behind) if e is not None for f in e.fields]
+        operands = [f.value for e in self.expressions if e is not None for f in e.fields]
         bias = [] if self.bias is None else [self.bias]
         return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
+
+    @property
+    def expressions(self) -> tuple[Expression | None, ...]:
+        """Those whose operands its kernels read, in the order in which they are given them."""
+        return self.before, self.after, self.behind, self.front
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -132,6 +140,11 @@ class Map:
     @property
     def makes(self) -> tuple[str, ...]:
         return (self.stored,)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every element is made of the one at its place."""
+        return self.window is None and self.fold is None and self.rows is None
 
     def __str__(self) -> str:
         return f"one kernel: {' > '.join(self.stages)} -> {self.kind}"

@@ -206,9 +206,8 @@ def _prepare_map(step: Map, device: torch.device, places: Mapping[str, Place], f
             grid = (-(-d * h * w // (BLOCK // across * ROWS)), n, -(-units // across))
         sizes = (*size, 0)
     shape, strides, dtype = tuple(s or 0 for s in step.kind.shape), tuple(step.strides), step.kind.dtype
-    pointwise = step.window is None and step.fold is None and step.rows is None
     both = step.window is not None and (step.fold is not None or step.rows is not None)
-    expressions = (step.before, *([] if pointwise else [step.after]), *([step.behind] if both else []))
+    expressions = (step.before, *([] if step.pointwise else [step.after]), *([step.behind] if both else []))
     operands = [Operands(e, places) for e in expressions]
     packed = struct.pack(f"={len(sizes)}i", *sizes)
     launch = sender(kernel, grid, block, ("qq", packed, *(p for o in operands for p in o.parts)), follows=follows)

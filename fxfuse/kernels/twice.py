@@ -21,10 +21,10 @@ from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
 from fxfuse.kernels.observe import observe
-from fxfuse.kernels.schedule import best, cut, least_elements, program_of, versions
+from fxfuse.kernels.schedule import best, cut, least_elements, versions
 from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
-from fxfuse.program import Program
+from fxfuse.program import Program, program_of
 
 
 def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: bool = False) -> Schedule | None:

@@ -21,8 +21,8 @@ FXFUSE_INLINE int channels_of(const Geometry& g) {
   return g.out_channels / Problem::joined;
 }
 
-template <class Problem, class T>
-FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, int n, int group,
+template <class Problem, class X, class T>
+FXFUSE_INLINE float direct_value(const X& x, const T* w, const DirectGeometry& s, const Geometry& g, int n, int group,
                                  int column, int d, int h, int w_) {
   float sum = 0.f;
   for (int kd = 0; kd < Problem::kernel_d; ++kd) {
@@ -34,15 +34,18 @@ FXFUSE_INLINE float direct_value(const T* x, const T* w, const DirectGeometry& s
       for (int kw = 0; kw < Problem::kernel_w; ++kw) {
         const int uw = w_ + Problem::padding_w - kw * Problem::dilation_w;
         if (uw < 0 || uw % Problem::stride_w || uw / Problem::stride_w >= s.width) continue;
-        const T* from = x + n * s.stride.n + (int64_t)group * Problem::in_channels * s.stride.c +
-                        ud / Problem::stride_d * s.stride.d + uh / Problem::stride_h * s.stride.h +
-                        uw / Problem::stride_w * s.stride.w;
+        const int at_d = ud / Problem::stride_d, at_h = uh / Problem::stride_h, at_w = uw / Problem::stride_w;
+        const int first = group * Problem::in_channels;
+        const auto* from = x.at + n * s.stride.n + (int64_t)first * s.stride.c + at_d * s.stride.d + at_h * s.stride.h +
+                           at_w * s.stride.w;
         constexpr int volume = Problem::kernel_d * Problem::kernel_h * Problem::kernel_w;
         const int outs = channels_of<Problem>(g);
         const T* weight = w + ((int64_t)group * Problem::in_channels * outs + column) * volume +
                           (kd * Problem::kernel_h + kh) * Problem::kernel_w + kw;
-        for (int c = 0; c < Problem::in_channels; ++c)
-          sum = fmaf(to_float(from[c * s.stride.c]), to_float(weight[(int64_t)c * outs * volume]), sum);
+        for (int c = 0; c < Problem::in_channels; ++c) {
+          const float v = x(to_float(from[c * s.stride.c]), n, first + c, at_d, at_h, at_w);
+          sum = fmaf(v, to_float(weight[(int64_t)c * outs * volume]), sum);
+        }
       }
     }
   }
@@ -106,8 +109,8 @@ template <class Problem, class T>
 struct DirectStore {
   template <class Arguments>
   static FXFUSE_INLINE Size size(const Geometry& g, const Arguments&) { return {g.out_d, g.out_h, g.out_w}; }
-  template <class Arguments>
-  static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+  template <class X, class Arguments>
+  static FXFUSE_INLINE float element(const X& x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int n, int c, int d, int h, int w_) {
     const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
     const float bias = a.to.bias ? a.to.bias[c] * Problem::bias_scale : 0.f;
@@ -122,8 +125,8 @@ struct DirectPool {
                        window_w = Problem::stride_w * Problem::step_w;
   template <class Arguments>
   static FXFUSE_INLINE Size size(const Geometry&, const Arguments& a) { return {a.pooled_d, a.pooled_h, a.pooled_w}; }
-  template <class Arguments>
-  static FXFUSE_INLINE float element(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+  template <class X, class Arguments>
+  static FXFUSE_INLINE float element(const X& x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int n, int c, int d, int h, int w_) {
     const int group = c / channels_of<Problem>(g), column = c - group * channels_of<Problem>(g);
     const float bias = a.to.bias ? a.to.bias[c] : 0.f;
@@ -163,8 +166,8 @@ struct DirectChannels {
 };
 
 // The reduction over channels at a position of `out`.
-template <class Problem, class Direct, class T, class Arguments, class Out>
-FXFUSE_INLINE void direct_fold(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a, int n,
+template <class Problem, class Direct, class X, class T, class Arguments, class Out>
+FXFUSE_INLINE void direct_fold(const X& x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a, int n,
                                int at_d, int at_h, int at_w, Out* out) {
   using Fold = typename Problem::Fold;
   auto value = [&](int c) { return Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w); };
@@ -179,8 +182,8 @@ FXFUSE_INLINE void direct_fold(const T* x, const T* w, const DirectGeometry& s, 
 }
 
 // All elements of marked samples, w varying fastest; of a reduction over channels, all channels of a position by one thread.
-template <class Problem, class Direct, class T, class Arguments>
-FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
+template <class Problem, class Direct, class X, class T, class Arguments>
+FXFUSE_INLINE void direct_elements(const X& x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
   const Size size = Direct::size(g, a);
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
@@ -211,9 +214,10 @@ FXFUSE_INLINE void direct_elements(const T* x, const T* w, const DirectGeometry&
 }
 
 // The elements of marked samples, for their statistics.
-template <class Problem, class Direct, class Out, class T, class Arguments>
+template <class Problem, class Direct, class Out, class X, class T, class Arguments>
 struct DirectElements {
-  const T *x, *w;
+  const X& x;
+  const T* w;
   const DirectGeometry& s;
   const Geometry& g;
   const Arguments& a;
@@ -231,10 +235,10 @@ struct DirectElements {
 };
 
 // Merges partial statistics; those of marked samples are made from their elements.
-template <class Problem, class Direct, class Out, class T, class Arguments>
-FXFUSE_INLINE void direct_statistics(const T* x, const T* w, const DirectGeometry& s, const Geometry& g,
+template <class Problem, class Direct, class Out, class X, class T, class Arguments>
+FXFUSE_INLINE void direct_statistics(const X& x, const T* w, const DirectGeometry& s, const Geometry& g,
                                      const Arguments& a, int pieces, Moments* moments) {
-  merge_partials(a.to.partials, pieces, moments, DirectElements<Problem, Direct, Out, T, Arguments>{x, w, s, g, a});
+  merge_partials(a.to.partials, pieces, moments, DirectElements<Problem, Direct, Out, X, T, Arguments>{x, w, s, g, a});
 }
 
 }  // namespace fxfuse

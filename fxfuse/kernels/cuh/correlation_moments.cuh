@@ -172,6 +172,7 @@ FXFUSE_INLINE void moments_of_products(const T* x, const T* w, const Bias* bias,
   __syncthreads();
   Geometry g = {};
   g.out_channels = out_channels;
+  const Input<T, T, Identity> in(x, {});
   for (int i = 0; i < kChannels; ++i) {
     if (!wrong[i]) continue;
     const int channel = group * out_channels + first_channel + i;
@@ -180,7 +181,7 @@ FXFUSE_INLINE void moments_of_products(const T* x, const T* w, const Bias* bias,
     for (int64_t at = threadIdx.x; at < (int64_t)out.d * out.h * out.w; at += kMomentsThreads) {
       const int64_t rest = at / out.w;
       const int at_w = (int)(at - rest * out.w), at_h = (int)(rest % out.h), at_d = (int)(rest / out.h);
-      const float y = direct_value<Problem>(x, w, s, g, n, group, first_channel + i, at_d, at_h, at_w) + shift;
+      const float y = direct_value<Problem>(in, w, s, g, n, group, first_channel + i, at_d, at_h, at_w) + shift;
       some.add(to_float(from_float<Out>(y)));
     }
     const Moments made = block_moments<kMomentsThreads>(some, m);

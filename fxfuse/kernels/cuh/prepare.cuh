@@ -4,9 +4,34 @@
 // at first, and the largest of these comes to lie in [2^12, 2^13); what does not fit then is found while the rows are
 // made, which are made again. Samples that half precision cannot carry so are marked for the direct kernel.
 #pragma once
+#include "combine.cuh"
 #include "ptx.cuh"
 
 namespace fxfuse {
+
+// x as it lies in memory, and what is made of an element on the way, which a tensor of `T` would hold.
+template <class In_, class T, class Front>
+struct Input {
+  using In = In_;
+  static constexpr bool plain = false;
+  const In* at;
+  const Front& front;
+  FXFUSE_INLINE auto channel(int n, int c) const { return front.channel(n, c); }
+  template <class Channel>
+  FXFUSE_INLINE float operator()(const Channel& known, float v, int n, int c, int d, int h, int w) const {
+    return to_float(from_float<T>(front(known, v, n, c, d, h, w)));
+  }
+  FXFUSE_INLINE float operator()(float v, int n, int c, int d, int h, int w) const {
+    return (*this)(channel(n, c), v, n, c, d, h, w);
+  }
+};
+template <class T>
+struct Input<T, T, Identity> : Identity {
+  using In = T;
+  static constexpr bool plain = true;
+  const T* at;
+  FXFUSE_INLINE Input(const T* x, const Identity&) : at(x) {}
+};
 
 constexpr int kFewTiny = 64;  // values below half's normal numbers that a sample may have: see Taken
 
@@ -96,38 +121,6 @@ FXFUSE_INLINE void widen(const B* bias, float* to, int channels) {
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < channels; c += gridDim.x * blockDim.x) to[c] = to_float(bias[c]);
 }
 
-// One block per part of a dense sample of `size` floats. A warp reads runs of 32 units, of 4 floats or one.
-FXFUSE_INLINE void measure_sample(int index, const float* x, const SampleState& out, int64_t size) {
-  const int n = index / out.parts, part = index - n * out.parts, lane = threadIdx.x & 31;
-  x += n * size;
-  float largest = 0.f;
-  auto take = [&](float v) {
-    v = fabsf(v);
-    if (finite(v)) largest = fmaxf(largest, v);
-  };
-  const bool aligned = ((uint64_t)x & 15) == 0;
-  const int64_t units = aligned ? size / 4 : size;
-  const int runs = (int)((units + 31) / 32), warps = blockDim.x / 32, step = out.parts * warps;
-#pragma unroll 4
-  for (int k = part * warps + threadIdx.x / 32; k <= (runs - 1) / out.every; k += step) {
-    // not always the first one: sizes are powers of two, too
-    const int64_t at = ((int64_t)k * out.every + (uint32_t)k * 7u % (uint32_t)out.every) * 32 + lane;
-    if (at >= units) continue;
-    if (aligned) {
-      const float4 v = ((const float4*)x)[at];
-      take(v.x), take(v.y), take(v.z), take(v.w);
-    } else {
-      take(x[at]);
-    }
-  }
-  if (aligned && part == 0 && threadIdx.x < size % 4) take(x[units * 4 + threadIdx.x]);
-  largest = block_maximum(largest);
-  if (threadIdx.x == 0) {
-    out.largest[index] = largest;
-    if (part == 0) out.marks[n] = 0, out.above[n] = 0;
-  }
-}
-
 // What the input is and becomes: rows of channels.
 struct RowGeometry {
   int64_t stride_n, stride_c, stride_d, stride_h, stride_w;
@@ -138,6 +131,45 @@ struct RowGeometry {
   int at_once;                   // neighbouring positions of a channel that are read together, 16 bytes of them; or 0
   int rows_d, rows_h, rows_w;    // positions of a sample that have a row
 };
+
+// One block per part of a dense sample of `size` floats. A warp reads runs of 32 units, of 4 floats or one.
+template <class X>
+FXFUSE_INLINE void measure_sample(int index, const X& x, const SampleState& out, int64_t size, const RowGeometry& g) {
+  const int n = index / out.parts, part = index - n * out.parts, lane = threadIdx.x & 31;
+  const float* const from = x.at + n * size;
+  float largest = 0.f;
+  auto take = [&](float v, int64_t at) {
+    if constexpr (!X::plain) {  // of a dense sample, in whatever order its dims are
+      const uint32_t place = (uint32_t)at;
+      auto along = [&](int64_t stride, int count) { return count == 1 ? 0 : (int)(place / (uint32_t)stride % (uint32_t)count); };
+      v = x(v, n, along(g.stride_c, g.channels * g.groups), along(g.stride_d, g.depth), along(g.stride_h, g.height),
+            along(g.stride_w, g.width));
+    }
+    v = fabsf(v);
+    if (finite(v)) largest = fmaxf(largest, v);
+  };
+  const bool aligned = ((uint64_t)from & 15) == 0;
+  const int64_t units = aligned ? size / 4 : size;
+  const int runs = (int)((units + 31) / 32), warps = blockDim.x / 32, step = out.parts * warps;
+#pragma unroll 4
+  for (int k = part * warps + threadIdx.x / 32; k <= (runs - 1) / out.every; k += step) {
+    // not always the first one: sizes are powers of two, too
+    const int64_t at = ((int64_t)k * out.every + (uint32_t)k * 7u % (uint32_t)out.every) * 32 + lane;
+    if (at >= units) continue;
+    if (aligned) {
+      const float4 v = ((const float4*)from)[at];
+      take(v.x, at * 4), take(v.y, at * 4 + 1), take(v.z, at * 4 + 2), take(v.w, at * 4 + 3);
+    } else {
+      take(from[at], at);
+    }
+  }
+  if (aligned && part == 0 && threadIdx.x < size % 4) take(from[units * 4 + threadIdx.x], units * 4 + threadIdx.x);
+  largest = block_maximum(largest);
+  if (threadIdx.x == 0) {
+    out.largest[index] = largest;
+    if (part == 0) out.marks[n] = 0, out.above[n] = 0;
+  }
+}
 
 // What brings the values of a sample into half's range: a power of two; and bits of magnitudes.
 struct Scaling {
@@ -200,9 +232,10 @@ FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8]) {
 
 // A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
 // 4096 / span channels of one sample, of 8192 / span where four are read together, 16384 / span where eight are.
-template <class T, class Half16, class Problem>
-FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
+template <class X, class Half16, class Problem>
+FXFUSE_INLINE void block_to_rows(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                  const Scaling& by) {
+  using T = typename X::In;
   __shared__ float tiles[64 * 65];
   const int span = g.span, pitch = span + 1, shift = 31 - __clz(span);
   auto tile = [&](int row, int p) -> float& { return tiles[row * pitch + p]; };
@@ -220,9 +253,15 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
     const int length = row_length + remainders<Problem>(row_length), at = row0 + unit * 8;
     return rows + ((int64_t)n * positions + first + p) * length + row0 + unit * 8 + remainders<Problem>(at);
   };
-  auto source = [&](int row) -> const T* {  // of a channel; null for padding
+  auto channel_of = [&](int row) {  // -1 for padding
     const int group = (row0 + row) / padded, c = row0 + row - group * padded;
-    return c < channels ? x + n * stride_n + (int64_t)(group * channels + c) * stride_c : nullptr;
+    return c < channels ? group * channels + c : -1;
+  };
+  auto source = [&](int channel) { return x.at + n * stride_n + (int64_t)channel * stride_c; };
+  using Known = decltype(x.channel(0, 0));
+  auto given = [&](const Known& known, float v, int channel, int at) {  // what is made of x there
+    const int d = at / plane, h = (at - d * plane) / width;
+    return x(known, v, n, channel, d, h, at - d * plane - h * width);
   };
   if constexpr (sizeof(T) == 4) {
     if (g.at_once) {
@@ -230,10 +269,20 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
         const int quad = i / units, unit = i - quad * units, p = quad * 4;
         if (first + p >= positions) break;
         const int group = (row0 + unit * 8) / padded, c = row0 + unit * 8 - group * padded;
-        const float* const from = (const float*)x + n * stride_n + (int64_t)(group * channels + c) * stride_c + first + p;
+        const float* const from = source(group * channels + c) + first + p;
         float4 read[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) read[k] = c + k < channels ? *(const float4*)(from + k * stride_c) : make_float4(0.f, 0.f, 0.f, 0.f);
+        if constexpr (!X::plain) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k) {
+            if (c + k >= channels) continue;
+            const int channel = group * channels + c + k, at = first + p;
+            const Known known = x.channel(n, channel);
+            read[k] = {given(known, read[k].x, channel, at), given(known, read[k].y, channel, at + 1),
+                       given(known, read[k].z, channel, at + 2), given(known, read[k].w, channel, at + 3)};
+          }
+        }
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
           float values[8];
@@ -247,14 +296,17 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
     }
     // channels are neighbours, and positions follow each other: as it lies
     if (stride_c == 1 && channels == padded && stride_h == width * stride_w && stride_d == plane * stride_w &&
-        ((stride_w | stride_n) & 3) == 0 && ((uint64_t)x & 15) == 0) {
+        ((stride_w | stride_n) & 3) == 0 && ((uint64_t)x.at & 15) == 0) {
 #pragma unroll 2
       for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
         const int p = i / units, unit = i - p * units;
         if (first + p >= positions) break;
-        const float4* from = (const float4*)((const float*)x + n * stride_n + (first + p) * stride_w + row0 + unit * 8);
+        const int channel = row0 + unit * 8, at = first + p;
+        const float4* from = (const float4*)(x.at + n * stride_n + at * stride_w + channel);
         const float4 a = from[0], b = from[1];
-        const float values[8] = {take(a.x), take(a.y), take(a.z), take(a.w), take(b.x), take(b.y), take(b.z), take(b.w)};
+        float values[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int k = 0; k < 8; ++k) values[k] = take(given(x.channel(n, channel + k), values[k], channel + k, at));
         store_eight<Half16, Problem>(row_of(p, unit), values);
       }
       take.tell(state, n);
@@ -263,33 +315,40 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   }
   if (stride_w == 1 && stride_h == width && stride_d == plane) {  // positions are neighbours
     constexpr int count = 16 / sizeof(T);  // elements that are read at once
-    const bool aligned = positions % count == 0 && stride_c % count == 0 && stride_n % count == 0 && ((uint64_t)x & 15) == 0;
+    const bool aligned = positions % count == 0 && stride_c % count == 0 && stride_n % count == 0 && ((uint64_t)x.at & 15) == 0;
     if (aligned) {
       constexpr int log2 = sizeof(T) == 4 ? 2 : 3;
 #pragma unroll 2
       for (int i = threadIdx.x; i < wide << (shift - log2); i += blockDim.x) {
         const int row = i >> (shift - log2), p = (i - (row << (shift - log2))) * count;
-        const T* from = source(row);
+        const int channel = channel_of(row), at = first + p;
+        const bool there = channel >= 0 && at < positions;
         alignas(16) T v[count] = {};
-        if (from && first + p < positions) *(uint4*)v = *(const uint4*)(from + first + p);
+        if (there) *(uint4*)v = *(const uint4*)(source(channel) + at);
+        const Known known = x.channel(n, there ? channel : 0);
 #pragma unroll
-        for (int k = 0; k < count; ++k) tile(row, p + k) = take(to_float(v[k]));
+        for (int k = 0; k < count; ++k) {
+          const float value = to_float(v[k]);
+          tile(row, p + k) = take(there ? given(known, value, channel, at + k) : value);
+        }
       }
     } else {
       for (int i = threadIdx.x; i < wide << shift; i += blockDim.x) {
         const int row = i >> shift, p = i & (span - 1);
-        const T* from = source(row);
-        tile(row, p) = from && first + p < positions ? take(to_float(from[first + p])) : 0.f;
+        const int channel = channel_of(row), at = first + p;
+        const bool there = channel >= 0 && at < positions;
+        tile(row, p) = there ? take(given(x.channel(n, channel), to_float(source(channel)[at]), channel, at)) : 0.f;
       }
     }
   } else {
     const bool by_channel = stride_c == 1;
     for (int i = threadIdx.x; i < wide << shift; i += blockDim.x) {
       const int row = by_channel ? i % wide : i >> shift, p = by_channel ? i / wide : i & (span - 1);
-      const T* from = source(row);
-      const int at = first + p, d = at / plane, h = (at - d * plane) / width, w = at - d * plane - h * width;
-      tile(row, p) =
-          from && at < positions ? take(to_float(from[d * stride_d + h * stride_h + w * stride_w])) : 0.f;
+      const int channel = channel_of(row), at = first + p, d = at / plane, h = (at - d * plane) / width,
+                w = at - d * plane - h * width;
+      tile(row, p) = channel >= 0 && at < positions
+                         ? take(x(to_float(source(channel)[d * stride_d + h * stride_h + w * stride_w]), n, channel, d, h, w))
+                         : 0.f;
     }
   }
   __syncthreads();
@@ -305,10 +364,26 @@ FXFUSE_INLINE void block_to_rows(int block, const T* x, Half16* rows, const Samp
   __syncthreads();
 }
 
+// What is made of eight 16-bit numbers of neighbouring positions, of which `at` is the first.
+template <class X>
+FXFUSE_INLINE void make_octs(uint32_t (&octs)[4], const X& x, int n, int channel, int at, const RowGeometry& g) {
+  using T = typename X::In;
+  const auto known = x.channel(n, channel);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int position = at + i, line = position / g.width, d = line / g.height, shift = i % 2 * 16;
+    const float v = to_float(T{(uint16_t)(octs[i / 2] >> shift)});
+    const T made = from_float<T>(x(known, v, n, channel, d, line - d * g.height, position - line * g.width));
+    octs[i / 2] = (octs[i / 2] & (0xffff0000u >> shift)) | (uint32_t)made.bits << shift;
+  }
+}
+
 // The same of 16-bit numbers of neighbouring positions, eight of which are read together: a thread turns those of eight
 // channels by moving bytes alone.
-template <class T, class Problem>
-FXFUSE_INLINE void block_of_octs_to_rows(int block, const T* x, T* rows, const SampleState& state, const RowGeometry& g) {
+template <class X, class Problem>
+FXFUSE_INLINE void block_of_octs_to_rows(int block, const X& x, typename X::In* rows, const SampleState& state,
+                                         const RowGeometry& g) {
+  using T = typename X::In;
   const int row_length = g.padded * g.groups, blocks_y = (row_length + 63) / 64, positions = g.depth * g.height * g.width;
   const int block_rest = block / g.blocks_positions, n = block_rest / blocks_y, row0 = (block_rest - n * blocks_y) * 64;
   const int first = (block - block_rest * g.blocks_positions) * g.span, octs = min(g.span, positions - first) / 8;
@@ -318,12 +393,18 @@ FXFUSE_INLINE void block_of_octs_to_rows(int block, const T* x, T* rows, const S
   for (int i = threadIdx.x; i < octs * units; i += blockDim.x) {
     const int oct = i / units, row = row0 + (i - oct * units) * 8, group = row / g.padded, c = row - group * g.padded;
     const int p = first + oct * 8;
-    const T* from = x + n * g.stride_n + (group * g.channels + c) * g.stride_c + p;
+    const int channel = group * g.channels + c;
+    const T* from = x.at + n * g.stride_n + channel * g.stride_c + p;
     uint32_t read[8][4];  // of channels, two positions each
 #pragma unroll
     for (int k = 0; k < 8; ++k, from += g.stride_c) {
       const uint4 v = c + k < g.channels ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
       read[k][0] = v.x, read[k][1] = v.y, read[k][2] = v.z, read[k][3] = v.w;
+    }
+    if constexpr (!X::plain) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (c + k < g.channels) make_octs(read[k], x, n, channel + k, p, g);
     }
     if (Problem::watched)
 #pragma unroll
@@ -342,19 +423,19 @@ FXFUSE_INLINE void block_of_octs_to_rows(int block, const T* x, T* rows, const S
 
 // How rows are made where each is of one position.
 struct RowsApart {
-  template <class T, class Half16, class Problem>
-  static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
+  template <class X, class Half16, class Problem>
+  static FXFUSE_INLINE void block(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
-    if constexpr (sizeof(T) == 2)
-      if (g.at_once) return block_of_octs_to_rows<T, Problem>(block, x, rows, state, g);
-    block_to_rows<T, Half16, Problem>(block, x, rows, state, g, by);
+    if constexpr (sizeof(typename X::In) == 2)
+      if (g.at_once) return block_of_octs_to_rows<X, Problem>(block, x, rows, state, g);
+    block_to_rows<X, Half16, Problem>(block, x, rows, state, g, by);
   }
 };
 
 FXFUSE_INLINE int blocks_of_a_sample(const RowGeometry& g) { return g.blocks_positions * ((g.padded * g.groups + 63) / 64); }
 
-template <class T, class Half16, class Problem>
-FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+template <class X, class Half16, class Problem>
+FXFUSE_INLINE void to_rows(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   Scaling by{1.f, 0, 0};
   if (Problem::scaled) {  // every warp for itself
     const int of_a_sample = blocks_of_a_sample(g), n = block / of_a_sample;
@@ -366,7 +447,7 @@ FXFUSE_INLINE void to_rows(int block, const T* x, Half16* rows, const SampleStat
     if (largest == 0.f && state.every > 1) by.limit = 0, by.smallest = 1;  // nothing is known
     if (block == n * of_a_sample && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
   }
-  Problem::Rows::template block<T, Half16, Problem>(block, x, rows, state, g, by);
+  Problem::Rows::template block<X, Half16, Problem>(block, x, rows, state, g, by);
 }
 
 // Of 16-bit numbers that are looked at: no sample is marked yet.
@@ -375,8 +456,8 @@ FXFUSE_INLINE void unmark_samples(const SampleState& state, int count) {
 }
 
 // Once more the rows of samples of which `measure` has not seen how large they are.
-template <class T, class Half16, class Problem>
-FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+template <class X, class Half16, class Problem>
+FXFUSE_INLINE void to_rows_again(const X& x, Half16* rows, const SampleState& state, const RowGeometry& g) {
   const int of_a_sample = blocks_of_a_sample(g), samples = g.blocks / of_a_sample;
   auto wanted = [&](int n) { return state.above[n] != 0 && state.above[n] < kInfinity; };
   bool some = false;
@@ -388,7 +469,7 @@ FXFUSE_INLINE void to_rows_again(const T* x, Half16* rows, const SampleState& st
     by.limit = ~0u;  // `above` is what all blocks read
     if (blockIdx.x == 0 && threadIdx.x == 0) state.scale[n] = reciprocal_of_power(by.scale);
     for (int block = blockIdx.x; block < of_a_sample; block += gridDim.x)
-      Problem::Rows::template block<T, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
+      Problem::Rows::template block<X, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
   }
 }
 

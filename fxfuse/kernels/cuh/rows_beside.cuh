@@ -40,11 +40,14 @@ struct RowsBeside {
     }
   }
 
-  // The `wanted` unit of the rows of four neighbours along w, from (d, h, w) on. `x`: of a sample and group. No shared memory.
-  template <bool quads, int unit = 0>
-  static FXFUSE_INLINE void read(float (&to)[4][8], int wanted, const float* x, const RowGeometry& g, int d, int h, int w) {
+  // The `wanted` unit of the rows of four neighbours along w, from (d, h, w) on, of a sample and group. No shared memory.
+  template <bool quads, int unit = 0, class X>
+  static FXFUSE_INLINE void read(float (&to)[4][8], int wanted, const X& x, const RowGeometry& g, int n, int group, int d,
+                                 int h, int w) {
     if constexpr (unit + 1 < units)
-      if (wanted != unit) return read<quads, unit + 1>(to, wanted, x, g, d, h, w);
+      if (wanted != unit) return read<quads, unit + 1>(to, wanted, x, g, n, group, d, h, w);
+    const int before = group * g.channels;  // channels
+    const float* const sample = x.at + n * g.stride_n + (int64_t)before * g.stride_c;
     constexpr int first = unit * 8, end = numbers < first + 8 ? numbers : first + 8;
 #pragma unroll
     for (int k = 0; k < 8; ++k) to[0][k] = to[1][k] = to[2][k] = to[3][k] = 0.f;
@@ -55,8 +58,17 @@ struct RowsBeside {
       const bool inside = (uint32_t)z < (uint32_t)g.depth && (uint32_t)y < (uint32_t)g.height;
       float values[window];
       // elements of a dense sample are counted in 32 bits
-      const float* const line = x + (channel * (int)g.stride_c + z * (int)g.stride_d + y * (int)g.stride_h);
+      const float* const line = sample + (channel * (int)g.stride_c + z * (int)g.stride_d + y * (int)g.stride_h);
       read_line<quads>(values, line, g, inside, w);
+      if constexpr (!X::plain)
+        if (inside) {
+          const auto known = x.channel(n, before + channel);
+#pragma unroll
+          for (int i = 0; i < window; ++i) {
+            const int at = w + low + i;
+            if ((uint32_t)at < (uint32_t)g.width) values[i] = x(known, values[i], n, before + channel, z, y, at);
+          }
+        }
 #pragma unroll
       for (int i = 0; i < along; ++i) {
         const int k = from * along + i - first;
@@ -83,14 +95,14 @@ struct RowsBeside {
   }
 
   // As `block_to_rows`; `span` is of four neighbours along w each, a unit of them for every thread.
-  template <class T, class Half16, class Problem>
-  static FXFUSE_INLINE void block(int block, const T* x, Half16* rows, const SampleState& state, const RowGeometry& g,
+  template <class X, class Half16, class Problem>
+  static FXFUSE_INLINE void block(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                   const Scaling& by) {
     if (g.at_once) block_by<Half16, Problem, true>(block, x, rows, state, g, by);
     else block_by<Half16, Problem, false>(block, x, rows, state, g, by);
   }
-  template <class Half16, class Problem, bool quads>
-  static FXFUSE_INLINE void block_by(int block, const float* x, Half16* rows, const SampleState& state,
+  template <class Half16, class Problem, bool quads, class X>
+  static FXFUSE_INLINE void block_by(int block, const X& x, Half16* rows, const SampleState& state,
                                      const RowGeometry& g, const Scaling& by) {
     const int row_length = g.padded * g.groups, blocks_y = (row_length + 63) / 64;
     const int block_x = block % g.blocks_positions, block_rest = block / g.blocks_positions;
@@ -101,10 +113,9 @@ struct RowsBeside {
     if (i >= each * wide || quad >= all) return;
     const int group = place / g.padded, unit = (place - group * g.padded) / 8;
     const int line = quad / across, w = (quad - line * across) * 4, d = line / g.rows_h, h = line - d * g.rows_h;
-    const float* const from = x + n * g.stride_n + (int64_t)(group * g.channels) * g.stride_c;
     const int end = g.rows_w - w < 4 ? g.rows_w - w : 4;
     float values[4][8];
-    read<quads>(values, unit, from, g, d, h, w);
+    read<quads>(values, unit, x, g, n, group, d, h, w);
     Taken<true, false> take{by};
     look(values, unit, end, take);
     const int64_t row = ((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w;
