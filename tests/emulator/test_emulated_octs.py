@@ -69,7 +69,7 @@ BROKEN = {
     "neighbours": ("q % 2 ? 0x7632 : 0x5410", "q % 2 ? 0x5410 : 0x7632"),
     "padding": ("(const uint4*)from : make_uint4(0, 0, 0, 0);", "(const uint4*)from : make_uint4(~0u, 0, 0, 0);"),
     "another block of channels": ("row0 = (block_rest - n * blocks_y) * 64;", "row0 = 0;"),
-    "another group": ("(group * g.channels + c) * g.stride_c + p;", "c * g.stride_c + p;"),
+    "another group": ("const int channel = group * g.channels + c;", "const int channel = c;"),
     "too few": ("positions - first) / 8;", "positions - first) / 8 - 1;"),
 }
 
