@@ -25,7 +25,7 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A frozen, hashable chain of operators behind one anchor.
+    """A frozen, hashable chain of operators around one anchor.
 
     ``rules`` names the rewrites that lead from ``original`` to ``rewritten``, in order.
     ``precision`` is the numerics class of float32 convolutions ("tf32", "ieee"), or None for torch's
