@@ -71,10 +71,11 @@ class Order:
     def sees_through(self, view: fx.Node, reader: fx.Node) -> bool:
         """Whether ``view`` is one, and a region may have it by itself, for its operator ``reader``.
 
-        It looks later than the model does: nothing may write to that memory, nor switch a mode in between.
+        It looks later than the model does: nothing may write to that memory, nor switch a mode in between. A view
+        that is a member of another region is given by that.
         """
         call, memory = facts(view).call, facts(view).holds
-        if call is None or call.inplace or not vocabulary.lookup(call.op).view:
+        if view in self._unit or call is None or call.inplace or not vocabulary.lookup(call.op).view:
             return False
         base = call.operands[0]
         if not isinstance(base, fx.Node) or facts(base).tensor is None or facts(base).holds != memory:

@@ -62,7 +62,7 @@ def partition(graph: fx.Graph, order: Order) -> list[Draft]:
     for node in list(graph.nodes):
         if node in taken or not looks_like_anchor(node):
             continue
-        draft = _grow(graph, node, order, taken)
+        draft = _grow(graph, node, order, taken, {n for d in drafts for n in d.inputs})
         if draft is not None:
             drafts.append(draft)
             taken.update(draft.members)
@@ -93,13 +93,16 @@ def _own_views(drafts: Sequence[Draft]) -> None:
     given: set[fx.Node] = {n for draft in drafts for n in draft.inputs}
     first = {view: draft for draft in reversed(drafts) for view in draft.views}
     for view in sorted(first, key=index_of, reverse=True):
-        if view not in given and readers.issuperset(view.users):
+        if view not in given and view not in readers and readers.issuperset(view.users):
             first[view].own_views.append(view)
             readers.add(view)
 
 
 # --- growing --------------------------------------------------------------------------------------
-def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -> Draft | None:
+def _grow(
+    graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node], given: Collection[fx.Node]
+) -> Draft | None:
+    """``taken``, ``given``: members and inputs of other regions."""
     val = facts(anchor).tensor
     if val is None or not val.is_floating_point():
         return None
@@ -125,7 +128,7 @@ def _grow(graph: fx.Graph, anchor: fx.Node, order: Order, taken: set[fx.Node]) -
                 draft.ended.append((node, reason))
             elif reads:
                 draft.ended.append((node, "its value is an output of the model"))
-    _close(draft)
+    _close(draft, given)
     if not draft.inputs:
         facts(anchor).refusal = "nothing reads what follows it"
         return None
@@ -145,7 +148,7 @@ def _begin(anchor: fx.Node, val: Tensor, order: Order, taken: set[fx.Node]) -> D
         if at == len(front):
             facts(anchor).refusal = reason
             return None
-        front = front[at + 1 :]  # what reads none of them stays outside with it
+        front = front[at + 1 :]  # what comes before that one stays outside with it
 
 
 def _after(graph: fx.Graph, members: Collection[fx.Node], order: Order) -> list[fx.Node]:
@@ -286,6 +289,8 @@ def _call_as_eager(build: Builder, call: Call, operands: list[Any], wanted: Tens
     """
     if not autocast:
         return build.call(call.op, *operands, **call.attributes)
+    if vocabulary.lookup(call.op).kind is Kind.ANCHOR:  # fake tensors convolve values of mixed dtypes
+        return build.call(call.op, *(_cast(build, o, wanted.dtype) for o in operands), **call.attributes)
     with contextlib.suppress(Exception):  # operands of mixed dtypes, which only the casts make equal
         plain = build.call(call.op, *operands, **call.attributes)
         val = plain.meta["val"][0] if isinstance(plain.meta["val"], tuple) else plain.meta["val"]
@@ -303,9 +308,12 @@ def _cast(build: Builder, operand: Any, dtype: torch.dtype) -> Any:
     return operand
 
 
-def _close(draft: Draft) -> None:
-    """Name the values that leave the region, the statistics last, and drop what leads to none of them."""
-    draft.outputs = [n for n in draft.members if any(u not in draft.members for u in n.users)]
+def _close(draft: Draft, given: Collection[fx.Node]) -> None:
+    """Name the values that leave the region, the statistics last, and drop what leads to none of them.
+
+    ``given``: inputs of other regions, which may look through views in this one.
+    """
+    draft.outputs = [n for n in draft.members if n in given or any(u not in draft.members for u in n.users)]
     results = [draft.members[n] for n in draft.outputs]
     for _, mean, var in draft.statistics:
         results += [mean, var]

@@ -6,8 +6,10 @@ operator there costs no pass of its own. One whose value others read, too, stays
 
 from __future__ import annotations
 
+import types
 from collections.abc import Collection
 
+import torch
 from torch import fx, nn
 
 from fxfuse import vocabulary
@@ -71,7 +73,15 @@ def _own_memory(writer: fx.Node) -> bool:
     if made.call is not None and made.call.inplace:
         return _own_memory(base)
     if base.op == "call_function":
-        by_torch = (getattr(base.target, "__module__", None) or "").split(".")[0] in ("torch", "_operator")
+        by_torch = _is_torchs(base.target)
     else:
         by_torch = base.op == "call_method" or (base.op == "call_module" and hasattr(nn, made.spelling))
     return by_torch and not made.holds & made.reads
+
+
+def _is_torchs(function: object) -> bool:
+    """Whether a function is one of torch's own, not an operator or a function that somebody registered there."""
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(function).split(".")[0] in ("aten", "prims")
+    plain = isinstance(function, (types.FunctionType, types.BuiltinFunctionType))
+    return plain and (function.__module__ or "").split(".")[0] in ("torch", "_operator")

@@ -109,6 +109,21 @@ OUTPUT = "its value is an output of the model"
             ["conv_transpose"],
             {"max_1": "a max that also returns indices"},
         ),
+        # a view in one region that another one would look through
+        (
+            chain("v1 = v0.detach()", "v2 = v1 * self.m1(v1.relu())", "return v2", modules=(SAME, SAME)),
+            ["conv_transpose > detach > relu", "conv_transpose > mul"],
+            {
+                "m1": "it is the anchor of a region of its own",
+                "mul": "it also needs m1, which comes after the region",
+                "the output": OUTPUT,
+            },
+        ),
+        (
+            chain("v1 = self.m1(x)", "v2 = v0 * v1.detach()", "return v2", modules=(SAME, SAME)),
+            ["conv_transpose > detach > mul", "conv_transpose > detach"],
+            {"mul": "it belongs to another region", "the output": OUTPUT},
+        ),
         # what nothing reads is not computed
         (chain("v1 = v0.exp() + x.sum()", "return v0"), ["conv_transpose"], {"the output": OUTPUT}),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from grown import SAME, agree, chain, chains_of, ended
@@ -143,7 +145,21 @@ def _keeps(x: Tensor) -> Tensor:
     return _kept[-1]
 
 
-def test_memory_that_a_function_keeps() -> None:
+@torch.library.custom_op("fxfuse_tests::keeps", mutates_args=())
+def _keeps_too(x: Tensor) -> Tensor:
+    _kept.append(x * 2)
+    return _kept[-1]
+
+
+@_keeps_too.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize(
+    "keeps", [lambda x: _keeps(x), torch.ops.fxfuse_tests.keeps, torch.ops.fxfuse_tests.keeps.default, _keeps_too]
+)
+def test_memory_that_a_function_keeps(keeps: Callable[[Tensor], Tensor]) -> None:
     """Nothing tells that somebody will look at it."""
 
     class Model(nn.Module):
@@ -152,7 +168,7 @@ def test_memory_that_a_function_keeps() -> None:
             self.relu, self.up = nn.ReLU(inplace=True), nn.ConvTranspose2d(2, 2, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.up(self.relu(_keeps(x)))
+            return self.up(self.relu(keeps(x)))
 
     model, x = Model().double(), torch.randn(2, 2, 4, 5).double()
     optimized = fxfuse.optimize(model, (x,))
@@ -167,3 +183,14 @@ def test_a_prologue_that_cannot_be_built() -> None:
     model = front("v0 = x.lt_(1)", "v1 = up((v0 + 1).relu())", "return v1")
     report = agree(Chain(**{**vars(model), "lines": ("v0 = x.clone()", "v0.lt_(1)", *model.lines[1:])}).make()[0])
     assert chains_of(report) == ["add > relu > conv_transpose"]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_autocast_of_an_input_that_is_narrow_already(kind: torch.dtype) -> None:
+    """Weights of float32 are cast: fake tensors would convolve both as they are."""
+    model = nn.Sequential(nn.ReLU(), nn.ConvTranspose3d(4, 4, 2, 2), nn.ConvTranspose3d(4, 4, 2, 2), nn.Tanh())
+    x = torch.randn(2, 4, 4, 4, 4).to(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        optimized = fxfuse.optimize(model, (x,))
+        assert torch.equal(optimized(x), model(x))
+    assert len(optimized.fxfuse_report.regions) == 2

@@ -3,8 +3,9 @@
 A call queues up to six kernels: `measure` (scales of weights and samples of float32) or `unmark` (where 16-bit
 numbers of x are looked at), `prepare` (x as rows of channels, packed weights), `again` (rows of large samples whose
 scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked, and `merge` where
-statistics of the output are wanted. Of planar kernels, which read x as it lies and mark samples themselves, there are
-`unmark`, `convolution`, `direct` and `merge`. A second run on the same x leaves out what the first one has made for it.
+statistics of the output are wanted. Those that read x have the chain in front of the convolution, if there is one.
+Of planar kernels, which read x as it lies and mark samples themselves, there are `unmark`, `convolution`, `direct`
+and `merge`. A second run on the same x leaves out what the first one has made for it.
 What depends on shapes alone is computed once, in a :class:`_Call`, which :class:`Calls` keep; a call fills in the
 pointers.
 """

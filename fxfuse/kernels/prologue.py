@@ -43,13 +43,13 @@ def absorb(made: Schedule, convolutions: Sequence[Convolution]) -> Schedule | No
     there is none, or where one of the ``convolutions``, all that it runs, reads x as it lies.
     """
     launches = [k for k in (made.measuring, made.kernel) if k is not None]
-    step = next((s for s in made.ahead if launches and s.makes == (launches[0].x,)), None)
+    step = next((s for s in made.ahead for k in launches[-1:] if s.makes == (k.x,)), None)
     if not isinstance(step, Map) or step.before is None or not step.pointwise or step.viewed:
         return None
     others = [*(s for s in made.ahead if s is not step), *made.between, *made.steps]
     if step.stored in made.rest.outputs or any(step.stored in s.reads for s in others):
         return None
-    if any(k.x != step.stored or k.correlates or step.stored in k.reads[1:] for k in launches):
+    if any(k.x != step.stored or k.correlates or step.stored in k.operands for k in launches):
         return None
     wide = step.given.dtype is torch.float32 and step.kind.dtype is not torch.float32
     if step.given.dtype is not step.kind.dtype and not wide:
@@ -65,8 +65,10 @@ def absorb(made: Schedule, convolutions: Sequence[Convolution]) -> Schedule | No
 def _reads_as_it_lies(convolution: Convolution, step: Map) -> bool:
     """Whether a convolution's kernel reads what ``step`` stores, and no rows of it."""
     made = convolution.made
-    if made.planar or convolution.dtype is torch.float32 or made.watched:
-        return made.planar > 0
+    if made.planar:
+        return True
+    if convolution.dtype is torch.float32 or made.watched:
+        return False
     x = torch.empty_strided([s or 0 for s in step.kind.shape], step.strides, dtype=step.kind.dtype, device="meta")
     return rows_in_place(three_dims(x), made)
 

@@ -1,4 +1,4 @@
-"""A rewritten chain cut in three: what torch runs first, one convolution kernel, the steps behind it.
+"""A rewritten chain cut in three: what runs first, one convolution kernel, the steps behind it.
 
 The kernel takes the transposed convolution, the pointwise chain behind it, and a pool where that is
 made of whole residue classes: a window and a step that are multiples of the convolution's stride. It

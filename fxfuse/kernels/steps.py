@@ -69,9 +69,13 @@ class Launch:
     @property
     def reads(self) -> tuple[str, ...]:
         """Every value that the kernel reads."""
+        return tuple(dict.fromkeys([self.x, *self.operands]))
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What it reads besides x, which may be among it."""
         operands = [f.value for e in self.expressions if e is not None for f in e.fields]
-        bias = [] if self.bias is None else [self.bias]
-        return tuple(dict.fromkeys([self.x, self.weight, *bias, *operands]))
+        return (self.weight, *([] if self.bias is None else [self.bias]), *operands)
 
     @property
     def expressions(self) -> tuple[Expression | None, ...]:

@@ -206,6 +206,20 @@ def test_x_that_is_read_where_it_lies() -> None:
     assert_near(got, expected, LIMIT[F16])
 
 
+def test_weights_that_are_made_of_the_same() -> None:
+    """They need what the chain stores."""
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.sigmoid() - 0.5
+            return F.conv_transpose3d(y, y).relu()
+
+    torch.manual_seed(0)
+    got, expected, made = run_prepared(Twice(), torch.randn(8, 8, 3, 3, 3))
+    assert made.schedule.kernel is not None and made.schedule.kernel.front is None
+    assert_near(got, expected, LIMIT[F32])
+
+
 def test_planes() -> None:
     """Nor is there a place for it where x is multiplied as it lies."""
     torch.manual_seed(0)
