@@ -13,6 +13,10 @@ import fxfuse
 from fxfuse.patterns import DEFAULT_RULES
 
 CHAINS, ORDERS = 400, 2
+#: what random ones seldom have
+FLAT = Chain(
+    (2, 2, 3, 3), (("m0", "nn.ConvTranspose2d(2, 3, 2)"),), (), ("v0 = self.m0(x).flatten(2).mean(-1)",), ("v0",)
+)
 
 
 def test_the_order_of_the_rules_does_not_matter() -> None:
@@ -30,5 +34,6 @@ def test_the_order_of_the_rules_does_not_matter() -> None:
                 other = rewrite(region.region.original, rules)
                 assert other.text == first.text, (first.rules, other.rules)
 
+    check(FLAT)
     search(chains(in_line=True), check, CHAINS)
     assert fired >= RULES

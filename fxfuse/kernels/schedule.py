@@ -155,7 +155,7 @@ def _bundled(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     wanted = {*late, *_reads(measuring), *(n for item in middle for n in reads_of(item))}
     ahead = bundler.needed(first, wanted)
     all_small = bundler.leaves_nothing([*ahead, *middle, *behind])
-    body = [i for i in ahead if isinstance(i, Instr)]
+    body = needed_by(made.first.body, wanted)
     return dataclasses.replace(
         made,
         first=bundler.program(body, tuple(o for i in body for o in i.outs if o in wanted)),

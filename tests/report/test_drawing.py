@@ -44,7 +44,7 @@ def test_the_drawing_of_a_decoder() -> None:
     after = found["after"]["collapsed"]["boxes"]
     assert [b["kind"] for b in after] == ["input", "group", "region", "group", "region", "output"]
     assert after[2]["title"] == "[1] up1.0" and after[2]["region"] == 0
-    assert any(line.startswith("\N{WHITE SQUARE} conv_transpose > relu") for line in after[2]["lines"])
+    assert any(line.startswith("\N{WHITE SQUARE} relu > conv_transpose > relu") for line in after[2]["lines"])
     names = {b["name"] for b in after}
     assert all(line["from"] in names and line["to"] in names for line in found["after"]["collapsed"]["lines"])
 
