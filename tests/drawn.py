@@ -11,10 +11,12 @@ import dataclasses
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from strategies import POINTWISE, Chain
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 #: numerics classes: dtype, and whether float32 may round its factors to TF32
 CLASSES = {
@@ -109,6 +111,15 @@ class Drawn:
             f"# x: {' or '.join(map(str, self.shapes))}, randn * {self.scale:.3g}",
             self.chain.source(),
         ])  # fmt: skip
+
+
+class _Checked(TorchFunctionMode):
+    """Without memory, torch's softmax takes a dim that there is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.softmax:
+            args[0].size(args[1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Drawing:
@@ -229,7 +240,7 @@ class _Drawing:
         """Whether the chain so far has results for all shapes."""
         with torch.device("meta"):
             model = self.chain(train).model()
-        with contextlib.suppress(RuntimeError, ValueError, IndexError), torch.no_grad():
+        with contextlib.suppress(RuntimeError, ValueError, IndexError), torch.no_grad(), _Checked():
             results = [model(torch.empty(shape, device="meta")) for shape in self.shapes]
             return all(0 < r.numel() <= LARGEST for r in results)
         return False

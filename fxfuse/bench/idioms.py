@@ -1,4 +1,4 @@
-"""Chains to measure as models write them: norms of last dims, attention, residuals, views and sizes between."""
+"""Chains to measure as models write them: norms of last dims, attention, residuals, views between, norms in front."""
 
 from __future__ import annotations
 
@@ -148,6 +148,25 @@ IDIOMS = (
         8, 32, 12, 24, 48,
     ),
     _case("CT(32,64,k3,s2,dilation=2)", lambda: up(32, 64, 3, dilation=2, **DOUBLE), 16, 32, 16, 32, 32),
+    _case(
+        "InstanceNorm > leaky_relu > CT(64,32,k2,s2)",
+        lambda: Stages(nn.InstanceNorm3d(64, affine=True), nn.LeakyReLU(0.01), up(64, 32, 2, stride=2)),
+        2, 64, 64, 64, 64,
+    ),
+    _case(
+        "BatchNorm > relu > CT(128,64,k2,s2)",
+        lambda: Stages(nn.BatchNorm3d(128), nn.ReLU(), up(128, 64, 2, stride=2)), 4, 128, 32, 32, 32,
+    ),
+    _case(
+        "GroupNorm(8) > silu > CT(64,64,k3,s2)",
+        lambda: Stages(nn.GroupNorm(8, 64), nn.SiLU(), up(64, 64, 3, **ONE_MORE)), 4, 64, 32, 48, 48,
+    ),
+    _case("relu > CT(64,32,k4,s2)", lambda: Stages(nn.ReLU(), up(64, 32, 4, **DOUBLE)), 8, 64, 32, 32, 32),
+    _case("leaky_relu > CT(64,64,k3)", lambda: Stages(nn.LeakyReLU(0.2), up(64, 64, 3, padding=1)), 8, 64, 48, 48, 48),
+    _case(
+        "MaxPool(2) > relu > CT(32,32,k2,s2) > relu",
+        lambda: Stages(nn.MaxPool3d(2), nn.ReLU(), up(32, 32, 2, stride=2), nn.ReLU()), 4, 32, 64, 96, 96,
+    ),
     _behind("LayerNorm(c) > gelu", lambda: NormOfChannels(48)),
     _behind("squeeze and excitation", lambda: Excite(48)),
     _behind("* sigmoid(max + mean over space)", lambda: attended),

@@ -90,10 +90,13 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import place
     import test_collapsed
     import test_correlation
+    import test_in_front
     import test_limits
     import test_planes
+    import test_rows
     import test_rows_beside
     import torch
+    from fronts import FRONTS
     from orientation import pingpong_always, sets_always
 
     from fxfuse.kernels import execute, planar
@@ -131,6 +134,14 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         with place.kernels_always(planes=False):
             test_rows_beside.test_rows_of_several_positions(name, last)
 
+    def in_front(name: str, front: Callable[..., object]) -> None:
+        with place.kernels_always(planes=False):
+            test_in_front.test_forms(name, front, None)
+
+    def rows(name: str) -> None:
+        with place.kernels_always():
+            test_rows.test_pools_of_rows(name, torch.float32)
+
     def correlated(channels: int) -> None:
         with place.kernels_always(twice=True):
             test_correlation.test_output_channels(channels)
@@ -151,6 +162,10 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for name, last in itertools.product(("a mean of sums", "holes", "statistics"), (False, True)):
         lies = "channels last" if last else "contiguous"
         yield f"{name}, rows of several positions, {lies}", functools.partial(beside, name, last)
+    for name, front in itertools.product(("four at once", "channels last", "several positions in a row"), FRONTS):
+        yield f"{name}, behind a chain {front.__name__}", functools.partial(in_front, name, front)
+    for norm in test_rows.POOLED:
+        yield f"rows and a pool: {norm}", functools.partial(rows, norm)
     for channels in (1, 17):
         yield f"moments of {channels} channels from products of x", functools.partial(correlated, channels)
     for store in test_limits.STORES:

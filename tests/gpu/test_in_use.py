@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from place import DEVICE, kernels_always, needs
-from stages import made, sample, steps_run, trained
+from stages import Stages, made, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
@@ -37,11 +37,16 @@ def block(channels: int, *stages: str | Callable[[Tensor], Tensor]) -> nn.Module
     return trained(made(3, channels, 8, 3, stride=2, padding=1), *stages)
 
 
+def behind_a_norm() -> nn.Module:
+    return Stages(nn.GroupNorm(2, 12).to(DEVICE), nn.LeakyReLU(0.1), made(3, 12, 8, 3, stride=2, padding=1)).train()
+
+
 #: a model for x (N, C, D, H, W), C, and a word of the schedule
 WAYS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "means": (lambda: block(4, halved), 4, "avg_pool 4x4x4"),
     "products": (lambda: block(3, "batch", halved), 3, "from products of x"),
     "softmax": (lambda: block(4, softmax), 4, "conv_transpose > softmax > sigmoid"),
+    "front": (behind_a_norm, 12, "leaky_relu > conv_transpose"),
     "twice": (lambda: block(8, "instance", F.hardswish), 8, "the convolution again"),
 }
 
