@@ -157,7 +157,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
             return F.conv_transpose3d(xs[i % copies], w, bias, *geometry)
 
         result[f"eager {layout}"] = median(peer)
-        made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch)
+        made = convolution(case, name, layout)
         out = torch.full_like(expected, math.nan, dtype=dtype).contiguous(memory_format=form)
         calls = Calls(made, case.extents)
         calls.run(xs[0], weight, bias, out)
@@ -173,7 +173,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
         result[f"refused {layout}"] = refusal(case, name, layout)
         row = 0 if layout == "channels_last" else case.extents[2]
         result[f"estimate {layout}"] = 1e3 * seconds(
-            made.made, case.batch, case.sizes, case.extents, row, out.element_size()
+            made.made, case.batch, case.sizes, case.extents, row, out.element_size(), in_place=row == 0 and not exact
         )
     torch.cuda.empty_cache()
     return result
@@ -224,16 +224,35 @@ def main() -> None:
         raise SystemExit(f"wrong results: {'; '.join(wrong)}")
 
 
+def convolution(case: Case, name: str, layout: str) -> Convolution:
+    """The engine's kernels for a layer whose x and result are of one memory format."""
+    dtype, exact = CLASSES[name]
+    in_place = layout == "channels_last" and dtype is not torch.float32
+    return Convolution.of(
+        case.layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch, in_place=in_place
+    )
+
+
 def refusal(case: Case, name: str, layout: str) -> str | None:
     """Why the compiler leaves the layer, with nothing behind it, to torch; None where it runs as a kernel."""
-    dtype, exact = CLASSES[name]
+    dtype, _ = CLASSES[name]
     layer = case.layer
     kind = TensorType(dtype, (case.batch, layer.out_channels * layer.groups, *case.extents))
     launch = Launch(
-        layer, "x", "w", "b", dtype, dtype, case.extents, "y", kind, dense(kind.shape, layout), ("conv_transpose",)
+        layer,
+        "x",
+        "w",
+        "b",
+        dtype,
+        dtype,
+        case.extents,
+        "y",
+        kind,
+        dense(kind.shape, layout),
+        ("conv_transpose",),
+        x_layout=layout,
     )
-    made = Convolution.of(layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch).made
-    return slower(launch, made, case.batch, case.sizes)
+    return slower(launch, convolution(case, name, layout).made, case.batch, case.sizes)
 
 
 def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
@@ -256,10 +275,9 @@ def summarise(cases: list[Case], results: list[dict[str, Any]]) -> None:
 
 def compile_ahead(job: tuple[Case, str]) -> None:
     case, name = job
-    dtype, exact = CLASSES[name]
     for layout in ("contiguous", "channels_last"):
         try:
-            made = Convolution.of(case.layer, dtype, dtype, dtype, Epilogue(), layout, exact, case.extents, case.batch)
+            made = convolution(case, name, layout)
         except Unsupported:
             continue
         for store in made.stores:

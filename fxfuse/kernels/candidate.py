@@ -98,7 +98,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         exact,
         kernel.sizes,
         kernel.kind.shape[0] or 0,
-        rows=kernel.x_layout != "channels_last",
+        in_place=kernel.in_place,
         planes=kernel.planes,
         prologue=_prologue(kernel),
     )

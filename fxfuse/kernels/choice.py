@@ -22,13 +22,11 @@ from fxfuse.kernels.tiling import seconds, tile
 #: other operators are behind it, which the kernel takes as well; for a grouped one, of which cuDNN makes little
 LEAST_SECONDS, LEAST_SECONDS_CHAIN, LEAST_SECONDS_GROUPED = 1.8e-5, 1.6e-5, 1.6e-5
 #: in channels_last_3d, for 16-bit numbers where a kernel has no more taps than its stride has outputs, so that cuDNN
-#: multiplies, and that is all; and for float32 where outputs have no tap
-LEAST_SECONDS_APART, LEAST_SECONDS_HOLES = 3.1e-5, 5.1e-5
+#: multiplies, and that is all
+LEAST_SECONDS_APART = 2.7e-5
 #: output channels up to which cuDNN has other kernels than for many, which float32 with many products per output makes
 #: fast
 FEW, MANY_PRODUCTS = 4, 10_000
-#: bytes of one group's results at one position that are less than a line of memory: for kernels of few taps
-LINE = 128
 #: part of a tile's rows that are positions of the output, below which float32 with stride 1 is compared, too
 LEAST_FIT = 0.55
 #: cuDNN with stride 1 at its best: operations per second by the bytes of an element; input channels that it multiplies
@@ -36,8 +34,8 @@ LEAST_FIT = 0.55
 CUDNN_RATE, CUDNN_DEPTH, CUDNN_COLUMNS, CUDNN_TRANSPOSES = {2: 6e14, 4: 4e14}, 32, 128, 2.4e12
 #: seconds of its shortest calls for contiguous tensors, which are several kernels
 CUDNN_LEAST = 3e-5
-#: part of that time from which on the kernel's estimate is as long
-AS_FAST = 0.9
+#: part of that time from which on the kernel's estimate is as long; and where x is multiplied as it lies
+AS_FAST, AS_FAST_IN_PLACE = 0.9, 0.85
 
 
 def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, int, int]) -> str | None:
@@ -49,19 +47,17 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         return "there is nothing to compute"
     if kernel.step != ONE:
         return None  # of all that cuDNN makes, little is stored
-    estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, kernel.kind.dtype.itemsize)
+    itemsize = kernel.kind.dtype.itemsize
+    estimate = seconds(_apart(kernel, made), batch, sizes, extents, row, itemsize)  # as if rows were made of x
     taps, steps, grouped = math.prod(layer.kernel), math.prod(layer.stride), layer.groups * layer.joined > 1
     if grouped and taps > max(4, steps) and estimate > LEAST_SECONDS_GROUPED:
         return None
     folds = kernel.fold is not None
-    little = bool(kernel.combine) or (kernel.fold is not None and not kernel.fold.keeps)  # of it is stored
     chain = bool(kernel.combine) or kernel.gathers or folds or len(kernel.stages) > 2
     narrow = kernel.dtype is not torch.float32
     least = LEAST_SECONDS_APART if narrow and last and taps <= steps else LEAST_SECONDS
     if estimate < (LEAST_SECONDS_CHAIN if chain else least):
         return f"the layer is small: {estimate * 1e6:.0f} us by estimate, less than launches are worth"
-    if taps < steps and not little and last and (narrow or estimate < LEAST_SECONDS_HOLES):
-        return f"a kernel of {layer.kernel} and a stride of {layer.stride} leave outputs that no tap reaches"
     channels = layer.channels * layer.joined
     if layer.out_channels <= FEW and not narrow:
         idle = f"{layer.out_channels} output channels leave the matrix units idle"
@@ -71,11 +67,15 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         return None
     if taps == 1 and 2 * layer.out_channels <= channels and not (narrow and last) and not kernel.gathers:
         return f"a kernel of {layer.kernel} is bound by reading its input, in cuDNN as here"
-    if layer.groups > 1 and 1 < taps <= 4 and last and layer.out_channels * kernel.kind.dtype.itemsize <= LINE:
-        return f"{layer.out_channels} output channels lie apart from those of other groups"
-    if (taps == 1 and last) or kernel.gathers or made.exact or not (narrow or _fit(kernel, made, batch) < LEAST_FIT):
+    if (taps == 1 and last) or kernel.gathers or made.exact or (grouped and kernel.in_place):
         return None
-    if estimate > AS_FAST * _cudnn(kernel, made, batch, sizes):
+    if not narrow and _fit(kernel, made, batch) >= LEAST_FIT:
+        return None
+    fast = AS_FAST
+    if kernel.in_place:
+        fast = AS_FAST_IN_PLACE
+        estimate = seconds(made, batch, sizes, extents, row, itemsize, in_place=True)
+    if estimate > fast * _cudnn(kernel, made, batch, sizes):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None
 

@@ -74,8 +74,8 @@ class Specialisation:
     the only class is the sum of all residue classes of a position. ``by_channel``: rows of a matrix instruction are
     output channels and its columns are the positions of a warpgroup, ``m_tiles`` times 64 of them; else the other way
     round.
-    ``watched``: 16-bit numbers of x are looked at as they are made rows, and samples with Inf or NaN left to the kernel
-    `direct`, as those of float32 always are.
+    ``watched``: 16-bit numbers of x are looked at as they are made rows, or where they lie, and samples with Inf or NaN
+    left to the kernel `direct`, as those of float32 always are.
     ``planar``: where x, of few channels, is not made rows, the bytes of a number of it: shared memory has a plane
     of positions for every channel, as x itself, and each warp's own instructions, of TF32, read it there
     (``conv_planar.cuh``). The only stage holds all weights. ``step``: positions of x per dim from one position of
@@ -86,6 +86,8 @@ class Specialisation:
     ``pingpong``: each multiplying warpgroup has tiles of its own, and buffers of x; all weights of a block's channels
     lie in shared memory, as the only stage. The matrix units have the products of one while the other works off its
     accumulators. Else both have parts of a tile, and do the same together.
+    ``neighbours``: how many output channels in a row a thread has, to be stored at once where they are neighbours in
+    memory; one where their number is odd (``columns.cuh``).
     """
 
     layer: Layer
@@ -107,6 +109,7 @@ class Specialisation:
     inner: int = 2
     by_pass: bool = False
     pingpong: bool = False
+    neighbours: int = 2
 
     @property
     def sharing(self) -> int:
@@ -132,6 +135,11 @@ class Specialisation:
     def padded_channels(self) -> int:
         """Input channels per group in rows of shared memory."""
         return -(-self.layer.in_channels // self.chunk_channels) * self.chunk_channels
+
+    @property
+    def pads(self) -> bool:
+        """Whether there are more of them than of x, so that rows are made of it however it lies."""
+        return self.padded_channels != self.layer.in_channels
 
     @property
     def chunk_channels(self) -> int:

@@ -1,11 +1,11 @@
 """Run a convolution with its epilogue on a Hopper GPU: workspaces, arguments and launches of one call.
 
 A call queues up to six kernels: `measure` (scales of weights and samples of float32) or `unmark` (where 16-bit
-numbers of x are looked at), `prepare` (x as rows of channels, packed weights), `again` (rows of large samples whose
-scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked, and `merge` where
-statistics of the output are wanted. Those that read x have the chain in front of the convolution, if there is one.
-Of planar kernels, which read x as it lies and mark samples themselves, there are `unmark`, `convolution`, `direct`
-and `merge`. A second run on the same x leaves out what the first one has made for it.
+numbers of x are looked at), `prepare` (x as rows of channels, or a look at it; packed weights), `again` (rows of
+large samples whose scale `measure` has guessed too low), `convolution`, `direct` for samples that `prepare` marked,
+and `merge` where statistics of the output are wanted. Those that read x have the chain in front of the convolution, if
+there is one. Of planar kernels, which read x as it lies and mark samples themselves, there are `unmark`,
+`convolution`, `direct` and `merge`. A second run on the same x leaves out what the first one has made for it.
 What depends on shapes alone is computed once, in a :class:`_Call`, which :class:`Calls` keep; a call fills in the
 pointers.
 """
@@ -47,6 +47,7 @@ from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Chain, Launch, Module, planes_map, rows_map, stream_of
 from fxfuse.kernels.lies import (
     at_once_of,
+    channels_by_position,
     lines_by_quads,
     planes_in_place,
     rows_in_place,
@@ -63,6 +64,8 @@ MOST = 2**31 - 1
 #: those of the expressions before a pool, behind it, behind a reduction, and in front of x, packed
 Operands = tuple[bytes, bytes, bytes, bytes]
 NO_OPERANDS: Operands = b"", b"", b"", b""
+#: units of eight 16-bit numbers that a block of `prepare` looks at, where x is multiplied as it lies
+LOOKED_AT = 8 * BLOCK
 #: places of a workspace for which the arguments are kept
 MOST_PLACES = 16
 
@@ -157,7 +160,7 @@ class _Call:
         self.planar = made.planar > 0
         self.scaled = layer.dtype is torch.float32 and not self.planar
         self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
-        as_it_is = layer.prologue is None and not self.looks
+        as_it_is = layer.prologue is None and not self.scaled
         self.in_place = self.planar or (as_it_is and rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
         self.map = self._map_of(x, (n, *rows_sizes, width), layer, tiling)
@@ -251,7 +254,9 @@ class _Call:
             yield Launch(kernels["unmark"], -(-n // BLOCK), BLOCK, [told.samples, I32(n), *biases])
         front = [] if layer.prologue is None else [self.front]
         if not (self.planar or (given and of.shares is Shared.ALL)):
-            rows_geometry = _rows_geometry(x, made, made_before=self.in_place or given)
+            rows_geometry = _rows_geometry(x, made, in_place=self.in_place)
+            if given or (self.in_place and not made.watched):
+                rows_geometry.blocks = 0
             if self.scaled:
                 ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
@@ -333,6 +338,8 @@ class _Call:
         samples, channels, to = told.samples, told.channels, told.to
         places = self.workspace.addresses(*bases)
         told.rows, samples.largest, samples.above, samples.marks, samples.scale = places[:5]
+        if self.in_place:
+            told.rows = 0
         told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
         to.parts, to.counts = places[10:]
         told.scale = channels.scale
@@ -352,19 +359,23 @@ class _Call:
         self.source = source
 
 
-def _rows_geometry(x: Tensor, made: Specialisation, *, made_before: bool) -> Rows:
-    """What `prepare` and `again` are told of the rows of x; without blocks where they are ``made_before``."""
+def _rows_geometry(x: Tensor, made: Specialisation, *, in_place: bool) -> Rows:
+    """What `prepare` and `again` are told of the rows of x; ``in_place``: of what `prepare` looks at."""
     n, _, *sizes = x.shape
     layer, groups, width = made.layer, made.layer.groups, made.padded_channels * made.layer.groups
     rows = d, h, w = layer.row_sizes((sizes[0], sizes[1], sizes[2]))
+    channels = layer.channels * layer.joined, made.padded_channels, groups
+    if in_place:
+        blocks = -(-math.prod(sizes) * width // (8 * LOOKED_AT))
+        return Rows(Strides(*x.stride()), *sizes, *channels, blocks * n, blocks, LOOKED_AT, 0, *rows)
     if layer.beside:  # four neighbours along w at once
         at_once, positions = 4 * lines_by_quads(x), d * h * -(-w // 4) * 4
     else:
         at_once, positions = at_once_of(x), math.prod(rows)
-    span = (2048 * at_once or (8192 if layer.beside else 4096)) // max(16, min(64, 1 << (width - 1).bit_length()))
+    each = 2048 * at_once or (8192 if layer.beside else 32768 if channels_by_position(x) else 4096)
+    span = each // max(16, min(64, 1 << (width - 1).bit_length()))
     blocks_positions = -(-positions // span)
-    blocks = 0 if made_before else blocks_positions * -(-width // 64) * n
-    channels = layer.channels * layer.joined, made.padded_channels, groups
+    blocks = blocks_positions * -(-width // 64) * n
     return Rows(Strides(*x.stride()), *sizes, *channels, blocks, blocks_positions, span, at_once, *rows)
 
 

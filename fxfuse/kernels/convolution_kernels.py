@@ -61,7 +61,7 @@ class Convolution:
         exact: bool = False,
         extents: Extents | None = None,
         samples: int = 0,
-        rows: bool = False,
+        in_place: bool = False,
         planes: bool = False,
         prologue: Prologue | None = None,
     ) -> Convolution:
@@ -69,11 +69,12 @@ class Convolution:
 
         ``layout``: "contiguous" or "channels_last". ``exact``: the accuracy of float32, not of TF32. ``extents``:
         sizes of the stored tensor, for a choice between a few kernels; any of them takes any size. ``samples``: so
-        many of them, where that is known. ``rows``: x, of 16-bit numbers, has to be made rows, and may be looked at.
+        many of them, where that is known. ``in_place``: x, of 16-bit numbers, lies as rows of channels.
         ``planes``: x may be read as it lies. ``prologue``: what is made of x on the way.
         """
         before = epilogue.before != Epilogue.before
         summed = epilogue.combine == "Sum" and not before
+        last = layout == "channels_last"
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
         row = extents[2] if extents is not None and layout == "contiguous" else 0
 
@@ -101,13 +102,15 @@ class Convolution:
             assert extents is not None
             stride = layer.stride if epilogue.combine == "" else (1, 1, 1)
             d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))  # of x, about
-            return seconds(made, samples, (d, h, w), extents, row, output.itemsize, keeps=epilogue.keeps)
+            return seconds(
+                made, samples, (d, h, w), extents, row, output.itemsize, keeps=epilogue.keeps, in_place=in_place
+            )
 
         if dtype is torch.float32:  # what is not finite is left to the kernel `direct`
             made = specialised(layer.join(), fastest)
         else:
             made = specialised(layer, specialise)
-            if rows and extents is not None and samples and not summed:
+            if extents is not None and samples and not summed:
                 finite = specialised(layer.join(), functools.partial(specialise, finite=True))
                 watched = dataclasses.replace(finite, watched=True)
                 if time(watched) + WATCHING < time(made):
@@ -137,6 +140,9 @@ class Convolution:
                     made = other
         if extents is not None and samples:
             made = as_pingpong(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)
+        if last:
+            most = 2 if made.planar or made.by_channel else 16 // output.itemsize
+            made = dataclasses.replace(made, neighbours=math.gcd(most, made.layer.out_channels))
         if made.step != epilogue.step:
             raise Unsupported(f"no kernel makes one value of {epilogue.step} positions")
         return Convolution(made, dtype, output, bias, epilogue, layout, prologue)

@@ -218,6 +218,7 @@ def _problem(
         **{f"step_{dim}": value for dim, value in zip("dhw", made.step, strict=True)},
         "in_channels": layer.channels,
         "joined": layer.joined,
+        "neighbours": made.neighbours,
         "pair": made.pair,
         "lines": made.lines,
         "itemsize": ITEMSIZES[output],

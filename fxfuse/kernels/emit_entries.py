@@ -36,6 +36,8 @@ def entries(
         "out": TYPES[output],
         **_of_bias(TYPES[bias], scaled=dtype == "f32"),
         **_of_x(TYPES[dtype], prologue),
+        "blocks": (4 if dtype == "f32" else 3) - (prologue is not None),
+        "blocks_again": 4 if prologue is None else 2,
     }
     yield (_PLANAR if made.planar else _MULTIPLYING).format(**words)
     yield _DIRECT.format(**words)
@@ -50,11 +52,10 @@ def entries(
 def _of_bias(kind: str, *, scaled: bool) -> dict[str, str]:
     """Without scales to be measured, `prepare` has what `measure` does of the bias."""
     if scaled:
-        return {"scaled": "true", "blocks": "4", "wide": "", "widen": ""}
+        return {"scaled": "true", "wide": "", "widen": ""}
     wide = f", const {kind}* bias, float* wide, int all_channels"
     return {
         "scaled": "false",
-        "blocks": "3",
         "wide": wide,
         "widen": "\n  if (bias) fxfuse::widen(bias, wide, all_channels);",
     }
@@ -121,7 +122,7 @@ measure(const float* w, const {bias}* bias, const __grid_constant__ fxfuse::Chan
   else
     fxfuse::measure_sample(blockIdx.x - all_channels, input, samples, size, {g});
 }}
-extern "C" __global__ void __launch_bounds__(256, 4)
+extern "C" __global__ void __launch_bounds__(256, {blocks_again})
 again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g{front}) {{
   fxfuse::begin_dependent();

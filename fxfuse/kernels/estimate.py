@@ -113,7 +113,8 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     layer, x = made.layer, types[kernel.x]
     scaled = kernel.dtype is torch.float32 and not made.planar
     n, _, *sizes = (s or 0 for s in x.shape)
-    width = 0 if made.planar else made.padded_channels * layer.groups * made.parts * 2
+    as_it_lies = made.planar or (kernel.in_place and not made.pads)
+    width = 0 if as_it_lies else made.padded_channels * layer.groups * made.parts * 2
     rows = n * math.prod(layer.row_sizes(three_of(sizes))) * width
     packed = layer.groups * made.column_tiles * made.weight_bytes
     moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
@@ -164,7 +165,16 @@ def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -
     itemsize = kernel.kind.dtype.itemsize
     epilogue = _epilogue(kernel, merged=made.merged)
     return seconds(
-        made, batch, sizes, kernel.sizes, row, itemsize, keeps=kernel.keeps, epilogue=epilogue, shares=kernel.shares
+        made,
+        batch,
+        sizes,
+        kernel.sizes,
+        row,
+        itemsize,
+        keeps=kernel.keeps,
+        epilogue=epilogue,
+        shares=kernel.shares,
+        in_place=kernel.in_place,
     )
 
 

@@ -32,6 +32,13 @@ def at_once_of(x: Tensor) -> int:
     return count if whole and neighbours and n % count == 0 and c % count == 0 else 0
 
 
+def channels_by_position(x: Tensor) -> bool:
+    """Whether channels are neighbours, positions are not, and they follow each other: as `prepare` decides it."""
+    _, c, d, h, w = x.stride()
+    *_, height, width = x.shape
+    return c == 1 and w != 1 and h == width * w and d == height * width * w
+
+
 def lines_by_quads(x: Tensor) -> bool:
     """Whether positions along w are neighbours, and every four of them can be read at once."""
     *others, w = x.stride()
@@ -50,7 +57,7 @@ def rows_in_place(x: Tensor, made: Specialisation) -> bool:
     strides = x.stride()
     return (
         strides[1] == 1
-        and made.padded_channels == made.layer.in_channels
+        and not made.pads
         and all(s % 8 == 0 and s > 0 for i, s in enumerate(strides) if i != 1)
         and x.data_ptr() % 16 == 0
     )

@@ -15,7 +15,6 @@ from fxfuse.forms import Form
 from fxfuse.instr import TensorType
 from fxfuse.kernels.chains import needed_by
 from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.lies import rows_in_place, three_dims
 from fxfuse.kernels.steps import Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, plan
 from fxfuse.program import program_of
@@ -40,7 +39,7 @@ def steps_in_front(made: Schedule, values: Mapping[str, Form]) -> Sequence[Step]
 
 def absorb(made: Schedule, convolutions: Sequence[Convolution]) -> Schedule | None:
     """The schedule with the pointwise chain right in front of its convolution in the kernels that read x; None where
-    there is none, or where one of the ``convolutions``, all that it runs, reads x as it lies.
+    there is none, or where one of the ``convolutions``, all that it runs, reads x in planes.
     """
     launches = [k for k in (made.measuring, made.kernel) if k is not None]
     step = next((s for s in made.ahead for k in launches[-1:] if s.makes == (k.x,)), None)
@@ -54,23 +53,12 @@ def absorb(made: Schedule, convolutions: Sequence[Convolution]) -> Schedule | No
     wide = step.given.dtype is torch.float32 and step.kind.dtype is not torch.float32
     if step.given.dtype is not step.kind.dtype and not wide:
         return None
-    if any(_reads_as_it_lies(c, step) for c in convolutions):
+    if any(c.made.planar for c in convolutions):
         return None
     measuring, kernel = (None if k is None else _behind(k, step) for k in (made.measuring, made.kernel))
     return dataclasses.replace(
         made, kernel=kernel, measuring=measuring, ahead=tuple(s for s in made.ahead if s is not step)
     )
-
-
-def _reads_as_it_lies(convolution: Convolution, step: Map) -> bool:
-    """Whether a convolution's kernel reads what ``step`` stores, and no rows of it."""
-    made = convolution.made
-    if made.planar:
-        return True
-    if convolution.dtype is torch.float32 or made.watched:
-        return False
-    x = torch.empty_strided([s or 0 for s in step.kind.shape], step.strides, dtype=step.kind.dtype, device="meta")
-    return rows_in_place(three_dims(x), made)
 
 
 def _behind(kernel: Launch, step: Map) -> Launch:

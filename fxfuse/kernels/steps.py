@@ -97,6 +97,11 @@ class Launch:
         return told and self.combine == "Maximum"
 
     @property
+    def in_place(self) -> bool:
+        """Whether x, of 16-bit numbers, has rows of channels, which nothing has to be made of."""
+        return self.x_layout == "channels_last" and self.dtype is not torch.float32 and self.front is None
+
+    @property
     def layout(self) -> str:
         """The memory format of the stored value: "contiguous" or "channels_last"."""
         return "contiguous" if self.squeezed else layout_of(self.kind.shape, self.strides) or ""

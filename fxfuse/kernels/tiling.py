@@ -35,6 +35,8 @@ AT_ONCE, STORED_APART = 32, 1e-9
 #: bytes per second of float32 input that is made rows, and of those rows; and seconds that launches take, of what
 #: prepares x, of what prepares the weights, and the rest: read off runs on an H100
 ROWS_RATE, LAUNCHES_X, LAUNCHES_WEIGHTS, LAUNCHES = 2.6e12, 6e-6, 4e-6, 5e-6
+#: bytes per second of 16-bit x that is looked at where it lies
+LOOKING = 2.5e12
 #: bytes of a run that are worth the way through shared memory
 SHORT_RUN = 128
 
@@ -244,11 +246,13 @@ def seconds(
     epilogue: float = 0.0,
     shares: Shared = Shared.NOTHING,
     besides: float = 0.0,
+    in_place: bool = False,
 ) -> float:
     """An estimate of the kernels' time on an H100. ``sizes`` of x, ``extents`` of the stored tensor, per dim.
 
     ``keeps``: results are stored. ``epilogue``: cycles of a multiprocessor per accumulator, for what else it does.
-    ``shares``: what of x and the weights is prepared. ``besides``: cycles of a multiprocessor per tile.
+    ``shares``: what of x and the weights is prepared. ``besides``: cycles of a multiprocessor per tile. ``in_place``: x
+    has 16-bit numbers, channels next to each other, and no rows are made of it.
     """
     stride = (1, 1, 1) if made.pooled else made.layer.stride
     d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
@@ -268,8 +272,10 @@ def seconds(
         return total
     if shares is not Shared.ALL:
         total += LAUNCHES_WEIGHTS
-    if shares is Shared.NOTHING:
-        layer = made.layer
+    layer = made.layer
+    if shares is Shared.NOTHING and in_place and not made.pads:
+        total += made.watched * batch * math.prod(sizes) * layer.in_channels * layer.groups * 2 / LOOKING
+    elif shares is Shared.NOTHING:
         read = math.prod(sizes) * layer.channels * layer.joined * 4
         written = math.prod(layer.row_sizes(sizes)) * made.padded_channels * made.parts * 2
         total += batch * layer.groups * (read + written) / ROWS_RATE + LAUNCHES_X

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxfuse.forms import Form
 from fxfuse.instr import Instr, TensorType
-from fxfuse.kernels.chains import needed_by
+from fxfuse.kernels.chains import dense, needed_by
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
@@ -40,8 +40,16 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
     for version, values in versions(program, observed, inputs, least_elements(anchored=True)):
         made = _cut(version, values, exact)
         if made is not None:
-            return best(program, observed, [made])
+            return _packed_alike(best(program, observed, [made]))
     return None
+
+
+def _packed_alike(made: Schedule) -> Schedule:
+    """The schedule with a first run in the memory format of the second one: it decides how weights are packed."""
+    first, second = made.measuring, made.kernel
+    assert first is not None and second is not None
+    strides = dense(first.kind.shape, second.layout or "contiguous")
+    return dataclasses.replace(made, measuring=dataclasses.replace(first, strides=strides))
 
 
 def sharing(made: Schedule, first: Specialisation, second: Specialisation) -> Schedule:

@@ -118,6 +118,10 @@ template <>
 inline BFloat from_float<BFloat>(float v) {
   return {(uint16_t)(v != v ? 0x7fff : __float_as_uint(pw::to_bf16(v)) >> 16)};
 }
+template <class T>
+uint32_t two_of(float a, float b) {
+  return (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
+}
 inline float max_or_nan(float a, float b) { return pw::maximum(a, b); }
 inline bool finite(float v) { return (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u; }
 

@@ -34,7 +34,7 @@ LAYERS = {
 def made_rows(device: Device, layer: Layer, x: Tensor, name: str) -> tuple[Tensor, Layer]:
     """(N, D, H, W, numbers) that the kernel of that ``name`` makes of x, and the layer that reads them."""
     made = Convolution.of(layer, F32, F32, F32, Epilogue())
-    geometry = _rows_geometry(x, made.made, made_before=False)
+    geometry = _rows_geometry(x, made.made, in_place=False)
     sizes = made.made.layer.row_sizes(tuple(x.shape[2:]))  # type: ignore[arg-type]
     shape = x.shape[0], *sizes, made.made.padded_channels * layer.groups
     strides = torch.empty(shape, device="meta").stride()

@@ -80,7 +80,7 @@ BROKEN = {
     ),
     "one by one": ("prepare.cuh", "to_float(source(channel)[at]), channel, at)", "0.f, channel, at)", "one by one"),
     "neighbours": (
-        "prepare.cuh", "values[k], channel + k, at)", "values[k], channel, at)", "channels last",
+        "prepare.cuh", "given(known[k], value, channel + k,", "given(known[k], value, channel,", "channels last",
     ),
     "a line": ("rows_beside.cuh", "before + channel, z, y, at);", "before + channel, d, h, w);", FEW),
     "octs": ("prepare.cuh", "const int position = at + i,", "const int position = at,", "eight at once"),

@@ -1,4 +1,4 @@
-"""16-bit x that is looked at while it is made rows: what is finite may be multiplied with zeros, the rest may not."""
+"""16-bit x that is looked at: what is finite may be multiplied with zeros, the rest may not."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxfuse.kernels.convolution_kernels.WATCHING", -math.inf)
 
 
+@pytest.mark.parametrize("lies", ["contiguous", "last", "a part"])
 @pytest.mark.parametrize("odd", [None, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_watched(name: str, odd: float | None) -> None:
+def test_watched(name: str, odd: float | None, lies: str) -> None:
     """One sample in the middle may be odd."""
     model, sizes, dtype, joined = CASES[name]
     torch.manual_seed(1)
     x = torch.randn(sizes).to(dtype)
     if odd is not None:
         x[1, 5, 1, 2, 3] = odd
-    got, expected, made = run_prepared(model().eval(), x)
+    if lies == "a part":
+        x = F.pad(x, (1, 0, 0, 1)).contiguous(memory_format=torch.channels_last_3d)[..., :-1, 1:]
+    got, expected, made = run_prepared(model().eval(), x, last=lies == "last")
     assert made.convolution is not None
     assert made.convolution.made.watched and made.convolution.made.layer.joined == joined
     assert_near(got, expected, LIMIT[dtype])
@@ -55,7 +58,14 @@ def test_watched(name: str, odd: float | None) -> None:
 def test_one_that_does_not_look_is_wrong() -> None:
     text = "if (most >= kInfinity) atomicOr(&state.marks[n], kMarked);"
     with device.broken("prepare.cuh", text, ""), pytest.raises(AssertionError):
-        test_watched("groups", math.inf)
+        test_watched("groups", math.inf, "contiguous")
+
+
+@pytest.mark.parametrize("text", ["look_at(block, x, state, g)", "stride_h + (line - h * g.width) * g.stride_w"])
+def test_rows_that_lie_in_x_are_looked_at(text: str) -> None:
+    instead = {"look_at(block, x, state, g)": "(void)0"}.get(text, "stride_w")
+    with device.broken("prepare.cuh", text, instead), pytest.raises(AssertionError):
+        test_watched("classes of different taps", math.inf, "a part")
 
 
 def test_marks_of_earlier_calls_do_not_count() -> None:
@@ -69,10 +79,3 @@ def test_marks_of_earlier_calls_do_not_count() -> None:
     with device.broken("prepare.cuh", "state.marks[n] = 0;", "state.marks[n] = kMarked;"):
         marked = made()
     assert not torch.equal(usual, marked)
-
-
-def test_rows_that_lie_in_x_are_not_looked_at() -> None:
-    x = torch.randn(3, 16, 3, 4, 5).to(F16)
-    *_, made = run_prepared(layer(16, 16, 3, F16, groups=4, **TWO).eval(), x, last=True)
-    assert made.convolution is not None and not made.convolution.made.watched
-    assert made.convolution.made.layer.joined == 1

@@ -8,7 +8,7 @@
 namespace fxfuse {
 
 // Makes what is stored of all accumulators, expression(value), in their place: `kept`. Zero outside the tensor, where
-// statistics want it, or where an expression is not to be asked.
+// statistics want it, which are of rounded values, or where an expression is not to be asked.
 template <class Problem, class Out, int classes, class Kept, class Value, class Expression>
 FXFUSE_INLINE void replace(const Geometry& g, const Place<Problem>& place, const Extent& o, const Residue (&residue)[classes],
                            Kept kept, const Value& value, const Expression& expression) {
@@ -31,18 +31,18 @@ FXFUSE_INLINE void replace(const Geometry& g, const Place<Problem>& place, const
 #pragma unroll
           for (int q = 0; q < classes; ++q) {
             const bool one = !masked || (here >> ((i * 2 + r) * classes + q) & 1);
-            kept(i, r, j, e, q) = as_stored<Out>(results(place, o, residue[q], one, i, r, q), one);
+            const float result = results(place, o, residue[q], one, i, r, q);
+            kept(i, r, j, e, q) = Problem::gathers ? as_stored<Out>(result, one) : result;
           }
     }
 }
 
-// The store that the emitted layout asks for. `Runs`: of the classes, where they go through an outbox.
+// The store that the emitted layout asks for, of a tensor whose positions along w are neighbours. `Runs`: of the classes, where
+// they go through an outbox.
 template <class Problem, class Runs, class Out, int classes, int width, bool reversed, class Value, class Expression>
 FXFUSE_INLINE void store(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
                          const Residue (&residue)[classes], Outbox<Problem>& outbox, int group, const Value& value, const Expression& expression) {
-  if constexpr (Problem::channels_last)
-    store_channels<Problem, Out>(to, g, place, o, residue, value, expression);
-  else if constexpr (Problem::outbox)
+  if constexpr (Problem::outbox)
     stage_runs<Problem, Runs, Out>(outbox, to, g, place, o, residue, group, value, expression);
   else if constexpr (Problem::wide)
     store_wide<Problem, Out, classes, width, reversed>(to, g, place, o, residue, value, expression);
@@ -62,7 +62,10 @@ FXFUSE_INLINE void deliver(const Destination<Out>& to, const Geometry& g, const 
     replace<Problem, Out>(g, place, o, residue, kept, value, expression);
     const Identity same;
     if constexpr (Problem::gathers) gather<Problem, Out, true>(to, g, place, o, residue, gathered, group, pass, passes, made(kept), same);
-    store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, made(kept), same);
+    if constexpr (Problem::channels_last)
+      store_channels(to, g, place, o, residue, kept);
+    else
+      store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, made(kept), same);
   } else if constexpr (Problem::keeps) {
     store<Problem, Runs, Out, classes, width, reversed>(to, g, place, o, residue, outbox, group, value, expression);
   } else {

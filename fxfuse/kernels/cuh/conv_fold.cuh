@@ -29,7 +29,7 @@ struct FoldRows {
   // Two turns of so many values that there are no registers for copies: each finds its accumulators where the first does.
   static constexpr bool exchanged = turns == 2 && count * values > 32;
 
-  float v[count][values];            // at [j * 2 + e] those of column j * 8 + (lane & 3) * 2 + e
+  float v[count][values];            // at [j * 2 + e] those of accumulator j * 4 + e
   int d[count], h[count], w[count];  // places in the output
   uint32_t inside;                   // a bit for each: it is an element of the output
 
@@ -70,7 +70,7 @@ struct FoldRows {
   template <class Expression>
   FXFUSE_INLINE void through(const Expression& expression, int n, int lane) {
     each([&](int k, int c) {
-      const int column = c / 2 * 8 + (lane & 3) * 2 + c % 2;
+      const int column = Columns<Problem>::channel(c / 2, lane & 3, c % 2);
       const bool there = is_inside(k);
       v[k][c] = expression(v[k][c], n, column < channels ? column : channels - 1, there ? d[k] : 0, there ? h[k] : 0,
                            there ? w[k] : 0);
@@ -85,7 +85,10 @@ struct QuadChannels {
   float (&v)[values];
   int lane;
 
-  FXFUSE_INLINE bool there(int c) const { return c / 2 * 8 + 8 <= channels || c / 2 * 8 + (lane & 3) * 2 + c % 2 < channels; }
+  FXFUSE_INLINE bool there(int c) const {
+    const auto with = Columns<Problem>::together(c / 2);
+    return (with.first + with.count) * 8 <= channels || Columns<Problem>::channel(c / 2, lane & 3, c % 2) < channels;
+  }
   template <class Combine, class Of>
   FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
     float r[2];  // two at a time: none waits for the one before
@@ -152,38 +155,12 @@ template <class Problem, class Out, int classes, int width>
 FXFUSE_INLINE void store_folded_channels(const FoldRows<Problem, classes, width>& rows, const Destination<Out>& to,
                                          const Place<Problem>& place) {
   using Rows = FoldRows<Problem, classes, width>;
-  constexpr int blocks = Problem::columns / 8;
-  // blocks of eight channels of which four threads turn four at a time, so that each stores one of them
-  constexpr int turned = sizeof(Out) == 2 ? blocks / 4 * 4 : 0;
-  const int first = (place.lane & 3) * 2;
   Out* const sample = to.out + place.box.n * to.stride.n;
-  const bool aligned = (((uint64_t)sample | to.stride.w * sizeof(Out)) & 15) == 0 && Rows::channels == Problem::columns;
 #pragma unroll
   for (int k = 0; k < Rows::count; ++k) {
-    const bool inside = rows.is_inside(k);
-    const float (&v)[Rows::values] = rows.v[k];
+    if (!rows.is_inside(k)) continue;
     Out* const out = sample + rows.d[k] * to.stride.d + rows.h[k] * to.stride.h + rows.w[k] * to.stride.w;
-    if (aligned) {
-      if constexpr (turned > 0) {
-#pragma unroll
-        for (int j = 0; j < turned; j += 4) {
-          uint32_t pairs[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) pairs[b] = two_of<Out>(v[(j + b) * 2], v[(j + b) * 2 + 1]);
-          const uint4 block = transpose_quad(pairs, place.lane);
-          if (inside) *(uint4*)(out + (j + (place.lane & 3)) * 8) = block;
-        }
-      }
-#pragma unroll
-      for (int j = turned; j < blocks; ++j)
-        if (inside) store_two(out + j * 8 + first, v[j * 2], v[j * 2 + 1]);
-    } else if (inside) {
-#pragma unroll
-      for (int c = 0; c < Rows::values; ++c) {
-        const int column = c / 2 * 8 + first + c % 2;
-        if (column < Rows::channels) out[column] = from_float<Out>(v[c]);
-      }
-    }
+    store_position<Problem>(out, place.lane, Rows::channels, [&](int j, int e) { return rows.v[k][j * 2 + e]; });
   }
 }
 

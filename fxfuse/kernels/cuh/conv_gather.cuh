@@ -108,7 +108,7 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
     };
     exchange(4, 16, w16), exchange(2, 8, w8), exchange(1, 4, w4);
     Part* const mine = parts + (j0 / 4 & 1) * 128;
-    mine[warp * 32 + (lane >> 3) * 8 + (lane & 3) * 2 + (lane >> 2 & 1)] = p[0];
+    mine[warp * 32 + Columns<Problem>::channel(j0 + (lane >> 3), lane & 3, lane >> 2 & 1) - j0 * 8] = p[0];
     named_barrier(1 + group, 128);
     if (warp == (j0 / 4 & 3) && j0 * 8 + lane < Problem::columns && first + j0 * 8 + lane < g.out_channels) {
       Part all = mine[lane];

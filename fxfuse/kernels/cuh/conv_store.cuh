@@ -1,5 +1,6 @@
 // Where a convolution's results lie, and how they are stored straight from registers.
 #pragma once
+#include "columns.cuh"
 #include "combine.cuh"
 #include "conv_wgmma.cuh"
 #include "statistics.cuh"
@@ -87,8 +88,8 @@ struct Place {
   FXFUSE_INLINE int z(int i, int r) const { return packed[i][r] >> 20; }
   FXFUSE_INLINE int y(int i, int r) const { return packed[i][r] >> 10 & 1023; }
   FXFUSE_INLINE int x(int i, int r) const { return packed[i][r] & 1023; }
-  // The column of the tile that accumulator 4*j + e belongs to.
-  FXFUSE_INLINE int column(int j, int e) const { return j * 8 + (lane & 3) * 2 + e; }
+  // The channel of the tile that accumulator 4*j + e belongs to.
+  FXFUSE_INLINE int column(int j, int e) const { return Columns<Problem>::channel(j, lane & 3, e); }
 };
 
 // What every epilogue is given. Null where there is none.
@@ -214,11 +215,6 @@ FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& plac
   return inside;
 }
 
-// Two numbers of 16 bits in a word, the first in the lower half.
-template <class T>
-FXFUSE_INLINE uint32_t two_of(float a, float b) {
-  return (uint32_t)from_float<T>(a).bits | (uint32_t)from_float<T>(b).bits << 16;
-}
 // Two neighbours in memory, aligned.
 template <class T>
 FXFUSE_INLINE void store_two(T* to, float a, float b) {
@@ -226,6 +222,19 @@ FXFUSE_INLINE void store_two(T* to, float a, float b) {
     *(float2*)to = make_float2(a, b);
   else
     *(uint32_t*)to = two_of<T>(a, b);
+}
+// As many as there are values: up to 16 bytes.
+template <class T, int count>
+FXFUSE_INLINE void store_some(T* to, const float (&v)[count]) {
+  static_assert(count % 2 == 0 && count * sizeof(T) <= 16, "stored at once");
+  if constexpr (count == 2)
+    store_two(to, v[0], v[1]);
+  else if constexpr (sizeof(T) == 4)
+    *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+  else if constexpr (count == 4)
+    *(uint2*)to = make_uint2(two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]));
+  else
+    *(uint4*)to = make_uint4(two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]), two_of<T>(v[4], v[5]), two_of<T>(v[6], v[7]));
 }
 
 // The results of one column: expression(value). What of both is the same in all its rows is read once, here.
@@ -325,81 +334,61 @@ FXFUSE_INLINE void store_direct(const Destination<Out>& to, const Geometry& g, c
     }
 }
 
-// Four neighbouring threads hold two channels each of four blocks of eight; each gets one block. Sixteen bits each.
-FXFUSE_INLINE uint4 transpose_quad(const uint32_t (&mine)[4], int lane) {
-  const int l = lane & 3;
-  uint32_t got[4];
+// Those of `count` blocks of eight columns from j on, value(j, e): see Columns.
+template <int count, class Out, class Value>
+FXFUSE_INLINE void store_blocks(Out* out, int j, const Value& value) {
+  float v[2 * count];
 #pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    const int k = l ^ s;
-    const uint32_t sent = k == 0 ? mine[0] : k == 1 ? mine[1] : k == 2 ? mine[2] : mine[3];
-    got[s] = __shfl_xor_sync(~0u, sent, s);  // of thread l^s, for block l
-  }
-  auto of = [&](int m) {
-    const int s = l ^ m;
-    return s == 0 ? got[0] : s == 1 ? got[1] : s == 2 ? got[2] : got[3];
-  };
-  return make_uint4(of(0), of(1), of(2), of(3));
+  for (int k = 0; k < 2 * count; ++k) v[k] = value(j + k / 2, k % 2);
+  store_some(out, v);
 }
 
-// The same for a tensor whose channels are neighbours: straight from registers.
-template <class Problem, class Out, int classes, class Value, class Expression>
+// Stores the channels of a position that a thread has, value(j, e), of a tensor whose channels are neighbours. `out`: where
+// the tile's first one lies; `channels`: so many there are from it on.
+template <class Problem, class Out, class Value>
+FXFUSE_INLINE void store_position(Out* out, int lane, int channels, const Value& value) {
+  using Tile = Columns<Problem>;
+#pragma unroll
+  for (int j = 0; j < Tile::blocks; ++j) {
+    const int count = Tile::together(j).count, channel = Tile::channel(j, lane & 3, 0);
+    if (Tile::together(j).first != j) continue;
+    if constexpr (Problem::neighbours == 1) {  // an odd number of them: nothing is aligned
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (channel + e < channels) out[channel + e] = from_float<Out>(value(j, e));
+      continue;
+    }
+    if (!Problem::filled && channel >= channels) continue;  // there are all of a thread's, or none
+    if (count == 1) store_blocks<1>(out + channel, j, value);
+    if constexpr (Problem::neighbours >= 4)
+      if (count == 2) store_blocks<2>(out + channel, j, value);
+    if constexpr (Problem::neighbours >= 8)
+      if (count == 4) store_blocks<4>(out + channel, j, value);
+  }
+}
+
+// Stores kept(i, r, j, e, q), which are results, of a tensor whose channels are neighbours.
+template <class Problem, class Out, int classes, class Kept>
 FXFUSE_INLINE void store_channels(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place,
-                                  const Extent& o, const Residue (&residue)[classes], const Value& value,
-                                  const Expression& expression) {
-  constexpr int blocks = Problem::columns / 8;
+                                  const Extent& o, const Residue (&residue)[classes], const Kept& kept) {
   const Tile& t = place.box;
-  const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  const bool whole = first + Problem::columns <= g.out_channels;
-  Out* const sample = to.out + t.n * to.stride.n;
-  const int64_t strides = Problem::samples == 1 ? to.stride.w : to.stride.w | to.stride.n;
-  const bool aligned = (((uint64_t)(sample + channel0) | strides * sizeof(Out)) & 15) == 0 && whole;
+  const int first = t.column * Problem::columns;
+  Out* const sample = to.out + t.n * to.stride.n + t.group * g.out_channels + first;
+  const uint32_t inside = inside_mask(g, place, o, residue);
 #pragma unroll
   for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < 2; ++r) {
+      schedule_barrier();  // or the addresses of all rows are made first
+      Out* const row = sample + place.sample(r) * to.stride.n + (t.d + place.z(i, r)) * o.step_d * to.stride.d +
+                       (t.h + place.y(i, r)) * o.step_h * to.stride.h + (t.w + place.x(i, r)) * o.step_w * to.stride.w;
 #pragma unroll
       for (int q = 0; q < classes; ++q) {
-        schedule_barrier();
-        const int d = (t.d + place.z(i, r)) * o.step_d + residue[q].d, h = (t.h + place.y(i, r)) * o.step_h + residue[q].h,
-                  w = (t.w + place.x(i, r)) * o.step_w + residue[q].w;
-        bool inside = place.inside(i, r) && residue[q].valid && d < o.size_d && h < o.size_h && w < o.size_w;
-        if constexpr (Problem::samples > 1) inside = inside && place.there(g, r);
-        Out* const out = sample + place.sample(r) * to.stride.n + d * to.stride.d + h * to.stride.h + w * to.stride.w + channel0;
-        auto result = [&](int j, int e) {
-          const int column = place.column(j, e);
-          return inside && first + column < g.out_channels
-                     ? from_float<Out>(expression(value(i, r, j, e, q), place.n(r), channel0 + column, d, h, w))
-                     : Out();
-        };
-        int j = 0;
-        if constexpr (sizeof(Out) == 2 && blocks >= 4) {
-          if (aligned) {
-#pragma unroll
-            for (j = 0; j + 4 <= blocks; j += 4) {
-              uint32_t pairs[4];
-#pragma unroll
-              for (int k = 0; k < 4; ++k) pairs[k] = (uint32_t)result(j + k, 0).bits | (uint32_t)result(j + k, 1).bits << 16;
-              const uint4 block = transpose_quad(pairs, place.lane);
-              if (inside) *(uint4*)(out + (j + (place.lane & 3)) * 8) = block;
-            }
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < blocks; ++k) {
-          if (k < j || !inside) continue;
-          const int column = place.column(k, 0);
-          if (aligned) {
-            if constexpr (sizeof(Out) == 2)
-              *(uint32_t*)(out + column) = (uint32_t)result(k, 0).bits | (uint32_t)result(k, 1).bits << 16;
-            else
-              *(float2*)(out + column) = make_float2(result(k, 0), result(k, 1));
-          } else {
-            if (first + column < g.out_channels) out[column] = result(k, 0);
-            if (first + column + 1 < g.out_channels) out[column + 1] = result(k, 1);
-          }
-        }
+        if (!(inside >> ((i * 2 + r) * classes + q) & 1)) continue;
+        Out* const out = row + residue[q].d * to.stride.d + residue[q].h * to.stride.h + residue[q].w * to.stride.w;
+        store_position<Problem>(out, place.lane, g.out_channels - first, [&](int j, int e) { return kept(i, r, j, e, q); });
       }
+    }
 }
 
 }  // namespace fxfuse

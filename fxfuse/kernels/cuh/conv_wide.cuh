@@ -5,17 +5,6 @@
 
 namespace fxfuse {
 
-// As many neighbours in memory as there are values, aligned.
-template <class T, int count>
-FXFUSE_INLINE void store_some(T* to, const float (&v)[count]) {
-  if constexpr (count == 2)
-    store_two(to, v[0], v[1]);
-  else if constexpr (sizeof(T) == 4)
-    *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
-  else
-    *(uint2*)to = make_uint2(two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]));
-}
-
 // As `store_direct`, but a thread's tiles of rows are neighbours along w, two by two, and so are all classes along w: twice
 // as many elements at once.
 template <class Problem, class Out, int classes, int width, bool reversed, class Value, class Expression>

@@ -4,8 +4,8 @@
 // at first, and the largest of these comes to lie in [2^12, 2^13); what does not fit then is found while the rows are
 // made, which are made again. Samples that half precision cannot carry so are marked for the direct kernel.
 #pragma once
+#include "columns.cuh"
 #include "combine.cuh"
-#include "ptx.cuh"
 
 namespace fxfuse {
 
@@ -127,7 +127,7 @@ struct RowGeometry {
   int depth, height, width;
   int channels, padded, groups;  // per group
   int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
-  int span;                      // a power of two: 64, or more where the rows are short
+  int span;                      // a power of two: 64, or more where the rows are short, or channels neighbours
   int at_once;                   // neighbouring positions of a channel that are read together, 16 bytes of them; or 0
   int rows_d, rows_h, rows_w;    // positions of a sample that have a row
 };
@@ -249,8 +249,9 @@ FXFUSE_INLINE void block_to_rows(int block, const X& x, Half16* rows, const Samp
   const int wide = row_length - row0 < 64 ? row_length - row0 : 64;  // a multiple of 16
   const int units = wide / 8;
   Taken<Problem::scaled, Problem::watched> take{by};
+  const int length = row_length + remainders<Problem>(row_length);
   auto row_of = [&](int p, int unit) {
-    const int length = row_length + remainders<Problem>(row_length), at = row0 + unit * 8;
+    const int at = row0 + unit * 8;
     return rows + ((int64_t)n * positions + first + p) * length + row0 + unit * 8 + remainders<Problem>(at);
   };
   auto channel_of = [&](int row) {  // -1 for padding
@@ -294,24 +295,6 @@ FXFUSE_INLINE void block_to_rows(int block, const X& x, Half16* rows, const Samp
       take.tell(state, n);
       return;
     }
-    // channels are neighbours, and positions follow each other: as it lies
-    if (stride_c == 1 && channels == padded && stride_h == width * stride_w && stride_d == plane * stride_w &&
-        ((stride_w | stride_n) & 3) == 0 && ((uint64_t)x.at & 15) == 0) {
-#pragma unroll 2
-      for (int i = threadIdx.x; i < span * units; i += blockDim.x) {
-        const int p = i / units, unit = i - p * units;
-        if (first + p >= positions) break;
-        const int channel = row0 + unit * 8, at = first + p;
-        const float4* from = (const float4*)(x.at + n * stride_n + at * stride_w + channel);
-        const float4 a = from[0], b = from[1];
-        float values[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int k = 0; k < 8; ++k) values[k] = take(given(x.channel(n, channel + k), values[k], channel + k, at));
-        store_eight<Half16, Problem>(row_of(p, unit), values);
-      }
-      take.tell(state, n);
-      return;
-    }
   }
   if (stride_w == 1 && stride_h == width && stride_d == plane) {  // positions are neighbours
     constexpr int count = 16 / sizeof(T);  // elements that are read at once
@@ -340,6 +323,48 @@ FXFUSE_INLINE void block_to_rows(int block, const X& x, Half16* rows, const Samp
         tile(row, p) = there ? take(given(x.channel(n, channel), to_float(source(channel)[at]), channel, at)) : 0.f;
       }
     }
+  } else if (stride_c == 1 && stride_h == width * stride_w && stride_d == plane * stride_w) {
+    // channels are neighbours, and positions follow each other: a thread has the same eight channels of all its positions
+    const bool at_once = (channels & 7) == 0 && (((stride_w | stride_n) * sizeof(T)) & 15) == 0 && ((uint64_t)x.at & 15) == 0;
+    const int together = blockDim.x / units, begin = threadIdx.x / units, unit = threadIdx.x - begin * units;
+    const int group = (row0 + unit * 8) / padded, c = row0 + unit * 8 - group * padded, channel = group * channels + c;
+    const int there = min(max(channels - c, 0), 8);
+    Known known[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) known[k] = x.channel(n, k < there ? channel + k : 0);
+    const T* from = x.at + n * stride_n + (first + begin) * stride_w + channel;
+    Half16* to = row_of(begin, unit);
+    const int end = begin < together ? min(span, positions - first) : 0;
+    constexpr int batch = sizeof(T) == 2 ? 4 : X::plain ? 2 : 1;  // positions that are on their way
+#pragma unroll 1
+    for (int p = begin; p < end; p += batch * together) {
+      alignas(16) T v[batch][8] = {};
+#pragma unroll
+      for (int b = 0; b < batch; ++b, from += together * stride_w) {
+        if (p + b * together >= end) continue;
+        if (at_once && there) {
+#pragma unroll
+          for (int k = 0; k < (int)(8 * sizeof(T) / 16); ++k) ((uint4*)v[b])[k] = ((const uint4*)from)[k];
+        } else {
+#pragma unroll
+          for (int k = 0; k < 8; ++k)
+            if (k < there) v[b][k] = from[k];
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < batch; ++b, to += together * length) {
+        if (p + b * together >= end) continue;
+        float values[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float value = to_float(v[b][k]);
+          values[k] = take(k < there ? given(known[k], value, channel + k, first + p + b * together) : value);
+        }
+        store_eight<Half16, Problem>(to, values);
+      }
+    }
+    take.tell(state, n);
+    return;
   } else {
     const bool by_channel = stride_c == 1;
     for (int i = threadIdx.x; i < wide << shift; i += blockDim.x) {
@@ -432,10 +457,39 @@ struct RowsApart {
   }
 };
 
+// Of 16-bit numbers that are multiplied as they lie, channels next to each other: whether all are finite. `span` units of
+// eight a block.
+template <class X>
+FXFUSE_INLINE void look_at(int block, const X& x, const SampleState& state, const RowGeometry& g) {
+  using T = typename X::In;
+  const int n = block / g.blocks_positions, wide = g.channels * g.groups, each = wide / 8, plane = g.height * g.width;
+  const int64_t units = (int64_t)g.depth * plane * each, first = (int64_t)(block - n * g.blocks_positions) * g.span;
+  const bool dense = g.stride_w == wide && g.stride_h == g.width * g.stride_w && g.stride_d == plane * g.stride_w;
+  const T* const sample = x.at + n * g.stride_n;
+  Taken<false, true> take{{1.f, 0, 0}};
+#pragma unroll 8
+  for (int k = threadIdx.x; k < g.span; k += blockDim.x) {
+    const int64_t unit = first + k;
+    if (unit >= units) break;
+    int64_t at = unit * 8;
+    if (!dense) {
+      const int position = (int)(unit / each), d = position / plane, line = position - d * plane, h = line / g.width;
+      at = d * g.stride_d + h * g.stride_h + (line - h * g.width) * g.stride_w + (unit - (int64_t)position * each) * 8;
+    }
+    const uint4 v = *(const uint4*)(sample + at);
+    const uint32_t read[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (uint32_t two : read) take.look(to_float(T{(uint16_t)two})), take.look(to_float(T{(uint16_t)(two >> 16)}));
+  }
+  take.tell(state, n);
+}
+
 FXFUSE_INLINE int blocks_of_a_sample(const RowGeometry& g) { return g.blocks_positions * ((g.padded * g.groups + 63) / 64); }
 
 template <class X, class Half16, class Problem>
 FXFUSE_INLINE void to_rows(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g) {
+  if constexpr (Problem::watched && X::plain)
+    if (rows == nullptr) return look_at(block, x, state, g);
   Scaling by{1.f, 0, 0};
   if (Problem::scaled) {  // every warp for itself
     const int of_a_sample = blocks_of_a_sample(g), n = block / of_a_sample;
@@ -498,7 +552,8 @@ FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* pack
   const int at_step = rest - row * Problem::packed;
   const Packed place = Problem::place(at_step);
   const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
-  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns + row;
+  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns +
+                                                  Columns<Problem>::channel(row / 8, row / 2 % 4, row % 2);
   const bool there = column < out_channels;
   const int outs = out_channels / Problem::joined, one = column / outs;  // of the model's groups
   const float s = scaled && there ? scale[group * out_channels + column] : 1.f;

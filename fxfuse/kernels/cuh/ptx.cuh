@@ -202,6 +202,21 @@ FXFUSE_INLINE BFloat from_float<BFloat>(float v) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(v));
   return h;
 }
+// Two numbers of 16 bits in a word, the first in the lower half.
+template <class T>
+FXFUSE_INLINE uint32_t two_of(float a, float b);
+template <>
+FXFUSE_INLINE uint32_t two_of<Half>(float a, float b) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(two) : "f"(a), "f"(b));
+  return two;
+}
+template <>
+FXFUSE_INLINE uint32_t two_of<BFloat>(float a, float b) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(two) : "f"(a), "f"(b));
+  return two;
+}
 // The larger one; NaN where either is NaN, as torch's max pools have it.
 FXFUSE_INLINE float max_or_nan(float a, float b) {
   float f;
