@@ -38,6 +38,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "clocks": results.clocks,
     "counters": results.counters,
     "layers": results.layers,
+    "fronts": results.fronts,
+    "last": results.last,
     "left_out": results.left_out,
     "orientation": results.orientation,
     "small": results.small,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,6 +244,32 @@ def windows() -> str:
         [TITLES[r["model"]], *(f"{f['call']} ({f['convolution']})" for f in r["forms"].values())] for r in data["rows"]
     ]
     head = ["forward: us of a call (of its convolution)", *data["rows"][0]["forms"]]
+    return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
+
+
+def last() -> str:
+    """Calls in channels_last_3d before and after threads stored neighbouring channels at once; layers on average."""
+    data = json.loads((RESULTS / "h100_last.json").read_text())
+    body = [
+        [TITLES.get(r["model"], r["model"]), r["dtype"], *(milliseconds(r[k]) for k in ("before", "after"))]
+        for r in data["models"]
+        if r["before"] / r["after"] >= 1.1 and r["model"] in TITLES
+    ]
+    layers = [r for r in data["layers"] if r["class"] == "float16"]
+    faster = statistics.geometric_mean(r["before"] / r["after"] for r in layers)
+    gain = statistics.geometric_mean(r["eager"] / r["after"] for r in layers)
+    told = f"{len(layers)} layers in float16 became {faster:.1f} times as fast: {gain:.1f} times as fast as cuDNN."
+    return f"{table(['forward', 'dtype', 'before', 'after'], body)}\n\n{told}\n\n*{measured_on(data['machine'])}.*"
+
+
+def fronts() -> str:
+    """What is in front of a convolution inside the kernels that read x, as a kernel of its own, and left to torch."""
+    data = json.loads((RESULTS / "h100_prologues.json").read_text())
+    body = [
+        [r["model"], r["dtype"], *(milliseconds(min(r["ms"][way].values())) for way in ("inside", "apart", "torch"))]
+        for r in data["rows"]
+    ]
+    head = ["forward", "dtype", "in the kernels that read x", "a kernel of its own", "torch's operators"]
     return f"{table(head, body)}\n\n*{measured_on(data['machine'])}.*"
 
 
