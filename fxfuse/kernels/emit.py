@@ -60,6 +60,7 @@ def emit(
         '#include "conv_planar.cuh"',
         '#include "conv_direct.cuh"',
         '#include "pointwise.cuh"',
+        '#include "pack_weights.cuh"',
         '#include "prepare.cuh"',
         '#include "rows_beside.cuh"',
         epilogue.code,
@@ -162,8 +163,8 @@ def _packed_tables(made: Specialisation) -> list[str]:
 
 
 def packed_taps(made: Specialisation) -> list[tuple[int, int, int, tuple[int, ...]]]:
-    """Places of ``Packed`` (``prepare.cuh``) and their taps, in the order in which these lie in memory; behind them
-    the places of classes that have none.
+    """Places of ``Packed`` (``pack_weights.cuh``) and their taps, in the order in which these lie in memory; behind
+    them the places of classes that have none.
     """
     found = []
     pass_offset = 0
@@ -263,7 +264,7 @@ using Direct = {direct};"""
 
 
 def _members(made: Specialisation) -> str:
-    """Of ``Problem``, what warpgroup instructions multiply: see ``conv_wgmma.cuh`` and ``prepare.cuh``."""
+    """Of ``Problem``, what warpgroup instructions multiply: see ``conv_wgmma.cuh`` and ``pack_weights.cuh``."""
     constants = {
         "chunk": made.chunk,
         "chunk_channels": made.chunk_channels,

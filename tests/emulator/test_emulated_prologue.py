@@ -64,7 +64,7 @@ def scaled_by_channel(last: bool) -> None:
 def test_the_scale_is_that_of_what_the_chain_makes(last: bool) -> None:
     scaled_by_channel(last)
     with (
-        device.broken("prepare.cuh", "along(g.stride_c, g.channels * g.groups)", "0"),
+        device.broken("measure.cuh", "along(g.stride_c, g.channels * g.groups)", "0"),
         pytest.raises((AssertionError, EmulationError)),
     ):
         scaled_by_channel(last)

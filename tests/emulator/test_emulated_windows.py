@@ -64,13 +64,13 @@ def test_windows_of_samples_side_by_side(columns: int) -> None:
         assert near(nn.Sequential(Up(32, columns, 4, 2, 1)), torch.randn(9, 32, 2, 3, 3)).samples > 1
 
 
-WINDOWS, WGMMA, PREPARE = "conv_windows.cuh", "conv_wgmma.cuh", "prepare.cuh"
+WINDOWS, WGMMA, PREPARE, PACK = "conv_windows.cuh", "conv_wgmma.cuh", "prepare.cuh", "pack_weights.cuh"
 #: the case that should see it, header, text, what stands there instead
 BROKEN: dict[str, tuple[str, str, str, str]] = {
     "no second part of x": ("groups", WINDOWS, "(which == 0 ? slices : 0)", "0"),
     "no second part of weights": ("groups", WINDOWS, "(which == 1 ? slices : 0)", "0"),
     "x of no second part": ("groups", PREPARE, "values[k] - to_float(v[k])", "0.f * values[k]"),
-    "weights of no second part": ("groups", PREPARE, "v - to_float(values[i])", "0.f * v"),
+    "weights of no second part": ("groups", PACK, "v - to_float(values[i])", "0.f * v"),
     "second parts elsewhere": ("groups", PREPARE, "channel & -Problem::chunk_channels", "channel"),
     "added too early": ("groups", WINDOWS, "if (buffers > 1 && j <= all)", "if (buffers > 1)"),
     "added elsewhere": ("runs of classes", WINDOWS, "(j - buffers) % count", "j % count"),

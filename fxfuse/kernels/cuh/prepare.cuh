@@ -1,175 +1,12 @@
-// What a convolution on matrix instructions needs first: x as rows of channels and weights as packed tiles, both in
-// 16-bit numbers. float32 is scaled by a power of two per sample and per output channel, so that the largest finite
-// value lies in [2^14, 2^15), or so many bits below where weights are added. Of large samples only some values are looked
-// at first, and the largest of these comes to lie in [2^12, 2^13); what does not fit then is found while the rows are
-// made, which are made again. Samples that half precision cannot carry so are marked for the direct kernel.
+// x as rows of channels, in 16-bit numbers: what a convolution on matrix instructions reads. float32 is scaled; what does not
+// fit the scale that `measure` has guessed is found here, and such rows are made again. Samples that half precision cannot
+// carry so are marked for the direct kernel.
 #pragma once
-#include "columns.cuh"
-#include "combine.cuh"
+#include "measure.cuh"
 
 namespace fxfuse {
 
-// x as it lies in memory, and what is made of an element on the way, which a tensor of `T` would hold.
-template <class In_, class T, class Front>
-struct Input {
-  using In = In_;
-  static constexpr bool plain = false;
-  const In* at;
-  const Front& front;
-  FXFUSE_INLINE auto channel(int n, int c) const { return front.channel(n, c); }
-  template <class Channel>
-  FXFUSE_INLINE float operator()(const Channel& known, float v, int n, int c, int d, int h, int w) const {
-    return to_float(from_float<T>(front(known, v, n, c, d, h, w)));
-  }
-  FXFUSE_INLINE float operator()(float v, int n, int c, int d, int h, int w) const {
-    return (*this)(channel(n, c), v, n, c, d, h, w);
-  }
-};
-template <class T>
-struct Input<T, T, Identity> : Identity {
-  using In = T;
-  static constexpr bool plain = true;
-  const T* at;
-  FXFUSE_INLINE Input(const T* x, const Identity&) : at(x) {}
-};
-
 constexpr int kFewTiny = 64;  // values below half's normal numbers that a sample may have: see Taken
-
-// The power of two that brings `largest` into [2^14, 2^15); 1 for zero.
-FXFUSE_INLINE float scale_for(float largest) {
-  if (largest == 0.f) return 1.f;
-  int exponent = (int)(__float_as_uint(largest) >> 23) - 127;  // -127 for a denormal
-  int k = 14 - exponent;
-  k = k > 126 ? 126 : k;
-  return __uint_as_float((uint32_t)(k + 127) << 23);
-}
-FXFUSE_INLINE float reciprocal_of_power(float s) { return __uint_as_float((254u << 23) - __float_as_uint(s)); }
-
-FXFUSE_INLINE float block_maximum(float v) {
-  __shared__ float parts[32];
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
-  __syncthreads();
-  v = threadIdx.x < blockDim.x / 32 ? parts[threadIdx.x & 31] : 0.f;
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, o));
-  v = __shfl_sync(~0u, v, 0);
-  if (threadIdx.x == 0) parts[0] = v;
-  __syncthreads();
-  return parts[0];
-}
-
-// Per sample. `parts` blocks look for the largest finite magnitude, in one of `every` runs of values.
-struct SampleState {
-  float* largest;   // samples * parts
-  uint32_t* above;  // samples: where some value does not fit the scale, the bits of the largest magnitude; else 0
-  uint32_t* marks;  // samples; 0 or few: matrix instructions; else the direct kernel
-  float* scale;     // samples: 1/scale, for the epilogue
-  int parts;        // a multiple of 32
-  int every;
-};
-// Per output channel.
-struct ChannelState {
-  float *scale, *reciprocal, *bias;
-  uint32_t* wrong;  // some weight is not finite
-};
-constexpr uint32_t kMarked = 1u << 30;
-
-// One block per output channel: its scale, with `headroom` bits for sums of its weights, and its bias.
-template <class B, int headroom>
-FXFUSE_INLINE void measure_weights(int channel, const float* w, const B* bias, const ChannelState& out, int in_channels,
-                                   int out_channels, int volume) {
-  const int group = channel / out_channels, column = channel - group * out_channels;
-  float largest = 0.f;
-  bool wrong = false;
-  auto take = [&](float v) {
-    v = fabsf(v);
-    if (finite(v)) largest = fmaxf(largest, v);
-    else wrong = true;
-  };
-  auto taps = [&](int c) { return w + ((int64_t)(group * in_channels + c) * out_channels + column) * volume; };
-  if (volume % 4 == 0 && ((uint64_t)w & 15) == 0) {
-    const int fours = volume / 4;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < in_channels * fours; i += blockDim.x) {
-      const int c = i / fours;
-      const float4 v = ((const float4*)taps(c))[i - c * fours];
-      take(v.x), take(v.y), take(v.z), take(v.w);
-    }
-  } else {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < in_channels * volume; i += blockDim.x) {
-      const int c = i / volume;
-      take(taps(c)[i - c * volume]);
-    }
-  }
-  wrong = __syncthreads_or(wrong);
-  largest = block_maximum(largest);
-  if (threadIdx.x == 0) {
-    const float s = scale_for(largest) / (1 << headroom);
-    out.scale[channel] = s;
-    out.reciprocal[channel] = reciprocal_of_power(s);
-    out.bias[channel] = bias ? to_float(bias[channel]) : 0.f;
-    out.wrong[channel] = wrong;
-  }
-}
-
-// The bias of all output channels in float32, by all blocks.
-template <class B>
-FXFUSE_INLINE void widen(const B* bias, float* to, int channels) {
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < channels; c += gridDim.x * blockDim.x) to[c] = to_float(bias[c]);
-}
-
-// What the input is and becomes: rows of channels.
-struct RowGeometry {
-  int64_t stride_n, stride_c, stride_d, stride_h, stride_w;
-  int depth, height, width;
-  int channels, padded, groups;  // per group
-  int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
-  int span;                      // a power of two: 64, or more where the rows are short, or channels neighbours
-  int at_once;                   // neighbouring positions of a channel that are read together, 16 bytes of them; or 0
-  int rows_d, rows_h, rows_w;    // positions of a sample that have a row
-};
-
-// One block per part of a dense sample of `size` floats. A warp reads runs of 32 units, of 4 floats or one.
-template <class X>
-FXFUSE_INLINE void measure_sample(int index, const X& x, const SampleState& out, int64_t size, const RowGeometry& g) {
-  const int n = index / out.parts, part = index - n * out.parts, lane = threadIdx.x & 31;
-  const float* const from = x.at + n * size;
-  float largest = 0.f;
-  auto take = [&](float v, int64_t at) {
-    if constexpr (!X::plain) {  // of a dense sample, in whatever order its dims are
-      const uint32_t place = (uint32_t)at;
-      auto along = [&](int64_t stride, int count) { return count == 1 ? 0 : (int)(place / (uint32_t)stride % (uint32_t)count); };
-      v = x(v, n, along(g.stride_c, g.channels * g.groups), along(g.stride_d, g.depth), along(g.stride_h, g.height),
-            along(g.stride_w, g.width));
-    }
-    v = fabsf(v);
-    if (finite(v)) largest = fmaxf(largest, v);
-  };
-  const bool aligned = ((uint64_t)from & 15) == 0;
-  const int64_t units = aligned ? size / 4 : size;
-  const int runs = (int)((units + 31) / 32), warps = blockDim.x / 32, step = out.parts * warps;
-#pragma unroll 4
-  for (int k = part * warps + threadIdx.x / 32; k <= (runs - 1) / out.every; k += step) {
-    // not always the first one: sizes are powers of two, too
-    const int64_t at = ((int64_t)k * out.every + (uint32_t)k * 7u % (uint32_t)out.every) * 32 + lane;
-    if (at >= units) continue;
-    if (aligned) {
-      const float4 v = ((const float4*)from)[at];
-      take(v.x, at * 4), take(v.y, at * 4 + 1), take(v.z, at * 4 + 2), take(v.w, at * 4 + 3);
-    } else {
-      take(from[at], at);
-    }
-  }
-  if (aligned && part == 0 && threadIdx.x < size % 4) take(from[units * 4 + threadIdx.x], units * 4 + threadIdx.x);
-  largest = block_maximum(largest);
-  if (threadIdx.x == 0) {
-    out.largest[index] = largest;
-    if (part == 0) out.marks[n] = 0, out.above[n] = 0;
-  }
-}
 
 // What brings the values of a sample into half's range: a power of two; and bits of magnitudes.
 struct Scaling {
@@ -231,7 +68,8 @@ FXFUSE_INLINE void store_eight(Half16* to, const float (&values)[8]) {
 }
 
 // A block of x of any strides to rows of channels: [sample][position][group][padded channel]; `span` positions of up to
-// 4096 / span channels of one sample, of 8192 / span where four are read together, 16384 / span where eight are.
+// 4096 / span channels of one sample, of 8192 / span where four are read together, 16384 / span where eight are, and
+// 32768 / span where channels are neighbours.
 template <class X, class Half16, class Problem>
 FXFUSE_INLINE void block_to_rows(int block, const X& x, Half16* rows, const SampleState& state, const RowGeometry& g,
                                  const Scaling& by) {
@@ -525,62 +363,6 @@ FXFUSE_INLINE void to_rows_again(const X& x, Half16* rows, const SampleState& st
     for (int block = blockIdx.x; block < of_a_sample; block += gridDim.x)
       Problem::Rows::template block<X, Half16, Problem>(n * of_a_sample + block, x, rows, state, g, by);
   }
-}
-
-// The place of weights in a tile: of column 0 of the tile's, in chunk 0.
-struct Packed {
-  int pass_offset, pass_bytes;  // bytes from the tile's begin to the pass, and of the pass, with one chunk
-  int offset;                   // bytes from there
-};
-// Those that are added there for one of the positions of a row; none for a residue class that has none at this step.
-struct Taps {
-  int tap;           // -1 for none
-  int first, count;  // of more of them
-};
-
-// One 16-byte unit per thread: 8 input channels of one output channel at one place, or, of an exact problem, what the 16-bit
-// numbers leave of them. Neighbouring threads read neighbouring taps, and output channels behind those. `blocks` of them for
-// each group, column tile and chunk. Zeros between the channels of the model's groups that are `joined`. Where rows have a
-// channel at several `offsets`, each has taps of its own.
-template <class Problem, class T, class Half16, bool scaled>
-FXFUSE_INLINE void pack_weights(int block, int blocks, const T* w, uint8_t* packed, const float* scale, int chunks,
-                                int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes) {
-  constexpr int units = Problem::chunk / 8, each = Problem::columns * Problem::packed, offsets = Problem::offsets;
-  const int block_rest = block / blocks, index = (block - block_rest * blocks) * blockDim.x + threadIdx.x;
-  const int unit = index / each, rest = index - unit * each, row = rest / Problem::packed;
-  if (unit >= units) return;
-  const int at_step = rest - row * Problem::packed;
-  const Packed place = Problem::place(at_step);
-  const int tile = block_rest / chunks, chunk = block_rest - tile * chunks;
-  const int group = tile / column_tiles, column = (tile - group * column_tiles) * Problem::columns +
-                                                  Columns<Problem>::channel(row / 8, row / 2 % 4, row % 2);
-  const bool there = column < out_channels;
-  const int outs = out_channels / Problem::joined, one = column / outs;  // of the model's groups
-  const float s = scaled && there ? scale[group * out_channels + column] : 1.f;
-  const bool remainder = Problem::exact && unit * 8 >= Problem::chunk_channels;
-  const int first = chunk * Problem::chunk_channels + unit * 8 - (remainder ? Problem::chunk_channels : 0);
-  const int begin = first / offsets;
-  const T* const from = w + ((int64_t)(group * (in_channels / offsets) + begin) * outs + column - one * outs) * volume;
-  Taps taps = Problem::taps(at_step, 0);
-  alignas(16) Half16 values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (Problem::headroom > 0) schedule_barrier();  // sums are made one by one: registers are scarce
-    const int channel = (first + i) / offsets, offset = first + i - channel * offsets;
-    const T* const at = from + (int64_t)(offsets == 1 ? i : channel - begin) * outs * volume;
-    const bool own = Problem::joined == 1 || channel / Problem::in_channels == one;
-    const bool inside = there && own && first + i < in_channels;
-    if constexpr (offsets > 1) taps = Problem::taps(at_step, offset);
-    float v = inside && taps.tap >= 0 ? to_float(at[taps.tap]) * s : 0.f;
-    if (Problem::headroom > 0 && inside)
-      for (int k = 0; k < taps.count; ++k) v = fmaf(to_float(at[Problem::tap(taps.first + k)]), s, v);
-    values[i] = from_float<Half16>(v);
-    if (remainder) values[i] = from_float<Half16>(v - to_float(values[i]));
-  }
-  const int swizzled = unit ^ (units == 8 ? row & 7 : units == 4 ? (row >> 1) & 3 : (row >> 2) & 1);
-  uint8_t* const to = packed + (int64_t)tile * weight_bytes + place.pass_offset * chunks + chunk * place.pass_bytes +
-                      place.offset + (row * units + swizzled) * 16;
-  *(uint4*)to = *(const uint4*)values;
 }
 
 }  // namespace fxfuse
