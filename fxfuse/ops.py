@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxfuse.chain import no_autocast
 from fxfuse.kernels import execute, recent, running
-from fxfuse.kernels.plan import Path, by_torch, choose, program_of
+from fxfuse.kernels.plan import Path, by_torch, chain_of, choose
 from fxfuse.region import Region
 
 _library = torch.library.Library("fxfuse", "DEF")
@@ -183,7 +183,7 @@ def _rewritten(text: str, inputs: Sequence[Tensor], *, remember: bool = False) -
             path = by_torch(region, inputs[0].device.type) if remember else Path.REWRITTEN
         _report(region, path)
         if outputs is None:
-            program = program_of(region, path)
+            program = chain_of(region, path)
             outputs = program.run(inputs, reuse=True)
             prepared = None
     if remember:

@@ -61,9 +61,9 @@ from fxfuse.kernels.workspace import Workspace
 
 #: sizes that a kernel counts in 32 bits
 MOST = 2**31 - 1
-#: those of the expressions before a pool, behind it, behind a reduction, and in front of x, packed
-Operands = tuple[bytes, bytes, bytes, bytes]
-NO_OPERANDS: Operands = b"", b"", b"", b""
+#: operands of the expressions before a pool, behind it, behind a reduction, and in front of x, packed
+PackedOperands = tuple[bytes, bytes, bytes, bytes]
+NO_OPERANDS: PackedOperands = b"", b"", b"", b""
 #: units of eight 16-bit numbers that a block of `prepare` looks at, where x is multiplied as it lies
 LOOKED_AT = 8 * BLOCK
 #: places of a workspace for which the arguments are kept
@@ -95,7 +95,7 @@ class Calls:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        operands: Operands = NO_OPERANDS,
+        operands: PackedOperands = NO_OPERANDS,
         moments: int = 0,
         prepared: Tensor | None = None,
     ) -> Tensor | None:
@@ -294,7 +294,7 @@ class _Call:
         weight: Tensor,
         bias: Tensor | None,
         out: Tensor,
-        operands: Operands,
+        operands: PackedOperands,
         moments: int,
         prepared: Tensor | None,
     ) -> Tensor | None:

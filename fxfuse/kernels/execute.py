@@ -28,7 +28,7 @@ from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.estimate import Types, works
 from fxfuse.kernels.kept import Choice
 from fxfuse.kernels.observe import Unscheduled, examples
-from fxfuse.kernels.plan import by_torch, program_of
+from fxfuse.kernels.plan import by_torch, chain_of
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.prologue import absorb
 from fxfuse.kernels.schedule import schedule
@@ -116,12 +116,7 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
 
 def _by_engine(program: Program, inputs: Sequence[Tensor], exact: bool) -> list[Candidate]:
     """With the convolution's own kernel, statistics gathered on its way or made ahead; the fastest one first."""
-    made = schedule(program, inputs, exact=exact)
-    assert made.kernel is not None
-    convolution = convolution_of(made.kernel, exact=exact)
-    with_front = absorb(made, [convolution])
-    if with_front is not None and with_front.kernel is not None:
-        made, convolution = with_front, convolution_of(with_front.kernel, exact=exact)
+    made, (convolution,) = _with_front(schedule(program, inputs, exact=exact), exact)
     assert made.kernel is not None
     refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
     given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
@@ -147,23 +142,27 @@ def _statistics_ahead(
     assert once.schedule is not None
     try:
         again = twice(program, inputs, once.schedule, exact=exact)
-        if again is None or again.kernel is None or again.measuring is None:
+        if again is None:
             return
-        second, first = (convolution_of(k, exact=exact) for k in (again.kernel, again.measuring))
+        made, (first, second) = _with_front(again, exact)
     except (Unscheduled, Unsupported):
         return
-    yield _twice(sharing(again, first.made, second.made), first, second, once.refusal, exact)
+    yield Candidate(TWICE, sharing(made, first.made, second.made), second, once.refusal, measuring=first)
     with contextlib.suppress(Unsupported):
-        correlated, products = from_products(again, given)
+        correlated, products = from_products(again, given)  # of an x with nothing in front
         yield Candidate(PRODUCTS, correlated, second, once.refusal, measuring=products)
 
 
-def _twice(made: Schedule, first: Convolution, second: Convolution, refusal: str | None, exact: bool) -> Candidate:
-    with_front = absorb(made, [first, second])
-    if with_front is not None and with_front.kernel is not None and with_front.measuring is not None:
-        made = with_front
-        second, first = (convolution_of(k, exact=exact) for k in (with_front.kernel, with_front.measuring))
-    return Candidate(TWICE, made, second, refusal, measuring=first)
+def _with_front(made: Schedule, exact: bool) -> tuple[Schedule, list[Convolution]]:
+    """The schedule with the chain in front in the kernels that read x, if they can have it; those of its launches.
+
+    Raises Unsupported.
+    """
+    kernels = [convolution_of(k, exact=exact) for k in made.launches]
+    absorbed = absorb(made, kernels)
+    if absorbed is None:
+        return made, kernels
+    return absorbed, [convolution_of(k, exact=exact) for k in absorbed.launches]
 
 
 def _seconds(given: Types, plan: Candidate, exact: bool) -> float:
@@ -293,7 +292,7 @@ def _measure(region: Region, inputs: Sequence[Tensor], timer: measure.Timer) -> 
     def start(name: str) -> Callable[[], object]:
         made, _ = _try(found[name], region, inputs)
         if made is None:
-            program = program_of(region, by_torch(region, device.type))
+            program = chain_of(region, by_torch(region, device.type))
             return lambda: program.run(inputs, reuse=True)
         return lambda: made.run(inputs)
 

@@ -56,6 +56,6 @@ def _seconds(region: Region, device: str) -> tuple[float, float] | None:
     return before.one_by_one(machine), after.one_by_one(machine)
 
 
-def program_of(region: Region, path: Path) -> Program:
+def chain_of(region: Region, path: Path) -> Program:
     """The chain that a path runs."""
     return region.original if path is Path.ORIGINAL else region.rewritten

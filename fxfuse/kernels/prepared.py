@@ -13,7 +13,7 @@ from fxfuse.kernels.chains import dense
 from fxfuse.kernels.collapsed import Sums
 from fxfuse.kernels.contraction import Contraction
 from fxfuse.kernels.convolution import Shared
-from fxfuse.kernels.convolution_engine import Calls
+from fxfuse.kernels.convolution_engine import NO_OPERANDS, Calls
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.lies import three_dims
@@ -231,9 +231,6 @@ def _moments(kernel: Launch, made: Convolution | Correlation, front: int) -> Mom
     return Moments.of(kernel.kind, count, front)
 
 
-_NO_OPERANDS = b"", b"", b"", b""
-
-
 def _convolution(
     kernel: Launch,
     convolution: Convolution,
@@ -251,11 +248,11 @@ def _convolution(
     calls = Calls(convolution, kernel.extents, kernel.factor, kernel.squeezed, shares, follows)
     kind = kernel.kind
     shape, strides = tuple(s or 0 for s in kind.shape), tuple(kernel.strides)
-    before, after, behind, front_of_x = (Operands(e, places).pack for e in kernel.expressions)
-    reads = any((before, after, behind, front_of_x))
+    before, after, behind, front = (Operands(e, places).pack for e in kernel.expressions)
+    reads = any((before, after, behind, front))
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
     moments_of_it = moments_name(kernel.stored)
-    gathers, room, front = kernel.gathers, moments.room, moments.front
+    gathers, room, begin = kernel.gathers, moments.room, moments.front
     handed, takes = f"prepared {kernel.x}", shares is not Shared.NOTHING and not first
     name_x, name_w, name_b, stored, dtype = kernel.x, kernel.weight, kernel.bias, kernel.stored, kind.dtype
     queue = calls.run
@@ -267,13 +264,13 @@ def _convolution(
             weight = weight.contiguous()
         if scattered_b and bias is not None:
             bias = bias.contiguous()
-        given = _NO_OPERANDS
+        operands = NO_OPERANDS
         if reads:
-            given = (
+            operands = (
                 b"" if before is None else before(values),
                 b"" if after is None else after(values),
                 b"" if behind is None else behind(values),
-                b"" if front_of_x is None else front_of_x(values),
+                b"" if front is None else front(values),
             )
         if not_kept is None:
             out = values.get(stored)
@@ -284,9 +281,9 @@ def _convolution(
         at = 0
         if gathers:
             values[moments_of_it] = made = memory.empty(room, (1,), torch.float64)
-            at = made.data_ptr() + front
+            at = made.data_ptr() + begin
         prepared = values.pop(handed, None) if takes else None
-        prepared = queue(values[name_x], weight, bias, out, given, at, prepared)
+        prepared = queue(values[name_x], weight, bias, out, operands, at, prepared)
         if first and prepared is not None:
             values[handed] = prepared
 

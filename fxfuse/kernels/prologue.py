@@ -41,14 +41,13 @@ def absorb(made: Schedule, convolutions: Sequence[Convolution]) -> Schedule | No
     """The schedule with the pointwise chain right in front of its convolution in the kernels that read x; None where
     there is none, or where one of the ``convolutions``, all that it runs, reads x in planes.
     """
-    launches = [k for k in (made.measuring, made.kernel) if k is not None]
-    step = next((s for s in made.ahead for k in launches[-1:] if s.makes == (k.x,)), None)
+    step = next((s for s in made.ahead for k in made.launches[-1:] if s.makes == (k.x,)), None)
     if not isinstance(step, Map) or step.before is None or not step.pointwise or step.viewed:
         return None
     others = [*(s for s in made.ahead if s is not step), *made.between, *made.steps]
     if step.stored in made.rest.outputs or any(step.stored in s.reads for s in others):
         return None
-    if any(k.x != step.stored or k.correlates or step.stored in k.operands for k in launches):
+    if any(k.x != step.stored or k.correlates or step.stored in k.operands for k in made.launches):
         return None
     wide = step.given.dtype is torch.float32 and step.kind.dtype is not torch.float32
     if step.given.dtype is not step.kind.dtype and not wide:

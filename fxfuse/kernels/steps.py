@@ -252,6 +252,11 @@ class Schedule:
     measuring: Launch | None = None
     between: tuple[Step, ...] = ()
 
+    @property
+    def launches(self) -> list[Launch]:
+        """The runs of the convolution, in order: two, one or none."""
+        return [k for k in (self.measuring, self.kernel) if k is not None]
+
     def __str__(self) -> str:
         first = [f"first {s}" for s in self.ahead]
         run = self.measuring
