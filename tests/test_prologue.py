@@ -11,6 +11,7 @@ from strategies import Chain
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse import prologue
 
 FIRST = "nn.Conv2d(2, 2, 3, padding=1)"
 
@@ -154,6 +155,20 @@ def _keeps_too(x: Tensor) -> Tensor:
 @_keeps_too.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+class _Keeps:
+    """A function of somebody, whatever module it says it is of."""
+
+    __module__ = "torch.somewhere"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _keeps(x)
+
+
+def test_what_is_called_like_torchs() -> None:
+    assert prologue._is_torchs(torch.relu) and prologue._is_torchs(torch.ops.aten.relu.default)
+    assert not prologue._is_torchs(_Keeps())
 
 
 @pytest.mark.parametrize(

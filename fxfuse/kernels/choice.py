@@ -71,11 +71,10 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         return None
     if not narrow and _fit(kernel, made, batch) >= LEAST_FIT:
         return None
-    fast = AS_FAST
+    ours, fast = estimate, AS_FAST
     if kernel.in_place:
-        fast = AS_FAST_IN_PLACE
-        estimate = seconds(made, batch, sizes, extents, row, itemsize, in_place=True)
-    if estimate > fast * _cudnn(kernel, made, batch, sizes):
+        ours, fast = seconds(made, batch, sizes, extents, row, itemsize, in_place=True), AS_FAST_IN_PLACE
+    if ours > fast * _cudnn(kernel, made, batch, sizes):
         return f"cuDNN convolves {DTYPE_NAMES[kernel.dtype]} with stride 1 as fast"
     return None
 

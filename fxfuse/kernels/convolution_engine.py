@@ -160,8 +160,8 @@ class _Call:
         self.planar = made.planar > 0
         self.scaled = layer.dtype is torch.float32 and not self.planar
         self.looks = self.scaled or self.planar or made.watched  # at x, and marks samples
-        as_it_is = layer.prologue is None and not self.scaled
-        self.in_place = self.planar or (as_it_is and rows_in_place(x, made))
+        changed = layer.prologue is not None or self.scaled
+        self.in_place = self.planar or (not changed and rows_in_place(x, made))
         width = made.padded_channels * shape.groups * made.parts
         self.map = self._map_of(x, (n, *rows_sizes, width), layer, tiling)
         every = sampled(n, each) if self.scaled else 1
@@ -256,7 +256,7 @@ class _Call:
         if not (self.planar or (given and of.shares is Shared.ALL)):
             rows_geometry = _rows_geometry(x, made, in_place=self.in_place)
             if given or (self.in_place and not made.watched):
-                rows_geometry.blocks = 0
+                rows_geometry.blocks = 0  # `prepare` has weights alone
             if self.scaled:
                 ins, outs = I32(shape.channels), I32(shape.out_channels // shape.joined)
                 arguments = [w_at, b_at, told.channels, x_at, told.samples, I64(each), ins, outs, volume, I32(couts)]
@@ -339,7 +339,7 @@ class _Call:
         places = self.workspace.addresses(*bases)
         told.rows, samples.largest, samples.above, samples.marks, samples.scale = places[:5]
         if self.in_place:
-            told.rows = 0
+            told.rows = 0  # `prepare` makes none
         told.packed, channels.scale, channels.reciprocal, channels.bias, channels.wrong = places[5:10]
         to.parts, to.counts = places[10:]
         told.scale = channels.scale

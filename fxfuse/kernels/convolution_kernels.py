@@ -33,7 +33,7 @@ KERNELS = ("convolution", "direct")
 THREADS, BLOCK = 128 * (CONSUMERS + 1), 256
 #: values of float32 x that `measure` looks at: of a sample, and of all of them
 SAMPLED_EACH, SAMPLED = 2**14, 2**21
-#: seconds of the launches around a convolution that looks at its 16-bit x
+#: seconds of the launches around a convolution that looks at its 16-bit x; the look itself: tiling.LOOKING
 WATCHING = 5e-6
 
 

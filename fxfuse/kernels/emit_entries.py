@@ -36,8 +36,9 @@ def entries(
         "out": TYPES[output],
         **_of_bias(TYPES[bias], scaled=dtype == "f32"),
         **_of_x(TYPES[dtype], prologue),
-        "blocks": (4 if dtype == "f32" else 3) - (prologue is not None),
-        "blocks_again": 4 if prologue is None else 2,
+        # blocks per multiprocessor, for which there are registers; `again` has little to do
+        "resident": (4 if dtype == "f32" else 3) - (prologue is not None),
+        "resident_again": 4 if prologue is None else 2,
     }
     yield (_PLANAR if made.planar else _MULTIPLYING).format(**words)
     yield _DIRECT.format(**words)
@@ -85,7 +86,7 @@ convolution(const __grid_constant__ fxfuse::TensorMap map, const uint8_t* weight
             const __grid_constant__ Problem::Epilogue::Arguments arguments) {{
   fxfuse::conv_wgmma<Problem>(&map, weights, g, arguments);
 }}
-extern "C" __global__ void __launch_bounds__(256, {blocks})
+extern "C" __global__ void __launch_bounds__(256, {resident})
 prepare(const {given}* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
         const __grid_constant__ fxfuse::RowGeometry g, const {t}* w, uint8_t* packed, const float* scale, int chunks,
         int column_tiles, int in_channels, int out_channels, int volume, int weight_bytes,
@@ -122,7 +123,7 @@ measure(const float* w, const {bias}* bias, const __grid_constant__ fxfuse::Chan
   else
     fxfuse::measure_sample(blockIdx.x - all_channels, input, samples, size, {g});
 }}
-extern "C" __global__ void __launch_bounds__(256, {blocks_again})
+extern "C" __global__ void __launch_bounds__(256, {resident_again})
 again(const float* x, {half}* rows, const __grid_constant__ fxfuse::SampleState samples,
       const __grid_constant__ fxfuse::RowGeometry g{front}) {{
   fxfuse::begin_dependent();

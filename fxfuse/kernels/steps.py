@@ -98,7 +98,7 @@ class Launch:
 
     @property
     def in_place(self) -> bool:
-        """Whether x, of 16-bit numbers, has rows of channels, which nothing has to be made of."""
+        """Whether x, of 16-bit numbers, is to lie as rows of channels: none are made unless they have padding."""
         return self.x_layout == "channels_last" and self.dtype is not torch.float32 and self.front is None
 
     @property

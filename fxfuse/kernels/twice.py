@@ -45,7 +45,10 @@ def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: 
 
 
 def _packed_alike(made: Schedule) -> Schedule:
-    """The schedule with a first run in the memory format of the second one: it decides how weights are packed."""
+    """The schedule with a first run in the memory format of the second one.
+
+    It stores nothing, but the format also decides how weights are packed, which both then share.
+    """
     first, second = made.measuring, made.kernel
     assert first is not None and second is not None
     strides = dense(first.kind.shape, second.layout or "contiguous")

@@ -79,9 +79,9 @@ def run_prepared(
         x, model = x.contiguous(memory_format=memory), model.to(memory_format=memory)
     fast = fxfuse.optimize(model)
     layout = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", many_chains._as_cudnn)
-    with torch.no_grad():
-        fast(x)
-        with emulated(), many_chains.kernels_always(anchored), layout if last else contextlib.nullcontext():
+    with torch.no_grad(), layout if last else contextlib.nullcontext():
+        fast(x)  # as a region is made: what torch's convolution gives there is what it is taken to give
+        with emulated(), many_chains.kernels_always(anchored):
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
                 got = fast(x)
             (made,) = [p for p in execute._prepared.values() if p is not None]

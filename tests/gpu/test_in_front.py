@@ -119,6 +119,20 @@ def test_statistics_of_what_follows(runs: int) -> None:
         assert ran.measuring is None or ran.measuring.front is not None
 
 
+def test_runs_that_read_x_in_one_way_without_the_chain_and_in_two_with_it() -> None:
+    """The second one uses of the first what both have with the chain in them."""
+    torch.manual_seed(0)
+    layer = made(3, 64, 16, 4, stride=3, padding=1, groups=8, output_padding=(0, 2, 1), dtype=F16)
+    model = Stages(nn.GELU(), layer, nn.InstanceNorm3d(16))
+    with kernels_always(twice=True):
+        got, expected = results(model, sample(1, 64, 11, 5, 5, dtype=F16), last=True)
+        (ran,) = [p for p in execute._prepared.values() if p is not None]
+        assert ran.measuring is not None and ran.convolution is not None and inside()
+        assert ran.schedule.kernel is not None
+        assert ran.schedule.kernel.shares is ran.convolution.made.shared(ran.measuring.made)
+        assert_near(got, expected, LIMIT[F16])
+
+
 def ahead() -> list[str]:
     """What ran ahead of the convolution's kernel, which has no chain in it."""
     (ran,) = [p.schedule for p in execute._prepared.values() if p is not None]

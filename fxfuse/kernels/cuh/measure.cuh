@@ -123,7 +123,8 @@ struct RowGeometry {
   int depth, height, width;
   int channels, padded, groups;  // per group
   int blocks, blocks_positions;  // of `span` positions times of 64 channels, in all; of `span` positions
-  int span;                      // a power of two: 64, or more where the rows are short, or channels neighbours
+  int span;                      // a power of two: 64, or more where the rows are short, or channels neighbours. Of x that
+                                 // is only looked at: units of eight numbers, and blocks of so many of them
   int at_once;                   // neighbouring positions of a channel that are read together, 16 bytes of them; or 0
   int rows_d, rows_h, rows_w;    // positions of a sample that have a row
 };
