@@ -84,5 +84,11 @@ def test_processes_that_die_are_one_chains_failure(monkeypatch: pytest.MonkeyPat
     assert all(o.failure is not None and "the process ended with 2" in o.failure for o in outcomes)
 
 
+@pytest.mark.parametrize("seed", [20011, 20121])
+def test_a_softmax_has_its_dim(seed: int) -> None:
+    """Drawn without memory, where torch takes any."""
+    assert search([seed], "cpu", 1)[0].failure is None
+
+
 def test_seeds_mean_the_same_chain_everywhere() -> None:
     assert draw(3) == draw(3) != draw(4)
