@@ -41,8 +41,8 @@ def _call(name: str, *arguments: str, cost: int = 1, rounds: bool = False) -> Fo
 
 def _gelu(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
     if attributes["approximate"] == "tanh":
-        return _call("gelu_tanh", "{0}", cost=30)
-    return _call("gelu", "{0}", cost=25)
+        return _call("gelu_tanh", "{0}", cost=9)
+    return _call("gelu", "{0}", cost=17)
 
 
 def _celu(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
@@ -117,7 +117,7 @@ FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]],
     "selu": _call("selu", "{0}", cost=20),
     "relu6": _call("clamp", "{0}", "0.0f", "6.0f", cost=2),
     "silu": _call("silu", "{0}", cost=9),
-    "mish": _call("mish", "{0}", cost=50),
+    "mish": _call("mish", "{0}", cost=8),
     "hardswish": _call("hardswish", "{0}", cost=5),
     "hardsigmoid": _call("hardsigmoid", "{0}", cost=4),
     "softsign": _call("softsign", "{0}", cost=10),

@@ -248,7 +248,11 @@ FXFUSE_DEVICE float tanh_of_small(float x) {
   const float high = fmaf(s, fmaf(s, fmaf(s, 0.0010403999f, -0.0062104077f), 0.020310253f), -0.053476162f);
   return x * fmaf(s, fmaf(s, fmaf(s, high, 0.13325965f), -0.3333296f), 1.0f);
 }
-FXFUSE_DEVICE float mish(float x) { return x * tanhf(log1pf(expf(x))); }
+// tanh(log(1 + e)) is (e^2 + 2e) / (e^2 + 2e + 2); from 20 on it is one, and e^2 a float.
+FXFUSE_DEVICE float mish(float x) {
+  const float e = power_of_two((x < 20.0f ? x : 20.0f) * 1.4426950408889634f), n = fmaf(e, e, 2.0f * e);
+  return x * (n * reciprocal_of_normal(n + 2.0f));
+}
 FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
 FXFUSE_DEVICE float tanhshrink(float x) { return x - tanhf(x); }
 FXFUSE_DEVICE float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
@@ -267,11 +271,17 @@ FXFUSE_DEVICE float selu(float x) {
   const float scale = 1.0507009873554805f, alpha = 1.6732632423543772f;
   return x > 0.0f ? x * scale : expm1f(x) * (alpha * scale);
 }
-FXFUSE_DEVICE float gelu(float x) { return x * 0.5f * (1.0f + erff(x * 0.7071067811865476f)); }
-FXFUSE_DEVICE float gelu_tanh(float x) {
-  const float inner = 0.7978845608028654f * (x + 0.044715f * (x * x * x));
-  return 0.5f * x * (1.0f + tanhf(inner));
+// x times the normal distribution's part below x: erfc(|x| / sqrt(2)) / 2 is exp(-x^2 / 2) and a polynomial in 1 / (1 + p|x|),
+// as Abramowitz and Stegun have it (7.1.26), of a degree more and fitted as above: its error is 3.1e-8, and 1.9e-7 |x| is that of
+// all this, for 3.5e-7 |x| of erff.
+FXFUSE_DEVICE float gelu(float x) {
+  const float t = reciprocal_of_normal(fmaf(fabsf(x), 0.40305087f, 1.0f)), power = power_of_two(x * x * -0.7213475204444817f);
+  const float high = fmaf(t, fmaf(t, fmaf(t, 0.05504653f, -0.24525833f), 0.31637216f), 0.031482354f);
+  const float beyond = fmaf(t, fmaf(t, high, 0.18353182f), 0.1588255f) * t * power;
+  return x * (x > 0.0f ? 1.0f - beyond : beyond);
 }
+// (1 + tanh(u)) / 2 is sigmoid(2u).
+FXFUSE_DEVICE float gelu_tanh(float x) { return x * sigmoid(1.5957691216057308f * fmaf(0.044715f * x, x * x, x)); }
 FXFUSE_DEVICE float softplus(float x, float beta, float limit) {
   return x * beta > limit ? x : log1pf(expf(x * beta)) / beta;
 }
