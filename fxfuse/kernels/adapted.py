@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import math
 
-from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, ROWS, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES, ROWS, Along, Shared, Specialisation, Unsupported
 from fxfuse.kernels.sets import SETS, copy_cycles
-from fxfuse.kernels.specialise import WORTH_COMPILING, kernels_of_sets
+from fxfuse.kernels.specialise import WORTH_COMPILING, kernels_of_sets, positions_of
 from fxfuse.kernels.tiles import Extents, outbox_blocks
 from fxfuse.kernels.tiling import CLOCK, PROCESSORS, RUNS, multiply_seconds, seconds, store_of, store_seconds, tile
 
@@ -50,7 +50,7 @@ def with_more_rows(
     Arguments as of :func:`seconds_of`.
     """
     larger = dataclasses.replace(made, m_tiles=2 * made.m_tiles)
-    if made.by_channel or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
+    if made.by_channel or made.along or (made.pooled and not made.merged) or larger.m_tiles != MOST_TILES // CONSUMERS:
         return made
     if math.prod(larger.accumulators) > FEW_ACCUMULATORS or 2 * larger.m_tiles * made.residues > 32:
         return made
@@ -66,7 +66,7 @@ def with_more_room(made: Specialisation, stored: Extents, row: int, itemsize: in
     fewer = dataclasses.replace(made, stages=made.stages - 1)
     if made.x_buffers > 1 or made.by_channel or fewer.stages < LEAST_STAGES:
         return made
-    positions = _positions(made, stored)
+    positions = positions_of(made, stored)
     at, other = (tile(one, positions, row, itemsize) for one in (made, fewer))
     if at != other or store_of(made, at, positions, row, itemsize)[0] not in RUNS:
         return made
@@ -110,7 +110,7 @@ def as_pingpong(
 
 def may_pingpong(made: Specialisation) -> bool:
     """Whether there is a kernel like ``made`` with tiles for each warpgroup, if all weights fit into shared memory."""
-    if made.exact or made.by_channel or made.planar or made.samples > 1:
+    if made.exact or made.by_channel or made.planar or made.samples > 1 or made.along is Along.SHARED:
         return False
     # of several passes, weights of a chunk of channels do not follow those of another; a block has those of one tile
     return (made.resident or len(made.passes) == 1) and made.layer.groups * made.column_tiles <= PROCESSORS
@@ -120,7 +120,7 @@ def _phases(made: Specialisation, *, samples: int, stored: Extents, row: int, it
     """Clock cycles of products and of what follows them; infinite where there are no tiles, or where results go through
     shared memory.
     """
-    positions = _positions(made, stored)
+    positions = positions_of(made, stored)
     try:
         tiling = tile(made, positions, row, itemsize)
     except Unsupported:
@@ -138,7 +138,9 @@ def _phases(made: Specialisation, *, samples: int, stored: Extents, row: int, it
 
 
 def _half_the_rows(made: Specialisation) -> Specialisation | None:
-    return dataclasses.replace(made, m_tiles=made.m_tiles // 2) if made.m_tiles > 1 else None
+    if made.m_tiles % 2 or made.along is Along.HELD:
+        return None
+    return dataclasses.replace(made, m_tiles=made.m_tiles // 2)
 
 
 def _half_the_columns(made: Specialisation) -> Specialisation | None:
@@ -150,16 +152,9 @@ def _half_the_columns(made: Specialisation) -> Specialisation | None:
 def _tiles(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> int:
     """Thread blocks that have one; 0 where there are no tiles."""
     with contextlib.suppress(Unsupported):
-        counts = tile(made, _positions(made, stored), row, itemsize).counts
+        counts = tile(made, positions_of(made, stored), row, itemsize).counts
         return samples * made.layer.groups * made.column_tiles * math.prod(counts)
     return 0
-
-
-def _positions(made: Specialisation, stored: Extents) -> Extents:
-    """Of every residue class per dim, or, where these are pooled, of the stored tensor."""
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
-    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    return d, h, w
 
 
 def with_sets(
@@ -168,7 +163,7 @@ def with_sets(
     """The kernel with sets of samples side by side (``sets.py``), where outputs of few positions leave rows unused and
     it saves time. ``finite``: x has no Inf nor NaN. The others as of :func:`seconds_of`.
     """
-    d, h, w = _positions(made, stored)
+    d, h, w = positions_of(made, stored)
     if samples < LEAST_SAMPLES or d * h * w > FEW_POSITIONS or not may_have_sets(made):
         return made
     time = functools.partial(seconds_of, samples=samples, stored=stored, row=row, itemsize=itemsize, keeps=keeps)
@@ -198,7 +193,7 @@ def _filled(size: int, positions: int, samples: int) -> float:
 
 def _copy_seconds(made: Specialisation, samples: int, stored: Extents, row: int, itemsize: int) -> float:
     """Of copies into shared memory alone; zero where there are no tiles."""
-    positions = _positions(made, stored)
+    positions = positions_of(made, stored)
     with contextlib.suppress(Unsupported):
         tiling = tile(made, positions, row, itemsize)
         counts = math.prod(tiling.counts)

@@ -81,6 +81,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         combine=kernel.combine,
         step=kernel.step,
         fold=kernel.fold,
+        along=kernel.along,
         code=code if given else "",
         gathers=kernel.gathers,
         keeps=kernel.keeps,

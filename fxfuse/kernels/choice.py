@@ -52,8 +52,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
     taps, steps, grouped = math.prod(layer.kernel), math.prod(layer.stride), layer.groups * layer.joined > 1
     if grouped and taps > max(4, steps) and estimate > LEAST_SECONDS_GROUPED:
         return None
-    folds = kernel.fold is not None
-    chain = bool(kernel.combine) or kernel.gathers or folds or len(kernel.stages) > 2
+    chain = bool(kernel.combine) or kernel.gathers or kernel.reduces or len(kernel.stages) > 2
     narrow = kernel.dtype is not torch.float32
     least = LEAST_SECONDS_APART if narrow and last and taps <= steps else LEAST_SECONDS
     if estimate < (LEAST_SECONDS_CHAIN if chain else least):
@@ -63,7 +62,7 @@ def slower(kernel: Launch, made: Specialisation, batch: int, sizes: tuple[int, i
         idle = f"{layer.out_channels} output channels leave the matrix units idle"
         if channels * taps > MANY_PRODUCTS * steps or (made.exact and (layer.out_channels == 1 or steps == 1)):
             return idle
-    if kernel.combine or folds or steps > 1:
+    if kernel.combine or kernel.reduces or steps > 1:
         return None
     if taps == 1 and 2 * layer.out_channels <= channels and not (narrow and last) and not kernel.gathers:
         return f"a kernel of {layer.kernel} is bound by reading its input, in cuDNN as here"

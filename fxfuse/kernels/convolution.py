@@ -52,6 +52,13 @@ RUN_CYCLES = 365
 TURN_CYCLES = 60
 
 
+class Along(enum.Enum):
+    """Where rows of the output that are reduced along w come together: those of a warpgroup's part of a tile."""
+
+    SHARED = "through shared memory"
+    HELD = "in registers of eight threads"
+
+
 class Unsupported(Exception):  # noqa: N818 - a refusal, not an error
     """The engine has no kernel for this; the message is a sentence for the report."""
 
@@ -86,6 +93,8 @@ class Specialisation:
     ``pingpong``: each multiplying warpgroup has tiles of its own, and buffers of x; all weights of a block's channels
     lie in shared memory, as the only stage. The matrix units have the products of one while the other works off its
     accumulators. Else both have parts of a tile, and do the same together.
+    ``along``: rows of the output are reduced along w, and the part of a tile that a warpgroup has holds whole ones:
+    boxes of any form, or eight rows of ``m_tiles`` times eight positions.
     ``neighbours``: how many output channels in a row a thread has, to be stored at once where they are neighbours in
     memory; one where their number is odd (``columns.cuh``).
     """
@@ -109,6 +118,7 @@ class Specialisation:
     inner: int = 2
     by_pass: bool = False
     pingpong: bool = False
+    along: Along | None = None
     neighbours: int = 2
 
     @property
@@ -203,8 +213,10 @@ class Specialisation:
 
     @functools.cached_property
     def stored_classes(self) -> int:
-        """Elements of the output per row of a pass: residue classes, or one where they are pooled."""
-        return 1 if self.pooled else self.residues
+        """Elements of the output per row of a pass that an epilogue keeps: residue classes, or one where they are
+        pooled before anything else.
+        """
+        return 1 if self.pooled and self.along is not Along.SHARED else self.residues
 
     @functools.cached_property
     def pair(self) -> int:
@@ -270,7 +282,7 @@ class Specialisation:
         if self.samples > 1:  # stored from registers, and not looked at
             return 0
         gathered = 0 if self.by_channel else GATHERED
-        waiting = 0 if self.pingpong else self.least_blocks * self.lines * self.pitch
+        waiting = 0 if self.pingpong or self.along is Along.HELD else self.least_blocks * self.lines * self.pitch
         return CONSUMERS * (waiting + gathered) * 4
 
     @functools.cached_property
@@ -353,7 +365,7 @@ class Specialisation:
         if self.planar or any(getattr(self, name) != getattr(first, name) for name in how):
             return Shared.NOTHING
         # what lies in shared memory, and in registers, leaves the packed weights as they are
-        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass", "pingpong")
+        apart = ("m_tiles", "stages", "x_buffers", "pooled", "one", "samples", "inner", "by_pass", "pingpong", "along")
         same = dataclasses.replace(first, **{name: getattr(self, name) for name in apart}) == self
         return Shared.ALL if same else Shared.ROWS
 

@@ -73,7 +73,7 @@ class Convolution:
         ``planes``: x may be read as it lies. ``prologue``: what is made of x on the way.
         """
         before = epilogue.before != Epilogue.before
-        summed = epilogue.combine == "Sum" and not before
+        summed = epilogue.combine == "Sum" and not before and epilogue.along is None
         last = layout == "channels_last"
         layout = layout if epilogue.keeps else "channels_last"  # tiles for a store that costs nothing
         row = extents[2] if extents is not None and layout == "contiguous" else 0
@@ -88,6 +88,7 @@ class Convolution:
                 contiguous=layout == "contiguous",
                 folded=epilogue.fold is not None,
                 one=epilogue.fold is not None and not epilogue.fold.keeps,
+                along=epilogue.along is not None,
                 keeps=epilogue.keeps,
                 stored=extents,
                 itemsize=output.itemsize,
@@ -120,10 +121,10 @@ class Convolution:
             made = with_more_tiles(
                 made, samples, extents, row, output.itemsize, keeps=epilogue.keeps, divisible=divisible
             )
-            if epilogue.keeps and divisible and not (epilogue.combine or epilogue.gathers):
+            if epilogue.keeps and divisible and not (epilogue.combine or epilogue.gathers or epilogue.along):
                 clean = dtype is torch.float32 or made.watched
                 made = with_sets(made, samples, extents, row, output.itemsize, keeps=True, finite=clean)
-        if planes and not exact and extents is not None and samples:
+        if planes and not (exact or epilogue.along) and extents is not None and samples:
             with contextlib.suppress(Unsupported):
                 other = specialised(layer, functools.partial(specialise, finite=True))
                 other = planar.as_planes(
@@ -168,6 +169,8 @@ class Convolution:
     @property
     def stores(self) -> tuple[Store, ...]:
         """The ways to store that sizes may ask for."""
+        if self.made.along:
+            return (Store.ALONG,)
         if self.made.one:
             return (Store.ONE,)
         if self.layout == "channels_last":

@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 from fxfuse.kernels import emit_planar
-from fxfuse.kernels.convolution import ROWS, Specialisation
+from fxfuse.kernels.convolution import ROWS, Along, Specialisation
 from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, Prologue, entries
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.reductions import Fold
+from fxfuse.kernels.reductions import Fold, Rows
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 
 
@@ -32,6 +32,7 @@ class Epilogue:
     combine: str = ""
     step: tuple[int, int, int] = (1, 1, 1)
     fold: Fold | None = None
+    along: Rows | None = None
     before: str = "fxfuse::Identity"
     after: str = "fxfuse::Identity"
     behind: str = "fxfuse::Identity"
@@ -191,7 +192,14 @@ def _problem(
 ) -> str:
     layer = made.layer
     out = TYPES[output]
-    if epilogue.combine:
+    if epilogue.along is not None:
+        arguments = f"RowArguments<{out}, {epilogue.before}, {epilogue.behind}>"
+        if epilogue.combine:
+            expressions = f"{epilogue.before}, {epilogue.after}, {epilogue.behind}"
+            arguments = f"RowPoolArguments<{out}, fxfuse::{epilogue.combine}, {expressions}>"
+        bare, kind = "false", f"fxfuse::ReduceRows<Problem, {out}, fxfuse::{arguments}>"
+        direct = f"fxfuse::DirectStore<Problem, {TYPES[dtype]}>"
+    elif epilogue.combine:
         bare = str(epilogue.before == "fxfuse::Identity").lower()
         expressions = f"{epilogue.before}, {epilogue.after}, {epilogue.behind}"
         kind = f"fxfuse::Pool<Problem, {out}, fxfuse::{epilogue.combine}, {expressions}>"
@@ -222,7 +230,7 @@ def _problem(
         "neighbours": made.neighbours,
         "pair": made.pair,
         "lines": made.lines,
-        "itemsize": ITEMSIZES[output],
+        "itemsize": 4 if made.along is not None else ITEMSIZES[output],  # of what goes through shared memory
         "pitch": made.joint_pitch if store is Store.JOINT else made.pitch,
         "accumulator_tiles": made.accumulators[0],
         "accumulators": made.accumulators[1],
@@ -246,7 +254,7 @@ def _problem(
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
   static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
-  static constexpr bool folds = {str(epilogue.fold is not None).lower()};
+  static constexpr bool folds = {str(epilogue.fold is not None).lower()}, along = {str(made.along is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
   static constexpr bool by_channel = {str(made.by_channel).lower()}, by_pass = {str(made.by_pass).lower()};
   static constexpr bool in_turn = {str(made.in_turn and not made.planar).lower()};
@@ -255,6 +263,7 @@ def _problem(
   using Table = fxfuse::{types[1]}<Problem>;
   using Outbox = fxfuse::{types[2]}<Problem>;
 {_fold_type(epilogue)}
+{_along_type(made, epilogue)}
 {_run_type(made, store)}
   using Epilogue = {kind};
   static FXFUSE_INLINE fxfuse::Residue residue(int pass, int i) {{ return kResidues[pass][i]; }}
@@ -340,9 +349,9 @@ _LOW = """
 
 def _run_type(made: Specialisation, store: Store) -> str:
     """What of a pass's classes follows each other in memory: see ``conv_outbox.cuh``."""
-    if store not in RUNS:
+    if store not in (*RUNS, Store.ALONG):
         return "  using Runs = fxfuse::OneRun;"
-    merged = store is not Store.ROWS
+    merged = store not in (Store.ROWS, Store.ALONG)
     at = [r.at for r in made.passes[0].residues]  # w, and h where rows are merged, are the same in every pass
     keys = [a[:1] if merged else a[:2] for a in at]
     runs = sorted(set(keys))
@@ -384,3 +393,18 @@ def _fold_type(epilogue: Epilogue) -> str:
     if fold is None:
         return "  using Fold = fxfuse::NoFold;"
     return f"  struct Fold : fxfuse::{fold.op} {{\n    static constexpr int channels = {fold.channels};\n  }};"
+
+
+def _along_type(made: Specialisation, epilogue: Epilogue) -> str:
+    rows = epilogue.along
+    if rows is None:
+        return "  using Along = fxfuse::NoAlong;"
+    assert rows.along is not None
+    lanes, count, each = rows.along
+    filled = lanes * count * each if made.along is Along.SHARED else made.m_tiles * 8 * made.layer.stride[2]
+    whole = str(filled == rows.length).lower()
+    constants = f"    static constexpr int lanes = {lanes}, count = {count}, each = {each};"
+    return (
+        f"  struct Along : fxfuse::{rows.op} {{\n{constants}\n    static constexpr bool whole = {whole};\n"
+        f"    static constexpr bool held = {str(made.along is Along.HELD).lower()};\n  }};"
+    )

@@ -24,7 +24,7 @@ from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.geometry import three_of
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tiles import Extents
-from fxfuse.kernels.tiling import POOLED, seconds
+from fxfuse.kernels.tiling import ALONG_CYCLES, POOLED, seconds
 from fxfuse.program import Program
 
 #: bytes per second that an H100 copies
@@ -46,6 +46,8 @@ LAUNCH = 2e-6
 #: where it becomes a part of statistics, and for every addition's worth of a pointwise chain. Read off chains on an
 #: H100 (benchmarks/results/h100_ways.json): few warps hide little of a latency
 GATHERED, POINTWISE = 0.2, 0.02
+#: the latter around a reduction along w, of which several rows are computed at once
+POINTWISE_ALONG = 0.01
 
 Types = Mapping[str, TensorType]
 
@@ -136,7 +138,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
         read=read,
         written=written,
         macs=macs,
-        seconds=_seconds(kernel, made, n, three_of(sizes)),
+        seconds=launch_seconds(kernel, made, n, three_of(sizes)),
         floor=max((read + written) / BANDWIDTH, macs * made.products_of_parts / HALF_RATE),
     )
 
@@ -160,10 +162,11 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     )
 
 
-def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -> float:
+def launch_seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -> float:
+    """Of the kernel and its helpers, for x of these ``sizes``."""
     row = kernel.sizes[2] if kernel.layout == "contiguous" and kernel.keeps else 0
     itemsize = kernel.kind.dtype.itemsize
-    epilogue = _epilogue(kernel, merged=made.merged)
+    epilogue = _epilogue(kernel, made)
     return seconds(
         made,
         batch,
@@ -178,12 +181,20 @@ def _seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -
     )
 
 
-def _epilogue(kernel: Launch, *, merged: bool) -> float:
+def _epilogue(kernel: Launch, made: Specialisation) -> float:
     """Cycles per accumulator: of a pool's result, the part that falls on one."""
-    before, after, behind = (_flops(e) * POINTWISE for e in (kernel.before, kernel.after, kernel.behind))
+    flop = POINTWISE if made.along is None else POINTWISE_ALONG
+    before, after, behind = (_flops(e) * flop for e in (kernel.before, kernel.after, kernel.behind))
+    if made.along is not None:
+        return (
+            ALONG_CYCLES[made.along]
+            + before
+            + after
+            + behind / (math.prod(kernel.layer.stride) if kernel.combine else 1)
+        )
     after += behind if kernel.fold is None or kernel.fold.keeps else behind / kernel.fold.channels
     gathered = GATHERED if kernel.gathers else 0.0
-    if not kernel.combine or merged:
+    if not kernel.combine or made.merged:
         return before + after + gathered
     classes = math.prod(kernel.layer.stride)
     if kernel.monotone:  # of the largest value and of the smallest one, which is found beside it

@@ -111,6 +111,9 @@ LONG_ROW, VERY_LONG_ROW, ENOUGH_ROWS = 1024, 2**16, 128
 BLOCK_LANES, MOST_HELD = 256, 64
 #: elements of a row whose results a block also pools, in shared memory
 MOST_POOLED = 512
+#: neighbours of a row that a thread of a convolution's epilogue reads at once, elements of it that it holds about, and
+#: at most; threads that may share a row
+ALONG_COUNT, ALONG_EACH, MOST_ALONG_EACH, ALONG_LANES = 4, 8, 16, (4, 8, 16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,18 @@ class Rows:
     def poolable(self, window: Window) -> bool:
         """Whether a kernel pools what it makes of rows of w as well: of short ones, and of windows that are whole."""
         return self.keeps and self.line and self.length <= MOST_POOLED and window.whole
+
+    @property
+    def along(self) -> tuple[int, int, int] | None:
+        """In a convolution's epilogue the threads that share a row, the neighbours that each takes at once, and how
+        often; None of what is no row of w, or too long, or leaves one value.
+        """
+        count = math.gcd(ALONG_COUNT, self.length)
+        ways = [(lanes, count, -(-self.length // (lanes * count))) for lanes in ALONG_LANES]
+        ways = [way for way in ways if way[1] * way[2] <= MOST_ALONG_EACH]
+        if not (self.keeps and self.line and ways):
+            return None
+        return min(ways, key=lambda way: (math.prod(way), abs(way[1] * way[2] - ALONG_EACH)))
 
     @property
     def threads(self) -> int:

@@ -10,6 +10,7 @@ follows, it gathers the statistics of what it stores. Pure: sizes and strides in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +23,16 @@ from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels import planar
 from fxfuse.kernels.bundle import Bundler, reads_of
+from fxfuse.kernels.candidate import convolution_of
 from fxfuse.kernels.chains import SMALL, STORED, Chain, Values, dense, elements, layout_of, needed_by
 from fxfuse.kernels.convolution import Unsupported
+from fxfuse.kernels.estimate import BANDWIDTH, LAUNCH, launch_seconds, size_of
 from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.norms import split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.prologue import steps_in_front
-from fxfuse.kernels.reductions import fold_of, reduces, rows_of
+from fxfuse.kernels.reductions import Rows, fold_of, reduces, rows_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, MOST_ELEMENTS, MOST_SAMPLES, plan
@@ -131,7 +134,7 @@ def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what runs behind its kernel."""
     kernel = made.kernel
     assert kernel is not None
-    gathers = kernel.fold is None and any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
+    gathers = not kernel.reduces and any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
     steps = plan(made.rest, values, kernel.stored if gathers else None, least=least_elements(anchored=True))
     gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
     keeps = kernel.stored in made.rest.outputs or any(
@@ -374,8 +377,10 @@ class _Cutter:
         if reduction is None or not reduces(reduction):
             return kernel, ()
         fold, made = fold_of(reduction, kernel.kind), self.types[reduction.outs[0]]
-        if fold is None or made.dtype is not kernel.kind.dtype:
+        if made.dtype is not kernel.kind.dtype:
             return kernel, ()
+        if fold is None:
+            return self._along(kernel, reduction)
         behind = self.values.longest(reduction.outs[0], "Behind", self.late)
         shape, strides = self.types[behind.result].shape, self.strides[behind.result]
         squeezed = len(made.shape) < len(kernel.kind.shape)
@@ -404,6 +409,53 @@ class _Cutter:
             return dataclasses.replace(kernel, apart=str(reason)), ()
         return folding, (reduction, *behind.body)
 
+    def _along(self, kernel: Launch, reduction: Instr) -> tuple[Launch, Sequence[Instr]]:
+        """The kernel with a reduction over w of what it stores, and a pool of residue classes behind that, if tiles
+        have whole rows and it saves time; and what it takes for that.
+        """
+        rows = rows_of(reduction, kernel.kind)
+        if rows is None or rows.along is None or kernel.combine:
+            return kernel, ()
+        taking = dataclasses.replace(kernel, along=rows)
+        first = self.values.longest(reduction.outs[0], "After", self.late)
+        pool, found = self._pool(first.result, kernel.layer)
+        if pool is not None and found is not None and _has_whole_windows(found, rows, kernel.kind):
+            last = self.values.longest(pool.outs[0], "Behind", self.late)
+            body = [reduction, *first.body, pool, *last.body]
+            taking = dataclasses.replace(
+                taking, combine=found.combine, factor=found.factor, after=first.expression, behind=last.expression
+            )
+        else:
+            last = self.values.longest(reduction.outs[0], "Behind", self.late)
+            body = [reduction, *last.body]
+            taking = dataclasses.replace(taking, behind=last.expression)
+        window = "x".join(map(str, found.window)) if found is not None else ""
+        taking = dataclasses.replace(
+            taking,
+            stored=last.result,
+            kind=self.types[last.result],
+            strides=self.strides[last.result],
+            stages=(*kernel.stages, *(f"{i.op} {window}" if i is pool else i.op for i in body)),
+        )
+        if not self.values.storable(last.result) or taking.layout != "contiguous":
+            return kernel, ()
+        reason = self._no_gain(kernel, taking)
+        return (taking, body) if reason is None else (dataclasses.replace(kernel, apart=reason), ())
+
+    def _no_gain(self, kernel: Launch, taking: Launch) -> str | None:
+        """Why ``kernel`` and a kernel behind it are as fast as one that is ``taking`` both, by estimate; or None."""
+        n, _, *sizes = (s or 0 for s in self.types[kernel.x].shape)
+        try:
+            together = launch_seconds(taking, convolution_of(taking, exact=self.exact).made, n, three_of(sizes))
+        except Unsupported as reason:
+            return str(reason)
+        with contextlib.suppress(Unsupported):
+            apart = launch_seconds(kernel, convolution_of(kernel, exact=self.exact).made, n, three_of(sizes))
+            apart += (size_of(kernel.kind) + size_of(taking.kind)) / BANDWIDTH + LAUNCH
+            if apart < together:
+                return f"{apart * 1e6:.0f} us with a kernel of its own, {together * 1e6:.0f} us without, by estimate"
+        return None
+
     def _name(self, wanted: str) -> str:
         while wanted in self.types:
             wanted += "_"
@@ -431,6 +483,15 @@ class _Cutter:
         given = tuple(out for i in first for out in i.outs if out in wanted)
         outputs = self.program.outputs
         return Schedule(program_of(first, given, self.types), kernel, program_of(rest, outputs, self.types), ())
+
+
+def _has_whole_windows(pool: Pooling, rows: Rows, kind: TensorType) -> bool:
+    """Whether a pool behind rows of ``kind`` is one of the residue classes of a position alone, and is of all of them:
+    along w in one thread.
+    """
+    sizes = zip(pool.sizes, pool.window, kind.shape[2:], strict=True)
+    whole = pool.rest is None and all(count * step <= (size or 0) for count, step, size in sizes)
+    return whole and rows.along is not None and not (rows.along[1] % pool.window[-1] or rows.length % pool.window[-1])
 
 
 def _name(instr: Instr, operand: int) -> str:

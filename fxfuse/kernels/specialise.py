@@ -10,18 +10,22 @@ import math
 
 from fxfuse.kernels.convolution import (
     CONSUMERS,
+    MOST_TILES,
     ROWS,
     RUN_CYCLES,
     STAGE_BYTES,
     TURN_CYCLES,
+    Along,
     Specialisation,
     Unsupported,
 )
 from fxfuse.kernels.geometry import Pass, Residue, Step, steps_of, steps_of_sum, sum_of
 from fxfuse.kernels.instructions import PARTS, PRODUCTS, cycles, held
 from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.sets import copy_cycles
 from fxfuse.kernels.tiles import Extents, best_fit
 from fxfuse.kernels.tiling import (
+    ALONG_CYCLES,
     CLOCK,
     PARTIAL_SECTOR,
     POOLED,
@@ -180,6 +184,7 @@ def specialise(
     finite: bool = False,
     folded: bool = False,
     one: bool = False,
+    along: bool = False,
     keeps: bool = True,
     stored: Extents | None = None,
     itemsize: int = 4,
@@ -191,7 +196,8 @@ def specialise(
     the sum of what was convolved, so that the matrix units may make it.
     ``contiguous``: the output's w varies fastest in memory, not its channels. ``finite``: x has no Inf nor NaN,
     so that it may be multiplied with zeros, and with sums of weights. ``folded``: channels are reduced, so that one
-    tile holds all of them; ``one``: to one value, which is all that is stored. ``keeps``: something is stored, and not
+    tile holds all of them; ``one``: to one value, which is all that is stored. ``along``: rows are reduced along w, in
+    front of a pool. ``keeps``: something is stored, and not
     only looked at for statistics. ``stored``, ``itemsize``: of the stored tensor. A layer has few kernels: sizes decide
     only whether rows fill sectors, and where the usual kernel fits badly.
 
@@ -202,6 +208,8 @@ def specialise(
         raise Unsupported(
             f"a stride of {max(layer.stride)} has more residue classes than are told apart ({MOST_STRIDE})"
         )
+    if along:
+        return _whole_rows(layer, stored or _TYPICAL[0], itemsize, pooled=pooled, exact=exact, finite=finite)
     rows = contiguous and not one
     sectors = rows and (stored is None or stored[2] * itemsize % 32 != 0)
     more = {"pooled": pooled, "exact": exact, "before": before, "summed": summed, "finite": finite}
@@ -244,6 +252,44 @@ def _by_channel(layer: Layer, *, exact: bool) -> _Kernels:
             if along * columns * chunk * 2 <= STAGE_BYTES
         ]
     return _Kernels(tuple(m for m in found if min(best_fit(m, extents) for extents in _TYPICAL) > 0))
+
+
+def _whole_rows(
+    layer: Layer, stored: Extents, itemsize: int, *, pooled: bool, exact: bool, finite: bool
+) -> Specialisation:
+    """The fastest kernel for outputs of a size whose tiles have whole rows along w; arguments as of :func:`specialise`.
+
+    All classes along w are in a pass, or, where they are pooled, all that there are.
+    """
+    classes, width = _Classes(layer, False, exact), max(8, -(-layer.out_channels // 8) * 8)
+    every, most = math.prod(layer.stride), 128 if exact else 256
+    held = -(-stored[2] // (1 if pooled else layer.stride[2]) // 8)  # blocks of eight positions along w
+    ways = [(m, Along.SHARED) for m in (4, 2, 1)] + [(held, Along.HELD)] * (held * CONSUMERS <= MOST_TILES)
+    found: list[Specialisation] = []
+    for stack, columns in itertools.product(classes.stacks, {_columns(width, m) for m in (8, 16, 32, 64, 128)}):
+        if stack % layer.stride[2] or (pooled and stack != every) or stack * columns > most:
+            continue
+        passes = classes.passes(stack, columns, finite=finite, running=pooled)
+        found += [
+            Specialisation(layer, chunk, columns, passes, m_tiles, stages, buffers, pooled, exact, along=along)
+            for (m_tiles, along), stages, (chunk, buffers) in itertools.product(
+                ways, (4, 3), _memory(layer.in_channels, exact)
+            )
+            if m_tiles * stack * columns <= most and stack * columns * chunk * 2 <= STAGE_BYTES
+            if m_tiles * 2 * layer.stride[2] <= 32  # bits
+        ]
+    seconds = {one: sample_seconds(one, stored, True, itemsize) for one in found}
+    for one, time in seconds.items():
+        if time < math.inf and one.along is not None:  # x is copied for every tile of channels
+            positions = positions_of(one, stored)
+            tiling = tile(one, positions, stored[2], itemsize)
+            accumulators = math.prod(tiling.counts) * one.rows * one.columns * sum(len(p.residues) for p in one.passes)
+            cycles_of = copy_cycles(one, tiling, positions) + accumulators * ALONG_CYCLES[one.along]
+            seconds[one] = time + one.column_tiles * cycles_of / CLOCK
+    best = min(found, key=seconds.__getitem__, default=None)
+    if best is None or seconds[best] == math.inf:
+        raise Unsupported(f"no tile holds whole rows of {stored[2]} elements along w")
+    return best
 
 
 def _chosen(kernels: _Kernels, stored: Extents | None, contiguous: bool, itemsize: int) -> Specialisation | None:
@@ -426,12 +472,17 @@ def _speed(made: Specialisation) -> float:
 
 def sample_seconds(made: Specialisation, stored: Extents, contiguous: bool, itemsize: int) -> float:
     """About the time of a sample and tile of channels on one multiprocessor."""
-    stride = (1, 1, 1) if made.pooled else made.layer.stride
-    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
-    row = stored[2] if contiguous else 0
+    positions, row = positions_of(made, stored), stored[2] if contiguous else 0
     try:
-        tiling = tile(made, (d, h, w), row, itemsize)
+        tiling = tile(made, positions, row, itemsize)
     except Unsupported:
         return math.inf
-    multiply = multiply_seconds(made, tiling, (d, h, w)) * made.column_tiles
-    return multiply / _speed(made) + store_seconds(made, tiling, (d, h, w), row, itemsize)
+    multiply = multiply_seconds(made, tiling, positions) * made.column_tiles
+    return multiply / _speed(made) + store_seconds(made, tiling, positions, row, itemsize)
+
+
+def positions_of(made: Specialisation, stored: Extents) -> Extents:
+    """Of every residue class per dim, or, where these are pooled, of the stored tensor."""
+    stride = (1, 1, 1) if made.pooled else made.layer.stride
+    d, h, w = (-(-e // s) for e, s in zip(stored, stride, strict=True))
+    return d, h, w

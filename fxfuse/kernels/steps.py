@@ -28,9 +28,10 @@ class Launch:
     ``kind`` and with ``strides``. ``combine``, ``factor``: what it makes of all residue classes of a position ("",
     "Maximum", "Sum"), or of so many positions per dim (``step``). ``before``, ``after``: the expressions in front
     of that and behind it. ``fold``: the reduction over channels of all that, with the expression ``behind`` it;
-    ``squeezed``: the stored value has no dim of channels. ``apart``: why a reduction over channels that follows is
-    none of this kernel's. ``front``: what is made of elements of x on the way, which in memory are of the dtype
-    ``given``. ``stages`` are for a person to read. ``gathers``: it makes partial statistics of the
+    ``squeezed``: the stored value has no dim of channels. ``along``: a reduction over w in front of ``combine``, if
+    there is one; ``after`` is behind it then. ``apart``: why a reduction that follows is none of this kernel's.
+    ``front``: what is made of elements of x on the way, which in memory are of the dtype ``given``. ``stages`` are for
+    a person to read. ``gathers``: it makes partial statistics of the
     value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products of x with itself make the
     statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first run has made of x and
     the weights.
@@ -58,6 +59,7 @@ class Launch:
     fold: Fold | None = None
     behind: Expression | None = None
     squeezed: bool = False
+    along: Rows | None = None
     apart: str | None = None
     front: Expression | None = None
     given: torch.dtype | None = None
@@ -94,7 +96,12 @@ class Launch:
         not true of is left to a kernel that float32 has alone."""
         before = self.before
         told = before is not None and before.monotone and (before.always or self.dtype is torch.float32)
-        return told and self.combine == "Maximum"
+        return told and self.combine == "Maximum" and self.along is None
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it reduces what the convolution makes, over channels or over w."""
+        return self.fold is not None or self.along is not None
 
     @property
     def in_place(self) -> bool:

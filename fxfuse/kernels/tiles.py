@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from fxfuse.kernels.convolution import CONSUMERS, GATHERED, MOST_BLOCKS, MOST_WAITING, ROWS, Specialisation
+from fxfuse.kernels.convolution import CONSUMERS, GATHERED, MOST_BLOCKS, MOST_WAITING, ROWS, Along, Specialisation
 
 #: positions of x per dim that one copy brings
 MOST_COPIED = 256
@@ -68,6 +68,11 @@ class Tiling:
         return all(b - a == 8 * self.row_group for a, b in itertools.pairwise(self.row_base[:each]))
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether each warpgroup's part of a tile is boxes of whole rows along w."""
+        return self.counts[2] == 1 and not (self.half[2] or self.linear or self.joint)
+
+    @property
     def joint(self) -> bool:
         return self.sharing > 1 and not self.linear and not any(self.half)
 
@@ -92,7 +97,7 @@ def outbox_blocks(made: Specialisation, tiling: Tiling, itemsize: int) -> int:
 
     They have the shared memory that is left, up to a limit: results come in bursts, behind the products of a pass.
     """
-    if made.samples > 1 or made.pingpong:
+    if made.samples > 1 or made.pingpong or made.along is Along.HELD:
         return 0
     given = made.region_bytes - region_stride(made, tiling)
     free = made.staging_bytes + made.x_buffers * given - CONSUMERS * GATHERED * 4
@@ -105,7 +110,20 @@ def tilings(made: Specialisation, extents: Extents, *, linear: bool) -> Iterator
     room, by_channel = _room(made), made.by_channel
     ways = _ways(made.m_tiles, made.sharing, made.halo, extents, linear)
     found = (way.tiling() for way in ways if way.rows <= room and (way.uniform or not by_channel))
+    if made.along is Along.HELD:
+        return _eight_rows(made, extents)
+    if made.along is Along.SHARED:
+        return (t for t in found if t.whole_rows)
     return filter(functools.partial(_fits_copied, made), found) if made.planar else found
+
+
+def _eight_rows(made: Specialisation, extents: Extents) -> Iterator[Tiling]:
+    """Eight rows for each warpgroup, of all positions along w, as blocks of 8 by 8."""
+    box = (1, 8, 8 * made.m_tiles)
+    for axis in range(2 if made.sharing > 1 else 1) if extents[2] <= box[2] else ():
+        found = _box(made.m_tiles, made.sharing, made.halo, extents, box, axis, True)
+        if max(found.region) <= MOST_COPIED and found.rows_needed(made.halo) <= _room(made):
+            yield found
 
 
 def joint_tilings(made: Specialisation, extents: Extents, over: int) -> Iterator[Tiling]:

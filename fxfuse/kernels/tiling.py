@@ -16,6 +16,7 @@ from fxfuse.kernels.convolution import (
     LINE_PITCH,
     MOST_RUNS,
     ROWS,
+    Along,
     Shared,
     Specialisation,
     Unsupported,
@@ -29,6 +30,8 @@ CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
 #: clock cycles of a multiprocessor that an accumulator costs where it becomes a part of a pool, outside the matrix
 #: units: read off chains on an H100
 POOLED = 0.2
+#: the same where it becomes a part of a row that is reduced along w: read off four chains in two dtypes
+ALONG_CYCLES = {Along.SHARED: 0.35, Along.HELD: 0.08}
 #: bytes that are whole where threads store them at once, and seconds of a multiprocessor that each of these takes where
 #: it is less: a guess
 AT_ONCE, STORED_APART = 32, 1e-9
@@ -53,6 +56,7 @@ class Store(enum.Enum):
     SECTORS = "w varies fastest: whole sectors, through shared memory of a warp"
     STREAM = "w varies fastest: one run of whole rows, through shared memory of a warp"
     ONE = "one value of all channels: from registers"
+    ALONG = "w varies fastest: rows that are reduced"
 
 
 #: those that go through the outbox of ``conv_outbox.cuh``
@@ -73,6 +77,10 @@ def tile(made: Specialisation, extents: Extents, row: int = 0, itemsize: int = 4
         return best[1]
     linear = row == 0 or made.one or any_run(made)
     best = _fastest(made, tilings(made, extents, linear=linear), extents, row, itemsize)
+    if made.along:
+        if best is None:
+            raise Unsupported(f"no tile that fits into shared memory has whole rows of {extents[2]} positions")
+        return best[1]
     # results take their time, too: no more rows may be wasted for the sake of longer runs
     most = math.inf if best is None else math.prod(best[1].counts)
     ways = joint_tilings(made, extents, 0 if linear else positions_over(made, itemsize))
@@ -165,6 +173,8 @@ def sectors_fit(made: Specialisation, tiling: Tiling, row: int, itemsize: int) -
 
 def store_of(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> tuple[Store, int]:
     """How results are stored, and how many of them follow each other in memory. Arguments as of :func:`tile`."""
+    if made.along:
+        return Store.ALONG, row
     if made.one:
         return Store.ONE, 1
     if row == 0:
@@ -229,7 +239,7 @@ def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     kind, run = store_of(made, tiling, extents, row, itemsize)
     if kind is Store.JOINT and tiling.over:  # only where a plane begins and ends
         run = extents[1] * made.layer.stride[1] * row
-    if kind in (Store.CHANNELS, Store.ONE) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
+    if kind in (Store.CHANNELS, Store.ONE, Store.ALONG) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
         return 0.0
     return min(1.0, 2 / (run * itemsize / 32 + 1))
 

@@ -91,7 +91,7 @@ def _cut(program: Program, given: Mapping[str, Form], exact: bool) -> tuple[Sche
     assert first.kernel is not None
     value = first.kernel.stored
     measured = [i for i in first.rest.body if i.op == "statistics" and value in i.reads()]
-    if not measured or first.kernel.fold is not None:
+    if not measured or first.kernel.reduces:
         return None
     later, values = _later(program, given, measured)
     second = cut(later, values, exact=exact)

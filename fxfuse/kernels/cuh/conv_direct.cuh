@@ -143,26 +143,33 @@ struct DirectPool {
   }
 };
 
-// The channels of a position, for the reductions of fold.cuh: value(c) is computed again whenever it is asked for.
+// What a reduction of fold.cuh has found of its values so far.
+struct Found {
+  float shift = 0.f;
+  Powers powers = Powers(0.f);
+  bool raised = false;
+  float made = 0.f;
+};
+
+// The channels of a position or the elements of a row, for the reductions of fold.cuh: value(i) is computed again whenever it
+// is asked for.
 template <class Value>
-struct DirectChannels {
+struct DirectValues {
   Value value;
-  int channels;
-  float shift;
-  Powers powers;
-  bool raised;
-  FXFUSE_INLINE float at(int c) const {
-    const float v = value(c);
-    return raised ? powers(v) : v - shift;
+  int count;
+  Found found;
+  FXFUSE_INLINE float at(int i) const {
+    const float v = value(i);
+    return found.raised ? found.powers(v) : v - found.shift;
   }
   template <class Combine, class Of>
   FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
     float r = zero;
-    for (int c = 0; c < channels; ++c) r = combine(r, of(at(c)));
+    for (int i = 0; i < count; ++i) r = combine(r, of(at(i)));
     return r;
   }
-  FXFUSE_INLINE void subtract(float by) { shift = by; }
-  FXFUSE_INLINE void raise(const Powers& by) { powers = by, raised = true; }
+  FXFUSE_INLINE void subtract(float by) { found.shift = by; }
+  FXFUSE_INLINE void raise(const Powers& by) { found.powers = by, found.raised = true; }
 };
 
 // The reduction over channels at a position of `out`.
@@ -171,7 +178,7 @@ FXFUSE_INLINE void direct_fold(const X& x, const T* w, const DirectGeometry& s, 
                                int at_d, int at_h, int at_w, Out* out) {
   using Fold = typename Problem::Fold;
   auto value = [&](int c) { return Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w); };
-  DirectChannels<decltype(value)> channels{value, Fold::channels, 0.f, Powers(0.f), false};
+  DirectValues<decltype(value)> channels{value, Fold::channels, {}};
   const float made = Fold::fold(channels, Fold::channels);
   if constexpr (Fold::keeps) {
     for (int c = 0; c < Fold::channels; ++c)
@@ -181,10 +188,50 @@ FXFUSE_INLINE void direct_fold(const X& x, const T* w, const DirectGeometry& s, 
   }
 }
 
-// All elements of marked samples, w varying fastest; of a reduction over channels, all channels of a position by one thread.
+// The reduction of a row of `out`, or of those that a pool makes it of.
+template <class Problem, class Direct, class X, class T, class Arguments, class Out>
+FXFUSE_INLINE void direct_row(const X& x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a, int n, int c,
+                              int at_d, int at_h, Out* out) {
+  using Along = typename Problem::Along;
+  constexpr bool pools = Arguments::pools;
+  constexpr int window_d = pools ? Problem::stride_d : 1, window_h = pools ? Problem::stride_h : 1, window_w = pools ? Problem::stride_w : 1;
+  auto row = [&](int r, const Found& found) {
+    const int d = at_d * window_d + r / window_h, h = at_h * window_h + r % window_h;
+    auto value = [&x, &w, &s, &g, &a, n, c, d, h](int i) { return Direct::element(x, w, s, g, a, n, c, d, h, i); };
+    return DirectValues<decltype(value)>{value, g.out_w, found};
+  };
+  Found found[window_d * window_h];
+  for (int r = 0; r < window_d * window_h; ++r) {
+    auto all = row(r, {});
+    const float made = Along::fold(all, g.out_w);
+    found[r] = all.found, found[r].made = made;
+  }
+  auto result = [&](int r, int i) { return Along::result(row(r, found[r]).at(i), found[r].made); };
+  for (int i = 0; i < g.out_w / window_w; ++i) {
+    float y;
+    if constexpr (pools) {
+      y = Arguments::Combine::zero();
+      for (int k = 0; k < window_d * window_h * window_w; ++k) {
+        const int r = k / window_w, d = at_d * window_d + r / window_h, h = at_h * window_h + r % window_h, j = i * window_w + k % window_w;
+        y = Arguments::Combine::combine(y, a.after(result(r, j), n, c, d, h, j));
+      }
+      y = Arguments::Combine::scaled(y, a.factor);
+    } else {
+      y = result(0, i);
+    }
+    out[i] = from_float<Out>(a.behind(y, n, c, at_d, at_h, i));
+  }
+}
+
+// All elements of marked samples, w varying fastest; of a reduction over channels all channels of a position by one thread,
+// of one over w all of a row.
 template <class Problem, class Direct, class X, class T, class Arguments>
 FXFUSE_INLINE void direct_elements(const X& x, const T* w, const DirectGeometry& s, const Geometry& g, const Arguments& a) {
-  const Size size = Direct::size(g, a);
+  Size size = Direct::size(g, a);
+  if constexpr (Problem::along) {
+    size.w = 1;
+    if constexpr (Arguments::pools) size.d = a.pooled_d, size.h = a.pooled_h;
+  }
   const int64_t elements = (int64_t)size.d * size.h * size.w * (Problem::folds ? 1 : g.out_channels * g.groups);
   const int64_t step = (int64_t)gridDim.x * blockDim.x;
   using Mark = Marked<Problem>;
@@ -206,6 +253,8 @@ FXFUSE_INLINE void direct_elements(const X& x, const T* w, const DirectGeometry&
                   at_w * a.to.stride.w;
       if constexpr (Problem::folds)
         direct_fold<Problem, Direct>(x, w, s, g, a, n, at_d, at_h, at_w, out);
+      else if constexpr (Problem::along)
+        direct_row<Problem, Direct>(x, w, s, g, a, n, c, at_d, at_h, out);
       else
         *out = from_float<typename RemovePointer<decltype(out)>::type>(
             Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w));

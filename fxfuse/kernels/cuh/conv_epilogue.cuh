@@ -1,6 +1,6 @@
 // What becomes of a convolution's accumulators: scaled, biased, sent through an expression, combined, stored.
 #pragma once
-#include "conv_outbox.cuh"
+#include "conv_along.cuh"
 #include "conv_fold.cuh"
 #include "conv_gather.cuh"
 #include "conv_wide.cuh"
@@ -71,21 +71,6 @@ FXFUSE_INLINE void deliver(const Destination<Out>& to, const Geometry& g, const 
   } else {
     gather<Problem, Out, false>(to, g, place, o, residue, gathered, group, pass, passes, value, expression);
   }
-}
-
-// The residue classes of a pass.
-template <class Problem>
-struct Classes {
-  Residue each[Problem::residues];
-  FXFUSE_INLINE explicit Classes(int pass) {
-#pragma unroll
-    for (int q = 0; q < Problem::residues; ++q) each[q] = Problem::residue(pass, q);
-  }
-};
-
-template <class Problem>
-FXFUSE_INLINE Extent extent_of(const Geometry& g) {
-  return {g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
 }
 
 // Every output of the convolution, through `Expression`, to `out`; or a reduction of it over channels, through `Behind`.

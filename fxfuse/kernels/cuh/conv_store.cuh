@@ -22,6 +22,21 @@ struct Extent {
   int step_d, step_h, step_w;
 };
 
+// The residue classes of a pass.
+template <class Problem>
+struct Classes {
+  Residue each[Problem::residues];
+  FXFUSE_INLINE explicit Classes(int pass) {
+#pragma unroll
+    for (int q = 0; q < Problem::residues; ++q) each[q] = Problem::residue(pass, q);
+  }
+};
+
+template <class Problem>
+FXFUSE_INLINE Extent extent_of(const Geometry& g) {
+  return {g.out_d, g.out_h, g.out_w, Problem::stride_d, Problem::stride_h, Problem::stride_w};
+}
+
 // A position in a box: three fields of ten bits, the last of which is not set. One that is not in it is beyond every limit,
 // and negative.
 constexpr int kField = 511, kTops = (kField + 1) * (1 << 20 | 1 << 10 | 1);

@@ -125,7 +125,7 @@ struct FoldRMSNorm {
   static constexpr bool keeps = true;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int channels) {
-    return rsqrtf(squares(f) / (float)channels + __uint_as_float(eps));
+    return rsqrtf(fmaf(squares(f), 1.f / (float)channels, __uint_as_float(eps)));
   }
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }
 };
@@ -134,7 +134,7 @@ struct FoldLayerNorm {
   static constexpr bool keeps = true;
   template <class F>
   static FXFUSE_INLINE float fold(F& f, int channels) {
-    f.subtract(sum(f) / (float)channels);
+    f.subtract(sum(f) * (1.f / (float)channels));
     return FoldRMSNorm<eps>::fold(f, channels);
   }
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }

@@ -1,6 +1,7 @@
 // Kernels behind a convolution, bound by memory: a pointwise chain over a tensor, and the first stage of statistics.
 #pragma once
 #include "combine.cuh"
+#include "held_row.cuh"
 #include "pointwise.cuh"
 #include "statistics.cuh"
 
@@ -8,12 +9,6 @@ namespace fxfuse {
 
 struct Sizes {
   int n, c, d, h, w;
-};
-
-// sizeof(T) * count consecutive bytes at once.
-template <class T, int count>
-struct alignas(sizeof(T) * count) Vector {
-  T v[count];
 };
 
 template <class In, class Out, class Before>
