@@ -1,4 +1,7 @@
-"""Reductions over the last dims behind a convolution, on a GPU or an emulated one, against float64 and eager mode."""
+"""Reductions over the last dims behind a convolution, on a GPU or an emulated one, against float64 and eager mode.
+
+By kernels of their own: those along w that the convolution's epilogue makes are in test_along.py.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from stages import Stages, check, made, sample, spread, steps_run
 from torch import Tensor, nn
 
 from fxfuse.kernels import reductions
+from fxfuse.kernels.schedule import _Cutter
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((8, 0))
@@ -20,7 +24,8 @@ pytestmark = needs((8, 0))
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    with kernels_always():
+    apart = mock.patch.object(_Cutter, "_along", lambda self, kernel, reduction: (kernel, ()))
+    with kernels_always(), apart:
         yield
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from unittest import mock
 
 import pytest
 from many_chains import kernels_always, plan
 from reports import explained
 from torch import nn
 
-from fxfuse.kernels import execute
+from fxfuse.kernels import execute, specialise
+from fxfuse.kernels import schedule as schedules
+from fxfuse.kernels.convolution import Along
 from fxfuse.kernels.convolution_kernels import KERNELS as KERNELS_OF_A_LAYER
 from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.jit import compile_cubin
@@ -83,8 +86,27 @@ KERNELS = {
     "a_softmax_of_sums": lambda: kernel(
         (32, 64), (4, 4, 4), AVG.format(x="y", k=TWO), "z = softmax(m, dim=1)", s=TWO, p=ONE
     ),
+    "a_norm_along_w": lambda: along("normalise(y, dims=(4,), eps=1e-05, centred=True, last=False)", Along.HELD),
+    "a_softmax_along_w": lambda: along("softmax(y, dim=4)", Along.HELD, dtype="f16"),
+    "rows_in_shared_memory": lambda: along("log_softmax(y, dim=4)", Along.SHARED),
+    "a_mean_of_rows": lambda: along("softmax(y, dim=4)", Along.HELD, AVG.format(x="n", k=TWO)),
+    "a_mean_of_rows_in_shared_memory": lambda: along("softmax(y, dim=4)", Along.SHARED, AVG.format(x="n", k=TWO)),
     "a_stride_beyond_the_kernel": lambda: kernel((32, 32), (1, 1, 2), "z = relu(y)", s=(3, 3, 3)),
 }
+
+
+def along(reduction: str, way: Along, *behind: str, dtype: str = "f32") -> Convolution:
+    """A convolution whose rows come together in this ``way``."""
+    cycles = {one: 0.0 if one is way else 1e9 for one in Along}
+    more = {"s": TWO, "p": ONE, "dtype": dtype}
+    with mock.patch.object(schedules, "BANDWIDTH", 1.0), mock.patch.object(specialise, "ALONG_CYCLES", cycles):
+        specialise.specialise.cache_clear(), Convolution.of.cache_clear()
+        made = kernel(
+            (32, 48), (4, 4, 4), f"n = {reduction}", *behind, "u = mul(m, g)" if behind else "u = mul(n, g)", **more
+        )
+    specialise.specialise.cache_clear(), Convolution.of.cache_clear()
+    assert made.made.along is way
+    return made
 
 
 def norm(name: str, *behind: str, monkeypatch: pytest.MonkeyPatch, **more: object) -> Convolution:
