@@ -69,7 +69,11 @@ def _programs_of_samples() -> dict[str, list[tuple[Program, list[Tensor], Any]]]
     return found
 
 
-@pytest.mark.parametrize("op", [n for n in vocabulary.names() if vocabulary.lookup(n).kind is not Kind.DERIVED])
+#: what no model spells
+DERIVED = [*vocabulary.names(Kind.DERIVED), "exp_below"]
+
+
+@pytest.mark.parametrize("op", [n for n in vocabulary.names() if n not in DERIVED])
 def test_every_operator_survives_its_text(op: str) -> None:
     assert op in _programs_of_samples(), f"no sample call means {op}"
     for original, tensors, value in _programs_of_samples()[op]:
@@ -81,7 +85,7 @@ def test_every_operator_survives_its_text(op: str) -> None:
         assert same(parsed.run(tensors)[0], value)
 
 
-@pytest.mark.parametrize("name", vocabulary.names(Kind.DERIVED))
+@pytest.mark.parametrize("name", DERIVED)
 def test_derived_operators_survive_their_text(name: str) -> None:
     op = vocabulary.lookup(name)
     attributes = tuple((attribute, (((0, 2), (-1, 3)), (), 1)) for attribute in op.attributes)

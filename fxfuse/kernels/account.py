@@ -212,7 +212,7 @@ def _arithmetic(kernel: Launch, made: Specialisation) -> str:
 
 
 def _results(kernel: Launch) -> Iterator[tuple[str, str]]:
-    made = [*([f"{kernel.kind}, {kernel.layout}"] if kernel.keeps else []), *(["statistics"] if kernel.gathers else [])]
+    made = [*([f"{kernel.kind}, {kernel.layout}"] if kernel.keeps else []), *kernel.gathers]
     yield "results", " and ".join(made)
     if kernel.shares is not Shared.NOTHING:
         yield "made before", f"{kernel.shares.value}, by the first run"
@@ -228,7 +228,8 @@ def _step(step: Step, work: Work, exact: bool) -> Part:
     if isinstance(step, Bundle):
         return Part(**vars(work), what=" > ".join(i.op for i in step.body), by="helper", source=source)
     if isinstance(step, Gather):
-        what, by = ("statistics", "kernel") if step.layout else ("statistics, added up", "helper")
+        kinds = " and ".join(step.gathers)
+        what, by = (kinds, "kernel") if step.layout else (f"{kinds}, added up", "helper")
         return Part(**vars(work), what=what, by=by, source=source)
     if isinstance(step, Sums):
         facts = ("blocks", f"{step.blocks}"), ("slots", f"{step.slots}"), ("cells of a block", f"{step.cells}")

@@ -103,9 +103,9 @@ class Calls:
 
         All may have fewer of the spatial dims; the weights and the bias are contiguous. Where the epilogue makes one
         value of all channels, ``out`` has one of them, or, ``squeezed``, no dim for them. ``operands``: of the
-        epilogue's expressions, packed. ``moments``: the address of (N, pieces, Cout, 3) in float64, where the epilogue
-        gathers statistics; where it does not keep the values, ``out`` is a meta tensor. ``prepared``: what the first
-        run returned, for the second one.
+        epilogue's expressions, packed. ``moments``: the address of (N, pieces, Cout, numbers) in float64 of every kind
+        of statistics that the epilogue gathers; where it does not keep the values, ``out`` is a meta tensor.
+        ``prepared``: what the first run returned, for the second one.
         Everything is queued on the current stream of the current device, x's. Raises Unsupported before anything is
         queued where sizes exceed what the kernels count.
         """
@@ -171,7 +171,7 @@ class _Call:
         self.workspace = Workspace.of(
             [0 if self.in_place else n * positions * width * 2, n * parts * 4, n * 4, n * 4, n * 4],
             [shape.groups * made.column_tiles * made.weight_bytes, couts * 4, couts * 4, couts * 4, couts * 4],
-            [n * slots * couts * 8, n * slots * 4],
+            [n * slots * couts * 8 * len(epilogue.gathers), n * slots * 4],
             of.shares,
         )
         self.hands_on = self.workspace.handed > 0 and not given
@@ -234,7 +234,7 @@ class _Call:
             "measure": self.scaled,
             "unmark": made.watched or self.planar,
             "again": guesses,
-            "merge": epilogue.gathers,
+            "merge": bool(epilogue.gathers),
         }
         names = (*KERNELS, *(name for name, there in more.items() if there))
         kernels, processors = _module(layer.source(store), names, self.device).kernels, _processors(self.device)

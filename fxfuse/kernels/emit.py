@@ -12,6 +12,7 @@ from fxfuse.kernels.convolution import ROWS, Along, Specialisation
 from fxfuse.kernels.emit_entries import ITEMSIZES, OPERANDS, TYPES, Prologue, entries
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold, Rows
+from fxfuse.kernels.statistics import struct_of
 from fxfuse.kernels.tiling import RUNS, Store, positions_at_once
 
 
@@ -22,10 +23,10 @@ class Epilogue:
     ``scales``: numbers that these are multiplied by, and the bias; other ones than 1 where outputs are not combined.
     ``combine``: "" stores every output; "Maximum" and "Sum" make one value of all residue classes. ``fold``: a
     reduction over channels of that. ``before``, ``after`` (the combination) and ``behind`` (the reduction): names
-    of expression structs in ``code`` ("fxfuse::Identity" for none). ``gathers``: partial statistics of the stored
-    values; ``keeps``: the values. ``step``: positions per dim, of whose sum one value is made. ``monotone``:
-    ``before`` is, and only the largest and the smallest value of a maximum go through it; ``steady``: of operands
-    that allow it, and the kernel `direct` makes the rest.
+    of expression structs in ``code`` ("fxfuse::Identity" for none). ``gathers``: the kinds of statistics of the
+    stored values, of which it makes parts; ``keeps``: the values. ``step``: positions per dim, of whose sum one value
+    is made. ``monotone``: ``before`` is, and only the largest and the smallest value of a maximum go through it;
+    ``steady``: of operands that allow it, and the kernel `direct` makes the rest.
     """
 
     scales: tuple[float, float] = (1.0, 1.0)
@@ -37,7 +38,7 @@ class Epilogue:
     after: str = "fxfuse::Identity"
     behind: str = "fxfuse::Identity"
     code: str = ""
-    gathers: bool = False
+    gathers: tuple[str, ...] = ()
     keeps: bool = True
     monotone: bool = False
     steady: bool = False
@@ -70,7 +71,7 @@ def emit(
         _residues(made),
         *(emit_planar.tables(made) if made.planar else _tables(made)),
         _problem(made, dtype, output, epilogue, store),
-        *entries(made, dtype, output, bias, prologue, gathers=epilogue.gathers),
+        *entries(made, dtype, output, bias, prologue, gathers=bool(epilogue.gathers)),
     ])  # fmt: skip
 
 
@@ -253,7 +254,8 @@ def _problem(
   static constexpr bool exact = {str(made.exact).lower()}, merged = {str(made.merged).lower()};
   static constexpr bool even = {str(len({len(p.residues) for p in made.passes}) == 1).lower()};
   static constexpr bool filled = {str(layer.out_channels % made.columns == 0).lower()};
-  static constexpr bool gathers = {str(epilogue.gathers).lower()}, keeps = {str(epilogue.keeps).lower()};
+  using Kinds = fxfuse::Kinds<{", ".join(map(struct_of, epilogue.gathers))}>;
+  static constexpr bool gathers = {str(bool(epilogue.gathers)).lower()}, keeps = {str(epilogue.keeps).lower()};
   static constexpr bool folds = {str(epilogue.fold is not None).lower()}, along = {str(made.along is not None).lower()};
   static constexpr bool monotone = {str(epilogue.monotone).lower()}, steady = {str(epilogue.steady).lower()};
   static constexpr bool by_channel = {str(made.by_channel).lower()}, by_pass = {str(made.by_pass).lower()};

@@ -141,10 +141,10 @@ unmark(const __grid_constant__ fxfuse::SampleState samples, int count) {
 _MERGE = """
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const {given}* x, const {t}* w, fxfuse::DirectGeometry d, fxfuse::Geometry g,
-      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, fxfuse::Moments* moments{front}) {{
+      const __grid_constant__ Problem::Epilogue::Arguments arguments, int pieces, double* merged{front}) {{
   fxfuse::begin_dependent();
   {input}
-  fxfuse::direct_statistics<Problem, Direct, {out}>(input, w, d, g, arguments, pieces, moments);
+  fxfuse::direct_statistics<Problem, Direct, {out}>(input, w, d, g, arguments, pieces, merged);
 }}
 """
 _PLANAR = """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fxfuse.kernels.emit_entries import TYPES
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.reductions import Fold, Rows, Window
+from fxfuse.kernels.statistics import struct_of
 
 #: bytes that a thread reads at once
 VECTOR_BYTES = 16
@@ -154,12 +156,19 @@ def rows_at_once(dtype: str, rows: Rows) -> int:
     return math.gcd(vector(dtype), rows.length)
 
 
-def emit_statistics(dtype: str, layout: str) -> str:
-    """Entries ``measure``, ``merge`` and ``finish``: the stages of statistics."""
+def emit_statistics(dtype: str, layout: str, kinds: Sequence[str] = ("statistics",)) -> str:
+    """Entries ``measure`` and ``merge``, of moments, and a ``finish_<kind>`` each: the stages of statistics.
+
+    ``layout``: "" where the kernel that makes the value gathers on its way, and merges.
+    """
+    stages = [_measure(dtype, layout)] if layout else []
+    return "\n".join(['#include "map.cuh"', *stages, *map(_finish, kinds)])
+
+
+def _measure(dtype: str, layout: str) -> str:
     given = TYPES[dtype]
     measure = "measure_contiguous" if layout == "contiguous" else "measure_channels"
-    return f"""#include "map.cuh"
-extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)
+    return f"""extern "C" __global__ void __launch_bounds__(fxfuse::kMapThreads)
 measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positions) {{
   fxfuse::begin_dependent();
   fxfuse::{measure}(x, p, positions);
@@ -167,18 +176,17 @@ measure(const {given}* x, const __grid_constant__ fxfuse::Partials p, int positi
 extern "C" __global__ void __launch_bounds__(fxfuse::kMergeThreads, 2)
 merge(const __grid_constant__ fxfuse::Partials p, int pieces, fxfuse::Moments* out) {{
   fxfuse::begin_dependent();
-  fxfuse::merge_partials(p, pieces, out, fxfuse::NoElements());
-}}
-{FINISH}"""
+  fxfuse::merge_partials<fxfuse::Statistics>(p, 1, 0, pieces, out, fxfuse::NoElements<fxfuse::Statistics>());
+}}"""
 
 
-FINISH = """extern "C" __global__ void __launch_bounds__(fxfuse::kFinishThreads)
-finish(const fxfuse::Moments* moments, float* mean, float* var, float* scale, int samples, int channels, int members,
-       int batch, int pieces, double eps) {
+def _finish(kind: str) -> str:
+    return f"""extern "C" __global__ void __launch_bounds__(fxfuse::kFinishThreads)
+finish_{kind}(const {struct_of(kind)}::Merged* merged, float* results, int samples, int channels, int members,
+       int batch, int pieces, double eps) {{
   fxfuse::begin_dependent();
-  fxfuse::finish_statistics(moments, mean, var, scale, samples, channels, members, batch, pieces, eps);
-}
-"""
+  fxfuse::finish_statistics<{struct_of(kind)}>(merged, results, samples, channels, members, batch, pieces, eps);
+}}"""
 
 
 def _names(*expressions: Expression | None) -> str:

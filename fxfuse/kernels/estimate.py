@@ -22,6 +22,7 @@ from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.geometry import three_of
+from fxfuse.kernels.statistics import KINDS
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
 from fxfuse.kernels.tiles import Extents
 from fxfuse.kernels.tiling import ALONG_CYCLES, POOLED, seconds
@@ -38,16 +39,12 @@ FLOAT_RATE = 3.35e13
 DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.7
 #: seconds that an element of a tile of x takes until it lies in shared memory, and that moments of its products take
 TILED, SQUARED = 5e-13, 6e-6
-#: bytes of the moments of a sample and channel, where the slots of a sample are one piece
-MOMENTS = 24
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
-#: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store:
-#: where it becomes a part of statistics, and for every addition's worth of a pointwise chain. Read off chains on an
-#: H100 (benchmarks/results/h100_ways.json): few warps hide little of a latency
-GATHERED, POINTWISE = 0.2, 0.02
-#: the latter around a reduction along w, of which several rows are computed at once
-POINTWISE_ALONG = 0.01
+#: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store,
+#: for every addition's worth of a pointwise chain. Read off chains on an H100 (benchmarks/results/h100_ways.json): few
+#: warps hide little of a latency; and around a reduction along w, of which several rows are computed at once
+POINTWISE, POINTWISE_ALONG = 0.02, 0.01
 
 Types = Mapping[str, TensorType]
 
@@ -119,7 +116,7 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     width = 0 if as_it_lies else made.padded_channels * layer.groups * made.parts * 2
     rows = n * math.prod(layer.row_sizes(three_of(sizes))) * width
     packed = layer.groups * made.column_tiles * made.weight_bytes
-    moments = n * layer.out_channels * layer.groups * MOMENTS if kernel.gathers else 0
+    merged = n * layer.out_channels * layer.groups * _merged_bytes(kernel)
     stored = size_of(kernel.kind) if kernel.keeps else 0
     # where samples are scaled, a part of x is read to be measured, all of it to be made rows, and some once more
     every = sampled(n, math.prod(sizes) * (x.shape[1] or 0))
@@ -127,14 +124,14 @@ def _convolution(kernel: Launch, made: Specialisation, types: Types) -> Work:
     there = {*([kernel.x] if rows_there else []), *([kernel.weight, kernel.bias] if all_there else [])}
     read = bytes_of(types, (n for n in kernel.reads if n not in there)) + rows + packed
     read += size_of(x) // every if scaled and not rows_there else 0
-    written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + moments
+    written = (0 if rows_there else rows) + (0 if all_there else packed) + stored + merged
     weight = layer.channels * layer.groups * layer.out_channels * made.products
     macs = n * math.prod(kernel.extents) // (math.prod(layer.stride) * math.prod(made.step)) * weight
     looks = made.watched or made.planar  # and marks samples, which are none before
     prepares = (0 if all_there or made.planar else 1 + scaled) + (looks and not rows_there)
     again = scaled and every > 1 and not rows_there
     return Work(
-        launches=1 + prepares + again + ((scaled or looks) and kernel.keeps) + kernel.gathers,
+        launches=1 + prepares + again + ((scaled or looks) and kernel.keeps) + bool(kernel.gathers),
         read=read,
         written=written,
         macs=macs,
@@ -149,7 +146,7 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
     work = made.work(n, three_of(sizes), kernel.extents)
     kept = (work.products + work.sums) * torch.float64.itemsize
     read = bytes_of(types, kernel.reads) + kept
-    written = kept + n * made.layer.out_channels * made.layer.groups * MOMENTS
+    written = kept + n * made.layer.out_channels * made.layer.groups * _merged_bytes(kernel)
     traffic = (read + written) / BANDWIDTH
     products = work.macs / (DOUBLE_RATE * DOUBLE_PART)
     return Work(
@@ -160,6 +157,11 @@ def _correlation(kernel: Launch, made: Correlation, types: Types) -> Work:
         seconds=traffic + products + work.elements * TILED + SQUARED + 2 * LAUNCH,
         floor=max(traffic, work.macs / DOUBLE_RATE),
     )
+
+
+def _merged_bytes(kernel: Launch) -> int:
+    """Of a sample and channel, where the slots of a sample are one piece."""
+    return sum(8 * KINDS[kind].merged for kind in kernel.gathers)
 
 
 def launch_seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Extents) -> float:
@@ -193,7 +195,7 @@ def _epilogue(kernel: Launch, made: Specialisation) -> float:
             + behind / (math.prod(kernel.layer.stride) if kernel.combine else 1)
         )
     after += behind if kernel.fold is None or kernel.fold.keeps else behind / kernel.fold.channels
-    gathered = GATHERED if kernel.gathers else 0.0
+    gathered = sum(KINDS[kind].cycles for kind in kernel.gathers)
     if not kernel.combine or made.merged:
         return before + after + gathered
     classes = math.prod(kernel.layer.stride)
@@ -215,7 +217,9 @@ def _by_kernel(step: Map | Gather | Bundle | Sums | Contraction, types: Types) -
     if isinstance(step, Bundle):
         return _memory_bound(1, bytes_of(types, step.made.reads), sum(map(size_of, step.kinds)))
     if isinstance(step, Map):
-        return _memory_bound(1, bytes_of(types, step.reads), size_of(step.kind))
+        again = step.rows is not None and step.rows.keeps and not step.rows.held
+        read = bytes_of(types, step.reads) + (size_of(types[step.value]) if again else 0)
+        return _memory_bound(1, read, size_of(step.kind))
     read = size_of(step.kind) if step.layout else 0
     return _memory_bound(len(step.instrs) + (2 if step.layout else 0), read, bytes_of(_made(step), step.makes))
 
@@ -285,7 +289,7 @@ def _made(step: Step) -> dict[str, TensorType]:
         return dict(zip(step.makes, step.kinds, strict=True))
     n, c, *spatial = step.kind.shape
     ones = (1,) * len(spatial)
-    shapes = ((1 if dict(i.attributes)["batch"] else n, c, *ones) for i in step.instrs for _ in i.outs)
+    shapes = ((1 if dict(i.attributes).get("batch") else n, c, *ones) for i in step.instrs for _ in i.outs)
     return {name: TensorType(torch.float32, shape) for name, shape in zip(step.makes, shapes, strict=True)}
 
 

@@ -31,7 +31,7 @@ from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.plan import by_torch, chain_of
 from fxfuse.kernels.prepared import Prepared
 from fxfuse.kernels.prologue import absorb
-from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.schedule import gathering, schedule
 from fxfuse.kernels.steps import Launch, Schedule, Torch
 from fxfuse.kernels.tail_engine import architecture
 from fxfuse.kernels.twice import from_products, sharing, twice
@@ -46,6 +46,9 @@ MOST_PREPARED = 1024
 #: a way that has statistics ahead runs where it takes less than this part of the time of one run of the convolution, by
 #: estimate; and is not considered any further from this part on
 WORTH_TWICE, HOPELESS = 0.97, 1.45
+#: a way whose kernel gathers maxima or sums of exponentials as well runs where it takes less than this part of the time
+#: of the same way with a kernel that goes through rows
+WORTH_GATHERING = 1.0
 
 Strides = Sequence[Sequence[int]] | None
 
@@ -115,42 +118,55 @@ def candidates(program: Program, inputs: Sequence[Tensor], *, exact: bool, hoppe
 
 
 def _by_engine(program: Program, inputs: Sequence[Tensor], exact: bool) -> list[Candidate]:
-    """With the convolution's own kernel, statistics gathered on its way or made ahead; the fastest one first."""
-    made, (convolution,) = _with_front(schedule(program, inputs, exact=exact), exact)
-    assert made.kernel is not None
-    refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
+    """With the convolution's own kernel, statistics gathered on its way or made ahead; the fastest one first.
+
+    Maxima and softmaxes over all of space are made by kernels that go through rows, or gathered as well.
+    """
     given = {n: TensorType(t.dtype, tuple(t.shape)) for (n, _), t in zip(program.inputs, inputs, strict=True)}
-    once = Candidate(ENGINE, made, convolution, refusal)
-    least = _seconds(given, once, exact)
-    found = {once: least * WORTH_TWICE}
+    ways = _ways(program, inputs, schedule(program, inputs, exact=exact), given, exact)
+    with contextlib.suppress(Unscheduled, Unsupported):
+        found = gathering(program, inputs, exact=exact)
+        if found is not None:
+            made, value = found
+            for name, way in _ways(program, inputs, made, given, exact, gathered=value).items():
+                if name not in ways or way[1] < WORTH_GATHERING * ways[name][1]:
+                    ways[name] = way
+    once, least = ways.pop(ENGINE)
     told = [f"{least * 1e3:.2f} ms with one run of the convolution"]
-    for other in _statistics_ahead(program, inputs, once, given, exact):
-        seconds = _seconds(given, other, exact)
+    order = {once: least * WORTH_TWICE}
+    for other, seconds in ways.values():
         if seconds <= HOPELESS * least:
-            found[other] = seconds
+            order[dataclasses.replace(other, refusal=once.refusal)] = seconds
             told.append(f"{seconds * 1e3:.2f} ms {AHEAD[other.name]}")
-    if len(found) == 1:
+    if len(order) == 1:
         return [once]
     estimate = f"by estimate {', '.join(told)}"
-    return [dataclasses.replace(c, estimate=estimate) for c in sorted(found, key=found.__getitem__)]
+    return [dataclasses.replace(c, estimate=estimate) for c in sorted(order, key=order.__getitem__)]
 
 
-def _statistics_ahead(
-    program: Program, inputs: Sequence[Tensor], once: Candidate, given: Types, exact: bool
-) -> Iterator[Candidate]:
-    """The ways that have statistics before they run the convolution whose values they store."""
-    assert once.schedule is not None
-    try:
-        again = twice(program, inputs, once.schedule, exact=exact)
-        if again is None:
-            return
-        made, (first, second) = _with_front(again, exact)
-    except (Unscheduled, Unsupported):
-        return
-    yield Candidate(TWICE, sharing(made, first.made, second.made), second, once.refusal, measuring=first)
-    with contextlib.suppress(Unsupported):
-        correlated, products = from_products(again, given)  # of an x with nothing in front
-        yield Candidate(PRODUCTS, correlated, second, once.refusal, measuring=products)
+def _ways(
+    program: Program,
+    inputs: Sequence[Tensor],
+    once: Schedule,
+    given: Types,
+    exact: bool,
+    gathered: str | None = None,
+) -> dict[str, tuple[Candidate, float]]:
+    """By name ``once``, and the ways that have statistics before they run the convolution whose values they store, each
+    with the seconds that it is expected to take. ``gathered``: the value whose maxima are statistics, too.
+    """
+    made, (convolution,) = _with_front(once, exact)
+    assert made.kernel is not None
+    refusal = slower(made.kernel, convolution.made, *_input_sizes(program, made.kernel, inputs))
+    found = [Candidate(ENGINE, made, convolution, refusal)]
+    with contextlib.suppress(Unscheduled, Unsupported):
+        again = twice(program, inputs, made, exact=exact, gathered=lambda value: value == gathered)
+        if again is not None:
+            both, (first, second) = _with_front(again, exact)
+            found.append(Candidate(TWICE, sharing(both, first.made, second.made), second, refusal, measuring=first))
+            correlated, products = from_products(again, given)  # of an x with nothing in front
+            found.append(Candidate(PRODUCTS, correlated, second, refusal, measuring=products))
+    return {c.name: (c, _seconds(given, c, exact)) for c in found}
 
 
 def _with_front(made: Schedule, exact: bool) -> tuple[Schedule, list[Convolution]]:

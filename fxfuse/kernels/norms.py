@@ -1,7 +1,8 @@
-"""Normalisations and means as statistics and pointwise arithmetic: what kernels are made of.
+"""Normalisations, means, maxima and softmaxes as statistics and pointwise arithmetic: what kernels are made of.
 
 ``(x - mean) / sqrt(var + eps) * weight + bias`` needs x twice: for ``statistics``, which the kernel that
-makes x can gather on its way, and for arithmetic that joins the pointwise chain behind it. Pure.
+makes x can gather on its way, and for arithmetic that joins the pointwise chain behind it. So does a softmax over all
+of space; but where no kernel gathers on its way, one kernel that goes through rows has less to read. Pure.
 """
 
 from __future__ import annotations
@@ -25,12 +26,23 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_CHANNELS = 256
 
 
-def split_norms(program: Program, types: Mapping[str, TensorType], wanted: Callable[[str], bool]) -> Program:
+def nothing(_value: str) -> bool:
+    """No value."""
+    return False
+
+
+def split_norms(
+    program: Program,
+    types: Mapping[str, TensorType],
+    wanted: Callable[[str], bool],
+    gathered: Callable[[str], bool] = nothing,
+) -> Program:
     """``program`` with the norms and means of ``wanted`` values, as far as they have this form, taken apart.
 
-    ``types``: of every value of the program.
+    ``types``: of every value of the program. ``gathered``: values of which maxima, minima and softmaxes over all of
+    space are as well.
     """
-    splitter = _Splitter(program, types)
+    splitter = _Splitter(program, types, gathered)
     viewed = {back.outs[0]: (there, middle) for there, middle, back in _between_views(program, types)}
     for instr in program.body:
         between = viewed.get(instr.outs[0])
@@ -79,8 +91,10 @@ def _affine(parameters: Sequence[Operand]) -> list[tuple[str, Operand]]:
 
 
 class _Splitter:
-    def __init__(self, program: Program, types: Mapping[str, TensorType]) -> None:
-        self.types = types
+    def __init__(
+        self, program: Program, types: Mapping[str, TensorType], gathered: Callable[[str], bool] = nothing
+    ) -> None:
+        self.types, self.gathered = types, gathered
         self.taken = {*types}
         self.readers = collections.Counter(n for i in program.body for n in i.reads())
         self.readers.update(program.outputs)
@@ -113,9 +127,12 @@ class _Splitter:
 
     def statistics(self, value: str, *, batch: bool, groups: int, eps: float = 0.0) -> tuple[str, ...]:
         """Names of the mean, the variance and the scale."""
-        key = value, batch, groups, eps
+        return self._once("statistics", value, batch=batch, groups=groups, eps=eps)
+
+    def _once(self, op: str, value: str, **attributes: Any) -> tuple[str, ...]:
+        key = op, value, *attributes.values()
         if key not in self.made:
-            self.call("statistics", Ref(value), batch=batch, groups=groups, eps=eps)
+            self.call(op, Ref(value), **attributes)
             self.made[key] = self.body[-1].outs
         return self.made[key]
 
@@ -147,7 +164,7 @@ class _Splitter:
         spatial = len(self.types[value].shape) - 2
         return all(s == 1 for s in self.types[operand.name].shape[-spatial:])
 
-    def finish(self, value: str, steps: list[tuple[str, Operand]], out: str) -> None:
+    def finish(self, value: str, steps: Sequence[tuple[str, Operand]], out: str) -> None:
         """The steps, in float32 at least, and rounded once."""
         narrow = self.types[out].dtype is not torch.float32
         for i, (op, operand) in enumerate(steps):
@@ -228,7 +245,9 @@ class _Splitter:
         count = len(shape) - len(flat) + 1
         if dict(softmax.attributes)["dim"] != len(flat) - 1 or count < 1 or shape[: len(flat) - 1] != flat[:-1]:
             return False
-        self.call("softmax_over", Ref(value), outs=(out,), count=count, log=softmax.op == "log_softmax")
+        log = softmax.op == "log_softmax"
+        if count != len(shape) - 2 or not self._softmax(value, out, log=log):
+            self.call("softmax_over", Ref(value), outs=(out,), count=count, log=log)
         return True
 
     def _normalised(
@@ -320,6 +339,8 @@ class _Splitter:
         size, spatial = dict(instr.attributes)["size"], tuple(range(2, len(self.types[value].shape)))
         if size != (1,) * len(spatial):
             return False
+        if self.gathered(value):
+            return self._reduced(instr, value, self._once("extremes", value)[0])
         self.call("amax", Ref(value), outs=instr.outs, dims=spatial, keepdim=True)
         return True
 
@@ -363,6 +384,34 @@ class _Splitter:
         mean = self.statistics(self.call("square", Ref(wide)), **over)[0]
         total = self.call("mul", Ref(mean), float(count))
         return self._reduced(instr, value, self.call("sqrt", Ref(total)))
+
+    # --- over all of space, of values that are gathered on the way -----------------------------------
+    def maximum(self, instr: Instr, value: str) -> bool:
+        return self._over_space(instr, value) and self._reduced(instr, value, self._once("extremes", value)[0])
+
+    def minimum(self, instr: Instr, value: str) -> bool:
+        return self._over_space(instr, value) and self._reduced(instr, value, self._once("extremes", value)[1])
+
+    def logsumexp(self, instr: Instr, value: str) -> bool:
+        return self._over_space(instr, value) and self._reduced(instr, value, self._once("exponentials", value)[3])
+
+    def softmax(self, instr: Instr, value: str) -> bool:
+        return self._over_space(instr, value) and self._softmax(value, instr.outs[0], log=instr.op == "log_softmax")
+
+    def _over_space(self, instr: Instr, value: str) -> bool:
+        attributes, kind = dict(instr.attributes), self.types[value]
+        dims = attributes.get("dims") or (attributes["dim"],)
+        alike = self.types[instr.outs[0]].dtype is kind.dtype
+        return alike and tuple(dims) == tuple(range(2, len(kind.shape))) and self.gathered(value)
+
+    def _softmax(self, value: str, out: str, *, log: bool) -> bool:
+        """Over all of space: an exponential's part of their sum, or its logarithm."""
+        if not self.gathered(value):
+            return False
+        maximum, scale, logarithm, _ = map(Ref, self._once("exponentials", value))
+        steps = [("sub", maximum), ("sub", logarithm)] if log else [("exp_below", maximum), ("mul", scale)]
+        self.finish(value, steps, out)
+        return True
 
     def _over(self, instr: Instr, value: str, dims: tuple[int, ...]) -> dict[str, Any] | None:
         """Which statistics are those over ``dims``, all spatial ones among them, as a reduction makes them."""
@@ -421,4 +470,11 @@ _SPLIT: Mapping[str, Callable[[_Splitter, Instr, str], bool]] = {
     "vector_norm": _Splitter.vector_norm,
     "adaptive_avg_pool": _Splitter.adaptive_avg_pool,
     "adaptive_max_pool": _Splitter.adaptive_max_pool,
+    "amax": _Splitter.maximum,
+    "max": _Splitter.maximum,
+    "amin": _Splitter.minimum,
+    "min": _Splitter.minimum,
+    "logsumexp": _Splitter.logsumexp,
+    "softmax": _Splitter.softmax,
+    "log_softmax": _Splitter.softmax,
 }

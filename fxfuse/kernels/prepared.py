@@ -18,7 +18,7 @@ from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.lies import three_dims
 from fxfuse.kernels.merge import pieces
-from fxfuse.kernels.moments import Moments, front_of, moments_name, statistics_places
+from fxfuse.kernels.merged import Merged, front_of, merged_name, statistics_places
 from fxfuse.kernels.operands import Operands, Place, views
 from fxfuse.kernels.replays import Output, Replays, wanted
 from fxfuse.kernels.steps import Bundle, Gather, Launch, Map, Schedule, Step, Torch
@@ -69,21 +69,21 @@ class Prepared:
         steps = []
         follows = False  # whether a part comes behind one of our kernels
         fronts = {p.value: front_of(p, tensors) for p in kept if isinstance(p, Gather) and not p.layout}
-        moments: dict[str, Moments] = {}
+        merged: dict[str, Merged] = {}
         with torch.cuda.device(device):
             for i, part in enumerate(kept):
                 if isinstance(part, Launch):
                     ours = measuring if part is made.measuring else convolution
                     assert ours is not None
-                    given = moments[part.stored] = _moments(part, ours, fronts.get(part.stored, 0))
+                    given = merged[part.stored] = _merged(part, ours, fronts.get(part.stored, 0))
                     if isinstance(ours, Correlation):
                         run = _correlation(part, ours, follows, given)
                     else:
                         first = part is made.measuring
                         run = _convolution(part, ours, places, follows, given, first=first, shares=shares)
                 else:
-                    of = moments.get(part.value) if isinstance(part, Gather) else None
-                    run = prepare(part, device, places, tensors, follows=follows, moments=of)
+                    of = merged.get(part.value) if isinstance(part, Gather) else None
+                    run = prepare(part, device, places, tensors, follows=follows, merged=of)
                 follows = not isinstance(part, Torch)
                 dead = [n for n, at in last.items() if at == i and n not in {*names, *outputs}]
                 steps.append((run, tuple(dead) if i + 1 < len(kept) else ()))  # in the end all of them go
@@ -224,11 +224,11 @@ def _last_uses(parts: Sequence[Part], places: Mapping[str, Place]) -> dict[str, 
     return last
 
 
-def _moments(kernel: Launch, made: Convolution | Correlation, front: int) -> Moments:
-    """Where the moments of the value lie that a launch makes, if it gathers."""
+def _merged(kernel: Launch, made: Convolution | Correlation, front: int) -> Merged:
+    """Where the merged parts of the value lie that a launch makes, if it gathers."""
     n, c = ((s or 0) for s in kernel.kind.shape[:2])
     count = pieces(n, c, made.slots(kernel.sizes)) if kernel.gathers and isinstance(made, Convolution) else 1
-    return Moments.of(kernel.kind, count, front)
+    return Merged.of(kernel.kind, kernel.gathers, count, front)
 
 
 def _convolution(
@@ -236,7 +236,7 @@ def _convolution(
     convolution: Convolution,
     places: Mapping[str, Place],
     follows: bool,
-    moments: Moments,
+    merged: Merged,
     *,
     first: bool,
     shares: Shared,
@@ -251,8 +251,8 @@ def _convolution(
     before, after, behind, front = (Operands(e, places).pack for e in kernel.expressions)
     reads = any((before, after, behind, front))
     not_kept = None if kernel.keeps else torch.empty_strided(shape, strides, dtype=kind.dtype, device="meta")
-    moments_of_it = moments_name(kernel.stored)
-    gathers, room, begin = kernel.gathers, moments.room, moments.front
+    parts = merged_name(kernel.stored)
+    gathers, room, begin = bool(kernel.gathers), merged.room, merged.front
     handed, takes = f"prepared {kernel.x}", shares is not Shared.NOTHING and not first
     name_x, name_w, name_b, stored, dtype = kernel.x, kernel.weight, kernel.bias, kernel.stored, kind.dtype
     queue = calls.run
@@ -280,7 +280,7 @@ def _convolution(
             out = not_kept
         at = 0
         if gathers:
-            values[moments_of_it] = made = memory.empty(room, (1,), torch.float64)
+            values[parts] = made = memory.empty(room, (1,), torch.float64)
             at = made.data_ptr() + begin
         prepared = values.pop(handed, None) if takes else None
         prepared = queue(values[name_x], weight, bias, out, operands, at, prepared)
@@ -296,10 +296,10 @@ def _known_dense(name: str, places: Mapping[str, Place]) -> bool:
     return place is not None and torch.empty_strided(place.shape, place.strides, device="meta").is_contiguous()
 
 
-def _correlation(kernel: Launch, correlation: Correlation, follows: bool, moments: Moments) -> Run:
+def _correlation(kernel: Launch, correlation: Correlation, follows: bool, merged: Merged) -> Run:
     """What makes statistics without the convolution, as a step among others."""
     calls: dict[object, correlation_engine.Run] = {}
-    moments_of_it, room, front = moments_name(kernel.stored), moments.room, moments.front
+    parts, room, front = merged_name(kernel.stored), merged.room, merged.front
     name_x, name_w, name_b = kernel.x, kernel.weight, kernel.bias
 
     def run(values: Values) -> None:
@@ -310,7 +310,7 @@ def _correlation(kernel: Launch, correlation: Correlation, follows: bool, moment
         queue = calls.get(form)
         if queue is None:
             queue = calls[form] = correlation_engine.prepare(correlation, x, kernel.extents, follows=follows)
-        values[moments_of_it] = made = memory.empty(room, (1,), torch.float64)
+        values[parts] = made = memory.empty(room, (1,), torch.float64)
         queue(x, weight, None if name_b is None else values[name_b], made.data_ptr() + front)
 
     return run

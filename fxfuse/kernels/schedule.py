@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.estimate import BANDWIDTH, LAUNCH, launch_seconds, size_of
 from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.norms import split_norms
+from fxfuse.kernels.norms import nothing, split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.prologue import steps_in_front
 from fxfuse.kernels.reductions import Rows, fold_of, reduces, rows_of
@@ -56,6 +56,24 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
         whole, values = next((p, v) for p, v in found if _same_forms(program, observed, v))
         return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values, least=least)), values)
     return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
+
+
+def gathering(program: Program, inputs: Sequence[Tensor], *, exact: bool = False) -> tuple[Schedule, str] | None:
+    """The schedule whose kernel gathers maxima, minima or sums of exponentials of the value that it makes, and that.
+
+    None where it has none to gather: there :func:`schedule` has all. Arguments as of that.
+    """
+    observed, least = observe(program, inputs), least_elements(anchored=True)
+
+    def cut_for(gathered: Callable[[str], bool]) -> tuple[Schedule, Mapping[str, Form]]:
+        version, values = versions(program, observed, inputs, least, gathered=gathered)[0]
+        return cut(version, values, exact=exact), values
+
+    kernel = cut_for(lambda _: True)[0].kernel
+    assert kernel is not None
+    made = best(program, observed, [cut_for(lambda value: value == kernel.stored)])
+    assert made.kernel is not None
+    return (made, kernel.stored) if {*made.kernel.gathers} - {"statistics"} else None
 
 
 def cut(program: Program, values: Mapping[str, Form], *, exact: bool) -> Schedule:
@@ -89,11 +107,18 @@ def least_elements(anchored: bool) -> int:
 
 
 def versions(
-    program: Program, observed: dict[str, Form], inputs: Sequence[Tensor], least: int, *, anchored: bool = True
+    program: Program,
+    observed: dict[str, Form],
+    inputs: Sequence[Tensor],
+    least: int,
+    *,
+    anchored: bool = True,
+    gathered: Callable[[str], bool] = nothing,
 ) -> list[tuple[Program, dict[str, Form]]]:
     """What means the same as ``program``, the best for kernels first, each with its values.
 
-    ``least``: elements of a value that kernels take. ``anchored``: so does the convolution.
+    ``least``: elements of a value that kernels take. ``anchored``: so does the convolution. ``gathered``: as of
+    :func:`~fxfuse.kernels.norms.split_norms`.
     """
     plain = program if anchored else uncropped(program, observed, inputs)
     made = [observed[i.outs[0]] for i in program.body if i.op == "conv_transpose"]
@@ -101,7 +126,7 @@ def versions(
     if not pools and any(y.numel() >= LEAST_ELEMENTS for y in made):
         plain = unfold(plain, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
-    split = _split(plain, found[plain], least)
+    split = _split(plain, found[plain], least, gathered)
     return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
 
 
@@ -134,9 +159,8 @@ def _with_steps(made: Schedule, values: Mapping[str, Form]) -> Schedule:
     """The schedule with what runs behind its kernel."""
     kernel = made.kernel
     assert kernel is not None
-    gathers = not kernel.reduces and any(i.op == "statistics" and kernel.stored in i.reads() for i in made.rest.body)
-    steps = plan(made.rest, values, kernel.stored if gathers else None, least=least_elements(anchored=True))
-    gathers = any(isinstance(s, Gather) and not s.layout for s in steps)
+    steps = plan(made.rest, values, None if kernel.reduces else kernel.stored, least=least_elements(anchored=True))
+    gathers = next((s.gathers for s in steps if isinstance(s, Gather) and not s.layout), ())
     keeps = kernel.stored in made.rest.outputs or any(
         kernel.stored in s.reads for s in steps if not isinstance(s, Gather) or s.layout
     )
@@ -180,7 +204,7 @@ def _reads(kernel: Launch | None) -> tuple[str, ...]:
     return () if kernel is None else kernel.reads
 
 
-def _split(program: Program, values: Mapping[str, Form], least: int) -> Program:
+def _split(program: Program, values: Mapping[str, Form], least: int, gathered: Callable[[str], bool]) -> Program:
     """The program with the norms of large values taken apart, and those of given statistics behind collapsed means."""
     behind = {i.outs[0] for i in program.body if i.op == "contract_taps"}
     for instr in program.body:
@@ -191,7 +215,8 @@ def _split(program: Program, values: Mapping[str, Form], least: int) -> Program:
         value = values[name]
         return (value.numel() >= least or name in collapsed) and layout_of(value.shape, value.stride()) is not None
 
-    return split_norms(program, {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}, wanted)
+    types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
+    return split_norms(program, types, wanted, gathered)
 
 
 def _same_forms(program: Program, values: Mapping[str, Form], others: Mapping[str, Form]) -> bool:

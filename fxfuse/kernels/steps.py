@@ -15,6 +15,7 @@ from fxfuse.kernels.emit_bundle import Emitted
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.reductions import Fold, Rows, Window
+from fxfuse.kernels.statistics import kinds_of
 from fxfuse.program import Program
 
 
@@ -31,9 +32,9 @@ class Launch:
     ``squeezed``: the stored value has no dim of channels. ``along``: a reduction over w in front of ``combine``, if
     there is one; ``after`` is behind it then. ``apart``: why a reduction that follows is none of this kernel's.
     ``front``: what is made of elements of x on the way, which in memory are of the dtype ``given``. ``stages`` are for
-    a person to read. ``gathers``: it makes partial statistics of the
-    value; ``keeps``: and stores it. ``correlates``: instead of a convolution, products of x with itself make the
-    statistics (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first run has made of x and
+    a person to read. ``gathers``: the kinds of statistics of which it makes parts of the value; ``keeps``: it stores
+    that. ``correlates``: instead of a convolution, products of x with itself make the statistics
+    (:mod:`fxfuse.kernels.correlation`). ``shares``: what it uses of what a first run has made of x and
     the weights.
     """
 
@@ -63,7 +64,7 @@ class Launch:
     apart: str | None = None
     front: Expression | None = None
     given: torch.dtype | None = None
-    gathers: bool = False
+    gathers: tuple[str, ...] = ()
     keeps: bool = True
     correlates: bool = False
     shares: Shared = Shared.NOTHING
@@ -116,7 +117,7 @@ class Launch:
     def __str__(self) -> str:
         if self.correlates:
             return f"statistics of {' > '.join(self.stages)} from products of {self.x} with itself"
-        made = [*([str(self.kind)] if self.keeps else []), *(["statistics"] if self.gathers else [])]
+        made = [*([str(self.kind)] if self.keeps else []), *self.gathers]
         given = f", from the first run's {self.shares.value}" if self.shares is not Shared.NOTHING else ""
         return f"{' > '.join(self.stages)} -> {' and '.join(made)}{given}"
 
@@ -168,7 +169,7 @@ class Map:
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """The ``statistics`` of ``value``: of all ``instrs``, from one pass over it.
+    """The statistics of ``value``: of all ``instrs``, from one pass over it.
 
     ``layout``: the memory format of ``value``; "" where the kernel that makes it gathers on its way.
     """
@@ -186,9 +187,14 @@ class Gather:
     def makes(self) -> tuple[str, ...]:
         return tuple(o for i in self.instrs for o in i.outs)
 
+    @property
+    def gathers(self) -> tuple[str, ...]:
+        """Their kinds."""
+        return kinds_of(self.instrs)
+
     def __str__(self) -> str:
         where = f"one pass over {self.value}" if self.layout else "gathered on the way"
-        return f"statistics of {self.value}, {where}"
+        return f"{' and '.join(self.gathers)} of {self.value}, {where}"
 
 
 @dataclasses.dataclass(frozen=True)

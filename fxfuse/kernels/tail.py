@@ -26,6 +26,7 @@ from fxfuse.kernels.reductions import (
     rows_of,
     window_of,
 )
+from fxfuse.kernels.statistics import KINDS
 from fxfuse.kernels.steps import Gather, Map, Step, Torch
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
@@ -120,7 +121,7 @@ class _Planner:
     def _step(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:
         """A kernel that begins with ``instr``, and what it takes; None for torch."""
         op = vocabulary.lookup(instr.op)
-        if op.name == "statistics":
+        if op.name in KINDS:
             return self._gather(instr)
         if op.name in ("tap_sums", "contract_taps"):
             return self._collapsed(instr)
@@ -395,9 +396,10 @@ class _Planner:
     def _gather(self, instr: Instr) -> tuple[Step | None, Sequence[Instr]]:
         (value,) = instr.reads()
         kind = self.values.types[value]
-        instrs = tuple(i for i in self.left if i.op == "statistics" and value in i.reads())
+        instrs = tuple(i for i in self.left if i.op in KINDS and value in i.reads())
         if value == self.gathered:
             return Gather(value, kind, "", instrs), instrs
-        if not self._readable(value):
+        if not self._readable(value) or instr.op != "statistics":
             return None, ()
+        instrs = tuple(i for i in instrs if i.op == "statistics")
         return Gather(value, kind, layouts_of(kind.shape, self.values.strides[value])[0], instrs), instrs

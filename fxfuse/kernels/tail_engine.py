@@ -37,7 +37,7 @@ from fxfuse.kernels.emit_tail import (
 from fxfuse.kernels.jit import compile_cubin
 from fxfuse.kernels.launch import Kernel, Module, sender, stream_of
 from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.moments import Moments, form_of_statistics, front_of, moments_name, statistics_name
+from fxfuse.kernels.merged import Merged, form_of_statistics, front_of, merged_name, statistics_name
 from fxfuse.kernels.operands import Operands, Place, addresses, told_by
 from fxfuse.kernels.steps import Bundle, Gather, Map, Step, Torch
 from fxfuse.kernels.workspace import ALIGNMENT
@@ -58,18 +58,18 @@ def prepare(
     tensors: Set[str],
     *,
     follows: bool = False,
-    moments: Moments | None = None,
+    merged: Merged | None = None,
 ) -> Run:
     """Compile and load what ``step`` needs on ``device``, the current one.
 
     ``places``: where values lie, as far as it is known. ``tensors``: those that are read as tensors, not only as
-    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`. ``moments``: those that a step takes,
-    where the kernel that makes its value gathers on its way.
+    operands of kernels. ``follows``: as of :class:`~fxfuse.kernels.launch.Chain`. ``merged``: the parts that a step
+    takes, where the kernel that makes its value gathers on its way.
     """
     if isinstance(step, Map):
         return _prepare_map(step, device, places, follows)
     if isinstance(step, Gather):
-        return _prepare_gather(step, device, tensors, follows, moments)
+        return _prepare_gather(step, device, tensors, follows, merged)
     if isinstance(step, Bundle):
         return _prepare_bundle(step, device, places, follows)
     if isinstance(step, Sums):
@@ -83,7 +83,7 @@ def prepare(
 def source_of(step: Step) -> str:
     """The CUDA C++ of a step's kernels; empty for torch's."""
     if isinstance(step, Gather):
-        return emit_statistics(DTYPE_NAMES[step.kind.dtype], step.layout or "contiguous")
+        return emit_statistics(DTYPE_NAMES[step.kind.dtype], step.layout, step.gathers)
     if isinstance(step, Torch):
         return ""
     if isinstance(step, Bundle):
@@ -295,22 +295,19 @@ def _prepare_bundle(step: Bundle, device: torch.device, places: Mapping[str, Pla
 PARTIALS = "qqii"
 
 
-def _prepare_gather(
-    step: Gather, device: torch.device, tensors: Set[str], follows: bool, moments: Moments | None
-) -> Run:
-    kernels = load(source_of(step), ("measure", "merge", "finish"), device)
+def _prepare_gather(step: Gather, device: torch.device, tensors: Set[str], follows: bool, merged: Merged | None) -> Run:
+    entries = ("measure", "merge") if step.layout else ()
+    kernels = load(source_of(step), (*entries, *(f"finish_{kind}" for kind in step.gathers)), device)
     measure, front = None, front_of(step, tensors)
     if step.layout:
-        measure, moments = _prepare_measure(step, kernels, device, follows, front)
-    assert moments is not None
-    assert moments.front == front
-    name, value = moments_name(step.value), step.value
-    finishes = [
-        _prepare_finish(
-            instr, step.kind, kernels["finish"], device, tensors, follows or measure is not None or i > 0, moments, i
-        )
-        for i, instr in enumerate(step.instrs)
-    ]
+        measure, merged = _prepare_measure(step, kernels, device, follows, front)
+    assert merged is not None
+    assert merged.front == front
+    name, value = merged_name(step.value), step.value
+    finishes = []
+    for i, instr in enumerate(step.instrs):
+        kernel, behind = kernels[f"finish_{instr.op}"], follows or measure is not None or i > 0
+        finishes.append(_prepare_finish(instr, step.kind, kernel, device, tensors, behind, merged, i))
 
     def run(values: Values) -> None:
         given = measure(values[value]) if measure is not None else values.pop(name)
@@ -327,27 +324,25 @@ def _prepare_finish(
     device: torch.device,
     tensors: Set[str],
     follows: bool,
-    moments: Moments,
+    merged: Merged,
     number: int,
 ) -> Callable[[Values, Tensor], None]:
-    """``number``: of the instruction among those that are made of the same moments."""
+    """``number``: of the instruction among those that are made of the same tensor."""
     n, c, *_ = _sizes(kind)
-    attributes = dict(instr.attributes)
+    attributes = {"batch": False, "groups": c, "eps": 0.0, **dict(instr.attributes)}
     batch, groups = attributes["batch"], attributes["groups"]
     shape, strides = form_of_statistics(instr, kind)
     rows = shape[1]
-    index, size, front = device.index, rows * c * 4, moments.front
+    index, begin = device.index, dict(merged.places)[instr.op]
     name, taken_apart = statistics_name(instr), not tensors.isdisjoint(instr.outs)
-    numbers = [struct.pack("=i", v) for v in (n, c, c // groups, int(batch), moments.pieces)]
+    numbers = [struct.pack("=i", v) for v in (n, c, c // groups, int(batch), merged.pieces)]
     told = *numbers, struct.pack("=d", float(attributes["eps"]))
-    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qqqq", *told, follows=follows)
-    in_front = front > 0 and number == 0
+    launch = sender(kernel, rows * groups, FINISH_BLOCK, *"qq", *told, follows=follows)
+    in_front = merged.front > 0 and number == 0
 
     def run(values: Values, given: Tensor) -> None:
         results = given if in_front else memory.empty(shape, strides, torch.float32)
-        at = results.data_ptr()
-        source = at + front if in_front else given.data_ptr() + front
-        launch(stream_of(index), source, at, at + size, at + 2 * size)
+        launch(stream_of(index), given.data_ptr() + begin, results.data_ptr())
         values[name] = results
         if taken_apart:
             values.update(zip(instr.outs, results.unbind(), strict=True))
@@ -357,7 +352,7 @@ def _prepare_finish(
 
 def _prepare_measure(
     step: Gather, kernels: Mapping[str, Kernel], device: torch.device, follows: bool, front: int
-) -> tuple[Callable[[Tensor], Tensor], Moments]:
+) -> tuple[Callable[[Tensor], Tensor], Merged]:
     n, c, d, h, w = _sizes(step.kind)
     positions = d * h * w
     lanes = 1 if step.layout == "contiguous" else 32  # channels of a block
@@ -370,17 +365,17 @@ def _prepare_measure(
     blocks_merge = n * count * -(-c // MERGED)
     second = sender(kernels["merge"], blocks_merge, MERGE_BLOCK, partials, struct.pack("=i", count), "q", follows=True)
 
-    planned, moments = dense(step.kind.shape, step.layout), Moments.of(step.kind, count, front)
+    planned, merged = dense(step.kind.shape, step.layout), Merged.of(step.kind, step.gathers, count, front)
     room, before_counts = (n * slots * (2 * c + 1),), n * slots * c * 8
 
     def run(value: Tensor) -> Tensor:
         if value.stride() != planned:
             value = _laid_out(value, step.layout, planned)
         parts = memory.empty(room, (1,), torch.float32)
-        made, at, stream = memory.empty(moments.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
+        made, at, stream = memory.empty(merged.room, (1,), torch.float64), parts.data_ptr(), stream_of(index)
         counts = at + before_counts
         first(stream, value.data_ptr(), at, counts)
         second(stream, at, counts, made.data_ptr() + front)
         return made
 
-    return run, moments
+    return run, merged

@@ -10,7 +10,7 @@ channels the statistics may come without a first run. Pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,24 +20,34 @@ from fxfuse.kernels.chains import dense, needed_by
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.means import pool_first
+from fxfuse.kernels.norms import nothing
 from fxfuse.kernels.observe import observe
 from fxfuse.kernels.schedule import best, cut, least_elements, versions
+from fxfuse.kernels.statistics import KINDS, kinds_of
 from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
 from fxfuse.program import Program, program_of
 
 
-def twice(program: Program, inputs: Sequence[Tensor], once: Schedule, *, exact: bool = False) -> Schedule | None:
+def twice(
+    program: Program,
+    inputs: Sequence[Tensor],
+    once: Schedule,
+    *,
+    exact: bool = False,
+    gathered: Callable[[str], bool] = nothing,
+) -> Schedule | None:
     """The schedule for ``inputs`` that runs the convolution twice; None where there is none, or no use for it.
 
     ``once``: the schedule that runs it once. There is use for another where that one's kernel stores a value whose
-    statistics it gathers, and nothing but what is made of both needs that value. ``exact``: as of ``schedule``.
+    statistics it gathers, and nothing but what is made of both needs that value. ``exact``: as of ``schedule``;
+    ``gathered``: as of ``versions``.
     """
     kernel = once.kernel
     if kernel is None or not (kernel.gathers and kernel.keeps):
         return None
     observed = observe(program, inputs)
-    for version, values in versions(program, observed, inputs, least_elements(anchored=True)):
+    for version, values in versions(program, observed, inputs, least_elements(anchored=True), gathered=gathered):
         made = _cut(version, values, exact)
         if made is not None:
             return _packed_alike(best(program, observed, [made]))
@@ -77,6 +87,8 @@ def from_products(made: Schedule, given: Mapping[str, TensorType]) -> tuple[Sche
     assert run is not None
     if run.before is not None or run.combine or run.scales != (1.0, 1.0):
         raise Unsupported(f"statistics are of more than the convolution: {' > '.join(run.stages)}")
+    if run.gathers != ("statistics",):
+        raise Unsupported(f"products tell nothing of {' and '.join(run.gathers)}")
     if run.x not in given:
         raise Unsupported(f"{run.x}, which is convolved, is not given")
     products = Correlation.of(run.layer, run.dtype, run.kind.dtype, run.bias_dtype)
@@ -90,7 +102,7 @@ def _cut(program: Program, given: Mapping[str, Form], exact: bool) -> tuple[Sche
     first = cut(program, given, exact=exact)
     assert first.kernel is not None
     value = first.kernel.stored
-    measured = [i for i in first.rest.body if i.op == "statistics" and value in i.reads()]
+    measured = [i for i in first.rest.body if i.op in KINDS and value in i.reads()]
     if not measured or first.kernel.reduces:
         return None
     later, values = _later(program, given, measured)
@@ -130,7 +142,7 @@ def _together(
     return dataclasses.replace(
         second,
         first=program_of(early, [out for i in early for out in i.outs if out in wanted], types),
-        measuring=dataclasses.replace(first.kernel, gathers=True, keeps=False),
+        measuring=dataclasses.replace(first.kernel, gathers=kinds_of(measured), keeps=False),
         between=plan(middle, values, first.kernel.stored, least=least_elements(anchored=True)),
     )
 

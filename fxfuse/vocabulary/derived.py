@@ -153,6 +153,27 @@ def statistics(x: Tensor, *, batch: bool, groups: int, eps: float) -> tuple[Tens
     return mean, var, scale
 
 
+@define(Kind.DERIVED, outputs=4)
+def exponentials(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the sum of ``exp(x - maximum)`` over all spatial dims: the maximum, ``1 / sum``, ``log(sum)``; and logsumexp.
+
+    Each result is (N, C, 1, ...), contiguous, float32 at least. Of a maximum that is infinite the sum is NaN.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(2, x.dim()))
+    maximum = x.amax(dims, keepdim=True)
+    total = (x - maximum).exp().sum(dims, keepdim=True)
+    return maximum, total.reciprocal(), total.log(), x.logsumexp(dims, keepdim=True)
+
+
+@define(Kind.DERIVED, outputs=2)
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and minimum over all spatial dims, (N, C, 1, ...), contiguous, float32 at least. NaN wins."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(2, x.dim()))
+    return x.amax(dims, keepdim=True), x.amin(dims, keepdim=True)
+
+
 @define(Kind.DERIVED)
 def normalise(x: Tensor, *, dims: tuple[int, ...], eps: float, centred: bool, last: bool = False) -> Tensor:
     """``(x - mean) / sqrt(var + eps)`` over ``dims``, var the biased one; else ``x / sqrt(mean(x^2) + eps)``.

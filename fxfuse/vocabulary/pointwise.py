@@ -237,6 +237,12 @@ def clamp(x: Tensor, low: Operand | None, high: Operand | None) -> Tensor:
 
 
 @define(Kind.POINTWISE)
+def exp_below(x: Tensor, maximum: Tensor) -> Tensor:
+    """``exp(x - maximum)`` of what is not above that: what kernels make of a softmax."""
+    return torch.exp(x - maximum)
+
+
+@define(Kind.POINTWISE)
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """``x`` where positive, ``weight * x`` otherwise; weight: (1,) or one per channel (dim 1)."""
     return F.prelu(x, weight)

@@ -11,6 +11,7 @@ import torch
 from emulator.device import Device, emulated, needs_compiler
 from torch import Tensor
 
+from fxfuse import vocabulary
 from fxfuse.kernels import tail_engine
 from fxfuse.kernels.emit_tail import emit_statistics
 from fxfuse.kernels.launch import Kernel, sender
@@ -42,14 +43,24 @@ def merged(parts: Tensor, counts: Tensor, count: int) -> Tensor:
     """(N, count, C, 3), by the kernel."""
     n, slots, c, _ = parts.shape
     found = torch.full((n, count, c, 3), math.nan, dtype=torch.float64)
-    launch = sender(kernel("merge"), n * count * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "i", "q")
+    launch = sender(kernel("merge", "statistics"), n * count * -(-c // MERGED), MERGE_BLOCK, PARTIALS, "i", "q")
     launch(0, parts.data_ptr(), counts.data_ptr(), slots, c, count, found.data_ptr())
     return found
 
 
-def kernel(name: str) -> Kernel:
-    source = emit_statistics("f32", "contiguous")
-    found: Kernel = tail_engine._module(source, ("measure", "merge", "finish"), 0, "sm_90a").kernels[name]
+def kernel(name: str, kind: str) -> Kernel:
+    source = emit_statistics("f32", "contiguous" if name == "merge" else "", (kind,))
+    found: Kernel = tail_engine._module(source, (name,), 0, "sm_90a").kernels[name]
+    return found
+
+
+def finished(kind: str, given: Tensor, results: int, groups: int, batch: bool) -> Tensor:
+    """(results, N, C), or (results, 1, C) where ``batch``, by the kernel."""
+    n, count, c, _ = given.shape
+    rows = 1 if batch else n
+    found = torch.full((results, rows, c), math.nan)
+    launch = sender(kernel(f"finish_{kind}", kind), rows * groups, FINISH_BLOCK, *"qqiiiiid")
+    launch(0, given.data_ptr(), found.data_ptr(), n, c, c // groups, int(batch), count, EPS)
     return found
 
 
@@ -133,10 +144,7 @@ def test_what_is_made_of_pieces(device: Device, groups: int, batch: bool, count:
         counts[0, 1] = 0
     mean, squares = torch.randn(n, count, c).double() + 1e7, torch.rand(n, count, c).double() * counts
     given = torch.stack([counts, mean.where(counts > 0, 0.0), squares], -1).contiguous()
-    rows = 1 if batch else n
-    found = [torch.full((rows, c), math.nan) for _ in range(3)]
-    launch = sender(kernel("finish"), rows * groups, FINISH_BLOCK, *"qqqqiiiiid")
-    launch(0, given.data_ptr(), *[t.data_ptr() for t in found], n, c, c // groups, int(batch), count, EPS)
+    found = finished("statistics", given, 3, groups, batch)
 
     def grouped(t: Tensor) -> Tensor:
         """(rows, groups, whatever statistics are of)"""
@@ -149,6 +157,32 @@ def test_what_is_made_of_pieces(device: Device, groups: int, batch: bool, count:
     for got, expected in zip(found, (centre, var, (var + EPS).rsqrt()), strict=True):
         each = expected.repeat_interleave(c // groups, 1)
         torch.testing.assert_close(got.double(), each, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 200])
+@pytest.mark.parametrize("kind", ["exponentials", "extremes"])
+def test_what_is_made_of_pieces_of_other_kinds(device: Device, kind: str, count: int) -> None:
+    """As the operator has it, of Inf and NaN and nothing but -Inf as well; of one piece with no element."""
+    torch.manual_seed(0)
+    n, c = 2, 7
+    elements = torch.randn(n, c, count, 6) * 30
+    elements[:, 1, 0, 2], elements[:, 2, -1, 3], elements[:, 3], elements[:, 4, 0, 0] = (
+        math.inf,
+        -math.inf,
+        -math.inf,
+        math.nan,
+    )
+    elements[:, 5, 0], elements[:, 6, :, 0] = -1e30, -math.inf
+    x, y = elements.amax(3).double(), -elements.amin(3).double()
+    if kind == "exponentials":
+        y = torch.where(x == -math.inf, 0.0, (elements.double() - x[..., None]).exp().sum(3))
+    given = torch.stack([x, y], -1).transpose(1, 2).contiguous()
+    if count > 1:
+        given[:, 1, 0] = torch.tensor([-math.inf, 0.0 if kind == "exponentials" else -math.inf])
+        elements[:, 0, 1] = -math.inf if kind == "exponentials" else elements[:, 0, 0]
+    expected = vocabulary.lookup(kind)(elements.flatten(2))
+    found = finished(kind, given, len(expected), c, False)
+    torch.testing.assert_close(found, torch.stack(expected)[..., 0], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_how_many_pieces() -> None:

@@ -34,8 +34,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 KERNELS = (
-    "measure", "prepare", "again", "convolution", "direct", "merge", "finish", "running", "whole", "any", "pool",
-    "fold", "tap_sums", "add_slots", "contract_taps", "unmark", "correlate", "moments", "bundle",
+    "measure", "prepare", "again", "convolution", "direct", "merge", "finish_statistics", "finish_exponentials",
+    "finish_extremes", "running", "whole", "any", "pool", "fold", "tap_sums", "add_slots", "contract_taps", "unmark",
+    "correlate", "moments", "bundle",
 )  # fmt: skip
 PACKAGES = ("nvidia-cuda-sanitizer-api", "nvidia-cuda-sanitizer-api-cu12")
 #: exit status of a run in which a tool found something

@@ -33,7 +33,7 @@ def test_every_kernel_is_named() -> None:
     three, one = (3, 3, 3), (1, 1, 1)
     layer, f32 = Layer(8, 8, 1, three, one, (0, 0, 0), one), torch.float32
     both = ("contiguous", "contiguous")
-    convolution = Convolution.of(layer, f32, f32, f32, Epilogue(gathers=True))
+    convolution = Convolution.of(layer, f32, f32, f32, Epilogue(gathers=("statistics",)))
     watched = dataclasses.replace(convolution, made=dataclasses.replace(convolution.made, watched=True))
     _, bundle = Program.parse("def chain(a: f32[8], b: f32[8]):\n    c = add(a, b)\n    d = mul(c, a)\n    return d\n")
     values = observe(bundle, examples(bundle))

@@ -55,6 +55,8 @@ CASES: dict[str, list[Case]] = {
     "logical_and": calls("logical_and", "y, a", "y, m", "ni32, y"),
     "logical_or": calls("logical_or", "y, a", "m, y", "y, mw"),
     "clamp": calls("clamp", *(f"y, {b}" for b in BOUNDS)),
+    # what is rounded is the exponent: half a unit of -88 at most
+    "exp_below": [Case(f"q = maximum(y, {o}); r = exp_below(y, q)", 100) for o in ("a", "ch", "one", "half")],
     "prelu": calls("prelu", "y, weight", "y, one"),
     "where": calls(
         "where",

@@ -28,6 +28,7 @@ from fxfuse.kernels.convolution_kernels import BLOCK, THREADS, Convolution
 from fxfuse.kernels.jit import Cubin, compile_cubin
 from fxfuse.kernels.merge import MERGE_BLOCK
 from fxfuse.kernels.sass import sass
+from fxfuse.kernels.statistics import KINDS
 from fxfuse.kernels.tail_engine import FINISH_BLOCK
 from fxfuse.models import Case
 from fxfuse.region import Region
@@ -38,7 +39,8 @@ ALL = os.environ.get("FXFUSE_CHAINS")
 COUNT = int(ALL or "16")
 #: registers of a multiprocessor, and how many of a kernel's blocks it shall hold
 REGISTERS = 65536
-THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 2), "finish": (FINISH_BLOCK, 1)}
+THREADS_OF = {"convolution": (THREADS, 1), "direct": (BLOCK, 4), "merge": (MERGE_BLOCK, 2)}
+THREADS_OF |= {f"finish_{kind}": (FINISH_BLOCK, 1) for kind in KINDS}
 #: static shared memory that a block has
 STATIC_BYTES = 48 * 1024
 #: bytes that kernels may spill, the others none: a convolution that gathers, behind its products; those that make
@@ -95,7 +97,7 @@ def check(source: Source, *, disassemble: bool) -> None:
         check_wait(name, sass(cubin, name))
     if source.convolution is not None:
         assert cubin.kernels["convolution"].shared + source.convolution.made.dynamic_bytes <= SHARED_BYTES
-        assert ("merge" in cubin.kernels) == source.convolution.epilogue.gathers
+        assert ("merge" in cubin.kernels) == bool(source.convolution.epilogue.gathers)
         if disassemble or cubin.kernels["convolution"].spills:
             check_products(cubin, source)
 

@@ -211,13 +211,13 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return given
 
 
-TAIL = ("pool", "fold", "whole", "any", "measure", "finish", "bundle")
+TAIL = ("pool", "fold", "whole", "any", "measure", "finish_statistics", "bundle")
 LAYER = Layer(16, 16, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 
 def calls_of(dtype: torch.dtype, *, gathers: bool = False, shares: Shared = Shared.NOTHING) -> Calls:
     """Runs of a convolution that nothing else has run."""
-    made = Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue(gathers=gathers))
+    made = Convolution.of.__wrapped__(LAYER, dtype, dtype, dtype, Epilogue(gathers=("statistics",) if gathers else ()))
     return Calls(made, (7, 7, 7), shares=shares)
 
 

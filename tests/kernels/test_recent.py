@@ -261,7 +261,7 @@ COSTS = {
     ),
     "statistics": (
         [nn.GroupNorm(4, 16), nn.SiLU()],
-        ["measure", "prepare", "convolution", "direct", "merge", "finish", "whole"],
+        ["measure", "prepare", "convolution", "direct", "merge", "finish_statistics", "whole"],
         15,
         4,
     ),
@@ -310,7 +310,7 @@ def test_statistics_in_training_ask_torch_for_no_views(kernels: list[str]) -> No
         kernels.clear()
         with mock.patch.object(Tensor, "unbind", side_effect=AssertionError):
             fast(x)
-    assert [k for k in kernels if k in ("finish", "bundle")] == ["finish", "bundle"]
+    assert [k for k in kernels if k in ("finish_statistics", "bundle")] == ["finish_statistics", "bundle"]
 
 
 # --- straight to the region -----------------------------------------------------------------------

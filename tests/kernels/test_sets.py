@@ -73,8 +73,8 @@ def test_the_generator_runs_as_a_kernel() -> None:
     [
         ("few samples", of_generator(samples=7)),
         ("unknown samples", of_generator(samples=0)),
-        ("statistics", of_generator(epilogue=Epilogue(gathers=True))),
-        ("no values", of_generator(epilogue=Epilogue(gathers=True, keeps=False))),
+        ("statistics", of_generator(epilogue=Epilogue(gathers=("statistics",)))),
+        ("no values", of_generator(epilogue=Epilogue(gathers=("statistics",), keeps=False))),
         ("a pool", of_generator(epilogue=Epilogue(combine="Maximum"))),
         ("many positions", Convolution.of(GENERATOR, F32, F32, F32, Epilogue(), extents=(64, 64, 64), samples=64)),
     ],

@@ -90,8 +90,8 @@ def test_a_normalisation_joins_the_second_run() -> None:
         "then the convolution again: conv_transpose > relu > sub > mul > mul > relu -> f32[2, 16, 9, 11, 13]"
     )
     assert found is not None and found.measuring is not None and found.kernel is not None
-    assert (found.measuring.gathers, found.measuring.keeps) == (True, False)
-    assert (found.kernel.gathers, found.kernel.keeps) == (False, True)
+    assert (found.measuring.gathers, found.measuring.keeps) == (("statistics",), False)
+    assert (found.kernel.gathers, found.kernel.keeps) == ((), True)
 
 
 @pytest.mark.usefixtures("any_size")
@@ -283,7 +283,7 @@ def test_the_account_counts_both_runs(of_rows: None) -> None:
     assert first.macs == 64 * 63**3 // 8 * 3 * 16 * 27
     assert second.macs == 64 * 63**3 // 8 * 3 * 16 * 8  # weights of a pool's classes are added
     assert dict(second.facts)["residue classes"] == "8, added up by the matrix units, weights as well: 8 of 27"
-    assert first.source != second.source and "Moments" in first.source
+    assert first.source != second.source and "fxfuse::Kinds<fxfuse::Statistics>" in first.source
 
 
 # --- what is launched -----------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_launches_in_order(
         memory[:] = spaces
         results = ready.run(inputs)
         names = [c[0] for c in driver.calls]
-        assert names == [*prepare, "convolution", "merge", "finish", *later, "convolution", *mend, "bundle"]
+        assert names == [*prepare, "convolution", "merge", "finish_statistics", *later, "convolution", *mend, "bundle"]
         maps, packed = ([c[2][i] for c in driver.calls if c[0] == "convolution"] for i in range(2))
         rows = [told.split(b",")[0] for told in maps]  # where they lie
         assert (rows[0] == rows[1]) == (shares is not Shared.NOTHING)

@@ -262,8 +262,8 @@ FXFUSE_INLINE void direct_elements(const X& x, const T* w, const DirectGeometry&
   }
 }
 
-// The elements of marked samples, for their statistics.
-template <class Problem, class Direct, class Out, class X, class T, class Arguments>
+// The elements of marked samples, for their statistics of a kind.
+template <class Kind, class Problem, class Direct, class Out, class X, class T, class Arguments>
 struct DirectElements {
   const X& x;
   const T* w;
@@ -271,9 +271,9 @@ struct DirectElements {
   const Geometry& g;
   const Arguments& a;
   FXFUSE_INLINE bool wanted(int n) const { return Marked<Problem>(s, a)(s, a, n); }
-  FXFUSE_INLINE Running of(int n, int c, int thread, int threads) const {
+  FXFUSE_INLINE typename Kind::Running of(int n, int c, int thread, int threads) const {
     const Size size = Direct::size(g, a);
-    Running mine;
+    typename Kind::Running mine;
     for (int64_t i = thread; i < (int64_t)size.d * size.h * size.w; i += threads) {
       const int64_t rest = i / size.w;
       const int at_w = (int)(i - rest * size.w), at_h = (int)(rest % size.h), at_d = (int)(rest / size.h);
@@ -283,11 +283,18 @@ struct DirectElements {
   }
 };
 
-// Merges partial statistics; those of marked samples are made from their elements.
-template <class Problem, class Direct, class Out, class X, class T, class Arguments>
+// Merges the parts, those of marked samples from their elements: of this kind, and behind it of those that follow.
+template <class Problem, class Direct, class Out, int number = 0, class X, class T, class Arguments>
 FXFUSE_INLINE void direct_statistics(const X& x, const T* w, const DirectGeometry& s, const Geometry& g,
-                                     const Arguments& a, int pieces, Moments* moments) {
-  merge_partials(a.to.partials, pieces, moments, DirectElements<Problem, Direct, Out, X, T, Arguments>{x, w, s, g, a});
+                                     const Arguments& a, int pieces, double* merged) {
+  using Kind = KindOf<Problem, number>;
+  typename Kind::Merged* const out = (typename Kind::Merged*)merged;
+  const DirectElements<Kind, Problem, Direct, Out, X, T, Arguments> elements{x, w, s, g, a};
+  merge_partials<Kind>(a.to.partials, Problem::Kinds::count, number, pieces, out, elements);
+  if constexpr (number + 1 < Problem::Kinds::count) {
+    double* const behind = (double*)(out + (int64_t)s.samples * pieces * a.to.partials.channels);
+    direct_statistics<Problem, Direct, Out, number + 1>(x, w, s, g, a, pieces, behind);
+  }
 }
 
 }  // namespace fxfuse

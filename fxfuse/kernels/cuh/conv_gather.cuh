@@ -4,24 +4,6 @@
 
 namespace fxfuse {
 
-// Mean and sum of squares around it; of how many elements, others know.
-struct Part {
-  float mean, squares;
-};
-
-// How two parts of `a` and `b` elements become one.
-struct Weights {
-  float a, b, both;
-  FXFUSE_INLINE Weights(int na, int nb) {
-    const float reciprocal = 1.f / (float)(na + nb > 0 ? na + nb : 1);
-    a = (float)na * reciprocal, b = (float)nb * reciprocal, both = (float)na * b;
-  }
-};
-FXFUSE_INLINE Part merged(const Part& x, const Part& y, const Weights& w) {
-  const float d = y.mean - x.mean;
-  return {w.a * x.mean + w.b * y.mean, x.squares + y.squares + d * d * w.both};  // Inf stays Inf
-}
-
 // What is stored of `y`, in float32; zero where nothing is.
 template <class Out>
 FXFUSE_INLINE float as_stored(float y, bool inside) {
@@ -33,11 +15,12 @@ constexpr int kGathered = 4 + 2 * 128 * 2;  // floats of shared memory of a warp
 // A slot of statistics per warpgroup and pass: of up to m_tiles * 64 * classes elements of a channel. Of eight columns
 // at a time: each thread's own elements; then each of eight threads with the same columns takes one of them, over three
 // exchanges with half as many columns each; then one thread takes the four warps' parts, from shared memory.
-// `ready`: what `replace` has made.
-template <class Problem, class Out, bool ready, int classes, class Value, class Expression>
+// `ready`: what `replace` has made. `number`: of the kind, behind which others follow.
+template <class Problem, class Out, bool ready, int number = 0, int classes, class Value, class Expression>
 FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const Place<Problem>& place, const Extent& o,
-                          const Residue (&residue)[classes], float* buffer, int group, int pass, int passes,
+                          const Residue (&residue)[classes], float* memory, int group, int pass, int passes,
                           const Value& value, const Expression& expression) {
+  using Kind = KindOf<Problem, number>;
   constexpr int rows = Problem::m_tiles * 2 * classes, blocks = Problem::columns / 8;
   const Tile& t = place.box;
   const int lane = place.lane, warp = (threadIdx.x >> 5) & 3;
@@ -52,14 +35,14 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
   };
   const Weights w16 = next(16), w8 = next(8), w4 = next(4);
   // shared memory of this warpgroup: the warps' counts, then their parts of 32 columns, twice
-  buffer += group * kGathered;
+  float* const buffer = memory + group * kGathered;
   int* const counts = (int*)buffer;
   Part* const parts = (Part*)(buffer + 4);
   named_barrier(1 + group, 128);  // what was there has been read
   if (lane == 0) counts[warp] = count;
   const int64_t slot = (int64_t)t.n * to.partials.slots + slot_of<Problem>(t.number * passes + pass, group);
   const int first = t.column * Problem::columns, channel0 = t.group * g.out_channels + first;
-  Part* const stored = (Part*)to.partials.parts + slot * to.partials.channels + channel0;
+  Part* const stored = (Part*)to.partials.parts + (slot * Problem::Kinds::count + number) * to.partials.channels + channel0;
 #pragma unroll
   for (int j0 = 0; j0 < blocks; j0 += 4) {
     Part p[8];
@@ -72,7 +55,6 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
       uint32_t here = inside;
       settle(here);  // or a register per row keeps its bit
       float v[rows];
-      float sum = 0.f, squares = 0.f;
 #pragma unroll
       for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
@@ -85,15 +67,8 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
               v[at] = as_stored<Out>(y, here >> at & 1);
             else  // zero outside the tensor; what the next box counts is not
               v[at] = !Problem::joint || here >> at & 1 ? y : 0.f;
-            sum += v[at];
           }
-      const float mean = sum * reciprocal;
-#pragma unroll
-      for (int at = 0; at < rows; ++at) {
-        const float d = here >> at & 1 ? v[at] - mean : 0.f;
-        squares = fmaf(d, d, squares);
-      }
-      p[k] = {mean, squares};
+      p[k] = Kind::template of<rows>([&](int at) { return v[at]; }, [&](int at) { return here >> at & 1; }, reciprocal);
       schedule_barrier();
     }
     auto exchange = [&](int half, int distance, const Weights& w) {
@@ -102,8 +77,8 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
       for (int k = 0; k < 4; ++k) {
         if (k >= half) break;
         const Part sent = upper ? p[k] : p[k + half], kept = upper ? p[k + half] : p[k];
-        const Part got = {__shfl_xor_sync(~0u, sent.mean, distance), __shfl_xor_sync(~0u, sent.squares, distance)};
-        p[k] = merged(kept, got, w);
+        const Part got = {__shfl_xor_sync(~0u, sent.x, distance), __shfl_xor_sync(~0u, sent.y, distance)};
+        p[k] = Kind::merged(kept, got, w);
       }
     };
     exchange(4, 16, w16), exchange(2, 8, w8), exchange(1, 4, w4);
@@ -115,7 +90,7 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
       int before = counts[0];
 #pragma unroll
       for (int other = 1; other < 4; ++other) {
-        all = merged(all, mine[other * 32 + lane], Weights(before, counts[other]));
+        all = Kind::merged(all, mine[other * 32 + lane], Weights(before, counts[other]));
         before += counts[other];
       }
       stored[j0 * 8 + lane] = all;
@@ -123,6 +98,8 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
     }
   }
   named_barrier(1 + group, 128);
+  if constexpr (number + 1 < Problem::Kinds::count)
+    gather<Problem, Out, ready, number + 1>(to, g, place, o, residue, memory, group, pass, passes, value, expression);
 }
 
 }  // namespace fxfuse

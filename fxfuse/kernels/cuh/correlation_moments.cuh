@@ -177,14 +177,14 @@ FXFUSE_INLINE void moments_of_products(const T* x, const T* w, const Bias* bias,
     if (!wrong[i]) continue;
     const int channel = group * out_channels + first_channel + i;
     const float shift = bias ? to_float(bias[channel]) : 0.f;
-    Running some;
+    Statistics::Running some;
     for (int64_t at = threadIdx.x; at < (int64_t)out.d * out.h * out.w; at += kMomentsThreads) {
       const int64_t rest = at / out.w;
       const int at_w = (int)(at - rest * out.w), at_h = (int)(rest % out.h), at_d = (int)(rest / out.h);
       const float y = direct_value<Problem>(in, w, s, g, n, group, first_channel + i, at_d, at_h, at_w) + shift;
       some.add(to_float(from_float<Out>(y)));
     }
-    const Moments made = block_moments<kMomentsThreads>(some, m);
+    const Moments made = block_merged<kMomentsThreads>(some, m);
     if (threadIdx.x == 0) moments[channel] = made;
   }
 }

@@ -8,9 +8,7 @@
 
 namespace fxfuse {
 
-// exp(v), as a power of two: a quarter of expf's instructions. Its error is that of a v which is off by half a unit;
-// less than 2^-126 is 0.
-FXFUSE_INLINE float exponential(float v) { return pw::power_of_two(v * 1.4426950408889634f); }
+using pw::exponential;
 
 // exp(v - m) for v <= m, but for a factor that all v have in common: one multiply-add and a power of two. The factor is what
 // rounding m * log2(e) makes, 2^64 or its reciprocal at most. Of larger m, where that would be Inf or 0, two numbers differ
