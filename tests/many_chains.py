@@ -294,11 +294,13 @@ def kernels_always(
     spread: bool = False,
     sets: bool = False,
     pingpong: bool = False,
+    gathered: bool = False,
 ) -> Iterator[None]:
     """Kernels run whether they are the faster or not; the convolution's only where ``anchored``, and ``twice``, or once
     behind statistics from products of its input where there are such. ``any_size``: behind it, on the smallest values.
     ``spread``: small layers have tiles for all of a GPU, and not those of large layers. ``sets``: samples lie side by
-    side wherever they may; ``pingpong``: and each warpgroup has tiles of its own.
+    side wherever they may; ``pingpong``: and each warpgroup has tiles of its own. ``gathered``: so are maxima and sums
+    of exponentials over all of space, wherever they may be.
     """
     slower = (lambda *_: None) if anchored else (lambda *_: "it is torch's turn")
     with contextlib.ExitStack() as stack:
@@ -319,6 +321,8 @@ def kernels_always(
             stack.enter_context(mock.patch.object(execute, part, math.inf))
         if twice:
             stack.enter_context(mock.patch.object(estimate, "SQUARED", -1.0))
+        if gathered:
+            stack.enter_context(mock.patch.object(execute, "WORTH_GATHERING", math.inf))
         yield
 
 

@@ -72,8 +72,10 @@ def run_prepared(
     last: bool = False,
     exact: bool = False,
     anchored: bool = True,
+    **always: bool,
 ) -> tuple[Tensor, Tensor, Prepared]:
-    """What the kernels make of x, the same in float64, and what ran. ``anchored``: they convolve, too."""
+    """What the kernels make of x, the same in float64, and what ran. ``anchored``: they convolve, too; ``always``: more
+    of ``kernels_always``."""
     if last:
         memory = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
         x, model = x.contiguous(memory_format=memory), model.to(memory_format=memory)
@@ -81,7 +83,7 @@ def run_prepared(
     layout = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", many_chains._as_cudnn)
     with torch.no_grad(), layout if last else contextlib.nullcontext():
         fast(x)  # as a region is made: what torch's convolution gives there is what it is taken to give
-        with emulated(), many_chains.kernels_always(anchored):
+        with emulated(), many_chains.kernels_always(anchored, **always):
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact):
                 got = fast(x)
             (made,) = [p for p in execute._prepared.values() if p is not None]
