@@ -59,7 +59,9 @@ OVER_SPACE = (
     "{v}.sum({space}, keepdim=True)", "{v} * {v}.mean({space}, keepdim=True).sigmoid()", "{v}.mean({space})",
     "{v}.flatten(2).softmax(-1).reshape({v}.shape)", "{v}.mean((0, *{space}), keepdim=True)", "{v}.flatten(2).mean(-1)",
     "{v} / (1 + {v}.std({space}, correction=0, keepdim=True))", "{v}.softmax(2)", "{v}.mean((1, *{space}))",
-    "{v}.log_softmax(-1)",
+    "{v}.log_softmax(-1)", "{v}.logsumexp({space}, True)", "{v} - {v}.amin({space}, True)", "{v}.logsumexp({space})",
+    "F.adaptive_max_pool{n}d({v}, 1)", "{v} * ({v}.amax({space}, True) - {v}.mean({space}, keepdim=True)).sigmoid()",
+    "{v}.flatten(2).log_softmax(-1).reshape({v}.shape)",
 )  # fmt: skip
 
 

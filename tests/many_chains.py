@@ -109,7 +109,12 @@ def run(seed: int, device: str) -> Outcome:
 def _kernels(drawn: Drawn, seed: int) -> contextlib.AbstractContextManager[None]:
     each = seed % 8
     return kernels_always(
-        drawn.anchored, twice=each % 2 == 1, spread=seed % 3 == 1, sets=each in (2, 6), pingpong=each in (3, 4)
+        drawn.anchored,
+        twice=each % 2 == 1,
+        spread=seed % 3 == 1,
+        sets=each in (2, 6),
+        pingpong=each in (3, 4),
+        gathered=each in (1, 2, 3, 6),
     )
 
 
@@ -242,7 +247,7 @@ def kinds_of(made: Schedule) -> Iterator[str]:
         yield "statistics from products" if made.measuring.correlates else "convolution run twice"
     for step in (*made.between, *made.steps):
         if isinstance(step, Gather):
-            yield f"statistics, {step.layout or 'gathered'}"
+            yield from (f"{kind}, {step.layout or 'gathered'}" for kind in step.gathers)
         elif isinstance(step, Torch):
             others = {i.op for i in step.program.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE}
             yield from (f"torch, {op}" for op in sorted(others))

@@ -20,7 +20,7 @@ FUSED, REFUSED, NOISY = 0.9, 0.03, 0.03
 KINDS = {
     "convolution, stored": 300, "convolution, maximum": 20, "convolution, sum": 10, "convolution that gathers": 60,
     "keeps nothing": 10, "channels_last": 100, "map": 200, "pool": 100, "adaptive pool": 20, "statistics": 100,
-    "fold": 150,
+    "fold": 150, "exponentials": 5, "extremes": 10,
 }  # fmt: skip
 
 

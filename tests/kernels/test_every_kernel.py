@@ -22,7 +22,7 @@ from many_chains import kernels_always, kinds_of
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.bench import chains
+from fxfuse.bench import chains, idioms
 from fxfuse.kernels.convolution import SHARED_BYTES
 from fxfuse.kernels.convolution_kernels import BLOCK, THREADS, Convolution
 from fxfuse.kernels.jit import Cubin, compile_cubin
@@ -143,7 +143,8 @@ def check_all(model: nn.Module, inputs: Sequence[Tensor], *, exact: bool, disass
 def test_random_chains(seed: int) -> None:
     drawn = draw(seed)
     inputs = list(drawn.inputs("cpu"))[:: 2 if ALL else 3]  # of both memory formats, or of one
-    with kernels_always(drawn.anchored, twice=seed % 2 == 1, spread=seed % 3 == 1):
+    how = {"twice": seed % 2 == 1, "spread": seed % 3 == 1, "gathered": seed % 4 < 2}
+    with kernels_always(drawn.anchored, **how):
         check_all(drawn.model("cpu"), inputs, exact=not drawn.allow_tf32, disassemble=bool(ALL) or seed % 4 == 0)
 
 
@@ -159,6 +160,25 @@ def test_chains_of_the_benchmark(case: Case) -> None:
         with kernels_always(twice=twice, spread=number % 2 == 0):  # small shapes: tiles of small layers, too
             x = torch.randn(case.small).to(dtype)
             check_all(model, [x], exact=not allow_tf32, disassemble=True)
+
+
+#: input channels, output channels, stride: accumulators of two classes, channels as rows, x as it lies
+LAYERS = {"two classes": (32, 64, 2), "channels as rows": (64, 128, 1), "planes": (3, 16, 2)}
+
+
+@pytest.mark.parametrize("numerics", ["tf32", "float16", "ieee"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_gathered_over_space(name: str, numerics: str) -> None:
+    """Sums of exponentials, and maxima beside means; beside the values, and alone."""
+    dtype, allow_tf32 = CLASSES[numerics]
+    cin, cout, stride = LAYERS[name]
+    layer = nn.ConvTranspose3d(cin, cout, 3, stride, 1)
+    softmax = idioms.Then(layer, idioms.softmax_of_space, torch.ones(1, cout, 1, 1, 1))
+    for model in (softmax, idioms.Then(layer, idioms.attended)):
+        for twice in (False, True):
+            with kernels_always(twice=twice, gathered=True):
+                x = torch.randn(2, cin, 3, 9, 16).to(dtype)
+                check_all(model.to(dtype).eval(), [x], exact=not allow_tf32, disassemble=False)
 
 
 @pytest.mark.skipif(not ALL, reason="FXFUSE_CHAINS asks for them")

@@ -83,6 +83,32 @@ LEFT = {
 }
 
 
+#: of values that are gathered on the way; what is left of x's readers
+GATHERED = {
+    "softmax": (f"{FLAT}\nu = softmax(t, dim=2)\n{BACK}\ny", ["exponentials", "exp_below"]),
+    "log_softmax": (f"{FLAT}\nu = log_softmax(t, dim=2)\n{BACK}\ny", ["exponentials", "sub"]),
+    "logsumexp": ("y = logsumexp(x, dims=(2, 3, 4), keepdim=False)\ny", ["exponentials"]),
+    "amax": ("y = amax(x, dims=(2, 3, 4), keepdim=True)\ny", ["extremes"]),
+    "amin": ("y = amin(x, dims=(2, 3, 4), keepdim=False)\ny", ["extremes"]),
+    "adaptive_max_pool": ("y = adaptive_max_pool(x, size=(1, 1, 1))\ny", ["extremes"]),
+    "three_of_them": (
+        "y = amax(x, dims=(2, 3, 4), keepdim=True)\nz = amin(x, dims=(2, 3, 4), keepdim=True)\n"
+        "q = logsumexp(x, dims=(2, 3, 4), keepdim=True)\ny, z, q",
+        ["extremes", "exponentials"],
+    ),
+}
+#: what is none of all of space
+NOT_GATHERED = {
+    "a_maximum_over_rows": "y = amax(x, dims=(4,), keepdim=True)\ny",
+    "a_maximum_over_channels_too": "y = amax(x, dims=(1, 2, 3, 4), keepdim=True)\ny",
+    "a_maximum_over_samples_too": "y = amax(x, dims=(0, 2, 3, 4), keepdim=True)\ny",
+    "a_maximum_over_one_dim": "y = max(x, dim=2, keepdim=True)\ny",
+    "a_logsumexp_over_planes": "y = logsumexp(x, dims=(3, 4), keepdim=False)\ny",
+    "a_softmax_over_rows": "y = softmax(x, dim=4)\ny",
+    "a_window_per_plane": "y = adaptive_max_pool(x, size=(None, 1, 1))\ny",
+}
+
+
 def made(body: str, dtype: str = "f32", parameters: str | None = None) -> Program:
     return program(INPUTS.format(dtype, parameters or dtype), body)
 
@@ -130,6 +156,43 @@ def test_values_are_torchs(name: str, dtype: str, parameters: str) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
         torch.testing.assert_close(a, b, rtol=tolerance[a.dtype], atol=tolerance[a.dtype])
+
+
+def split_gathered(original: Program) -> Program:
+    found = split_norms(original, types_of(original), lambda name: name == "x", lambda name: name == "x")
+    found.verify()
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", GATHERED)
+def test_what_is_gathered_of_all_of_space(name: str, dtype: str) -> None:
+    text, readers = GATHERED[name]
+    original = made(text, dtype)
+    after = split_gathered(original)
+    assert [i.op for i in after.body if "x" in i.reads()] == readers
+    for odd in (None, torch.inf, -torch.inf, torch.nan):
+        tensors = inputs(original)
+        if odd is not None:
+            tensors[0][1, 2, 0, 0, 0], tensors[0][0, 1] = odd, -torch.inf
+        for a, b in zip(after.run(tensors), original.run(tensors), strict=True):
+            tolerance = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2}[dtype]
+            assert a.shape == b.shape and a.dtype is b.dtype and a.stride() == b.stride()
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NOT_GATHERED)
+def test_what_is_not_of_all_of_space_is_left_alone(name: str) -> None:
+    original = made(NOT_GATHERED[name])
+    assert split_gathered(original) == original
+
+
+def test_a_softmax_over_the_only_dim_of_space_is_gathered() -> None:
+    original = program("x: f32[3, 6, 40]", "y = softmax(x, dim=2)\nz = max(x, dim=2, keepdim=False)\ny, z")
+    after, tensors = split_gathered(original), inputs(original)
+    assert [i.op for i in after.body if "x" in i.reads()] == ["exponentials", "exp_below", "extremes"]
+    for a, b in zip(after.run(tensors), original.run(tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LEFT)
