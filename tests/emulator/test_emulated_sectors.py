@@ -167,7 +167,7 @@ BROKEN = {
     "a run of another tile": (" && known[3] == t.skip) return;", ") return;"),
     "incomplete sectors are forgotten": ("if (turn + 1 < Table::turns) {", "if (false) {"),
     "elements outside count": (
-        "results(y, q, k), inside[q][k / 32] >> (k & 31) & 1)", "results(y, q, k), true)"),
+        "results(value(at), q, k), within(at))", "results(value(at), q, k), true)"),
     "a run is read before it is written": (
         "          __syncwarp();\n#pragma unroll\n          for (int h", "#pragma unroll\n          for (int h"),
     "a run is written before it is read": (

@@ -68,7 +68,8 @@ FXFUSE_INLINE void gather(const Destination<Out>& to, const Geometry& g, const P
             else  // zero outside the tensor; what the next box counts is not
               v[at] = !Problem::joint || here >> at & 1 ? y : 0.f;
           }
-      p[k] = Kind::template of<rows>([&](int at) { return v[at]; }, [&](int at) { return here >> at & 1; }, reciprocal);
+      auto value = [&](int at) { return v[at]; };
+      p[k] = Kind::template of<rows>(value, value, [&](int at) { return here >> at & 1; }, reciprocal);
       schedule_barrier();
     }
     auto exchange = [&](int half, int distance, const Weights& w) {

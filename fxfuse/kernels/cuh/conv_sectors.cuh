@@ -148,32 +148,29 @@ struct StoreSectors {
       for (int r = 0; r < 2; ++r) {
         schedule_barrier();
         const ChannelResults<Problem, Expression> results = this->results(residue, i, r);
-#pragma unroll
-        for (int q = 0; q < kClasses; ++q)
-#pragma unroll
-          for (int k = 0; k < kEach; ++k) {
-            float& y = of(acc, i, r, q, k);
-            y = as_stored<Out>(results(y, q, k), inside[q][k / 32] >> (k & 31) & 1);
-          }
         auto value = [&](int at) { return of(acc, i, r, at / kEach, at % kEach); };
         auto within = [&](int at) { return inside[at / kEach][at % kEach / 32] >> (at % kEach & 31) & 1; };
-        Part* const to = (Part*)a.to.partials.parts + slot * Problem::Kinds::count * a.to.partials.channels + operands[i][r].channel;
-        gather_channel<0>(value, within, reciprocal, first, second, there(i, r) && (place.lane & 3) == 0 ? to : nullptr);
+        auto make = [&](int at) {
+          const int q = at / kEach, k = at % kEach;
+          return of(acc, i, r, q, k) = as_stored<Out>(results(value(at), q, k), within(at));
+        };
+        gather_channel<0>(make, value, within, reciprocal, first, second, slot, operands[i][r].channel, there(i, r));
       }
   }
   // The parts of one of the thread's channels, of all kinds from this `number` on; those of four threads become one.
-  template <int number, class Value, class Inside>
-  FXFUSE_INLINE void gather_channel(const Value& value, const Inside& inside, float reciprocal, const Weights& first,
-                                    const Weights& second, Part* to) const {
+  template <int number, class Make, class Value, class Inside>
+  FXFUSE_INLINE void gather_channel(const Make& make, const Value& value, const Inside& inside, float reciprocal,
+                                    const Weights& first, const Weights& second, int64_t slot, int channel, bool there) const {
     using Kind = KindOf<Problem, number>;
     auto exchange = [&](const Part& mine, int distance, const Weights& w) {
       const Part other = {__shfl_xor_sync(~0u, mine.x, distance), __shfl_xor_sync(~0u, mine.y, distance)};
       return Kind::merged(mine, other, w);
     };
-    const Part mine = Kind::template of<kClasses * kEach>(value, inside, reciprocal);
+    const Part mine = Kind::template of<kClasses * kEach>(make, value, inside, reciprocal);
     const Part all = exchange(exchange(mine, 1, first), 2, second);
-    if (to) to[number * a.to.partials.channels] = all;
-    if constexpr (number + 1 < Problem::Kinds::count) gather_channel<number + 1>(value, inside, reciprocal, first, second, to);
+    if ((place.lane & 3) == 0 && there)
+      ((Part*)a.to.partials.parts)[(slot * Problem::Kinds::count + number) * a.to.partials.channels + channel] = all;
+    if constexpr (number + 1 < Problem::Kinds::count) gather_channel<number + 1>(value, value, inside, reciprocal, first, second, slot, channel, there);
   }
 
   // Stores the results. A warp's eight lines are those of eight channels: four threads with the same accumulators write

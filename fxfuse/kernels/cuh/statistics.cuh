@@ -47,8 +47,8 @@ FXFUSE_INLINE Moments moments_of(double count, double sum, double shifted, doubl
 }
 
 // A kind has
-//   of(value, inside, reciprocal): the part of `count` elements value(k), as far as they are inside(k), else zero;
-//       `reciprocal` of how many those are
+//   of(make, value, inside, reciprocal): the part of `count` elements, as far as they are inside(k), else zero, which
+//       make(k) gives once, in order, and value(k) from then on; `reciprocal` of how many those are
 //   merged(x, y, weights): of two parts
 //   Merged: what becomes of parts; Running, of elements that come one by one, and Added, of parts and of what others have
 //       merged, become one. `Added` is some numbers, around a reference, that threads exchange.
@@ -58,11 +58,11 @@ FXFUSE_INLINE Moments moments_of(double count, double sum, double shifted, doubl
 struct Statistics {
   static constexpr int results = 3;
   using Merged = Moments;
-  template <int count, class Value, class Inside>
-  static FXFUSE_INLINE Part of(const Value& value, const Inside& inside, float reciprocal) {
+  template <int count, class Make, class Value, class Inside>
+  static FXFUSE_INLINE Part of(const Make& make, const Value& value, const Inside& inside, float reciprocal) {
     float sum = 0.f, squares = 0.f;
 #pragma unroll
-    for (int k = 0; k < count; ++k) sum += value(k);
+    for (int k = 0; k < count; ++k) sum += make(k);
     const float mean = sum * reciprocal;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
@@ -157,12 +157,15 @@ struct SumOfExponentials {
 };
 struct Exponentials : OfPairs<SumOfExponentials> {
   static constexpr int results = 4;
-  template <int count, class Value, class Inside>
-  static FXFUSE_INLINE Part of(const Value& value, const Inside& inside, float) {
+  template <int count, class Make, class Value, class Inside>
+  static FXFUSE_INLINE Part of(const Make& make, const Value& value, const Inside& inside, float) {
     const float nothing = -pw::infinity();
     float m = nothing, sum = 0.f;
 #pragma unroll
-    for (int k = 0; k < count; ++k) m = max_or_nan(m, inside(k) ? value(k) : nothing);
+    for (int k = 0; k < count; ++k) {
+      const float made = make(k);
+      m = max_or_nan(m, inside(k) ? made : nothing);
+    }
     const float shift = shift_of(m);
 #pragma unroll
     for (int k = 0; k < count; ++k) sum += exponential((inside(k) ? value(k) : nothing) - shift);
@@ -185,14 +188,15 @@ struct Largest {
 };
 struct Extremes : OfPairs<Largest> {
   static constexpr int results = 2;
-  template <int count, class Value, class Inside>
-  static FXFUSE_INLINE Part of(const Value& value, const Inside& inside, float) {
+  template <int count, class Make, class Value, class Inside>
+  static FXFUSE_INLINE Part of(const Make& make, const Value& value, const Inside& inside, float) {
     const float nothing = -pw::infinity();
     Part p = {nothing, nothing};
 #pragma unroll
     for (int k = 0; k < count; ++k) {
-      p.x = max_or_nan(p.x, inside(k) ? value(k) : nothing);
-      p.y = max_or_nan(p.y, inside(k) ? -value(k) : nothing);
+      const float made = make(k);
+      p.x = max_or_nan(p.x, inside(k) ? made : nothing);
+      p.y = max_or_nan(p.y, inside(k) ? -made : nothing);
     }
     return p;
   }
