@@ -29,7 +29,13 @@ def needs(capability: tuple[int, int]) -> pytest.MarkDecorator:
 
 @contextlib.contextmanager
 def kernels_always(
-    *, twice: bool = False, any_size: bool = True, planes: bool = True, graphs: bool = False, spread: bool = False
+    *,
+    twice: bool = False,
+    any_size: bool = True,
+    planes: bool = True,
+    graphs: bool = False,
+    spread: bool = False,
+    gathered: bool = False,
 ) -> Iterator[None]:
     """As :func:`many_chains.kernels_always`; TF32 is allowed, and nothing is prepared before or stays so afterwards.
 
@@ -44,7 +50,8 @@ def kernels_always(
             stack.enter_context(mock.patch.object(planar, "MOST_CHANNELS", 0))
         execute.forget()
         stack.callback(execute.forget)
-        stack.enter_context(many_chains.kernels_always(twice=twice, any_size=any_size, spread=spread))
+        always = many_chains.kernels_always(twice=twice, any_size=any_size, spread=spread, gathered=gathered)
+        stack.enter_context(always)
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=True))
         yield
 
