@@ -22,6 +22,8 @@ from fxfuse.program import Program
 
 #: dtypes whose statistics kernels gather
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: what statistics are made of where it is over all of space, of a value that is gathered
+OVER_SPACE = frozenset({"adaptive_max_pool", "amax", "max", "amin", "min", "logsumexp", "softmax", "log_softmax"})
 #: channels that a kernel normalises
 MOST_CHANNELS = 256
 

@@ -29,7 +29,7 @@ from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.estimate import BANDWIDTH, LAUNCH, launch_seconds, size_of
 from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.norms import nothing, split_norms
+from fxfuse.kernels.norms import OVER_SPACE, nothing, split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
 from fxfuse.kernels.prologue import steps_in_front
 from fxfuse.kernels.reductions import Rows, fold_of, reduces, rows_of
@@ -63,6 +63,8 @@ def gathering(program: Program, inputs: Sequence[Tensor], *, exact: bool = False
 
     None where it has none to gather: there :func:`schedule` has all. Arguments as of that.
     """
+    if OVER_SPACE.isdisjoint(i.op for i in program.body):
+        return None
     observed, least = observe(program, inputs), least_elements(anchored=True)
 
     def cut_for(gathered: Callable[[str], bool]) -> tuple[Schedule, Mapping[str, Form]]:
