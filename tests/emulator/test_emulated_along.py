@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from along import rows_together
 from emulator.device import needs_compiler
 from emulator.test_emulated_folds import BF16, F16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels import schedule, specialise
 from fxfuse.kernels.convolution import Along
-from fxfuse.kernels.convolution_kernels import Convolution
 from fxfuse.kernels.prepared import Prepared
 
 pytestmark = needs_compiler
@@ -25,19 +24,12 @@ EVEN = {**TWO, "output_padding": 1}
 
 
 @pytest.fixture(params=Along, ids=lambda along: along.name.lower(), autouse=True)
-def along(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Along]:
-    """Where rows come together, if it can be there, and whatever a kernel of its own would take."""
-    monkeypatch.setattr(schedule, "BANDWIDTH", 1.0)
-    monkeypatch.setattr(specialise, "ALONG_CYCLES", {one: 0.0 if one is request.param else 1e9 for one in Along})
-    caches = specialise.specialise, Convolution.of
-    for cache in caches:
-        cache.cache_clear()
-    yield request.param
-    for cache in caches:
-        cache.cache_clear()
+def along(request: pytest.FixtureRequest) -> Iterator[Along]:
+    with rows_together(request.param):
+        yield request.param
 
 
-def came_together(made: Prepared) -> Along | None:
+def way_of(made: Prepared) -> Along | None:
     assert made.convolution is not None
     return made.convolution.made.along
 
@@ -130,7 +122,7 @@ def test_one_kernel(name: str, along: Along) -> None:
     got, expected, prepared = run_prepared(model().to(dtype).eval(), samples(*sizes, dtype=dtype), exact=exact)
     made = str(prepared.schedule)
     assert made.startswith(f"one kernel: {stages} -> ") and ";" not in made, made
-    assert came_together(prepared) is along
+    assert way_of(prepared) is along
     assert_near(got, expected, 1e-6 if exact else LIMIT[dtype])
 
 
@@ -172,7 +164,7 @@ def test_norms(name: str, along: Along) -> None:
     got, expected, prepared = run_prepared(model().to(dtype).eval(), torch.randn(sizes, dtype=dtype), exact=exact)
     made = str(prepared.schedule)
     assert made.startswith(f"one kernel: {stages} -> ") and ";" not in made, made
-    assert came_together(prepared) is along
+    assert way_of(prepared) is along
     assert_near(got, expected, 2e-4 if exact else 2 * LIMIT[dtype])
 
 
@@ -193,7 +185,7 @@ def test_rows_that_are_not_finite(
     x[0, 0, 0, 2, 3], x[0, 1, 0, 3, 2], x[0, 0, 0, 4, 5], x[0, 0, 0, 4, 6] = NAN, INF, INF, -INF
     pool = (lambda y: F.max_pool3d(y, 2)) if pools else (lambda y: y)
     got, expected, made = run_prepared(Then(convolution, lambda y: pool(reduction(y))).eval(), x.to(dtype))
-    assert ";" not in str(made.schedule) and came_together(made) is along
+    assert ";" not in str(made.schedule) and way_of(made) is along
     assert_near(got, expected, 2 * LIMIT[dtype])
 
 

@@ -89,6 +89,7 @@ def run(device: str, *, checked: bool = True, part: int = 0, parts: int = 1) -> 
 
 def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import place
+    import test_along
     import test_collapsed
     import test_correlation
     import test_in_front
@@ -96,11 +97,14 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import test_planes
     import test_rows
     import test_rows_beside
+    import test_space
     import torch
+    from along import rows_apart, rows_together
     from fronts import FRONTS
     from orientation import pingpong_always, sets_always
 
     from fxfuse.kernels import execute, planar
+    from fxfuse.kernels.convolution import Along
 
     def twice(kind: str, way: str, *shape: int) -> None:
         case = test_limits.Case.of(kind, way)
@@ -140,8 +144,16 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
             test_in_front.test_forms(name, front, None)
 
     def rows(name: str) -> None:
-        with place.kernels_always():
+        with place.kernels_always(), rows_apart():
             test_rows.test_pools_of_rows(name, torch.float32)
+
+    def along(last: str, size: str, way: Along) -> None:
+        with place.kernels_always(), rows_together(way):
+            test_along.test_rows(last, torch.float32, size, way)
+            test_along.test_pools_of_rows(torch.nn.AvgPool3d(2), torch.float16, way)
+
+    def over_space(name: str, stride: int) -> None:
+        test_space.test_over_space(name, torch.float32, stride, False)
 
     def correlated(channels: int) -> None:
         with place.kernels_always(twice=True):
@@ -165,6 +177,10 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{name}, rows of several positions, {lies}", functools.partial(beside, name, last)
     for name, front in itertools.product(("four at once", "channels last", "several positions in a row"), FRONTS):
         yield f"{name}, behind a chain {front.__name__}", functools.partial(in_front, name, front)
+    for last, size, way in itertools.product(("layer_norm", "softmax"), test_along.SIZES, Along):
+        yield f"{last} of {size} rows {way.value}", functools.partial(along, last, size, way)
+    for name, stride in itertools.product(("softmax", "maximum and mean"), (1, 2)):
+        yield f"{name} over space, stride {stride}", functools.partial(over_space, name, stride)
     for norm in test_rows.POOLED:
         yield f"rows and a pool: {norm}", functools.partial(rows, norm)
     for channels in (1, 17):

@@ -7,36 +7,22 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from along import rows_together, ways_run
 from place import CUDA, DEVICE, kernels_always, needs
 from stages import Stages, check, made, near, sample, spread
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import execute, schedule, specialise
 from fxfuse.kernels.convolution import Along
-from fxfuse.kernels.convolution_kernels import Convolution
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
 
 
 @pytest.fixture(params=Along, ids=lambda along: along.name.lower(), autouse=True)
-def along(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Along]:
-    """Where rows come together, and whatever a kernel of its own would take."""
-    monkeypatch.setattr(schedule, "BANDWIDTH", 1.0)
-    monkeypatch.setattr(specialise, "ALONG_CYCLES", {one: 0.0 if one is request.param else 1e9 for one in Along})
-    caches = specialise.specialise, Convolution.of
-    with kernels_always():
-        for cache in caches:
-            cache.cache_clear()
+def along(request: pytest.FixtureRequest) -> Iterator[Along]:
+    with kernels_always(), rows_together(request.param):
         yield request.param
-    for cache in caches:
-        cache.cache_clear()
-
-
-def came_together() -> list[Along | None]:
-    found = [p.convolution for p in execute._prepared.values() if p is not None]
-    return [c.made.along for c in found if c is not None]
 
 
 #: sizes of x; the width of the output
@@ -60,7 +46,7 @@ def test_rows(last: str, dtype: torch.dtype, size: str, along: Along) -> None:
     norm = LAST[last](width).to(DEVICE).to(dtype)
     model = spread(Stages(made(3, 8, 40, 3, dtype=dtype, **more), lambda y: y.tanh() * 3, norm, F.gelu))
     check(model, sample(2, 8, *sizes, dtype=dtype))
-    assert came_together() == [along]
+    assert ways_run() == [along]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -76,7 +62,7 @@ def test_pools_of_rows(pool: nn.Module, dtype: torch.dtype, along: Along) -> Non
     model = Stages(convolution, norm, pool, torch.tanh)
     x = sample(3, 8, 3, 5, 16, dtype=dtype)
     check(model, x)
-    assert came_together() == [along]
+    assert ways_run() == [along]
     x[0, 2, 1, 3, 5], x[2, 1, 2, 4, 0] = float("nan"), float("inf")
     near(model, fxfuse.optimize(model, (x,)), x)
 
@@ -103,7 +89,7 @@ def test_the_same_bits_twice(along: Along) -> None:
         fast = fxfuse.optimize(model, (x,))
         first = fast(x)
         assert all(torch.equal(first, fast(x)) for _ in range(3))
-    assert came_together() == [along]
+    assert ways_run() == [along]
 
 
 def one_each(y: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statis
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.observe import examples, observe
 from fxfuse.kernels.reductions import Fold, Window
+from fxfuse.kernels.statistics import KINDS
 from fxfuse.program import Program
 
 
@@ -46,7 +47,7 @@ def test_every_kernel_is_named() -> None:
         emit_map("f32", "f32", "contiguous", None),
         emit_pool("f32", "f32", both, None, Window("Sum", three, three, (0, 0, 0), one), None),
         emit_fold("f32", "f32", both, None, Fold("Sum", 8), None),
-        emit_statistics("f32", "contiguous"),
+        emit_statistics("f32", "contiguous", tuple(KINDS)),
         emit_sums("f32", 4, keeps=False),
         emit_contraction("f32", "f32", None, rows=8, across=2, taps=27),
         running.source(f32, f32),

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from unittest import mock
 
 import pytest
+from along import rows_together
 from many_chains import kernels_always, plan
 from reports import explained
 from torch import nn
 
-from fxfuse.kernels import execute, specialise
-from fxfuse.kernels import schedule as schedules
+from fxfuse.kernels import execute
 from fxfuse.kernels.convolution import Along
 from fxfuse.kernels.convolution_kernels import KERNELS as KERNELS_OF_A_LAYER
 from fxfuse.kernels.convolution_kernels import Convolution
@@ -97,14 +96,10 @@ KERNELS = {
 
 def along(reduction: str, way: Along, *behind: str, dtype: str = "f32") -> Convolution:
     """A convolution whose rows come together in this ``way``."""
-    cycles = {one: 0.0 if one is way else 1e9 for one in Along}
     more = {"s": TWO, "p": ONE, "dtype": dtype}
-    with mock.patch.object(schedules, "BANDWIDTH", 1.0), mock.patch.object(specialise, "ALONG_CYCLES", cycles):
-        specialise.specialise.cache_clear(), Convolution.of.cache_clear()
-        made = kernel(
-            (32, 48), (4, 4, 4), f"n = {reduction}", *behind, "u = mul(m, g)" if behind else "u = mul(n, g)", **more
-        )
-    specialise.specialise.cache_clear(), Convolution.of.cache_clear()
+    last = "u = mul(m, g)" if behind else "u = mul(n, g)"
+    with rows_together(way):
+        made = kernel((32, 48), (4, 4, 4), f"n = {reduction}", *behind, last, **more)  # type: ignore[arg-type]
     assert made.made.along is way
     return made
 

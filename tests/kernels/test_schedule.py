@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import fxfuse
 from fxfuse.kernels import execute
+from fxfuse.kernels import schedule as schedules
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.reductions import Fold
@@ -198,7 +200,9 @@ def test_a_cast_in_front_of_rows_is_their_kernels() -> None:
     """Half the bytes to write and to read; not in front of what no kernel reduces."""
     inputs = "x: f16[2, 8, 4, 4, 4], w: f16[8, 16, 3, 3, 3]"
     lines = ["z = relu(y)", "c = cast(z, dtype=f32)"]
-    made = cut(conv(b="None"), *lines, "r = normalise(c, dims=(4,), eps=1e-5, centred=True, last=False)", inputs=inputs)
+    made = cut(
+        conv(b="None"), *lines, "r = normalise(c, dims=(3, 4), eps=1e-5, centred=True, last=False)", inputs=inputs
+    )
     assert stages(made) == ([], ["conv_transpose", "relu"], ["cast", "normalise"])
     assert made.kernel.kind.dtype is torch.float16
     made = cut(conv(b="None"), *lines, "r = vector_norm(c, ord=1.0, dims=(4,), keepdim=True)", inputs=inputs)
@@ -208,6 +212,61 @@ def test_a_cast_in_front_of_rows_is_their_kernels() -> None:
 def test_the_stored_dtype_is_that_of_the_value() -> None:
     made = cut(conv(b="None"), "z = cast(y, dtype=f32)", inputs="x: f16[2, 8, 4, 4, 4], w: f16[8, 16, 3, 3, 3]")
     assert made.kernel.kind.dtype is torch.float32 and made.kernel.dtype is torch.float16
+
+
+# --- reductions along w ---------------------------------------------------------------------------
+NORM = "r = normalise({x}, dims=(4,), eps=1e-5, centred=True, last=False)"
+
+
+def test_a_norm_along_w_is_the_kernels() -> None:
+    """With what is in front of it and behind it, and a pool of residue classes."""
+    made = cut(conv(), "z = tanh(y)", NORM.format(x="z"), "u = mul(r, 0.5)")
+    assert stages(made) == ([], ["conv_transpose", "tanh", "normalise", "mul"], [])
+    assert made.kernel.along.length == 13 and not made.kernel.combine and made.kernel.behind is not None
+    inputs = "x: f32[2, 8, 4, 5, 6], w: f32[8, 16, 2, 2, 2], b: f32[16]"
+    made = cut(conv(), NORM.format(x="y"), "u = mul(r, 0.5)", "m = " + avg_pool("u"), "v = relu(m)", inputs=inputs)
+    assert stages(made) == ([], ["conv_transpose", "normalise", "mul", "avg_pool 2x2x2", "relu"], [])
+    assert made.kernel.combine == "Sum" and made.kernel.factor == 1 / 8 and made.kernel.kind.shape == (2, 16, 4, 5, 6)
+
+
+def test_a_pool_that_is_not_of_whole_positions_stays_behind_rows() -> None:
+    """Of rows of 13 elements the last is no window's, which the norm needs all the same."""
+    made = cut(conv(), NORM.format(x="y"), "m = " + avg_pool("r"))
+    assert stages(made) == ([], ["conv_transpose", "normalise"], ["avg_pool"])
+    made = cut(conv(), NORM.format(x="y"), "m = " + max_pool("r", 3, 2))
+    assert stages(made) == ([], ["conv_transpose", "normalise"], ["max_pool"])
+
+
+def test_rows_that_have_a_kernel_of_their_own() -> None:
+    """Behind a pool; of a value that others read; what leaves one value; rows of h and w."""
+    for lines in (
+        ("z = " + max_pool("y"), NORM.format(x="z")),
+        (NORM.format(x="y"), "u = add(r, y)"),
+        ("r = amax(y, dims=(4,), keepdim=True)",),
+        ("r = normalise(y, dims=(3, 4), eps=1e-5, centred=True, last=False)",),
+    ):
+        made = cut(conv(), *lines)
+        assert made.kernel.along is None and made.kernel.apart is None and made.steps
+
+
+def test_the_reason_why_rows_stay_apart() -> None:
+    made = cut(conv(), NORM.format(x="y"), inputs="x: f32[2, 8, 4, 5, 300], w: f32[8, 16, 3, 3, 3], b: f32[16]")
+    assert stages(made) == ([], ["conv_transpose"], ["normalise"])
+    assert made.kernel.apart is None  # too long for any epilogue
+    with mock.patch.object(schedules, "LAUNCH", -1.0):
+        made = cut(conv(), NORM.format(x="y"))
+    assert stages(made) == ([], ["conv_transpose"], ["normalise"])
+    assert re.fullmatch(r"-?\d+ us with a kernel of its own, \d+ us without, by estimate", made.kernel.apart)
+
+
+def test_rows_are_no_value_that_statistics_are_gathered_of() -> None:
+    """What reduces in its epilogue gathers nothing: the statistics are a kernel's that reads what was stored."""
+    norm = "n = instance_norm(r, None, None, eps=1e-5)"
+    with many_chains.kernels_always():
+        made = cut(conv(), NORM.format(x="y"), norm)
+    assert made.kernel.along is not None and not made.kernel.gathers
+    (gather,) = (s for s in made.steps if isinstance(s, Gather))
+    assert gather.layout == "contiguous"
 
 
 # --- pools ----------------------------------------------------------------------------------------
