@@ -401,8 +401,8 @@ def _along_type(made: Specialisation, epilogue: Epilogue) -> str:
     rows = epilogue.along
     if rows is None:
         return "  using Along = fxfuse::NoAlong;"
-    assert rows.along is not None
-    lanes, count, each = rows.along
+    assert rows.shares is not None
+    lanes, count, each = rows.shares
     filled = lanes * count * each if made.along is Along.SHARED else made.m_tiles * 8 * made.layer.stride[2]
     whole = str(filled == rows.length).lower()
     constants = f"    static constexpr int lanes = {lanes}, count = {count}, each = {each};"

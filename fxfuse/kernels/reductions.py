@@ -154,7 +154,7 @@ class Rows:
         return self.keeps and self.line and self.length <= MOST_POOLED and window.whole
 
     @property
-    def along(self) -> tuple[int, int, int] | None:
+    def shares(self) -> tuple[int, int, int] | None:
         """In a convolution's epilogue the threads that share a row, the neighbours that each takes at once, and how
         often; None of what is no row of w, or too long, or leaves one value.
         """

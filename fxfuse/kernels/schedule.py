@@ -153,6 +153,8 @@ def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Form
         ways = ways[:1]
     elif kernel.stored in outputs:
         ways = [s for s in [observed[kernel.stored].stride()] if layout_of(kernel.kind.shape, s) is not None]
+    if kernel.along is not None:  # rows of w are stored as such
+        ways = [s for s in ways if layout_of(kernel.kind.shape, s) == "contiguous"]
     for strides in ways:
         yield dataclasses.replace(made, kernel=dataclasses.replace(kernel, strides=strides))
 
@@ -441,7 +443,7 @@ class _Cutter:
         have whole rows and it saves time; and what it takes for that.
         """
         rows = rows_of(reduction, kernel.kind)
-        if rows is None or rows.along is None or kernel.combine:
+        if rows is None or rows.shares is None or kernel.combine:
             return kernel, ()
         taking = dataclasses.replace(kernel, along=rows)
         first = self.values.longest(reduction.outs[0], "After", self.late)
@@ -518,7 +520,7 @@ def _has_whole_windows(pool: Pooling, rows: Rows, kind: TensorType) -> bool:
     """
     sizes = zip(pool.sizes, pool.window, kind.shape[2:], strict=True)
     whole = pool.rest is None and all(count * step <= (size or 0) for count, step, size in sizes)
-    return whole and rows.along is not None and not (rows.along[1] % pool.window[-1] or rows.length % pool.window[-1])
+    return whole and rows.shares is not None and rows.shares[1] % pool.window[-1] == 0
 
 
 def _name(instr: Instr, operand: int) -> str:

@@ -195,3 +195,44 @@ def test_rows_that_tiles_do_not_hold() -> None:
     got, expected, made = run_prepared(model, torch.randn(1, 4, 1, 2, 600))
     assert str(made.schedule).startswith("one kernel: conv_transpose -> f32[1, 8, 2, 4, 1200]; then softmax")
     assert_near(got, expected, LIMIT[F32])
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_rows_of_four_classes(width: int, along: Along) -> None:
+    """Pairs of neighbours of which a position has two."""
+    model = Then(layer(4, 9, 5, stride=(1, 2, 4), padding=(0, 0, 1)), lambda y: y.softmax(-1)).eval()
+    got, expected, made = run_prepared(model, torch.randn(2, 4, 2, 3, width))
+    assert ";" not in str(made.schedule) and way_of(made) is along
+    assert_near(got, expected, LIMIT[F32])
+
+
+def test_a_result_that_is_channels_last() -> None:
+    """torch's rms_norm keeps that layout: its rows are no neighbours in memory."""
+    got, expected, made = run_prepared(Then(layer(4, 8, 3, **TWO), rms).eval(), torch.randn(2, 4, 2, 3, 5), last=True)
+    assert str(made.schedule).endswith("; then rms_norm")
+    assert_near(got, expected, LIMIT[F32])
+
+
+@pytest.mark.parametrize(("stride", "ceil"), [(2, True), (3, False)])
+def test_pools_that_are_left_to_others(stride: int, ceil: bool, along: Along) -> None:
+    """A window that is not whole, or whose elements along w are in several threads."""
+    convolution = layer(4, 8, 3, stride=stride, output_padding=(0, 0, 1) if ceil else 0)
+    model = Then(convolution, lambda y: F.max_pool3d(y.softmax(-1), stride, ceil_mode=ceil)).eval()
+    got, expected, made = run_prepared(model, torch.randn(2, 4, 2, 3, 8))
+    assert "softmax -> " in str(made.schedule) and "; then one kernel: max_pool" in str(made.schedule)
+    assert way_of(made) is along
+    assert_near(got, expected, LIMIT[F32])
+
+
+def test_statistics_of_rows(along: Along) -> None:
+    model = Then(layer(8, 24, 3, **EVEN), lambda y: F.instance_norm(y.softmax(-1), eps=1e-2)).eval()
+    got, expected, made = run_prepared(model, torch.randn(2, 8, 4, 8, 16))
+    assert "gathered on the way" not in str(made.schedule) and way_of(made) is along
+    assert_near(got, expected, 2 * LIMIT[F32])
+
+
+def test_a_row_of_more_blocks_than_tiles() -> None:
+    convolution = layer(4, 8, 3, padding=1)
+    got, expected, made = run_prepared(Then(convolution, lambda y: y.softmax(-1)).eval(), torch.randn(1, 4, 2, 3, 72))
+    assert way_of(made) is not Along.HELD
+    assert_near(got, expected, LIMIT[F32])

@@ -15,6 +15,7 @@
 namespace fxfuse {
 
 struct NoAlong {};
+constexpr int kMostHeld = 192;  // accumulators of a thread, and of rows that it holds at once, for which there are registers
 
 // What is made of results: of rows, and of what is left of them.
 template <class Out, class Expression, class Behind>
@@ -73,12 +74,13 @@ FXFUSE_INLINE void put_rows(float* to, const AlongPlan<Problem, Runs>& plan, con
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int q = 0; q < classes; q += width) {
-          if (!(inside >> ((i * 2 + r) * Problem::stride_w + (width == 2 ? 0 : Runs::w(q))) & 1)) continue;
-          float* const there = line + row[i][r] + Runs::of(q) * plan.pitch;
+          const int w = Runs::w(width == 2 ? q + left : q);  // of a pair the first one's
+          if (!(inside >> ((i * 2 + r) * Problem::stride_w + w) & 1)) continue;
+          float* const there = line + row[i][r] + Runs::of(q) * plan.pitch + w;
           if constexpr (width == 2)  // behind the last element of an odd row there is room
             *(float2*)there = make_float2(value(column, i, r, j, e, q + left), value(column, i, r, j, e, q + 1 - left));
           else
-            there[Runs::w(q)] = value(column, i, r, j, e, q);
+            *there = value(column, i, r, j, e, q);
         }
   }
 }
@@ -158,11 +160,10 @@ FXFUSE_INLINE void reduce_rows(const Arguments& a, const Geometry& g, const Plac
       for (int u = 0; u < rows_each; ++u) {
         const int run = pools ? u : at % Runs::count;
         d = (t.d + z) * o.step_d, h = (t.h + y) * o.step_h;
-        bool valid = true;
 #pragma unroll
         for (int k = 0; k < Runs::count; ++k)
-          if (k == run) d += residue[Runs::first(k)].d, h += residue[Runs::first(k)].h, valid = residue[Runs::first(k)].valid;
-        there = there && valid && d < o.size_d && h < o.size_h;
+          if (k == run) d += residue[Runs::first(k)].d, h += residue[Runs::first(k)].h;
+        there = there && d < o.size_d && h < o.size_h;
         const int n = t.n, c = there ? channel : 0, in_d = there ? d : 0, in_h = there ? h : 0;  // an element that there is
         const float* const begin = buffer + line * plan.channel + (position * Runs::count + run) * plan.pitch;
         const float made = reduced_row<Problem>(held, begin, a.expression, a.expression.channel(n, c), n, c, in_d, in_h);
@@ -179,21 +180,21 @@ FXFUSE_INLINE void reduce_rows(const Arguments& a, const Geometry& g, const Plac
         }
       }
       if (!there) continue;
-      constexpr int along = pools ? Problem::stride_w : 1, stored = count / along;
+      constexpr int step_w = pools ? Problem::stride_w : 1, stored = count / step_w;
       if constexpr (pools) d = t.d + z, h = t.h + y;
       const auto of = a.behind.channel(t.n, channel);
       Out* const to = a.to.out + t.n * a.to.stride.n + channel * a.to.stride.c + d * a.to.stride.d + h * a.to.stride.h;
 #pragma unroll
       for (int k = 0; k < each; ++k) {
-        const int w = held.at(k) / along;
+        const int w = held.at(k) / step_w;
         if (held.at(k) >= held.length) continue;
         Vector<Out, stored> made;
 #pragma unroll
         for (int e = 0; e < stored; ++e) {
-          float y = combined[k * count + e * along];
+          float y = combined[k * count + e * step_w];
           if constexpr (pools)
 #pragma unroll
-            for (int i = 1; i < along; ++i) y = Arguments::Combine::combine(y, combined[k * count + e * along + i]);
+            for (int i = 1; i < step_w; ++i) y = Arguments::Combine::combine(y, combined[k * count + e * step_w + i]);
           made.v[e] = from_float<Out>(a.behind(of, pooled(y, a), t.n, channel, d, h, w + e));
         }
         *(Vector<Out, stored>*)(to + w) = made;
@@ -232,38 +233,41 @@ struct HeldLine {
 };
 
 // The same as reduce_rows where a warpgroup's part of a tile is eight rows of positions, in blocks of 8 by 8: what a thread has
-// of a row lies in its own accumulators, and the rest in those of seven others. A turn takes eight columns, of which a thread has
-// two, in two rows of positions, of one of the rows of the output that those have.
+// of a row lies in its own accumulators, and the rest in those of seven others. A turn takes one or both of the columns that a thread
+// has of eight, as there are registers, in two rows of positions: of one of the rows of the output that those have.
 template <class Problem, class Out, int classes, class Value, class Arguments>
 FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Place<Problem>& place, const Extent& o,
                                 const Residue (&residue)[classes], const Value& value) {
   using Along = typename Problem::Along;
   using Runs = typename Problem::Runs;
   constexpr bool pools = Arguments::pools;  // all residue classes are there
-  constexpr int along = Problem::stride_w, each = Problem::m_tiles * along, turns = Problem::columns / 8 * Runs::count;
-  constexpr int made_each = pools ? Problem::m_tiles : each, made_along = pools ? 1 : along;
+  constexpr int step_w = Problem::stride_w, each = Problem::m_tiles * step_w, accumulators = Problem::m_tiles * Problem::columns * classes / 2;
+  constexpr int together = accumulators + 8 * each <= kMostHeld ? 2 : 1, parts = 2 / together;  // columns; so many times
+  constexpr int turns = Problem::columns / 8 * parts * Runs::count;
+  constexpr int made_each = pools ? Problem::m_tiles : each, stored_w = pools ? 1 : step_w;
   using Line = HeldLine<each, Along::whole>;
   const Tile& t = place.box;
   const int first = t.column * Problem::columns;
-  float made[2][2][made_each];
+  float made[2][together][made_each];
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
-    const int j = turn / Runs::count, u = turn % Runs::count;
+    const int u = turn % Runs::count, j = turn / Runs::count / parts, e0 = turn / Runs::count % parts;
     if (first + j * 8 >= g.out_channels) break;
     int x = place.lane >> 2;
     settle(x);  // or the places of all operands along w are made before, and something is spilt
-    auto w_of = [&](int k) { return (k / along * 8 + x) * along + k % along; };
+    auto w_of = [&](int k) { return (k / step_w * 8 + x) * step_w + k % step_w; };
     uint32_t inside = 0;
 #pragma unroll
     for (int k = 0; k < each; ++k)
       if (w_of(k) < o.size_w) inside |= 1u << k;
-    Line line[2][2];
+    Line line[2][together];
 #pragma unroll
     for (int from = 0; from < turns; ++from) {  // registers have no index
       if (from != turn) continue;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const auto column = value.column(from / Runs::count, e);
+      for (int c = 0; c < together; ++c) {
+        const int at = from / Runs::count / parts, e = from / Runs::count % parts + c;
+        const auto column = value.column(at, e);
 #pragma unroll
         for (int q = 0; q < classes; ++q) {
           if (Runs::of(q) != from % Runs::count) continue;
@@ -271,7 +275,7 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
           for (int i = 0; i < Problem::m_tiles; ++i)
 #pragma unroll
             for (int r = 0; r < 2; ++r)
-              line[r][e].v[i * along + Runs::w(q)] = value(column, i, r, from / Runs::count, e, q);
+              line[r][c].v[i * step_w + Runs::w(q)] = value(column, i, r, at, e, q);
         }
       }
     }
@@ -282,8 +286,8 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
     const int n = t.n;
     // all that is computed comes before any branch, so that none of it waits for another
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e);
+    for (int c = 0; c < together; ++c) {
+      const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e0 + c);
       const auto before = a.expression.channel(n, channel);
       const auto behind = a.behind.channel(n, channel);
 #pragma unroll
@@ -292,7 +296,7 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
         const bool there = at_d < o.size_d && at_h < o.size_h;
         const int d = there ? at_d : 0, h = there ? at_h : 0;  // an element that there is
         auto w = [&](int k) { return Along::whole || w_of(k) < o.size_w ? w_of(k) : 0; };
-        Line& one = line[r][e];
+        Line& one = line[r][c];
         one.inside = inside;
 #pragma unroll
         for (int k = 0; k < each; ++k) one.v[k] = a.expression(before, one.v[k], n, channel, d, h, w(k));
@@ -301,11 +305,11 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
         for (int k = 0; k < each; ++k) {
           const float v = Along::result(one.v[k], reduced);
           if constexpr (pools) {
-            float& all = made[r][e][k / along];
+            float& all = made[r][c][k / step_w];
             const float next = a.after(v, n, channel, d, h, w(k));
-            all = k % along == 0 && u == 0 ? next : Arguments::Combine::combine(all, next);
+            all = k % step_w == 0 && u == 0 ? next : Arguments::Combine::combine(all, next);
           } else {
-            made[r][e][k] = a.behind(behind, v, n, channel, d, h, w(k));
+            made[r][c][k] = a.behind(behind, v, n, channel, d, h, w(k));
           }
         }
       }
@@ -313,8 +317,8 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
     if (pools && u + 1 < Runs::count) continue;
     if constexpr (pools) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e);
+      for (int c = 0; c < together; ++c) {
+        const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e0 + c);
         const auto behind = a.behind.channel(n, channel);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -323,7 +327,7 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
 #pragma unroll
           for (int i = 0; i < Problem::m_tiles; ++i) {
             const int w = i * 8 + x;
-            made[r][e][i] = a.behind(behind, pooled(made[r][e][i], a), n, channel, there ? z : 0, there ? y : 0, w < a.pooled_w ? w : 0);
+            made[r][c][i] = a.behind(behind, pooled(made[r][c][i], a), n, channel, there ? z : 0, there ? y : 0, w < a.pooled_w ? w : 0);
           }
         }
       }
@@ -331,25 +335,25 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
     const Residue stored = pools ? Residue{0, 0, 0, 1} : run;
     Extent to_ = o;
     if constexpr (pools) to_ = {a.pooled_d, a.pooled_h, a.pooled_w, 1, 1, 1};
-    const bool pairs = made_along == 2 && to_.size_w % 2 == 0 && ((uint64_t)a.to.out & (2 * sizeof(Out) - 1)) == 0;
+    const bool pairs = stored_w == 2 && to_.size_w % 2 == 0;
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
+    for (int c = 0; c < together; ++c)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int d = (t.d + place.z(0, r)) * to_.step_d + stored.d, h = (t.h + place.y(0, r)) * to_.step_h + stored.h;
-        const bool column = Problem::filled || first + place.column(j, e) < g.out_channels;
-        if (!(column && stored.valid && d < to_.size_d && h < to_.size_h)) continue;
-        const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e);
+        const bool column = Problem::filled || first + place.column(j, e0 + c) < g.out_channels;
+        if (!(column && d < to_.size_d && h < to_.size_h)) continue;
+        const int channel = Results<Problem, Value, Identity>::channel_of(g, place, j, e0 + c);
         Out* const to = a.to.out + n * a.to.stride.n + channel * a.to.stride.c + d * a.to.stride.d + h * a.to.stride.h;
 #pragma unroll
         for (int i = 0; i < Problem::m_tiles; ++i) {
-          const int w = (i * 8 + x) * made_along;
-          const float* const y = made[r][e] + i * made_along;
+          const int w = (i * 8 + x) * stored_w;
+          const float* const y = made[r][c] + i * stored_w;
           if (pairs) {
-            if (w < to_.size_w) store_two(to + w, y[0], y[made_along - 1]);
+            if (w < to_.size_w) store_two(to + w, y[0], y[stored_w - 1]);
           } else {
 #pragma unroll
-            for (int k = 0; k < made_along; ++k)
+            for (int k = 0; k < stored_w; ++k)
               if (w + k < to_.size_w) to[w + k] = from_float<Out>(y[k]);
           }
         }
