@@ -39,6 +39,8 @@ FLOAT_RATE = 3.35e13
 DOUBLE_RATE, DOUBLE_PART = 3.35e13, 0.7
 #: seconds that an element of a tile of x takes until it lies in shared memory, and that moments of its products take
 TILED, SQUARED = 5e-13, 6e-6
+#: the same where it is one of a row that a softmax goes through twice, read off one of float16 on an H100
+STREAMED = 4e-12
 #: seconds that one more kernel in a queue takes at least
 LAUNCH = 2e-6
 #: clock cycles of a multiprocessor that an accumulator costs a convolution's kernel beyond its products and its store,
@@ -219,7 +221,10 @@ def _by_kernel(step: Map | Gather | Bundle | Sums | Contraction, types: Types) -
     if isinstance(step, Map):
         again = step.rows is not None and step.rows.keeps and not step.rows.held
         read = bytes_of(types, step.reads) + (size_of(types[step.value]) if again else 0)
-        return _memory_bound(1, read, size_of(step.kind))
+        work = _memory_bound(1, read, size_of(step.kind))
+        if again and step.rows is not None and step.rows.combine.endswith("Softmax"):
+            return dataclasses.replace(work, seconds=max(work.seconds, elements(types[step.value]) * STREAMED))
+        return work
     read = size_of(step.kind) if step.layout else 0
     return _memory_bound(len(step.instrs) + (2 if step.layout else 0), read, bytes_of(_made(step), step.makes))
 
