@@ -278,18 +278,23 @@ def _whole_rows(
             if m_tiles * stack * columns <= most and stack * columns * chunk * 2 <= STAGE_BYTES
             if m_tiles * 2 * layer.stride[2] <= 32  # bits
         ]
-    seconds = {one: sample_seconds(one, stored, True, itemsize) for one in found}
-    for one, time in seconds.items():
-        if time < math.inf and one.along is not None:  # x is copied for every tile of channels
-            positions = positions_of(one, stored)
-            tiling = tile(one, positions, stored[2], itemsize)
-            accumulators = math.prod(tiling.counts) * one.rows * one.columns * sum(len(p.residues) for p in one.passes)
-            cycles_of = copy_cycles(one, tiling, positions) + accumulators * ALONG_CYCLES[one.along]
-            seconds[one] = time + one.column_tiles * cycles_of / CLOCK
+    seconds = {one: _row_seconds(one, stored, itemsize) for one in found}
     best = min(found, key=seconds.__getitem__, default=None)
     if best is None or seconds[best] == math.inf:
         raise Unsupported(f"no tile holds whole rows of {stored[2]} elements along w")
     return best
+
+
+def _row_seconds(made: Specialisation, stored: Extents, itemsize: int) -> float:
+    """As :func:`sample_seconds`, with what reductions take, and copies of x, one for every tile of channels."""
+    seconds = sample_seconds(made, stored, True, itemsize)
+    if seconds == math.inf or made.along is None:
+        return seconds
+    positions = positions_of(made, stored)
+    tiling = tile(made, positions, stored[2], itemsize)
+    accumulators = math.prod(tiling.counts) * made.rows * made.columns * sum(len(p.residues) for p in made.passes)
+    each = copy_cycles(made, tiling, positions) + accumulators * ALONG_CYCLES[made.along]
+    return seconds + made.column_tiles * each / CLOCK
 
 
 def _chosen(kernels: _Kernels, stored: Extents | None, contiguous: bool, itemsize: int) -> Specialisation | None:

@@ -1,11 +1,12 @@
 // Reductions over w in a convolution's epilogue: a warpgroup's part of a tile has whole rows of the output.
 //
-// Accumulators of a row lie in many threads. So those of a few channels at a time go through shared memory, from where some
-// threads of a warp take each row, reduce it as map_rows.cuh does, and store it, or what a pool makes of it and of the other
-// rows of its positions: a pool whose window and stride are the convolution's stride.
+// Accumulators of a row lie in many threads. Where that part is blocks of 8 by 8 positions, they are eight threads, which exchange
+// their sums (`reduce_lines`). Else those of a few channels at a time go through shared memory, from where some threads of a warp
+// take each row, and reduce it as map_rows.cuh does (`reduce_rows`). Rows are stored, or what a pool makes of those of a position: one
+// whose window and stride are the convolution's stride.
 //
-// `Problem::Along`: a reduction of fold.cuh with constants lanes, count, each (of HeldRow) and whole (a row fills these), and
-// Combine, or NoAlong. Columns of accumulators are in the order of channels.
+// `Problem::Along`: a reduction of fold.cuh with constants held (in registers), lanes, count, each (else, of HeldRow) and whole
+// (a row fills what is there for it), or NoAlong. Columns of accumulators are in the order of channels.
 #pragma once
 #include "combine.cuh"
 #include "conv_outbox.cuh"
@@ -137,7 +138,7 @@ FXFUSE_INLINE void reduce_rows(const Arguments& a, const Geometry& g, const Plac
   const int first = t.column * Problem::columns, units = lines * plan.rows / rows_each;
   HeldRow<lanes, count, each> held;
   held.lane = threadIdx.x % lanes, held.length = Along::whole ? lanes * count * each : o.size_w, held.shared = nullptr;
-  named_barrier(1 + group, 128);  // what was there has been read
+  named_barrier(1 + group, 128);  // what was there has been read, also where a pass before had no products to meet at
 #pragma unroll 1
   for (int block = 0; block < blocks; ++block) {
     const int column0 = lines == 8 ? block * 8 : block / 2 * 8 + (block & 1);
