@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
-from fxfuse.kernels import execute, schedule, specialise
+from fxfuse.kernels import cutter, execute, specialise
 from fxfuse.kernels.convolution import Along
 from fxfuse.kernels.convolution_kernels import Convolution
 
@@ -15,7 +15,7 @@ from fxfuse.kernels.convolution_kernels import Convolution
 def rows_together(way: Along) -> Iterator[None]:
     """In the convolution's epilogue, in this ``way`` where it can be, whatever a kernel of their own would take."""
     cycles = {one: 0.0 if one is way else 1e9 for one in Along}
-    with mock.patch.object(schedule, "BANDWIDTH", 1.0), mock.patch.object(specialise, "ALONG_CYCLES", cycles):
+    with mock.patch.object(cutter, "BANDWIDTH", 1.0), mock.patch.object(specialise, "ALONG_CYCLES", cycles):
         _forget()
         yield
     _forget()
@@ -24,7 +24,7 @@ def rows_together(way: Along) -> Iterator[None]:
 @contextlib.contextmanager
 def rows_apart() -> Iterator[None]:
     """In a kernel of their own."""
-    with mock.patch.object(schedule._Cutter, "_along", lambda _, kernel, reduction: (kernel, ())):
+    with mock.patch.object(cutter.Cutter, "_along", lambda _, kernel, reduction: (kernel, ())):
         yield
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.kernels import execute
-from fxfuse.kernels import schedule as schedules
+from fxfuse.kernels import cutter, execute
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.observe import Unscheduled, examples
 from fxfuse.kernels.reductions import Fold
@@ -253,7 +252,7 @@ def test_the_reason_why_rows_stay_apart() -> None:
     made = cut(conv(), NORM.format(x="y"), inputs="x: f32[2, 8, 4, 5, 300], w: f32[8, 16, 3, 3, 3], b: f32[16]")
     assert stages(made) == ([], ["conv_transpose"], ["normalise"])
     assert made.kernel.apart is None  # too long for any epilogue
-    with mock.patch.object(schedules, "LAUNCH", -1.0):
+    with mock.patch.object(cutter, "LAUNCH", -1.0):
         made = cut(conv(), NORM.format(x="y"))
     assert stages(made) == ([], ["conv_transpose"], ["normalise"])
     assert re.fullmatch(r"-?\d+ us with a kernel of its own, \d+ us without, by estimate", made.kernel.apart)
