@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from along import rows_together
 from emulator.device import needs_compiler
-from emulator.test_emulated_folds import BF16, F16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
+from test_emulated_folds import BF16, F16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
 from fxfuse.kernels.convolution import Along
