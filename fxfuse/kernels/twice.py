@@ -19,14 +19,19 @@ from fxfuse.instr import Instr, TensorType
 from fxfuse.kernels.chains import dense, needed_by
 from fxfuse.kernels.convolution import Shared, Specialisation, Unsupported
 from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.formulas import COMPARISONS
 from fxfuse.kernels.means import pool_first
 from fxfuse.kernels.norms import nothing
 from fxfuse.kernels.observe import observe
+from fxfuse.kernels.ranges import ranges_of
 from fxfuse.kernels.schedule import best, cut, least_elements, versions
 from fxfuse.kernels.statistics import KINDS, kinds_of
 from fxfuse.kernels.steps import Schedule
 from fxfuse.kernels.tail import plan
 from fxfuse.program import Program, program_of
+
+#: the size of values up to which a softmax of them may be made of two runs: a clamp, a sigmoid or a tanh is in front
+MOST_RAISED = 16.0
 
 
 def twice(
@@ -103,7 +108,7 @@ def _cut(program: Program, given: Mapping[str, Form], exact: bool) -> tuple[Sche
     assert first.kernel is not None
     value = first.kernel.stored
     measured = [i for i in first.rest.body if i.op in KINDS and value in i.reads()]
-    if not measured or first.kernel.reduces:
+    if not measured or first.kernel.reduces or _asks_for_the_same_bits(program, given, value, measured):
         return None
     later, values = _later(program, given, measured)
     second = cut(later, values, exact=exact)
@@ -111,6 +116,19 @@ def _cut(program: Program, given: Mapping[str, Form], exact: bool) -> tuple[Sche
     if second.kernel.stored == value:
         return None  # something else needs it
     return _together(program, first, second, measured, values), values
+
+
+def _asks_for_the_same_bits(program: Program, given: Mapping[str, Form], value: str, measured: Sequence[Instr]) -> bool:
+    """Whether a last bit by which the second run's ``value`` may differ is more than that in what is made of both.
+
+    exp(value - maximum) is Inf or 0 in place of 1 where a bit of a large value is more than 1. A comparison with an
+    extreme asks whether they are equal.
+    """
+    kinds, types = {i.op for i in measured}, _types(given)
+    powers = any(i.op == "exp_below" for i in program.body)
+    if "exponentials" in kinds and powers and not ranges_of(program, types)[value].within(MOST_RAISED):
+        return True
+    return "extremes" in kinds and any(i.op in COMPARISONS for i in program.body)
 
 
 def _later(
