@@ -259,6 +259,10 @@ class Specialisation:
             return LINE_PITCH
         return self.m_tiles * 64 * self.stored_classes + (72 if self.stored_classes == 1 else 80)
 
+    def waiting_itemsize(self, itemsize: int) -> int:
+        """Bytes of a number in such a block, where those of results are ``itemsize``: rows are reduced in float32."""
+        return 4 if self.along is not None else itemsize
+
     @property
     def joint_pitch(self) -> int:
         """The same where both warpgroups fill a block; no more than both have, and the banks of its lines are apart."""

@@ -246,7 +246,7 @@ class _Call:
         to = Arguments.to.offset  # with the operands behind it
         destination = (ctypes.c_char * (len(self.arguments) - to)).from_buffer(self.arguments, to)
         in_c, out_c, volume = map(I32, (shape.in_channels, shape.out_channels, shape.volume))
-        geometry = _geometry(x, of.extents, made, tiling, 4 if made.along else layer.output.itemsize)
+        geometry = _geometry(x, of.extents, made, tiling, made.waiting_itemsize(layer.output.itemsize))
 
         wide = I64.from_buffer(self.arguments, Arguments.channels.offset + Channels.bias.offset)
         if "unmark" in names and not given:

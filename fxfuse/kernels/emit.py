@@ -231,7 +231,7 @@ def _problem(
         "neighbours": made.neighbours,
         "pair": made.pair,
         "lines": made.lines,
-        "itemsize": 4 if made.along is not None else ITEMSIZES[output],  # of what goes through shared memory
+        "itemsize": made.waiting_itemsize(ITEMSIZES[output]),
         "pitch": made.joint_pitch if store is Store.JOINT else made.pitch,
         "accumulator_tiles": made.accumulators[0],
         "accumulators": made.accumulators[1],
