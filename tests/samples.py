@@ -209,6 +209,8 @@ BY_NAME: dict[str, list[Sample]] = {
     "getitem": [S(V, (slice(None), None, None)), S(X, None), S(X, (..., None)), S(X, ...), S(X, slice(None)),
     S(X, (None, slice(None), None, ..., None, slice(None))), S(ZERO_DIM, (None, None))],
     "unsqueeze": [S(X, 0), S(X, -1), S(X, dim=2)],
+    **{n: [S(X[:, :1], (6, 3, 4, 5)), S(X[:, :1], [-1, 3, -1, 5])] for n in ("expand", "broadcast_to")},
+    "expand_as": [S(X[:, :1], X), S(V, X), S(ZERO_DIM, X)],
     "permute": [S(X, (0, 2, 3, 1)), S(X, 3, -2, 0, 1), S(X, [1, 0, 2, 3]), S(X, dims=(0, 1, 3, 2))],
     **{n: [*_SWAP, S(X, dim0=1, dim1=-1)] for n in ("transpose", "swapaxes", "swapdims")},
     # pools and convolutions
@@ -256,6 +258,7 @@ BY_NAME: dict[str, list[Sample]] = {
     S(X, ord=None, dim=(1, 2)), S(X, 2, 1, True, dtype=torch.float64),
              S(X, dim=1), S(X, "fro", (1, 2)), S(X, p=1.5, dim=(1, 2, 3)), S(X, p=2),
              S(X, 2, 3, False, torch.float64)],
+    "normalize": [S(X), S(X, 1, -1), S(X, 3.0, (1, 2), 0.5), S(X, p=float("inf"), dim=2), S(X, eps=2.0)],
     "softmax": _softmax(),
     "log_softmax": _softmax(),
 }  # fmt: skip

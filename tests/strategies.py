@@ -351,6 +351,7 @@ REDUCTIONS = (
     "torch.norm({v}, {ord}, {dims}, {k})", "{v}.max({dim}, {k}).values", "{v}.min({dim}, {k})[0]", "torch.max({v}, {dim}, keepdim={k})[0]", "torch.prod({v}, {dim}, {k})",
     "{v} - {v}.mean({dims}, keepdim=True)", "{v} / ({v}.abs().amax({dims}, keepdim=True) + 1)", "{v} * torch.rsqrt({v}.square().mean({dims}, keepdim=True) + 1)",
     "F.softmax({v}, dim={dim})", "{v}.softmax({dim})", "torch.log_softmax({v}, {dim})", "nn.Softmax({dim})", "nn.LogSoftmax({dim})", "F.softmax({v} + {s}, {dim})",
+    "F.normalize({v}, dim={dim})", "F.normalize({v}, {ord}, {dims}, 0.5)", "{v} / {v}.norm(dim={dim}, keepdim=True).clamp_min(1e-3).expand_as({v})",
     "{v}.sum({dim}, {k})", "{v}.max()", "{v}.mean()", "{v}.sum()",
 )  # fmt: skip
 
@@ -415,8 +416,8 @@ def algebra(draw: Draw, g: Growing, v: str) -> str | None:
 
 OUTSIDE = (
     "torch.cumsum({v}, 0)", "torch.roll({v}, 1, -1)", "{v}.flip(0)", "torch.atan({v})", "{v}[..., :1]", "torch.cat([{v}, {v}], 0)",
-    "nn.Dropout(0.5)", "F.dropout({v}, 0.3, True)", "torch.cummax({v}, 0)[0]", "{v}.expand_as({v})", "{v}[:]", "torch.randn_like({v}) * {v}",
-    "F.normalize({v}, dim=0)", "torch.diff({v}, dim=0, append={v}[:1])",
+    "nn.Dropout(0.5)", "F.dropout({v}, 0.3, True)", "torch.cummax({v}, 0)[0]", "{v}.tile(1)", "{v}[:]", "torch.randn_like({v}) * {v}",
+    "torch.atan2({v}, {v})", "torch.diff({v}, dim=0, append={v}[:1])",
 )  # fmt: skip
 
 

@@ -43,11 +43,12 @@ from fxfuse.patterns.rule import (
     X,
     apply_rules,
 )
-from fxfuse.patterns.views import ReduceBeforeReshape
+from fxfuse.patterns.views import DropExpansions, ReduceBeforeReshape
 
 #: every rule that `optimize` applies
 DEFAULT_RULES: tuple[Rule, ...] = (
     DropCopies(),
+    DropExpansions(),
     ReduceBeforeReshape(),
     MergeClamps(),
     MergeNumbers(),

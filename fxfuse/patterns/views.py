@@ -1,12 +1,15 @@
-"""Reductions of reshaped values."""
+"""Views that need not be made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from torch import fx
 
-from fxfuse.chain import Builder, attributes, op_of, operands, sizes
+from fxfuse import vocabulary
+from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
 
@@ -33,6 +36,40 @@ class ReduceBeforeReshape(Rule):
         given = {**attributes(reduce), "dims": _dims_before(match), "keepdim": False}
         new = build.call(op_of(reduce).name, value, **given)
         return new if sizes(new) == sizes(reduce) else build.call("reshape", new, shape=sizes(reduce))
+
+
+class DropExpansions(Rule):
+    """f(x, expand(y)) = f(x, y) for a pointwise f that broadcasts y to the same size
+
+    A tensor without dims is left alone: dtypes are promoted otherwise where it has some.
+    """
+
+    legality = Legality.BITWISE
+    pattern = P([op for op in vocabulary.names(vocabulary.Kind.POINTWISE) if op != "prelu"])
+
+    def match(self, root: fx.Node) -> Match | None:
+        match = super().match(root)
+        if match is None or sizes(root) is None:
+            return None
+        for node in operands(root):
+            if op_name(node) == "expand" and sizes(operands(node)[0]) and self._sizes(root, node) == sizes(root):
+                match.bound["expand"] = node
+                return match
+        return None
+
+    @staticmethod
+    def _given(root: fx.Node, without: fx.Node) -> list[Any]:
+        return [operands(without)[0] if o is without else o for o in operands(root)]
+
+    def _sizes(self, root: fx.Node, without: fx.Node) -> tuple[int, ...] | None:
+        """Of the result, without a view; None of operands whose sizes are not known."""
+        shapes = [sizes(o) for o in self._given(root, without) if isinstance(o, fx.Node)]
+        known = [s for s in shapes if s is not None]
+        return tuple(torch.broadcast_shapes(*known)) if len(known) == len(shapes) else None
+
+    def rewrite(self, match: Match, build: Builder) -> fx.Node:
+        given = self._given(match.root, match["expand"])
+        return build.call(op_of(match.root).name, *given, **attributes(match.root))
 
 
 def _dims_before(match: Match) -> tuple[int, ...] | Reject:

@@ -151,6 +151,13 @@ def _norm(input, p="fro", dim=None, keepdim=False, dtype=None):
     return _vector_norm(input, p, dim, keepdim, dtype=dtype)
 
 
+@spells(F.normalize)
+def _normalize(input, p=2.0, dim=1, eps=1e-12):
+    if not isinstance(p, (int, float)):
+        refuse("a norm that is not known before the call")
+    return call("normalize", input, ord=float(p), dims=all_dims(input, dim), eps=float(eps))
+
+
 # --- softmax --------------------------------------------------------------------------------------
 def _softmax(name: str, kind: type[nn.Module]) -> None:
     @spells(getattr(torch, name), name, f"aten::{name}.int")

@@ -90,6 +90,25 @@ def _getitem(input, index):
     return _reshaped(input, lambda x: x[index])
 
 
+# --- repetition -----------------------------------------------------------------------------------
+@spells("expand")
+def _expand_method(input, *sizes):
+    return _expand(input, _ints(sizes))
+
+
+@spells("aten::expand", torch.broadcast_to, "broadcast_to", "aten::broadcast_to")
+def _expand(input, size):
+    held = tensor(input)
+    if not all(isinstance(s, int) for s in held.shape):
+        refuse("a shape that is not known before the call")
+    return call("expand", input, shape=tuple(held.expand(_ints((size,))).shape))
+
+
+@spells("expand_as", "aten::expand_as")
+def _expand_as(input, other):
+    return _expand(input, tuple(tensor(other).shape))
+
+
 # --- orders of dims -------------------------------------------------------------------------------
 def _permuted(input: Any, dims: tuple[int, ...]) -> Call:
     if len(dims) != rank(input):

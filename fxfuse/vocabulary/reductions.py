@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.vocabulary.op import Kind, define
@@ -67,6 +68,12 @@ def vector_norm(x: Tensor, *, ord: float, dims: tuple[int, ...], keepdim: bool) 
     """``(sum |x|^ord)^(1/ord)``."""
     result: Tensor = torch.linalg.vector_norm(x, ord, dims, keepdim)
     return result
+
+
+@define(Kind.REDUCTION)
+def normalize(x: Tensor, *, ord: float, dims: tuple[int, ...], eps: float) -> Tensor:
+    """``x / max(vector_norm(x, ord), eps)``."""
+    return F.normalize(x, ord, dims[0] if len(dims) == 1 else dims, eps)  # type: ignore[arg-type]
 
 
 @define(Kind.REDUCTION)

@@ -13,5 +13,11 @@ def reshape(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
 
 
 @define(Kind.SHAPE, view=True)
+def expand(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
+    """Dims of size 1 repeated, and new ones in front."""
+    return x.expand(shape)
+
+
+@define(Kind.SHAPE, view=True)
 def permute(x: Tensor, *, dims: tuple[int, ...]) -> Tensor:
     return x.permute(dims)
