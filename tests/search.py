@@ -74,7 +74,7 @@ def rare_collections() -> Iterator[None]:
 #: what the chains must have shown: all rules and operators, but those that other dtypes, options or kernels ask for
 NARROW = {"CollapseNarrowMean"}
 FINITE_ONLY = {r.name for r in DEFAULT_RULES if r.legality is Legality.FINITE_ONLY} | {"window_sums"}
-KERNELS_ONLY = {"normalise", "softmax_over", "statistics", "exponentials", "extremes", "exp_below"}
+KERNELS_ONLY = {"normalise", "softmax_over", "statistics", "exponentials", "extremes", "exp_below", "persistent"}
 RULES = {r.name for r in DEFAULT_RULES} - FINITE_ONLY - NARROW
 OPERATORS = set(vocabulary.names()) - FINITE_ONLY - KERNELS_ONLY
 

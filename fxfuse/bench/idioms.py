@@ -68,6 +68,14 @@ def standardised(y: Tensor) -> Tensor:
     return F.relu((y - mean) / torch.sqrt(var + 1e-5))
 
 
+def pixel_norm(y: Tensor) -> Tensor:
+    return y * torch.rsqrt(torch.mean(y**2, dim=1, keepdim=True) + 1e-8)
+
+
+def entropy(y: Tensor) -> Tensor:
+    return -(F.softmax(y, 1) * F.log_softmax(y, 1)).sum(1)
+
+
 def attended(y: Tensor) -> Tensor:
     return y * torch.sigmoid(y.amax((2, 3, 4), keepdim=True) + y.mean((2, 3, 4), keepdim=True))
 
@@ -171,6 +179,9 @@ IDIOMS = (
     _behind("squeeze and excitation", lambda: Excite(48)),
     _behind("* sigmoid(max + mean over space)", lambda: attended),
     _behind("* sigmoid(mean + max over c)", lambda: lambda y: y * torch.sigmoid(y.mean(1, True) + y.amax(1, True))),
+    _behind("PixelNorm > leaky_relu", lambda: pixel_norm, lambda: nn.LeakyReLU(0.2)),
+    _behind("relu > normalize(c)", nn.ReLU, lambda: lambda y: F.normalize(y, dim=1)),
+    _behind("entropy over c", lambda: entropy),
     _behind("(y - mean) / sqrt(var + eps) > relu", lambda: standardised),
     _behind("RMSNorm(w) > silu", lambda: nn.RMSNorm(96, 1e-5), nn.SiLU),
     _behind("LayerNorm(h, w) > silu", lambda: nn.LayerNorm((96, 96)), nn.SiLU),

@@ -72,7 +72,9 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
     ``exact``: float32 convolutions have float32's accuracy, not TF32's.
     """
     names = {"before": kernel.before, "after": kernel.after, "behind": kernel.behind}
-    code = "\n".join([f'#include "{HEADER}"', *(e.code for e in names.values() if e is not None)])
+    body = next((r.body for r in (kernel.fold, kernel.along) if r is not None), None)
+    parts = [e.code for e in (*names.values(), body) if e is not None]
+    code = "\n".join([f'#include "{HEADER}"', *parts])
     given = {k: e.name for k, e in names.items() if e is not None}
     if kernel.squeezed and kernel.behind is not None:
         given["behind"] = f"fxfuse::WithoutChannels<{kernel.behind.name}, {len(kernel.kind.shape) - 1}>"
@@ -82,7 +84,7 @@ def convolution_of(kernel: Launch, *, exact: bool = False) -> Convolution:
         step=kernel.step,
         fold=kernel.fold,
         along=kernel.along,
-        code=code if given else "",
+        code=code if parts else "",
         gathers=kernel.gathers,
         keeps=kernel.keeps,
         monotone=kernel.monotone,

@@ -24,10 +24,12 @@ from fxfuse.kernels.candidate import convolution_of
 from fxfuse.kernels.chains import STORED, Chain, Values, dense, layout_of, needed_by
 from fxfuse.kernels.convolution import Unsupported
 from fxfuse.kernels.estimate import BANDWIDTH, LAUNCH, launch_seconds, size_of
+from fxfuse.kernels.folds import reduces
 from fxfuse.kernels.geometry import ONE, three_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.observe import Unscheduled
-from fxfuse.kernels.reductions import Rows, fold_of, reduces, rows_of
+from fxfuse.kernels.persistent import names_of
+from fxfuse.kernels.reductions import Rows, fold_of, rows_of
 from fxfuse.kernels.specialise import check_holding
 from fxfuse.kernels.steps import Launch, Schedule
 from fxfuse.kernels.tail import MOST_ELEMENTS, MOST_SAMPLES
@@ -226,7 +228,7 @@ class Cutter:
             stored=behind.result,
             kind=self.types[behind.result],
             strides=strides,
-            stages=(*kernel.stages, reduction.op, *(i.op for i in behind.body)),
+            stages=(*kernel.stages, *names_of([reduction, *behind.body])),
             fold=fold,
             behind=behind.expression,
             squeezed=squeezed,
@@ -270,7 +272,7 @@ class Cutter:
             stored=last.result,
             kind=self.types[last.result],
             strides=self.strides[last.result],
-            stages=(*kernel.stages, *(f"{i.op} {window}" if i is pool else i.op for i in body)),
+            stages=(*kernel.stages, *(f"{n} {window}" if i is pool else n for i in body for n in names_of([i]))),
         )
         if not self.values.storable(last.result) or taking.layout != "contiguous":
             return kernel, ()

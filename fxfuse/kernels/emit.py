@@ -394,7 +394,7 @@ def _fold_type(epilogue: Epilogue) -> str:
     fold = epilogue.fold
     if fold is None:
         return "  using Fold = fxfuse::NoFold;"
-    return f"  struct Fold : fxfuse::{fold.op} {{\n    static constexpr int channels = {fold.channels};\n  }};"
+    return f"  struct Fold : {fold.op} {{\n    static constexpr int channels = {fold.channels};\n  }};"
 
 
 def _along_type(made: Specialisation, epilogue: Epilogue) -> str:
@@ -407,6 +407,6 @@ def _along_type(made: Specialisation, epilogue: Epilogue) -> str:
     whole = str(filled == rows.length).lower()
     constants = f"    static constexpr int lanes = {lanes}, count = {count}, each = {each};"
     return (
-        f"  struct Along : fxfuse::{rows.op} {{\n{constants}\n    static constexpr bool whole = {whole};\n"
+        f"  struct Along : {rows.op} {{\n{constants}\n    static constexpr bool whole = {whole};\n"
         f"    static constexpr bool held = {str(made.along is Along.HELD).lower()};\n  }};"
     )

@@ -68,8 +68,9 @@ def emit_pool_fold(
     return "\n".join([
         '#include "pool_fold.cuh"',
         *_head(before, after, behind),
+        *_body(fold),
         _pool(window, both),
-        _entry("pool", arguments, f"fxfuse::pool_fold<Pool, fxfuse::{fold.op}, {slices}>(a)", POOL_BLOCKS),
+        _entry("pool", arguments, f"fxfuse::pool_fold<Pool, {fold.op}, {slices}>(a)", POOL_BLOCKS),
     ])  # fmt: skip
 
 
@@ -104,8 +105,9 @@ def emit_fold(
     return "\n".join([
         '#include "map_fold.cuh"',
         *_head(before, after),
+        *_body(fold),
         "struct Fold {",
-        f"  using Op = fxfuse::{fold.op};",
+        f"  using Op = {fold.op};",
         f"  static constexpr int channels = {fold.channels}, lanes = {fold.lanes(last, last_made)};",
         f"  static constexpr bool last = {str(last).lower()}, last_made = {str(last_made).lower()};",
         "};",
@@ -118,14 +120,11 @@ def emit_rows(dtype: str, output: str, before: Expression | None, rows: Rows, af
     arguments = f"fxfuse::ReductionArguments<{TYPES[dtype]}, {TYPES[output]}, {_names(before, after)}>"
     count = rows_at_once(dtype, rows)
     held = f"{rows.lanes(count)}, {count}, {rows.each(count)}, {str(rows.line).lower()}"
-    call = (
-        f"held_rows<fxfuse::{rows.op}, {held}>"
-        if rows.held
-        else f"map_rows<fxfuse::{rows.op}, {rows.threads}, {count}>"
-    )
+    call = f"held_rows<{rows.op}, {held}>" if rows.held else f"map_rows<{rows.op}, {rows.threads}, {count}>"
     return "\n".join([
         '#include "map_rows.cuh"',
         *_head(before, after),
+        *_body(rows),
         _entry("rows", arguments, f"fxfuse::{call}(a)", threads=str(rows.threads)),
     ])  # fmt: skip
 
@@ -146,8 +145,9 @@ def emit_rows_pool(
     return "\n".join([
         '#include "rows_pool.cuh"',
         *_head(before, after, behind),
+        *_body(rows),
         _pool(window, ("contiguous", "contiguous")),
-        _entry("pool", arguments, f"fxfuse::rows_pool<fxfuse::{rows.op}, Pool, {held}>(a)"),
+        _entry("pool", arguments, f"fxfuse::rows_pool<{rows.op}, Pool, {held}>(a)"),
     ])  # fmt: skip
 
 
@@ -195,6 +195,10 @@ def _names(*expressions: Expression | None) -> str:
 
 def _head(*expressions: Expression | None) -> list[str]:
     return ['#include "map.cuh"', *(e.code for e in expressions if e is not None)]
+
+
+def _body(of: Fold | Rows) -> list[str]:
+    return [] if of.body is None else [of.body.code]
 
 
 def _entry(

@@ -20,6 +20,7 @@ from fxfuse.kernels.convolution import Shared, Specialisation
 from fxfuse.kernels.convolution_kernels import Convolution, sampled
 from fxfuse.kernels.correlation import Correlation
 from fxfuse.kernels.cost import MACHINES, Operator, operators
+from fxfuse.kernels.emit_persistent import Persistent
 from fxfuse.kernels.expression import Expression
 from fxfuse.kernels.geometry import three_of
 from fxfuse.kernels.statistics import KINDS
@@ -188,7 +189,9 @@ def launch_seconds(kernel: Launch, made: Specialisation, batch: int, sizes: Exte
 def _epilogue(kernel: Launch, made: Specialisation) -> float:
     """Cycles per accumulator: of a pool's result, the part that falls on one."""
     flop = POINTWISE if made.along is None else POINTWISE_ALONG
+    body = next((r.body for r in (kernel.fold, kernel.along) if r is not None), None)
     before, after, behind = (_flops(e) * flop for e in (kernel.before, kernel.after, kernel.behind))
+    before += _flops(body) * flop
     if made.along is not None:
         return (
             ALONG_CYCLES[made.along]
@@ -206,7 +209,7 @@ def _epilogue(kernel: Launch, made: Specialisation) -> float:
     return POOLED + before + (after + gathered) / classes
 
 
-def _flops(expression: Expression | None) -> int:
+def _flops(expression: Expression | Persistent | None) -> int:
     return 0 if expression is None else expression.flops
 
 

@@ -17,15 +17,13 @@ import torch
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Operand, Ref, TensorType
 from fxfuse.kernels.chains import needed_by
-from fxfuse.kernels.reductions import fold_of, rows_of
+from fxfuse.kernels.reductions import MOST_CHANNELS, fold_of, rows_of
 from fxfuse.program import Program
 
 #: dtypes whose statistics kernels gather
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: what statistics are made of where it is over all of space, of a value that is gathered
 OVER_SPACE = frozenset({"adaptive_max_pool", "amax", "max", "amin", "min", "logsumexp", "softmax", "log_softmax"})
-#: channels that a kernel normalises
-MOST_CHANNELS = 256
 
 
 def nothing(_value: str) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import struct
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
-from fxfuse import vocabulary
 from fxfuse.instr import Instr, TensorType
-from fxfuse.vocabulary import Kind
+from fxfuse.kernels.emit_persistent import Persistent
+from fxfuse.kernels.folds import combine_of, dims_of, keeps, number_of, struct_of
+from fxfuse.kernels.persistent import body_of
 
 #: elements of the windows that a thread takes at once, where those are several; and of how many planes
 MOST_TOGETHER, MOST_PLANES = 32, 4
@@ -44,44 +43,33 @@ class Window:
         return min(MOST_TOGETHER // looked_at, MOST_PLANES)
 
 
+#: channels that threads hold in all
+MOST_CHANNELS = 256
 #: channels that a thread holds; threads that share those of a position behind a pool
 MOST_CHANNELS_EACH, MOST_SLICES = 64, 8
-_FOLDS = {
-    "normalise": "Norm",
-    "softmax_over": "Softmax",
-    "prod": "Product",
-    "var": "Variance",
-    "std": "Deviation",
-    "vector_norm": "Length",
-    "sum": "Sum",
-    "mean": "Mean",
-    "amax": "Maximum",
-    "max": "Maximum",
-    "amin": "Minimum",
-    "min": "Minimum",
-    "logsumexp": "LogSumExp",
-    "softmax": "Softmax",
-    "log_softmax": "LogSoftmax",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it. ``number``: one that it needs."""
+    """A reduction over ``channels``: of ``combine``, as ``cuh/fold.cuh`` names it. ``number``: one that it needs.
+
+    ``body``: instead of that, what a program makes of the channels.
+    """
 
     combine: str
     channels: int
     number: float | None = None
+    body: Persistent | None = None
 
     @property
     def keeps(self) -> bool:
         """Whether every channel has a result."""
-        return _keeps(self.combine)
+        return _keeps(self)
 
     @property
     def op(self) -> str:
-        """The struct of ``cuh/fold.cuh``."""
-        return _op(self.combine, self.number)
+        """The struct, of ``cuh/fold.cuh`` or of the ``body``."""
+        return struct_of(self.combine, self.number) if self.body is None else self.body.name
 
     def lanes(self, last: bool, last_made: bool) -> int:
         """Threads per position: where channels are neighbours on both sides, neighbouring threads take them."""
@@ -99,8 +87,6 @@ class Fold:
         return min(MOST_SLICES, 1 << (each - 1).bit_length())
 
 
-#: the largest number of a float
-MOST_NUMBER = 3.4028234e38
 #: reductions of rows that need not be held: they take one more element at a time
 _STREAMED = ("Sum", "Mean", "Maximum", "Minimum", "LogSumExp", "Softmax", "LogSoftmax")
 
@@ -121,23 +107,26 @@ class Rows:
     """A reduction over the last dims of a contiguous value, of ``combine``.
 
     ``length``: elements that are reduced, one behind the other: a row. ``line``: it is all of the last dim alone.
-    ``number``: one that it needs.
+    ``number``, ``body``: as of a Fold.
     """
 
     combine: str
     length: int
     line: bool = False
     number: float | None = None
+    body: Persistent | None = None
 
     @property
     def keeps(self) -> bool:
         """Whether every element has a result."""
-        return _keeps(self.combine)
+        return _keeps(self)
 
     @property
     def op(self) -> str:
-        """The struct of ``cuh/fold.cuh``, or, of a row that is not ``held``, of ``cuh/map_rows.cuh``."""
-        return _op(self.combine, self.number) if self.held else f"Row{self.combine}"
+        """The struct, as of a Fold; or, of a row that is not ``held``, of ``cuh/map_rows.cuh``."""
+        if self.body is not None:
+            return self.body.name
+        return struct_of(self.combine, self.number) if self.held else f"fxfuse::Row{self.combine}"
 
     @property
     def long(self) -> bool:
@@ -179,71 +168,29 @@ class Rows:
         return _power_from(-(-self.length // (count * self.lanes(count))))
 
 
-def reduces(instr: Instr) -> bool:
-    """Whether an instruction is a reduction, or derived of one."""
-    return instr.op in _FOLDS or vocabulary.lookup(instr.op).kind is Kind.REDUCTION
-
-
 def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     """The reduction of a (N, C, *spatial) value over its channels; None for others."""
-    attributes, combine, channels = dict(reduction.attributes), _combine(reduction, kind), kind.shape[1]
-    if combine is None or _dims_of(reduction, kind) != (1,) or not channels:
+    combine, channels = combine_of(reduction, kind), kind.shape[1]
+    if combine is None or dims_of(reduction, kind) != (1,) or not channels:
         return None
-    return Fold(combine, channels, _number(attributes))
-
-
-def _combine(reduction: Instr, kind: TensorType) -> str | None:
-    """How kernels name a reduction; None for what they do not make."""
-    attributes = dict(reduction.attributes)
-    combine, number = _FOLDS.get(reduction.op), _number(attributes)
-    if combine is None or abs(number or 0.0) > MOST_NUMBER:
-        return None
-    count = math.prod(kind.shape[d] or 0 for d in _dims_of(reduction, kind))
-    if combine == "Length":  # torch's is the magnitude of one element, however large its square
-        return None if attributes["ord"] != 2 or count == 1 else combine
-    if count <= attributes.get("correction", -1):
-        return None  # torch divides zero by zero, where all that is left may be what rounding has
-    if combine == "Norm":
-        return "LayerNorm" if attributes["centred"] else "RMSNorm"
-    return "LogSoftmax" if attributes.get("log") else combine
+    return Fold(combine, channels, number_of(reduction), body_of(reduction))
 
 
 def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | None:
     """The reduction of a contiguous value over dims that follow each other, between others, as one over channels of
     the same elements in three dims, and those; None for others."""
-    dims, combine, shape = _dims_of(reduction, kind), _combine(reduction, kind), [s or 0 for s in kind.shape]
+    dims, combine, shape = dims_of(reduction, kind), combine_of(reduction, kind), [s or 0 for s in kind.shape]
     if combine is None or not dims or dims != tuple(range(dims[0], dims[-1] + 1)) or not math.prod(shape):
         return None
     first, last = dims[0], dims[-1] + 1
     if first == 0 or last == len(shape):
         return None
     sizes = tuple(math.prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
-    attributes = dict(reduction.attributes)
-    return Fold(combine, sizes[1], _number(attributes)), TensorType(kind.dtype, sizes)
+    return Fold(combine, sizes[1], number_of(reduction), body_of(reduction)), TensorType(kind.dtype, sizes)
 
 
-def _dims_of(reduction: Instr, kind: TensorType) -> tuple[int, ...]:
-    """The dims that a reduction is over."""
-    attributes, rank = dict(reduction.attributes), len(kind.shape)
-    if "count" in attributes:
-        return tuple(range(rank - attributes["count"], rank))
-    return tuple(attributes["dims"]) if "dims" in attributes else (attributes["dim"],)
-
-
-def _number(attributes: Mapping[str, Any]) -> float | None:
-    """What is added to a norm's variance, or taken from the number of elements of a variance."""
-    found: float | None = attributes.get("eps", attributes.get("correction"))
-    return found
-
-
-def _op(combine: str, number: float | None) -> str:
-    if number is None:
-        return f"Fold{combine}"
-    return f"Fold{combine}<{struct.unpack('=I', struct.pack('=f', number))[0]:#x}u>"
-
-
-def _keeps(combine: str) -> bool:
-    return combine.endswith(("Softmax", "Norm"))
+def _keeps(of: Fold | Rows) -> bool:
+    return keeps(of.combine) if of.body is None else of.body.keeps
 
 
 def _power_from(value: int) -> int:
@@ -253,16 +200,28 @@ def _power_from(value: int) -> int:
 
 def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     """The reduction of a value over its last dims, with rows enough for a GPU; None for others."""
-    attributes, combine = dict(reduction.attributes), _combine(reduction, kind)
+    combine = combine_of(reduction, kind)
     if combine is None:
         return None
-    dims, rank, shape = _dims_of(reduction, kind), len(kind.shape), [s or 0 for s in kind.shape]
+    dims, rank, shape = dims_of(reduction, kind), len(kind.shape), [s or 0 for s in kind.shape]
     if dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
     length = math.prod(shape[rank - len(dims) :])
-    rows = Rows(combine, length, length == shape[-1], _number(attributes))
+    rows = Rows(combine, length, length == shape[-1], number_of(reduction), body_of(reduction))
     enough = math.prod(shape) // length >= ENOUGH_ROWS or not rows.long
     return rows if enough and (rows.held or combine in _STREAMED) else None
+
+
+def holds_rows(kind: TensorType, dims: tuple[int, ...]) -> bool:
+    """Whether threads hold in registers what is reduced over ``dims`` of a value (N, C, *spatial), not all of space."""
+    rank, shape = len(kind.shape), [s or 0 for s in kind.shape]
+    if not 3 <= rank <= 5 or not math.prod(shape) or dims != tuple(range(dims[0], dims[-1] + 1)) or dims[0] == 0:
+        return False
+    length = math.prod(shape[d] for d in dims)
+    if dims[-1] < rank - 1:
+        return length <= MOST_CHANNELS
+    enough = math.prod(shape) // length >= ENOUGH_ROWS or length < LONG_ROW
+    return dims[0] > 2 and enough and length <= BLOCK_LANES * MOST_HELD
 
 
 def window_of(pool: Instr, rank: int) -> Window | None:

@@ -18,11 +18,13 @@ from fxfuse import vocabulary
 from fxfuse.forms import Form
 from fxfuse.instr import TensorType
 from fxfuse.kernels.bundle import Bundler, reads_of
-from fxfuse.kernels.chains import SMALL, dense, elements, layout_of, needed_by
+from fxfuse.kernels.chains import SMALL, STORED, dense, elements, layout_of, needed_by
 from fxfuse.kernels.cutter import Cutter
 from fxfuse.kernels.norms import OVER_SPACE, nothing, split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
+from fxfuse.kernels.persistent import taken_together
 from fxfuse.kernels.prologue import steps_in_front
+from fxfuse.kernels.reductions import holds_rows
 from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, plan
 from fxfuse.kernels.uncrop import uncropped
@@ -117,6 +119,7 @@ def versions(
         plain = unfold(plain, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
     split = _split(plain, found[plain], least, gathered)
+    split = _taken_together(split, observe(split, inputs), least)
     return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
 
 
@@ -209,6 +212,18 @@ def _split(program: Program, values: Mapping[str, Form], least: int, gathered: C
 
     types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
     return split_norms(program, types, wanted, gathered)
+
+
+def _taken_together(program: Program, values: Mapping[str, Form], least: int) -> Program:
+    """The program with values and their own reductions as one operator each, of large values."""
+    types = {n: TensorType(t.dtype, tuple(t.shape)) for n, t in values.items()}
+
+    def wanted(name: str, dims: tuple[int, ...]) -> bool:
+        value = values[name]
+        laid_out = layout_of(value.shape, value.stride()) is not None
+        return value.numel() >= least and value.dtype in STORED and laid_out and holds_rows(types[name], dims)
+
+    return taken_together(program, types, wanted)
 
 
 def _same_forms(program: Program, values: Mapping[str, Form], others: Mapping[str, Form]) -> bool:

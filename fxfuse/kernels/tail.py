@@ -15,6 +15,8 @@ from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.chains import SMALL, Chain, Values, dense, elements, layouts_of, needed, needed_by
 from fxfuse.kernels.collapsed import sums_of
 from fxfuse.kernels.contraction import contraction_of
+from fxfuse.kernels.folds import reduces
+from fxfuse.kernels.persistent import names_of
 from fxfuse.kernels.reductions import (
     MOST_CHANNELS_EACH,
     Fold,
@@ -22,7 +24,6 @@ from fxfuse.kernels.reductions import (
     Window,
     fold_of,
     inner_of,
-    reduces,
     rows_of,
     window_of,
 )
@@ -263,7 +264,7 @@ class _Planner:
         if after is None:
             return None
         found = self._rows_and_pooled(value, before, fold, after, reduction) if isinstance(fold, Rows) else None
-        return found or self._made(value, before, fold, after, (reduction,), reduction.op)
+        return found or self._made(value, before, fold, after, (reduction,), " > ".join(names_of([reduction])))
 
     def _rows_and_pooled(
         self, value: str, before: Chain, rows: Rows, after: Chain, reduction: Instr
@@ -282,8 +283,8 @@ class _Planner:
         if any(self.values.strides[n] != dense(self.values.types[n].shape, "contiguous") for n in names):
             return None
         bodies = before.body, (reduction,), after.body, (pool,), behind.body
-        stages = [[i.op for i in body] for body in bodies]
-        stages[3] = [f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}"]
+        stages = [names_of(body) for body in bodies]
+        stages[3] = (f"{pool.op} {'x'.join(map(str, dict(pool.attributes)['kernel']))}",)
         step = Map(
             value=value,
             given=self.values.types[value],
@@ -326,7 +327,7 @@ class _Planner:
             kind=out,
             strides=self.values.strides[after.result],
             layouts=("contiguous", "contiguous"),
-            stages=tuple(i.op for i in (*before.body, reduction, *after.body)),
+            stages=names_of((*before.body, reduction, *after.body)),
             before=before.expression,
             fold=fold,
             after=after.expression,

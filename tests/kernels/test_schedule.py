@@ -240,7 +240,7 @@ def test_rows_that_have_a_kernel_of_their_own() -> None:
     """Behind a pool; of a value that others read; what leaves one value; rows of h and w."""
     for lines in (
         ("z = " + max_pool("y"), NORM.format(x="z")),
-        (NORM.format(x="y"), "u = add(r, y)"),
+        (NORM.format(x="y"), "u = amin(y, dims=(1,), keepdim=True)", "t = mul(r, u)"),
         ("r = amax(y, dims=(4,), keepdim=True)",),
         ("r = normalise(y, dims=(3, 4), eps=1e-5, centred=True, last=False)",),
     ):
@@ -421,8 +421,9 @@ def test_a_reduction_behind_a_pool() -> None:
 
 
 def test_a_reduction_of_what_others_need() -> None:
-    made = cut(conv(), "z = relu(y)", "u = softmax(z, dim=1)", "v = mul(z, u)")
-    assert stages(made) == ([], ["conv_transpose", "relu"], ["softmax", "mul"])
+    made = cut(conv(), "z = relu(y)", "u = softmax(z, dim=1)", "v = mul(z, g)", "t = mul(u, v)",
+               inputs=f"{INPUTS}, g: f32[16, 1, 1, 1]")  # fmt: skip
+    assert stages(made) == ([], ["conv_transpose", "relu"], ["softmax", "mul", "mul"])
     assert made.kernel.stored == "z" and made.kernel.apart is None
     made = cut(conv(), "u = softmax(y, dim=1)", "v = exp(u)", returns="u, v")
     assert stages(made) == ([], ["conv_transpose", "softmax"], ["exp"])

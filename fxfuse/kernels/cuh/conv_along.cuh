@@ -88,7 +88,7 @@ FXFUSE_INLINE void put_rows(float* to, const AlongPlan<Problem, Runs>& plan, con
 
 // A row as its threads have it, through `Before`, reduced: what result() needs of every element.
 template <class Problem, class Held, class Channel, class Before>
-FXFUSE_INLINE float reduced_row(Held& held, const float* from, const Before& before, const Channel& of, int n, int c, int d, int h) {
+FXFUSE_INLINE auto reduced_row(Held& held, const float* from, const Before& before, const Channel& of, int n, int c, int d, int h) {
   using Along = typename Problem::Along;
 #pragma unroll
   for (int k = 0; k < Along::each; ++k) {
@@ -167,7 +167,7 @@ FXFUSE_INLINE void reduce_rows(const Arguments& a, const Geometry& g, const Plac
         there = there && d < o.size_d && h < o.size_h;
         const int n = t.n, c = there ? channel : 0, in_d = there ? d : 0, in_h = there ? h : 0;  // an element that there is
         const float* const begin = buffer + line * plan.channel + (position * Runs::count + run) * plan.pitch;
-        const float made = reduced_row<Problem>(held, begin, a.expression, a.expression.channel(n, c), n, c, in_d, in_h);
+        const auto made = reduced_row<Problem>(held, begin, a.expression, a.expression.channel(n, c), n, c, in_d, in_h);
 #pragma unroll
         for (int k = 0; k < each * count; ++k) {
           const float y = Along::result(held.v[k], made);
@@ -301,7 +301,7 @@ FXFUSE_INLINE void reduce_lines(const Arguments& a, const Geometry& g, const Pla
         one.inside = inside;
 #pragma unroll
         for (int k = 0; k < each; ++k) one.v[k] = a.expression(before, one.v[k], n, channel, d, h, w(k));
-        const float reduced = Along::fold(one, Along::whole ? 8 * each : o.size_w);
+        const auto reduced = Along::fold(one, Along::whole ? 8 * each : o.size_w);
 #pragma unroll
         for (int k = 0; k < each; ++k) {
           const float v = Along::result(one.v[k], reduced);

@@ -143,33 +143,22 @@ struct DirectPool {
   }
 };
 
-// What a reduction of fold.cuh has found of its values so far.
-struct Found {
-  float shift = 0.f;
-  Powers powers = Powers(0.f);
-  bool raised = false;
-  float made = 0.f;
-};
-
 // The channels of a position or the elements of a row, for the reductions of fold.cuh: value(i) is computed again whenever it
 // is asked for.
 template <class Value>
 struct DirectValues {
   Value value;
   int count;
-  Found found;
-  FXFUSE_INLINE float at(int i) const {
-    const float v = value(i);
-    return found.raised ? found.powers(v) : v - found.shift;
-  }
+  Left left;
+  FXFUSE_INLINE float at(int i) const { return left(value(i)); }
   template <class Combine, class Of>
   FXFUSE_INLINE float all(float zero, Combine combine, Of of) const {
     float r = zero;
     for (int i = 0; i < count; ++i) r = combine(r, of(at(i)));
     return r;
   }
-  FXFUSE_INLINE void subtract(float by) { found.shift = by; }
-  FXFUSE_INLINE void raise(const Powers& by) { found.powers = by, found.raised = true; }
+  FXFUSE_INLINE void subtract(float shift) { left.subtract(shift); }
+  FXFUSE_INLINE void raise(const Powers& powers) { left.raise(powers); }
 };
 
 // The reduction over channels at a position of `out`.
@@ -179,7 +168,7 @@ FXFUSE_INLINE void direct_fold(const X& x, const T* w, const DirectGeometry& s, 
   using Fold = typename Problem::Fold;
   auto value = [&](int c) { return Direct::element(x, w, s, g, a, n, c, at_d, at_h, at_w); };
   DirectValues<decltype(value)> channels{value, Fold::channels, {}};
-  const float made = Fold::fold(channels, Fold::channels);
+  const auto made = Fold::fold(channels, Fold::channels);
   if constexpr (Fold::keeps) {
     for (int c = 0; c < Fold::channels; ++c)
       out[c * a.to.stride.c] = from_float<Out>(a.behind(Fold::result(channels.at(c), made), n, c, at_d, at_h, at_w));
@@ -195,18 +184,21 @@ FXFUSE_INLINE void direct_row(const X& x, const T* w, const DirectGeometry& s, c
   using Along = typename Problem::Along;
   constexpr bool pools = Arguments::pools;
   constexpr int window_d = pools ? Problem::stride_d : 1, window_h = pools ? Problem::stride_h : 1, window_w = pools ? Problem::stride_w : 1;
-  auto row = [&](int r, const Found& found) {
+  auto row = [&](int r, const Left& left) {
     const int d = at_d * window_d + r / window_h, h = at_h * window_h + r % window_h;
     auto value = [&x, &w, &s, &g, &a, n, c, d, h](int i) { return Direct::element(x, w, s, g, a, n, c, d, h, i); };
-    return DirectValues<decltype(value)>{value, g.out_w, found};
+    return DirectValues<decltype(value)>{value, g.out_w, left};
   };
-  Found found[window_d * window_h];
-  for (int r = 0; r < window_d * window_h; ++r) {
+  Left left[window_d * window_h];
+  auto reduced = [&](int r) {
     auto all = row(r, {});
-    const float made = Along::fold(all, g.out_w);
-    found[r] = all.found, found[r].made = made;
-  }
-  auto result = [&](int r, int i) { return Along::result(row(r, found[r]).at(i), found[r].made); };
+    const auto made = Along::fold(all, g.out_w);
+    left[r] = all.left;
+    return made;
+  };
+  decltype(reduced(0)) made[window_d * window_h];
+  for (int r = 0; r < window_d * window_h; ++r) made[r] = reduced(r);
+  auto result = [&](int r, int i) { return Along::result(row(r, left[r]).at(i), made[r]); };
   for (int i = 0; i < g.out_w / window_w; ++i) {
     float y;
     if constexpr (pools) {

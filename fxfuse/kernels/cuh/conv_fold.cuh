@@ -215,7 +215,7 @@ FXFUSE_INLINE void fold(const Destination<Out>& to, const Geometry& g, const Pla
 #pragma unroll
     for (int k = 0; k < Rows::count; ++k) {
       QuadChannels<Problem> channels{rows.v[k], place.lane};
-      const float made = Fold::fold(channels, Fold::channels);
+      const auto made = Fold::fold(channels, Fold::channels);
       if constexpr (Fold::keeps)
         channels.each([&](float v) { return Fold::result(v, made); });
       else

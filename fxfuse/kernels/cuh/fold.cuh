@@ -138,4 +138,43 @@ struct FoldLayerNorm {
   static FXFUSE_INLINE float result(float v, float r) { return v * r; }
 };
 
+// `eps`: the bits of a float, which the length is at least.
+template <uint32_t eps>
+struct FoldUnitNorm {
+  static constexpr bool keeps = true;
+  template <class F>
+  static FXFUSE_INLINE pw::Divisor fold(F& f, int) {
+    return pw::Divisor(pw::at_least(sqrtf(squares(f)), __uint_as_float(eps)));
+  }
+  static FXFUSE_INLINE float result(float v, const pw::Divisor& r) { return r(v); }
+};
+
+// What a reduction leaves of a value, for a holder that does not keep it: left(value).
+struct Left {
+  float shift = 0.f;
+  Powers powers = Powers(0.f);
+  bool raised = false;
+  FXFUSE_INLINE float operator()(float v) const { return raised ? powers(v) : v - shift; }
+  FXFUSE_INLINE void subtract(float by) { shift = by; }
+  FXFUSE_INLINE void raise(const Powers& by) { powers = by, raised = true; }
+};
+
+// A holder of of(value) of every value of another one, which keeps its own.
+template <class F, class Of>
+struct Through {
+  const F& f;
+  Of of;
+  Left left = {};
+  template <class Combine, class Next>
+  FXFUSE_INLINE float all(float zero, Combine combine, Next next) const {
+    return f.all(zero, combine, [&](float v) { return next(left(of(v))); });
+  }
+  FXFUSE_INLINE void subtract(float shift) { left.subtract(shift); }
+  FXFUSE_INLINE void raise(const Powers& powers) { left.raise(powers); }
+};
+template <class F, class Of>
+FXFUSE_INLINE Through<F, Of> through(const F& f, Of of) {
+  return {f, of};
+}
+
 }  // namespace fxfuse

@@ -54,7 +54,7 @@ FXFUSE_INLINE void fold_channels(const ReductionArguments<In, Out, Before, After
 #pragma unroll
   for (int k = 0; k < f.each; ++k)
     if (f.there(k)) f.v[k] = a.before(f.v[k], n, k * Fold::lanes + f.lane, d, h, w);
-  const float r = Fold::Op::fold(f, Fold::channels);
+  const auto r = Fold::Op::fold(f, Fold::channels);
   if (found >= units) return;
   if constexpr (Fold::Op::keeps) {
     const int64_t step_made = Fold::last_made ? 1 : plane;

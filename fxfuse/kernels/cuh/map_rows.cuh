@@ -168,7 +168,7 @@ FXFUSE_INLINE void held_rows(const ReductionArguments<In, Out, Before, After>& a
 #pragma unroll
   for (int k = 0; k < each; ++k)
     if (held.at(k) < a.length) along_row<count, line>(a.before, a.size, held.v + k * count, begin, held.at(k));
-  const float r = Op::fold(held, a.length);
+  const auto r = Op::fold(held, a.length);
   if (found >= rows) return;
   if constexpr (Op::keeps) {
 #pragma unroll

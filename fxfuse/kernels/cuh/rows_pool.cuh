@@ -36,7 +36,7 @@ FXFUSE_INLINE void rows_pool(const PoolFoldArguments<In, Out, Before, After, Beh
 #pragma unroll
       for (int e = 0; e < count; ++e) held.v[k * count + e] = i < size.w ? a.before(to_float(v.v[e]), n, c, d, h, i + e) : 0.f;
     }
-    const float made_of = Op::fold(held, size.w);
+    const auto made_of = Op::fold(held, size.w);
 #pragma unroll
     for (int k = 0; k < each; ++k)
 #pragma unroll
