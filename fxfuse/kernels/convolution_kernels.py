@@ -137,7 +137,9 @@ class Convolution:
                     step=epilogue.step,
                     of=dtype.itemsize,
                 )
-                if epilogue.step != ONE or time(other) * planar.WORTH_IT < time(made):
+                slow = epilogue.fold is not None or epilogue.combine == "Maximum"
+                worth_it = planar.WORTH_IT * (planar.REDUCING if slow else 1.0)
+                if epilogue.step != ONE or time(other) * worth_it < time(made):
                     made = other
         if extents is not None and samples:
             made = as_pingpong(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)

@@ -24,6 +24,7 @@ from fxfuse.kernels.factors import DEPTH, factors_of, instructions
 from fxfuse.kernels.geometry import ONE, Pass, steps_of_sum, sum_of
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.lies import planes_in_place
+from fxfuse.kernels.reductions import Fold
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
 
@@ -187,6 +188,10 @@ def test_the_faster_by_estimate() -> None:
     assert chosen(mean).planar == 4 and chosen(mean, dtype=torch.float16).planar == 2
     assert not any(chosen(mean, **more).planar for more in ({"planes": False}, {"samples": 0}, {"exact": True}))
     assert not chosen(Epilogue(), extents=(31, 63, 63)).planar  # all that is stored: products take their time
+    of_16_bits = {"dtype": torch.float16, "extents": (31, 63, 63)}
+    assert chosen(Epilogue(), **of_16_bits).planar
+    assert not chosen(Epilogue(fold=Fold("LogSumExp", 16)), **of_16_bits).planar
+    assert not chosen(Epilogue(combine="Maximum"), dtype=torch.float16).planar
 
 
 def test_more_positions_than_a_kernel_sums() -> None:
