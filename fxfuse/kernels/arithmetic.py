@@ -26,6 +26,8 @@ STORED_AS = {
     "i8": "signed char", "i16": "short", "i32": "int", "i64": "long long", "u8": "unsigned char",
     "u16": "unsigned short", "u32": "unsigned int",
 }  # fmt: skip
+#: what divides many elements by one value
+DIVISOR = "fxfuse::pw::Divisor"
 #: operators that do not compute: they take integers, too
 _ANY_DTYPE = {*COMPARISONS, *SELECTIONS}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,13 +13,12 @@ import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels.arithmetic import FLOATS, Arithmetic, Given, NotEmittable, Value, c_type
+from fxfuse.kernels.arithmetic import DIVISOR, FLOATS, Arithmetic, Given, NotEmittable, Value, c_type
 from fxfuse.kernels.folds import combine_of, keeps, number_of, reduces, struct_of
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
 _NAME = "Persistent"
-_DIVISOR = "fxfuse::pw::Divisor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +87,8 @@ class _Emitter(Arithmetic):
     def _divided(self, made: Value, of: Given, by: Given) -> str:
         """Of many elements by one and the same value, which is what is returned."""
         name = f"by_{made.code}"
-        self.once.append(f"const {_DIVISOR} {name}({self.cast(by, torch.float32)});")
-        self.types[name] = _DIVISOR
+        self.once.append(f"const {DIVISOR} {name}({self.cast(by, torch.float32)});")
+        self.types[name] = DIVISOR
         self.lines[-1] = f"const float {made.code} = {name}({self.cast(of, torch.float32)});"
         return name
 
@@ -109,7 +108,7 @@ class _Emitter(Arithmetic):
             ),
             f"const auto r{number} = {op}::fold(of{number}, channels);",
         ]
-        self.types[f"r{number}"] = _DIVISOR if combine == "UnitNorm" else "float"
+        self.types[f"r{number}"] = DIVISOR if combine == "UnitNorm" else "float"
         self.flops += 2
         rank = len(self.kind.shape)
         if not keeps(combine):

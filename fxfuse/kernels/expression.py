@@ -6,13 +6,14 @@ The functions that the text calls are in ``cuh/pointwise.cuh``, which must prece
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Operand, Ref, TensorType
-from fxfuse.kernels.arithmetic import FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, c_type
+from fxfuse.kernels.arithmetic import DIVISOR, FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, c_type
 from fxfuse.kernels.monotone import condition
 
 #: the coordinates of an element, in the order of the call operator's parameters
@@ -103,15 +104,21 @@ def _head(name: str) -> str:
 def _struct(name: str, emitter: _Emitter, returned: str) -> str:
     ahead, rest = emitter.parts()
     place = "int n, int c, int d, int h, int w"
-    known = [f"    const {c_type(v.dtype)} {v.code} = k.{v.code};" for v in emitter.ahead.values()]
+    conditions = " && ".join(emitter.conditions or [])
+
+    def known(*text: str) -> list[str]:
+        """Of what is had ahead that which ``text`` reads."""
+        read = set(re.findall(r"\w+", " ".join(text)))
+        return [f"    const {kind} {name} = k.{name};" for name, kind in emitter.ahead.items() if name in read]
+
     steady = (
         [
             "  FXFUSE_DEVICE bool steady(const Channel& k) const {",
-            *known,
-            f"    return {' && '.join(emitter.conditions)};",
+            *known(conditions),
+            f"    return {conditions};",
             "  }",
         ]
-        if emitter.conditions
+        if conditions
         else []
     )
     return "\n".join([
@@ -119,7 +126,7 @@ def _struct(name: str, emitter: _Emitter, returned: str) -> str:
         *(f"  {_declaration(f, emitter.types)};" for f in emitter.fields),
         f"  static constexpr bool local = {str(emitter.local).lower()};",
         "  struct Channel {",
-        *(f"    {c_type(v.dtype)} {v.code};" for v in emitter.ahead.values()),
+        *(f"    {kind} {name};" for name, kind in emitter.ahead.items()),
         "  };",
         "  FXFUSE_DEVICE Channel channel(int n, int c) const {",
         *(f"    {line}" for line in ahead),
@@ -127,7 +134,7 @@ def _struct(name: str, emitter: _Emitter, returned: str) -> str:
         "  }",
         *steady,
         f"  FXFUSE_DEVICE float operator()(const Channel& k, float y, {place}) const {{",
-        *known,
+        *known(*rest, returned),
         *(f"    {line}" for line in rest),
         f"    return {returned};",
         "  }",
@@ -182,7 +189,7 @@ class _Emitter(Arithmetic):
         self.fields: list[Field] = []
         self.made: list[str] = []  # what every line makes
         self.late = {"y"}  # what differs within a channel
-        self.ahead: dict[str, Value] = {}  # what does not, and is read by what does
+        self.ahead: dict[str, str] = {}  # what does not, and is read by what does: its C++ type
         self.local = False
         self.conditions: list[str] | None = []  # for the result to be monotone in the value; None: it is not
 
@@ -212,7 +219,17 @@ class _Emitter(Arithmetic):
         if any(o.code in self.late for o in read):
             self._bend(instr, operands)
             self.late.add(made.code)
-            self.ahead |= {o.code: o for o in read if o.code not in self.late}
+            self.ahead |= {o.code: c_type(o.dtype) for o in read if o.code not in self.late}
+            if instr.op == "div" and len(read) == 2 and read[0].code in self.late and read[1].code not in self.late:
+                self._divide(made, *read)
+
+    def _divide(self, made: Value, of: Value, by: Value) -> None:
+        """Divide many elements by one and the same value as that is done fast."""
+        name = f"by_{made.code}"
+        self.lines[-1] = f"const float {made.code} = {name}({self.cast(of, torch.float32)});"
+        self.lines.append(f"const {DIVISOR} {name}({self.cast(by, torch.float32)});")
+        self.made.append(name)
+        self.ahead[name] = DIVISOR
 
     def _bend(self, instr: Instr, operands: Sequence[Given]) -> None:
         """What an instruction on the way of the value asks for, so that the result stays monotone in it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ _POWERS = {
     2.0: Formula("{0} * {0}"),
     3.0: Formula("{0} * {0} * {0}", 2),
     -0.5: _call("reciprocal_root", "{0}", cost=8),
-    -1.0: Formula("1.0f / {0}", 8),
-    -2.0: Formula("1.0f / ({0} * {0})", 9),
+    -1.0: _call("divide", "1.0f", "{0}", cost=8),
+    -2.0: _call("divide", "1.0f", "{0} * {0}", cost=9),
 }
 
 
@@ -67,6 +68,15 @@ def _pow(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
     exponent = operands[1]
     special = _POWERS.get(float(exponent)) if isinstance(exponent, (int, float)) else None
     return special or Formula("powf({0}, {1})", 50)
+
+
+def _div(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
+    """Torch's CUDA kernels multiply by the reciprocal of a number, too."""
+    number = operands[1]
+    if isinstance(number, (int, float)) and 2.0**-126 <= abs(number) <= 2.0**126:
+        (held,) = struct.unpack("f", struct.pack("f", number))
+        return Formula("{0} * {inverse}", extra={"inverse": 1.0 / held})
+    return _call("divide", "{0}", "{1}", cost=8)
 
 
 def _clamp(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
@@ -87,8 +97,8 @@ def _addcmul(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formu
 
 def _addcdiv(attributes: Mapping[str, Any], operands: Sequence[object]) -> Formula:
     if attributes["value"] == 1:
-        return Formula("{0} + {1} / {2}", 9)
-    return Formula("fmaf({value}, {1} / {2}, {0})", 10)
+        return Formula("{0} + fxfuse::pw::divide({1}, {2})", 9)
+    return Formula("fmaf({value}, fxfuse::pw::divide({1}, {2}), {0})", 10)
 
 
 #: operator -> its formula, or what makes it of the attributes and the operands as they are given; it raises
@@ -103,7 +113,7 @@ FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]],
     "log1p": Formula("log1pf({0})", 18),
     "sqrt": Formula("sqrtf({0})", 8),
     "rsqrt": _call("reciprocal_root", "{0}", cost=8),
-    "reciprocal": Formula("1.0f / {0}", 8),
+    "reciprocal": _call("divide", "1.0f", "{0}", cost=8),
     "square": Formula("{0} * {0}"),
     "sin": Formula("sinf({0})", 25),
     "cos": Formula("cosf({0})", 25),
@@ -138,7 +148,7 @@ FORMULAS: Mapping[str, Formula | Callable[[Mapping[str, Any], Sequence[object]],
     "add": Formula("{0} + {1}"),
     "sub": Formula("{0} - {1}"),
     "mul": Formula("{0} * {1}"),
-    "div": Formula("{0} / {1}", 8),
+    "div": _div,
     "pow": _pow,
     "minimum": _call("minimum", "{0}", "{1}"),
     "maximum": _call("maximum", "{0}", "{1}"),

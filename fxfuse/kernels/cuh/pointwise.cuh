@@ -202,16 +202,6 @@ FXFUSE_DEVICE float reciprocal_root(float x) {
 
 // 1/x for normal x > 0, to the last bit but one, and 0 beyond 2^126: a division branches, and a convolution's epilogue has
 // few warps.
-// v / by of many v: a division costs ten times as much as two products. The factors keep the reciprocal away from where
-// float32 has fewer bits, or none.
-struct Divisor {
-  float factor, reciprocal;
-  Divisor() = default;
-  explicit FXFUSE_DEVICE Divisor(float by)
-      : factor(fabsf(by) < 5.42101086e-20f ? 18446744073709551616.f : fabsf(by) > 18446744073709551616.f ? 5.42101086e-20f : 1.f),
-        reciprocal(1.f / (by * factor)) {}
-  FXFUSE_DEVICE float operator()(float v) const { return v * reciprocal * factor; }
-};
 FXFUSE_DEVICE float reciprocal_of_normal(float x) {
 #ifdef __CUDA_ARCH__
   float r;
@@ -219,6 +209,29 @@ FXFUSE_DEVICE float reciprocal_of_normal(float x) {
   return r;
 #else
   return 1.0f / x;
+#endif
+}
+
+// A power of two by which the reciprocal of `by` is neither Inf nor has fewer bits than other numbers.
+FXFUSE_DEVICE float factor_of(float by) {
+  return fabsf(by) < 5.42101086e-20f ? 18446744073709551616.f : fabsf(by) > 18446744073709551616.f ? 5.42101086e-20f : 1.f;
+}
+
+// v / by of many v, to the last bit but one.
+struct Divisor {
+  float factor, reciprocal;
+  Divisor() = default;
+  explicit FXFUSE_DEVICE Divisor(float by) : factor(factor_of(by)), reciprocal(1.f / (by * factor)) {}
+  FXFUSE_DEVICE float operator()(float v) const { return v * reciprocal * factor; }
+};
+
+// a / b to the last bit, or the one before it, without a branch.
+FXFUSE_DEVICE float divide(float a, float b) {
+#ifdef __CUDA_ARCH__
+  const float factor = factor_of(b), by = b * factor, r = reciprocal_of_normal(by), q = a * r, rest = fmaf(-q, by, a);
+  return (is_finite(rest) ? fmaf(rest, r, q) : q) * factor;
+#else
+  return a / b;
 #endif
 }
 
@@ -267,7 +280,7 @@ FXFUSE_DEVICE float mish(float x) {
   const float e = power_of_two((x < 20.0f ? x : 20.0f) * 1.4426950408889634f), n = fmaf(e, e, 2.0f * e);
   return x * (n * reciprocal_of_normal(n + 2.0f));
 }
-FXFUSE_DEVICE float softsign(float x) { return x / (1.0f + fabsf(x)); }
+FXFUSE_DEVICE float softsign(float x) { return divide(x, 1.0f + fabsf(x)); }
 FXFUSE_DEVICE float tanhshrink(float x) { return x - tanhf(x); }
 FXFUSE_DEVICE float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - log1pf(expf(-fabsf(x))); }
 FXFUSE_DEVICE float hardsigmoid(float x) { return clamp(x + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f); }
