@@ -23,9 +23,9 @@ from fxfuse.kernels.tiles import Extents
 #: input channels up to which that is looked at; taps that are added up, which lie in constant memory; and shared memory
 #: that weights may take
 MOST_CHANNELS, MOST_TAPS, MOST_FACTORS = 8, 2**14, 65536
-#: how much faster such a kernel must be by estimate; times which where it reduces classes to a maximum, or channels: then
-#: it takes longer than the estimate knows. Where it was 1.15 to 1.41 times as fast as a kernel of rows by estimate, it took
-#: 1.16 to 1.39 times as long
+#: how much faster such a kernel must be by estimate; times which where it reduces classes to a maximum, or channels:
+#: then it takes longer than the estimate knows. By that it was 1.15 to 1.41 times as fast as a kernel of rows, and
+#: took 1.16 to 1.39 times as long
 WORTH_IT, REDUCING = 1.03, 1.5
 #: rows of matrix instructions per warpgroup, times 64; and accumulators of a thread
 TILES, MOST_ACCUMULATORS = (8, 4, 2, 1), 128
