@@ -27,6 +27,8 @@ inline void barrier_arrive(uint64_t* b) { emulated_barrier_arrive(b, 0); }
 inline void barrier_wait(uint64_t* b, uint32_t parity) { emulated_barrier_wait(b, (int)parity); }
 inline bool barrier_ready(uint64_t* b, uint32_t parity) { return emulated_barrier_ready(b, (int)parity); }
 inline void schedule_barrier() {}
+inline void store_at_once(void* to, uint32_t a, uint32_t b) { *(uint2*)to = make_uint2(a, b); }
+inline void store_at_once(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)to = make_uint4(a, b, c, d); }
 template <class T>
 void settle(T&) {}
 template <class T>

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import re
 
 import pytest
+import torch
 from along import rows_together
 from many_chains import kernels_always, plan
 from reports import explained
@@ -16,7 +18,9 @@ from fxfuse.kernels import execute
 from fxfuse.kernels.convolution import Along
 from fxfuse.kernels.convolution_kernels import KERNELS as KERNELS_OF_A_LAYER
 from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.observe import examples
 from fxfuse.kernels.sass import sass
 from fxfuse.kernels.schedule import schedule
@@ -277,3 +281,22 @@ def test_steps_in_turn() -> None:
     assert ways["slabs"].made.resident and ways["slabs"].made.slabs > 1
     found = {name: re.search(r"bool in_turn = (\w+)", made.source())[1] for name, made in ways.items()}
     assert found == {"strided": "true", "chunks": "false", "slabs": "false", "a class without taps": "false"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "stores"),
+    [
+        (torch.float16, 24, {".64": 16, "": 16}), (torch.float16, 32, {".128": 8}),
+        (torch.bfloat16, 48, {".128": 8, ".64": 8}), (torch.float16, 96, {".128": 8, ".64": 8}),
+        (torch.float32, 16, {".128": 32}), (torch.float32, 24, {".128": 16, ".64": 16}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_neighbouring_channels_are_stored_at_once(dtype: torch.dtype, channels: int, stores: dict[str, int]) -> None:
+    """A position's in as few instructions as there can be: four times as many took twice the time of a convolution."""
+    layer = Layer(32, channels, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
+    given = dtype, dtype, dtype, Epilogue(), "channels_last", False, (32, 96, 96), 8
+    made = Convolution.of(layer, *given, in_place=dtype.itemsize == 2)
+    text = sass(compile_cubin(made.source(made.tiling((32, 96, 96))[1])), "convolution")
+    found = collections.Counter(re.findall(r"STG\.E(\.\d+)?\b", text))
+    assert found == stores

@@ -234,7 +234,7 @@ FXFUSE_INLINE uint32_t inside_mask(const Geometry& g, const Place<Problem>& plac
 template <class T>
 FXFUSE_INLINE void store_two(T* to, float a, float b) {
   if constexpr (sizeof(T) == 4)
-    *(float2*)to = make_float2(a, b);
+    store_at_once(to, __float_as_uint(a), __float_as_uint(b));
   else
     *(uint32_t*)to = two_of<T>(a, b);
 }
@@ -245,11 +245,11 @@ FXFUSE_INLINE void store_some(T* to, const float (&v)[count]) {
   if constexpr (count == 2)
     store_two(to, v[0], v[1]);
   else if constexpr (sizeof(T) == 4)
-    *(float4*)to = make_float4(v[0], v[1], v[2], v[3]);
+    store_at_once(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
   else if constexpr (count == 4)
-    *(uint2*)to = make_uint2(two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]));
+    store_at_once(to, two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]));
   else
-    *(uint4*)to = make_uint4(two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]), two_of<T>(v[4], v[5]), two_of<T>(v[6], v[7]));
+    store_at_once(to, two_of<T>(v[0], v[1]), two_of<T>(v[2], v[3]), two_of<T>(v[4], v[5]), two_of<T>(v[6], v[7]));
 }
 
 // The results of one column: expression(value). What of both is the same in all its rows is read once, here.

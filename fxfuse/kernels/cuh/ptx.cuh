@@ -28,6 +28,14 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
+// 8 or 16 aligned bytes in global memory, in one instruction: of an assignment the compiler may make two or four.
+FXFUSE_INLINE void store_at_once(void* to, uint32_t a, uint32_t b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b));
+}
+FXFUSE_INLINE void store_at_once(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(a), "r"(b), "r"(c), "r"(d));
+}
+
 FXFUSE_INLINE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // --- mbarriers ---------------------------------------------------------------------------------------
