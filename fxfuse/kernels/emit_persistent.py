@@ -61,6 +61,8 @@ class _Emitter(Arithmetic):
         self.types = dict[str, str]()  # of what is made once, in C++
         self.once: list[str] = []  # the lines that make it
         self.each: dict[str, tuple[str, tuple[str, ...]]] = {}  # what is made of each element: its line, what it reads
+        self.costs = dict[str, int]()  # of these lines
+        self.spent = 0  # of an element, so far
 
     def emit(self, instr: Instr) -> None:
         operands = [self.values[o.name] if isinstance(o, Ref) else o for o in instr.operands]
@@ -73,7 +75,9 @@ class _Emitter(Arithmetic):
         self.values[instr.outs[0]] = made
 
     def _computed(self, instr: Instr, operands: Sequence[Given]) -> Value:
+        before = self.flops
         made = self.compute(instr, operands)
+        self.costs[made.code] = self.flops - before
         reads = [o.code for o in operands if isinstance(o, Value)]
         if instr.op == "div" and len(reads) == 2 and self._differs(reads[0]) and not self._differs(reads[1]):
             reads.append(self._divided(made, *operands))
@@ -97,7 +101,7 @@ class _Emitter(Arithmetic):
         combine = combine_of(instr, self.kind)
         if combine in (None, _NAME) or not isinstance(of, Value) or of.dtype not in FLOATS:
             raise NotEmittable(f"`{instr}`: kernels have no such reduction")
-        op = struct_of(combine, number_of(instr))
+        op = struct_of(combine, number_of(instr, of.dtype))
         number = len(self.lines)
         self.lines.append("")  # names are numbers of lines
         read = self.cast(of, torch.float32)
@@ -109,7 +113,7 @@ class _Emitter(Arithmetic):
             f"const auto r{number} = {op}::fold(of{number}, channels);",
         ]
         self.types[f"r{number}"] = DIVISOR if combine == "UnitNorm" else "float"
-        self.flops += 2
+        self.spent += 2 + self._cost([of.code])
         rank = len(self.kind.shape)
         if not keeps(combine):
             return Value(f"r{number}", of.dtype, rank, varies=True)
@@ -118,6 +122,7 @@ class _Emitter(Arithmetic):
         made = f"v{number}"
         line = f"const float {made} = {op}::result(left{number}({read}), r{number});"
         self.each[made] = line, (of.code, f"left{number}", f"r{number}")
+        self.costs[made] = 4
         return Value(made, of.dtype, rank, varies=True)
 
     def _differs(self, code: str) -> bool:
@@ -138,6 +143,9 @@ class _Emitter(Arithmetic):
         needed = self._needed(codes)
         return [line for code, (line, _) in self.each.items() if code in needed]
 
+    def _cost(self, codes: Sequence[str]) -> int:
+        return sum(self.costs[code] for code in self._needed(codes) & self.each.keys())
+
     def made(self, result: str, *, keeps: bool) -> Persistent:
         value = self.values[result]
         read, kept = self.cast(value, torch.float32), [c for c in self.types if c in self._needed([value.code])]
@@ -155,7 +163,7 @@ class _Emitter(Arithmetic):
         else:
             parts = [_function("template <class F>", "float fold(F& f, int channels)", once, read)]
         lines = [f"struct {_NAME} {{", f"  static constexpr bool keeps = {flag};", *(line for p in parts for line in p)]
-        return Persistent("\n".join([*lines, "};", ""]), keeps, self.flops)
+        return Persistent("\n".join([*lines, "};", ""]), keeps, self.spent + self._cost([value.code]))
 
 
 def _function(template: str, head: str, body: Sequence[str], returned: str) -> list[str]:

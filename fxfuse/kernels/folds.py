@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import struct
 
+import torch
+
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, TensorType
+from fxfuse.kernels.arithmetic import held
 from fxfuse.vocabulary import Kind
 
 #: the largest number of a float
@@ -40,7 +43,7 @@ def reduces(instr: Instr) -> bool:
 def combine_of(reduction: Instr, kind: TensorType) -> str | None:
     """How kernels name a reduction of a value of this ``kind``; None for what they do not make."""
     attributes = dict(reduction.attributes)
-    combine, number = _FOLDS.get(reduction.op), number_of(reduction)
+    combine, number = _FOLDS.get(reduction.op), number_of(reduction, kind.dtype)
     if combine is None or abs(number or 0.0) > MOST_NUMBER:
         return None
     count = math.prod(kind.shape[d] or 0 for d in dims_of(reduction, kind))
@@ -61,11 +64,14 @@ def dims_of(reduction: Instr, kind: TensorType) -> tuple[int, ...]:
     return tuple(attributes["dims"]) if "dims" in attributes else (attributes["dim"],)
 
 
-def number_of(reduction: Instr) -> float | None:
-    """What is added to a norm's variance, what a length is at least, or what is taken from a variance's elements."""
+def number_of(reduction: Instr, dtype: torch.dtype) -> float | None:
+    """What is added to a norm's variance, what a length is at least, or what is taken from a variance's elements.
+
+    ``dtype``: of these elements. A length has it, too: in float16 it may be less than 1e-12, which is zero there.
+    """
     attributes = dict(reduction.attributes)
     found: float | None = attributes.get("eps", attributes.get("correction"))
-    return found
+    return held(found, dtype) if reduction.op == "normalize" and found is not None else found
 
 
 def struct_of(combine: str, number: float | None) -> str:

@@ -25,6 +25,8 @@ from fxfuse.vocabulary import Kind
 from fxfuse.vocabulary.op import define
 
 OP = "persistent"
+#: reductions that are taken together: each computes anew what it reduces, of those before it
+MOST_REDUCTIONS = 6
 
 
 @define(Kind.DERIVED)
@@ -99,9 +101,16 @@ def taken_together(
 
     ``types``: of every value. ``wanted``: of a value and dims, whether kernels hold its rows.
     """
-    while (best := min(_all(program, types, wanted), key=lambda f: f.order, default=None)) is not None:
+    while (best := _best(program, types, wanted)) is not None:
         program = _replaced(program, types, best)
     return program
+
+
+def _best(
+    program: Program, types: Mapping[str, TensorType], wanted: Callable[[str, tuple[int, ...]], bool]
+) -> _Found | None:
+    found = sorted(_all(program, types, wanted), key=lambda f: f.order)
+    return next((f for f in found if _is_emittable(f, types)), None)
 
 
 def _replaced(program: Program, types: Mapping[str, TensorType], found: _Found) -> Program:
@@ -142,13 +151,11 @@ def _of(program: Program, types: Mapping[str, TensorType], value: str, dims: tup
         kind = types[last.outs[0]]
         if kind.dtype is not types[value].dtype or any(_escapes(i.outs[0], body, program) for i in body[:-1]):
             continue
-        if _is_straight(body, value):
+        if _is_straight(body, value) or sum(map(reduces, body)) > MOST_REDUCTIONS:
             continue
         outside = sum(value in i.reads() and all(i is not b for b in body) for i in program.body)
         outside += program.outputs.count(value)
-        found = _Found(value, dims, tuple(body), last.outs[0], roles[last.outs[0]], outside)
-        if _is_emittable(found, types):
-            yield found
+        yield _Found(value, dims, tuple(body), last.outs[0], roles[last.outs[0]], outside)
 
 
 def _role(

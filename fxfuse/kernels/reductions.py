@@ -173,7 +173,7 @@ def fold_of(reduction: Instr, kind: TensorType) -> Fold | None:
     combine, channels = combine_of(reduction, kind), kind.shape[1]
     if combine is None or dims_of(reduction, kind) != (1,) or not channels:
         return None
-    return Fold(combine, channels, number_of(reduction), body_of(reduction))
+    return Fold(combine, channels, number_of(reduction, kind.dtype), body_of(reduction))
 
 
 def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | None:
@@ -186,7 +186,7 @@ def inner_of(reduction: Instr, kind: TensorType) -> tuple[Fold, TensorType] | No
     if first == 0 or last == len(shape):
         return None
     sizes = tuple(math.prod(part) for part in (shape[:first], shape[first:last], shape[last:]))
-    return Fold(combine, sizes[1], number_of(reduction), body_of(reduction)), TensorType(kind.dtype, sizes)
+    return Fold(combine, sizes[1], number_of(reduction, kind.dtype), body_of(reduction)), TensorType(kind.dtype, sizes)
 
 
 def _keeps(of: Fold | Rows) -> bool:
@@ -207,7 +207,7 @@ def rows_of(reduction: Instr, kind: TensorType) -> Rows | None:
     if dims != tuple(range(rank - len(dims), rank)) or not math.prod(shape):
         return None
     length = math.prod(shape[rank - len(dims) :])
-    rows = Rows(combine, length, length == shape[-1], number_of(reduction), body_of(reduction))
+    rows = Rows(combine, length, length == shape[-1], number_of(reduction, kind.dtype), body_of(reduction))
     enough = math.prod(shape) // length >= ENOUGH_ROWS or not rows.long
     return rows if enough and (rows.held or combine in _STREAMED) else None
 

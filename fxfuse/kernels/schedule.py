@@ -18,14 +18,14 @@ from fxfuse import vocabulary
 from fxfuse.forms import Form
 from fxfuse.instr import TensorType
 from fxfuse.kernels.bundle import Bundler, reads_of
-from fxfuse.kernels.chains import SMALL, STORED, dense, elements, layout_of, needed_by
+from fxfuse.kernels.chains import SMALL, STORED, dense, elements, layout_of, layouts_of, needed_by
 from fxfuse.kernels.cutter import Cutter
 from fxfuse.kernels.norms import OVER_SPACE, nothing, split_norms
 from fxfuse.kernels.observe import Unscheduled, observe
-from fxfuse.kernels.persistent import taken_together
+from fxfuse.kernels.persistent import names_of, taken_together
 from fxfuse.kernels.prologue import steps_in_front
 from fxfuse.kernels.reductions import holds_rows
-from fxfuse.kernels.steps import Gather, Launch, Schedule, Torch
+from fxfuse.kernels.steps import Gather, Launch, Schedule, Step, Torch
 from fxfuse.kernels.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, plan
 from fxfuse.kernels.uncrop import uncropped
 from fxfuse.kernels.unfold import unfold
@@ -43,8 +43,10 @@ def schedule(program: Program, inputs: Sequence[Tensor], *, anchored: bool = Tru
     least = least_elements(anchored)
     found = versions(program, observed, inputs, least, anchored=anchored)
     if not anchored:
-        whole, values = next((p, v) for p, v in found if _same_forms(program, observed, v))
-        return _bundled(Schedule(Program((), (), ()), None, whole, plan(whole, values, least=least)), values)
+        plans = [(p, v, plan(p, v, least=least)) for p, v in found if _same_forms(program, observed, v)]
+        largest = max(v.numel() for v in observed.values())
+        whole, values, steps = min(plans, key=lambda p: _by_torch(p[2], largest))
+        return _bundled(Schedule(Program((), (), ()), None, whole, steps), values)
     return best(program, observed, [(cut(version, values, exact=exact), values) for version, values in found])
 
 
@@ -119,17 +121,23 @@ def versions(
         plain = unfold(plain, numbers=not anchored)  # a pool of plain outputs is cheaper than one of scaled ones
     found = {plain: observe(plain, inputs)}
     split = _split(plain, found[plain], least, gathered)
-    split = _taken_together(split, observe(split, inputs), least)
-    return [*({split: observe(split, inputs)} | found | {program: observed}).items()]
+    of_split = observe(split, inputs)
+    together = _taken_together(split, of_split, least)
+    best_first = {together: observe(together, inputs), split: of_split}
+    return [*(best_first | found | {program: observed}).items()]
 
 
 def _passes_by_torch(made: Schedule) -> int:
     """Instructions on large values that torch's operators run."""
     assert made.kernel is not None
-    whole = elements(made.kernel.kind)
-    programs = [s.program for s in made.steps if isinstance(s, Torch)]
+    return _by_torch(made.steps, elements(made.kernel.kind))
+
+
+def _by_torch(steps: Sequence[Step], whole: int) -> int:
+    """The same of ``steps``, where a value of ``whole`` elements is a large one."""
+    programs = [s.program for s in steps if isinstance(s, Torch)]
     large = [p for p in programs if any(elements(k) * SMALL > whole for _, k in p.inputs)]
-    return sum(vocabulary.lookup(i.op).kind is not Kind.SHAPE for p in large for i in p.body)
+    return sum(len(names_of([i])) for p in large for i in p.body if vocabulary.lookup(i.op).kind is not Kind.SHAPE)
 
 
 def _layouts(made: Schedule, outputs: Sequence[str], observed: Mapping[str, Form]) -> Iterator[Schedule]:
@@ -220,8 +228,9 @@ def _taken_together(program: Program, values: Mapping[str, Form], least: int) ->
 
     def wanted(name: str, dims: tuple[int, ...]) -> bool:
         value = values[name]
-        laid_out = layout_of(value.shape, value.stride()) is not None
-        return value.numel() >= least and value.dtype in STORED and laid_out and holds_rows(types[name], dims)
+        laid_out = layouts_of(value.shape, value.stride())
+        laid_out = laid_out if dims == (1,) else [layout for layout in laid_out if layout == "contiguous"]
+        return value.numel() >= least and value.dtype in STORED and bool(laid_out) and holds_rows(types[name], dims)
 
     return taken_together(program, types, wanted)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxfuse import vocabulary
-from fxfuse.chain import Builder, attributes, op_name, op_of, operands, sizes
+from fxfuse.chain import Builder, attributes, op_name, op_of, operands, same_type, sizes, strides
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
 
 
@@ -41,7 +40,8 @@ class ReduceBeforeReshape(Rule):
 class DropExpansions(Rule):
     """f(x, expand(y)) = f(x, y) for a pointwise f that broadcasts y to the same size
 
-    A tensor without dims is left alone: dtypes are promoted otherwise where it has some.
+    The result has the same dtype and strides: a tensor without dims is promoted otherwise than one that has some, and
+    where no operand has the size of the result, its dims may lie in another order.
     """
 
     legality = Legality.BITWISE
@@ -52,7 +52,7 @@ class DropExpansions(Rule):
         if match is None or sizes(root) is None:
             return None
         for node in operands(root):
-            if op_name(node) == "expand" and sizes(operands(node)[0]) and self._sizes(root, node) == sizes(root):
+            if op_name(node) == "expand" and self._is_alike(root, node):
                 match.bound["expand"] = node
                 return match
         return None
@@ -61,11 +61,14 @@ class DropExpansions(Rule):
     def _given(root: fx.Node, without: fx.Node) -> list[Any]:
         return [operands(without)[0] if o is without else o for o in operands(root)]
 
-    def _sizes(self, root: fx.Node, without: fx.Node) -> tuple[int, ...] | None:
-        """Of the result, without a view; None of operands whose sizes are not known."""
-        shapes = [sizes(o) for o in self._given(root, without) if isinstance(o, fx.Node)]
-        known = [s for s in shapes if s is not None]
-        return tuple(torch.broadcast_shapes(*known)) if len(known) == len(shapes) else None
+    def _is_alike(self, root: fx.Node, without: fx.Node) -> bool:
+        """Whether the result is the same, but for its values, without a view."""
+        nodes = self._given(root, without)
+        if any(sizes(o) is None for o in nodes if isinstance(o, fx.Node)):
+            return False
+        given = [o.meta["val"] if isinstance(o, fx.Node) else o for o in nodes]
+        made, expected = op_of(root)(*given, **attributes(root)), root.meta["val"]
+        return same_type(made, expected) and strides(made) == strides(expected)
 
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         given = self._given(match.root, match["expand"])

@@ -110,6 +110,20 @@ def test_lengths_at_the_ends_of_their_range() -> None:
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("twice", [False, True])
+def test_lengths_of_zero(dtype: torch.dtype, twice: bool) -> None:
+    """NaN where torch has it: 1e-12 is zero in float16."""
+    convolution = layer(1, 4, 1, dtype)
+    with torch.no_grad():
+        convolution.bias.zero_()
+    model = Then(convolution, lambda y: F.normalize(y, dim=1) * (y.amax(1, True) + 1 if twice else 1.5)).eval()
+    x = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 1, 2).to(dtype)
+    expected = model(x)
+    got, _, _ = run(model, x)
+    assert torch.equal(got.isnan(), expected.isnan()) and bool(got[..., 1].isfinite().all())
+
+
 @pytest.mark.parametrize("size", [0.0, 2.0**-147, 2.0**-128, 1e-25, 1.0, 1e25, 3e38, INF, NAN])
 def test_one_divisor_of_many_elements(size: float) -> None:
     """Of any size: its reciprocal alone would be Inf, or have few bits."""
@@ -123,3 +137,27 @@ def test_one_divisor_of_many_elements(size: float) -> None:
     assert "one kernel: abs > amax > div -> " in made
     expected = torch.where((x == 0).expand_as(expected), NAN, expected)
     torch.testing.assert_close(got, expected, rtol=3e-7, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("anchored", [True, False], ids=["epilogue", "by_itself"])
+def test_the_largest_is_one_of_itself(anchored: bool) -> None:
+    """A reciprocal alone makes 0.99999994 of one in eight."""
+    torch.manual_seed(4)
+    model = Then(layer(4, 8, 1), lambda y: (y / y.amax(1, keepdim=True)).floor().clamp(-9, 9)).eval()
+    got, _, made = run(model, torch.randn(2, 4, 4, 5, 6), anchored=anchored)
+    assert "amax > div > floor" in made
+    assert bool((got.amax(1) >= 1).all())
+
+
+@pytest.mark.parametrize("other", [1, 4])
+def test_a_reduction_over_another_dim_is_none_of_a_row(other: int) -> None:
+    """It, and one of a row's own value, are left to other kernels."""
+    torch.manual_seed(5)
+    functions = (
+        lambda z: z - z.softmax(other) * z.amax(5 - other, keepdim=True),
+        lambda z: z - z.mean(1, True).sum(other, True),
+    )
+    for function in functions:
+        model = Then(layer(4, 8, 2), lambda y, f=function: f(y - y.mean(1, True))).eval()
+        got, expected, _ = run(model, torch.randn(2, 4, 3, 4, 5), anchored=False)
+        assert_near(got, expected, 2e-6)

@@ -12,7 +12,7 @@ from fxfuse.instr import TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
 from fxfuse.kernels.emit_persistent import emit_persistent
 from fxfuse.kernels.observe import observe
-from fxfuse.kernels.persistent import body_of, names_of, taken_together
+from fxfuse.kernels.persistent import MOST_REDUCTIONS, body_of, names_of, taken_together
 from fxfuse.kernels.reductions import Fold, Rows, fold_of, holds_rows, inner_of, rows_of
 from fxfuse.program import Program
 
@@ -155,6 +155,16 @@ def test_kernels_know_it_as_a_reduction() -> None:
     ].body
     found_body = body_of(instr)
     assert found_body is not None and not found_body.keeps
+
+
+def test_so_many_reductions() -> None:
+    """Each computes anew what is in front of it, which costs as much as its size says."""
+    stage = "a{0} = amax({1}, dims=(1,), keepdim=True)\nd{0} = div({1}, a{0})\ny{0} = gelu(d{0}, approximate='none')"
+    lines = "\n".join(stage.format(i, f"y{i - 1}" if i else "x") for i in range(MOST_REDUCTIONS + 2))
+    made, found = together(f"{lines}\ny{MOST_REDUCTIONS + 1}")
+    assert [f.count("amax") for f in found if "amax" in f] == [MOST_REDUCTIONS, 2]
+    bodies = [body_of(i) for i in made.body if i.op == "persistent"]
+    assert bodies[0] is not None and bodies[1] is not None and bodies[0].flops > 4 * bodies[1].flops
 
 
 def test_what_has_no_text() -> None:

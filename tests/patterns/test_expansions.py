@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from harness import agree, data, program, rewrite, salted, same_gradients, same_special
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxfuse
 from fxfuse.patterns import DEFAULT_RULES, DropExpansions
 
 RULE = DropExpansions()
@@ -65,6 +67,25 @@ def test_a_tensor_without_dims_is_promoted_otherwise() -> None:
     result = rewrite(source, [RULE])
     assert result.rules == []
     agree(result, bitwise=True)
+
+
+def test_no_operand_has_the_size_of_the_result() -> None:
+    """Then torch lays the result out in another order, of an x whose channels are neighbours."""
+    convolution = torch.nn.ConvTranspose2d(3, 1, 1)
+    g = torch.nn.Parameter(torch.randn(2, 1))
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.g = convolution, g
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.convolution(x) - self.g.expand(1, 1, 2, 2)
+
+    model = Model().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 1, 2).to(memory_format=torch.channels_last)
+    fast = fxfuse.optimize(model, (x,))
+    assert fast(x).stride() == model(x).stride()
 
 
 @given(st.data())

@@ -217,21 +217,25 @@ FXFUSE_DEVICE float factor_of(float by) {
   return fabsf(by) < 5.42101086e-20f ? 18446744073709551616.f : fabsf(by) > 18446744073709551616.f ? 5.42101086e-20f : 1.f;
 }
 
-// v / by of many v, to the last bit but one.
+// v / by of many v, without a branch. As a division has it, to the last bit, where that is a number of so few bits as v / v.
 struct Divisor {
-  float factor, reciprocal;
+  float factor, by, reciprocal;
   Divisor() = default;
-  explicit FXFUSE_DEVICE Divisor(float by) : factor(factor_of(by)), reciprocal(1.f / (by * factor)) {}
-  FXFUSE_DEVICE float operator()(float v) const { return v * reciprocal * factor; }
+  FXFUSE_DEVICE Divisor(float factor, float by, float reciprocal) : factor(factor), by(by), reciprocal(reciprocal) {}
+  explicit FXFUSE_DEVICE Divisor(float all) : factor(factor_of(all)), by(all * factor), reciprocal(1.f / by) {}
+  FXFUSE_DEVICE float operator()(float v) const {
+    const float q = v * reciprocal, rest = fmaf(-q, by, v);  // of what is not finite, and by zero, it is NaN
+    return (rest != 0.f && is_finite(rest) ? fmaf(rest, reciprocal, q) : q) * factor;  // or -0 would be 0
+  }
 };
 
-// a / b to the last bit, or the one before it, without a branch.
-FXFUSE_DEVICE float divide(float a, float b) {
+// The same of one v.
+FXFUSE_DEVICE float divide(float v, float all) {
 #ifdef __CUDA_ARCH__
-  const float factor = factor_of(b), by = b * factor, r = reciprocal_of_normal(by), q = a * r, rest = fmaf(-q, by, a);
-  return (is_finite(rest) ? fmaf(rest, r, q) : q) * factor;
+  const float factor = factor_of(all), by = all * factor;
+  return Divisor(factor, by, reciprocal_of_normal(by))(v);
 #else
-  return a / b;
+  return v / all;
 #endif
 }
 
