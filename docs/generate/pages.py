@@ -52,6 +52,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "outside": source.outside,
     "own_rule": lambda: code("own_rule"),
     "times_idioms": lambda: results.times("h100_idioms"),
+    "times_idioms_float16": lambda: results.times("h100_idioms_float16"),
     "random_chains": lambda: results.random_chains("h100_random"),
     "random_chains_float16": lambda: results.random_chains("h100_random_float16"),
     "readme_times": results.readme_times,
