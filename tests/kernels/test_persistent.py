@@ -14,6 +14,7 @@ from fxfuse.kernels.emit_persistent import emit_persistent
 from fxfuse.kernels.observe import observe
 from fxfuse.kernels.persistent import MOST_REDUCTIONS, body_of, names_of, taken_together
 from fxfuse.kernels.reductions import Fold, Rows, fold_of, holds_rows, inner_of, rows_of
+from fxfuse.kernels.schedule import schedule
 from fxfuse.program import Program
 
 INPUTS = "x: f32[3, 6, 4, 5, 2], c: f32[6, 1, 1, 1]"
@@ -155,6 +156,29 @@ def test_kernels_know_it_as_a_reduction() -> None:
     ].body
     found_body = body_of(instr)
     assert found_body is not None and not found_body.keeps
+
+
+@pytest.mark.parametrize("case", ["one dim of space", "channels are neighbours"])
+def test_what_torch_would_run_is_not_taken_together(case: str) -> None:
+    """A result of two dims has no kernel; nor have rows of w where channels lie between its elements."""
+    conv = "y = conv_transpose(x, w, None, stride={0}, padding={1}, output_padding={1}, dilation={0}, groups=1)"
+    if case == "one dim of space":
+        source = program(
+            "x: f32[2, 8, 40000], w: f32[8, 16, 3]",
+            f"{conv.format((1,), (0,))}\n{MEAN.format('m', 'y')}\nz = sub(y, m)\na = abs(z)\n"
+            "s = sum(a, dims=(1,), keepdim=False)\ns",
+        )
+    else:
+        source = program(
+            "x: f32[2, 8, 256, 256], w: f32[8, 16, 1, 1]",
+            f"{conv.format((1, 1), (0, 0))}\nm = amax(y, dims=(3,), keepdim=True)\nz = sub(y, m)\na = abs(z)\n"
+            "s = sum(a, dims=(3,), keepdim=True)\nt = div(a, s)\nt",
+        )
+    x, w = (torch.empty(t.shape) for _, t in source.inputs)
+    last = {} if case == "one dim of space" else {"memory_format": torch.channels_last}
+    made = schedule(source, [x.contiguous(**last), w], anchored=False)
+    assert "persistent" not in str(made) and "mean > sub" not in str(made) and "amax > sub" not in str(made)
+    assert str(made).count("kernel") >= 1
 
 
 def test_so_many_reductions() -> None:
