@@ -17,6 +17,7 @@ CHAINS, ORDERS = 400, 2
 FLAT = Chain(
     (2, 2, 3, 3), (("m0", "nn.ConvTranspose2d(2, 3, 2)"),), (), ("v0 = self.m0(x).flatten(2).mean(-1)",), ("v0",)
 )
+EXPANDED = dataclasses.replace(FLAT, lines=("y = self.m0(x)", "v0 = y.mean((2, 3), True).expand_as(y) * y"))
 
 
 def test_the_order_of_the_rules_does_not_matter() -> None:
@@ -35,5 +36,6 @@ def test_the_order_of_the_rules_does_not_matter() -> None:
                 assert other.text == first.text, (first.rules, other.rules)
 
     check(FLAT)
+    check(EXPANDED)
     search(chains(in_line=True), check, CHAINS)
     assert fired >= RULES

@@ -228,9 +228,11 @@ def _taken_together(program: Program, values: Mapping[str, Form], least: int) ->
 
     def wanted(name: str, dims: tuple[int, ...]) -> bool:
         value = values[name]
+        if not holds_rows(types[name], dims):
+            return False
         laid_out = layouts_of(value.shape, value.stride())
         laid_out = laid_out if dims == (1,) else [layout for layout in laid_out if layout == "contiguous"]
-        return value.numel() >= least and value.dtype in STORED and bool(laid_out) and holds_rows(types[name], dims)
+        return value.numel() >= least and value.dtype in STORED and bool(laid_out)
 
     return taken_together(program, types, wanted)
 

@@ -181,6 +181,16 @@ def test_what_torch_would_run_is_not_taken_together(case: str) -> None:
     assert str(made).count("kernel") >= 1
 
 
+def test_values_of_few_dims_have_no_rows() -> None:
+    """Their memory formats are not asked for: there are none."""
+    source = program(
+        "x: f32[2, 8, 40], w: f32[8, 1, 1]",
+        "y = conv_transpose(x, w, None, stride=(1,), padding=(0,), output_padding=(0,), dilation=(1,), groups=1)\n"
+        "r = reshape(y, shape=(80,))\ns = sum(r, dims=(0,), keepdim=True)\nt = sub(r, s)\nt",
+    )
+    assert "persistent" not in str(schedule(source, [torch.empty(t.shape) for _, t in source.inputs]))
+
+
 def test_so_many_reductions() -> None:
     """Each computes anew what is in front of it, which costs as much as its size says."""
     stage = "a{0} = amax({1}, dims=(1,), keepdim=True)\nd{0} = div({1}, a{0})\ny{0} = gelu(d{0}, approximate='none')"
