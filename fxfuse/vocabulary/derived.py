@@ -24,10 +24,11 @@ def scale_weight(weight: Tensor, scale: Tensor | float, *, groups: int) -> Tenso
         factor = scale.reshape(()) if isinstance(scale, Tensor) else scale
         scaled: Tensor = weight * factor
         return scaled
-    kernel = weight.shape[2:]
-    grouped = weight.unflatten(0, (groups, -1))
-    factors = scale.reshape(groups, 1, weight.shape[1], *(1 for _ in kernel))
-    return torch.mul(grouped, factors).flatten(0, 1)
+    given, columns, *kernel = weight.shape
+    each = 1 if groups == 1 else given // groups
+    factors = scale.reshape(groups, 1, columns).expand(groups, each, columns)
+    # of the weight's own dims: the product keeps the weight's strides, which the convolution's result follows
+    return torch.mul(weight, factors.reshape(-1, columns, *(1 for _ in kernel)))
 
 
 @define(Kind.DERIVED)

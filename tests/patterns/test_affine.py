@@ -445,3 +445,18 @@ def test_a_second_round_changes_nothing() -> None:
     second = rewrite(first.rewritten, DEFAULT_RULES)
     assert second.rules == [] and second.rewritten == first.rewritten
     agree(first)
+
+
+@pytest.mark.parametrize(("cin", "groups"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("scale", ["s", "0.5"])
+def test_a_scaled_weight_keeps_its_strides(cin: int, groups: int, scale: str) -> None:
+    """torch's convolution takes the layout of its result from the weight's where x, of one position, tells of none."""
+    columns = 4
+    inputs = f"x: f32[2, {cin}, 1, 1], w: f32[{cin}, {columns}, 2, 2], s: f32[{columns * groups}, 1, 1]"
+    source = program(inputs, f"y = {conv('x, w, None', groups=groups, dims=2)}\nz = mul(y, {scale})\nz")
+    result = rewrite(source, [SCALE])
+    assert result.rules == ["FoldScaleIntoConvTranspose"]
+    x, weight, factors = data(source)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    results = [p.run([x, last, factors])[0] for p in (source, result.rewritten)]
+    assert [r.stride() for r in results] == [(columns * groups * 4, 1, columns * groups * 2, columns * groups)] * 2
