@@ -138,7 +138,7 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
 
     ``inputs``: one value per placeholder, fake tensors for tensors. A node that cannot be run on
     fake tensors, and all that depend on it, are unknown: they stay as they are. So is, from then on,
-    a value whose shape is changed in place.
+    a value whose shape is changed in place by another operator than the one that made it.
     """
     mode = detect_fake_mode(list(inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
     observed: list[_Effects] = []
@@ -183,7 +183,10 @@ def propagate(graph: fx.Graph, modules: dict[str, nn.Module], inputs: Sequence[A
             spelling=type(modules[node.target]).__name__ if node.op == "call_module" else str(node.target),
         )
         for now, old in effects.reshaped:
-            for other in [n for n, v in values.items() if any(t is now for t in pytree.tree_leaves(v))]:
+            holders = [n for n, v in values.items() if any(t is now for t in pytree.tree_leaves(v))]
+            if holders == [node]:  # nobody has seen it otherwise
+                continue
+            for other in holders:
                 values[other] = UNKNOWN
                 if other is not node and facts(other).val is now:
                     facts(other).val = other.meta["fxfuse_val"] = old

@@ -139,6 +139,14 @@ def test_growing(model: Chain, regions: list[str], reasons: dict[str, str], expo
     assert ended(report) == reasons
 
 
+def test_a_pool_that_lays_out_its_own_result_goes_on() -> None:
+    """torch changes the strides of what it has just made; nobody has seen them before."""
+    model = nn.Sequential(nn.ConvTranspose3d(2, 3, 2), nn.AdaptiveAvgPool3d(1), nn.Conv3d(3, 2, 1), nn.Sigmoid())
+    x = torch.randn(2, 2, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
+    fast = fxfuse.optimize(model.to(memory_format=torch.channels_last_3d), x)
+    assert ended(fast.fxfuse_report) == {"the output": OUTPUT}, fast.fxfuse_report
+
+
 def test_an_anchor_that_nothing_reads() -> None:
     report = fxfuse.explain(
         chain("v1 = v0.relu()", "v2 = x + 1", "return v2").make()[0], torch.ones(2, 2, 4, 5).double()
