@@ -227,8 +227,6 @@ def _collapse_refusal(conv: fx.Node, reduce: fx.Node) -> Reject | None:
     dims = attributes(reduce)["dims"]
     if not dims or min(dims) < 2:
         return Reject(f"dims {dims} are not dims of space alone", reduce)
-    if len(dims) < spatial and dtype(conv) not in WIDE:
-        return Reject(f"sums along some dims may overflow in {dtype(conv)}", reduce)
     out, x, weight = sizes(conv), sizes(operands(conv)[0]), sizes(operands(conv)[1])
     if out is None or x is None or weight is None:
         return Reject("the boxes of inputs need sizes that are known", conv)
