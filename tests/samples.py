@@ -68,6 +68,12 @@ _INTO = [S(X, dtype=torch.float64), S(X, 1, dtype=torch.float64), S(X, 1, True, 
 _POOL = [(1, T(2, 3, 9)), (2, T(2, 3, 7, 6)), (3, T(2, 2, 5, 6, 4))]
 
 
+def _one_position(n: int) -> list[Sample]:
+    x, weight = T(2, 3, *(1,) * n), T(4, 3, *(1,) * n)
+    return [S(x, weight), S(x, weight, T(4), 2, 0, 3), S(x, weight, bias=T(4), padding="same"),
+            S(x, weight, None, 1, (0,) * n, 1, 1)]  # fmt: skip
+
+
 def _max_pool(n: int, x: Tensor) -> list[Sample]:
     k = (3, 2, 2)[:n]
     return [
@@ -238,6 +244,9 @@ BY_NAME: dict[str, list[Sample]] = {
     "layer_norm": [S(X, (5,)), S(X, [4, 5], T(4, 5), T(4, 5)), S(X, (5,), weight=V, bias=None, eps=1e-3),
     S(X, (3, 4, 5), None, None, 1e-2), S(X, (5,), V, V, 1e-3, False)],
     "rms_norm": [S(X, (5,)), S(X, [4, 5], T(4, 5)), S(X, (5,), weight=V, eps=1e-3), S(X, (3, 4, 5), None, 1e-2)],
+    # products
+    "linear": [S(T(2, 3), T(4, 3)), S(T(2, 3), T(4, 3), T(4)), S(input=T(1, 3), weight=T(1, 3), bias=T(1))],
+    **{f"conv{n}d": _one_position(n) for n in (1, 2, 3)},
     # reductions
     "sum": _DIMS + _INTO,
     "mean": _DIMS + _INTO,
@@ -405,6 +414,14 @@ MODULE_SAMPLES: dict[type[nn.Module], list[tuple[Callable[[], nn.Module], Sample
     ],
     nn.RMSNorm: [(lambda: _trained(nn.RMSNorm((5, 2), 1e-3)),
         S(_D4)), (lambda: nn.RMSNorm(5, elementwise_affine=False), S(_D3))],
+    nn.Linear: [(lambda: nn.Linear(3, 4), S(T(2, 3))), (lambda: nn.Linear(3, 4, bias=False), S(input=T(1, 3)))],
+    **{
+        getattr(nn, f"Conv{n}d"): [
+            (lambda n=n: getattr(nn, f"Conv{n}d")(3, 4, 1), S(T(2, 3, *(1,) * n))),
+            (lambda n=n: getattr(nn, f"Conv{n}d")(3, 1, 1, 2, bias=False), S(T(1, 3, *(1,) * n))),
+        ]
+        for n in (1, 2, 3)
+    },
     nn.Softmax: [(lambda: nn.Softmax(1), S(X)), (lambda: nn.Softmax(-1), S(X))],
     nn.LogSoftmax: [(lambda: nn.LogSoftmax(1), S(X)), (lambda: nn.LogSoftmax(-1), S(X))],
     nn.Softmax2d: [(nn.Softmax2d, S(_D4)), (nn.Softmax2d, S(_D3))],

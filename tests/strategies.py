@@ -367,6 +367,23 @@ def reduction(draw: Draw, g: Growing, v: str) -> str | None:
     return fill(draw, g, template.replace("{ord}", str(draw(st.sampled_from(["2", "1", "3", "float('inf')"])))), v)
 
 
+def product(draw: Draw, g: Growing, v: str) -> str | None:
+    """Squeeze and excitation, by linear layers or by convolutions of one position."""
+    shape = tuple(g.value(v).shape)
+    n, hidden = len(shape) - 2, draw(st.integers(1, 3))
+    if n not in (1, 2, 3) or not g.value(v).dtype.is_floating_point:
+        return None
+    space, ones = tuple(range(2, n + 2)), (1,) * n
+    weights = [g.parameter((hidden, shape[1])), g.parameter((shape[1], hidden))]
+    bias = draw(st.sampled_from([None, g.parameter((hidden,))]))
+    if draw(st.booleans()):
+        inside = f"F.relu(F.linear({v}.mean({space}), {weights[0]}, {bias}))"
+        return f"{v} * F.linear({inside}, {weights[1]}).sigmoid().view({v}.shape[0], {shape[1]}, *{ones})"
+    weights = [f"{w}[(..., *{(None,) * n})]" for w in weights]
+    inside = f"F.conv{n}d({v}.mean({space}, keepdim=True), {weights[0]}, {bias})"
+    return f"{v} * F.conv{n}d({inside}.relu(), {weights[1]}).sigmoid()"
+
+
 SHAPES = (
     "{v}.flatten(1)", "torch.flatten({v}, 2)", "nn.Flatten()", "{v}.unsqueeze({new})", "torch.squeeze({v})", "{v}.squeeze({dim})", "{v}.transpose({dim}, {dim2})",
     "torch.transpose({v}, {dim}, {dim2})", "{v}.permute({order})", "torch.permute({v}, ({order}))", "{v}.reshape({v}.shape[0], -1)", "{v}.view({v}.shape[0], -1)",
@@ -393,7 +410,7 @@ ALGEBRA = (
     "F.max_pool{n}d({v}, 2)", "F.max_pool{n}d({v}, 3, 2, 1)", "F.max_pool{n}d({v}, 2, 1)", "F.max_pool{n}d({v}, 2, 2, 1)", "nn.MaxPool{n}d(3, 2, ceil_mode=True)",
     "F.avg_pool{n}d({v}, 2)", "F.avg_pool{n}d({v}, 2, 1)", "F.avg_pool{n}d(F.avg_pool{n}d({v}, 2), {avg})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.max_pool{n}d(F.max_pool{n}d({v}, {max}), {max})", "F.adaptive_avg_pool{n}d({v}, 1)", "nn.AdaptiveAvgPool{n}d(2)",
     "{v}.mean({space}, keepdim=True)", "{v}.mean({space})", "{v}.sum({space}, True)", "{v}.mean(2, True)", "{v}.mean(-1)", "{v}.sum(1, keepdim=True)", "{v}.mean(1)",
-    "torch.softmax({v} + {s}, 1)", "F.log_softmax({v} - {s}, -1)",
+    "torch.softmax({v} + {s}, 1)", "F.log_softmax({v} - {s}, -1)", "{v}.clamp({lo}, {hi}) * {p}",
 )  # fmt: skip
 
 
@@ -417,7 +434,7 @@ def algebra(draw: Draw, g: Growing, v: str) -> str | None:
 OUTSIDE = (
     "torch.cumsum({v}, 0)", "torch.roll({v}, 1, -1)", "{v}.flip(0)", "torch.atan({v})", "{v}[..., :1]", "torch.cat([{v}, {v}], 0)",
     "nn.Dropout(0.5)", "F.dropout({v}, 0.3, True)", "torch.cummax({v}, 0)[0]", "{v}.tile(1)", "{v}[:]", "torch.randn_like({v}) * {v}",
-    "torch.atan2({v}, {v})", "torch.diff({v}, dim=0, append={v}[:1])",
+    "torch.atan2({v}, {v}.abs() + 1)", "torch.diff({v}, dim=0, append={v}[:1])",
 )  # fmt: skip
 
 
@@ -461,6 +478,7 @@ KINDS: tuple[Any, ...] = (
     pointwise,
     outside,
     convolution,
+    product,
 )
 ALGEBRAIC: tuple[Any, ...] = (algebra, algebra, algebra, algebra, algebra, pool, pointwise)
 

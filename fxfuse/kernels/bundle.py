@@ -1,4 +1,4 @@
-"""What is left to torch around large kernels, on small tensors, as few kernels: pointwise operators, and views.
+"""What is left to torch around large kernels, on small tensors, as few kernels: pointwise operators, products, views.
 
 A chain leaves arithmetic on vectors and weights behind: a normalisation folded into a convolution, statistics that
 become running ones. It runs on every call, an operator at a time, and each costs the host more than the GPU. Here it
@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from fxfuse import vocabulary
 from fxfuse.forms import Form
 from fxfuse.instr import Instr, Ref, TensorType
 from fxfuse.kernels.arithmetic import NotEmittable
@@ -23,6 +24,7 @@ from fxfuse.kernels.indices import axes_of
 from fxfuse.kernels.operands import Place, views
 from fxfuse.kernels.steps import Bundle, Map, Step, Torch
 from fxfuse.program import Program
+from fxfuse.vocabulary import Kind
 
 #: operators that a kernel has to stand for, as long as others are torch's all the same
 LEAST_OPERATORS = 3
@@ -184,6 +186,11 @@ class _Arrangement:
         outputs = tuple(o for o in wanted if o not in looked)
         body = needed_by(body, outputs)
         bundle = self._bundle(body, outputs)
+        first = _before_last_product(body) if bundle is None else []
+        if first:  # no element is made of the products of both
+            self._run(first)
+            self._run([i for i in body if all(i is not f for f in first)])
+            return
         self.torch += looks
         if bundle is None:
             self._by_torch([i for i in body if i.outs[0] not in looked])
@@ -221,6 +228,13 @@ class _Arrangement:
         """What the chain and ``others``, which come later, need of what ``body`` makes."""
         wanted = {*self.outputs, *(n for item in others for n in reads_of(item))}
         return tuple(o for i in body for o in i.outs if o in wanted)
+
+
+def _before_last_product(body: Sequence[Instr]) -> list[Instr]:
+    """What the last product with a matrix needs, if there is another one among it."""
+    products = [i for i in body if vocabulary.lookup(i.op).kind is Kind.PRODUCT]
+    needed = needed_by(body, [*products[-1].reads()]) if products else []
+    return needed if any(i is p for i in needed for p in products) else []
 
 
 def reads_of(item: Step | Instr) -> Collection[str]:

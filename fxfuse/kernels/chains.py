@@ -44,6 +44,13 @@ class Values:
         for instr in program.body:
             for name in set(instr.reads()):
                 self.readers[name].append(instr)
+        #: products with a matrix, and what is made of them and is no larger: kernels on small tensors make all of it
+        self.of_products = set[str]()
+        for instr in program.body:
+            sizes = [elements(self.types[n]) for n in self.of_products.intersection(instr.reads())]
+            product = vocabulary.lookup(instr.op).kind is Kind.PRODUCT
+            if product or (sizes and elements(self.types[instr.outs[0]]) <= max(sizes)):
+                self.of_products.update(instr.outs)
         self.small_numbers = {n for n, r in ranges_of(program, self.types).items() if r.within(SMALL_NUMBER)}
 
     def storable(self, name: str) -> bool:
@@ -65,8 +72,9 @@ class Values:
 
         ``missing``: values that are not there when the chain runs, unless it makes them. ``name``: of the
         expression. ``kept``: ``value`` is in memory, for others to read. Operands that are smaller by the factor
-        ``small`` and pointwise themselves are computed in the chain, too, unless they are ``there``. Not ``widened``:
-        a cast to a wider dtype is not its last instruction, which would make twice the bytes of what it was given.
+        ``small`` and pointwise themselves are computed in the chain, too, unless they are ``there`` or made of
+        products. Not ``widened``: a cast to a wider dtype is not its last instruction, which would make twice the
+        bytes of what it was given.
         """
         reached, operands = {value}, set[str]()
         behind = []
@@ -112,7 +120,8 @@ class Values:
 
     def _small(self, instr: Instr, value: str, factor: int) -> bool:
         size, own = (elements(self.types[n]) for n in (instr.outs[0], value))
-        return vocabulary.lookup(instr.op).kind is Kind.POINTWISE and size * factor <= own
+        pointwise = vocabulary.lookup(instr.op).kind is Kind.POINTWISE
+        return pointwise and size * factor <= own and instr.outs[0] not in self.of_products
 
     def _escapes(self, value: str, body: Sequence[Instr]) -> bool:
         """Whether something else than ``body`` reads ``value``."""

@@ -1,7 +1,8 @@
-"""CUDA C++ of a program of pointwise operators and views as one kernel: every output from the inputs. Pure.
+"""CUDA C++ of a program of operators on small tensors as one kernel: every output from the inputs. Pure.
 
 The text is made from the outputs backwards: an element of an output asks for the elements that it is made of, views
-only say where those lie. What two outputs share is computed for each of them. Addresses, sizes, strides and numbers are
+only say where those lie; a product with a matrix asks for a row of them. What two outputs share is computed for each
+of them. Addresses, sizes, strides and numbers are
 parameters of the text: it is the same one for another batch, or for another layer of the same form.
 """
 
@@ -18,13 +19,15 @@ import torch
 from fxfuse import vocabulary
 from fxfuse.instr import DTYPE_NAMES, Instr, Ref, TensorType
 from fxfuse.kernels.arguments import MOST_PARAMETERS
-from fxfuse.kernels.arithmetic import STORED_AS, Arithmetic, Given, NotEmittable, Value, held, stored_name
+from fxfuse.kernels.arithmetic import FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, held, stored_name
 from fxfuse.kernels.indices import ZERO, Indices, Size, broadcast
 from fxfuse.program import Program
 from fxfuse.vocabulary import Kind
 
 #: elements of an output; and how far an element may be from its tensor's first one
 MOST_ELEMENTS, MOST_OFFSET = 2**20, 2**31 - 1
+#: products that an element may be made of
+MOST_PRODUCTS = 2**11
 #: the same elements at the same places, or the first of them
 _SAME_PLACE = ("lay_out", "crop", "detach")
 
@@ -153,12 +156,13 @@ class _Part:
         self.made = {out: instr for instr in program.body for out in instr.outs}
         self.numbers, self.indices, self.arithmetic = numbers, Indices(), _Arithmetic(numbers)
         self.found: dict[tuple[str, tuple[str, ...]], Value] = {}
+        self.depth, self.products = 0, 1  # of loops, and turns of all of them
 
     def text(self, name: str, outputs: Sequence[str]) -> str:
         shape = self._shape(outputs[0])
         at, to = self._places(shape, self._strides(outputs[0]))
         elements = self.indices.product([self.numbers.size(math.prod(shape), (outputs[0], "elements", 0))])
-        stores = []
+        stores: list[str] = []
         for output in outputs:
             value, kind = self.element(output, at), self.types[output]
             if value.dtype is not kind.dtype:
@@ -166,11 +170,12 @@ class _Part:
             address = f"a.q{self.program.outputs.index(output)}"
             address = address if to == ZERO else f"{address} + {to}"
             stores.append(f"fxfuse::pw::store_{stored_name(kind.dtype)}({address}, {value.code});")
+        lines = "\n".join((*self.indices.lines, *self.arithmetic.lines, *stores)).split("\n")
         return "\n".join([
             f"struct {name} {{",
             f"  static FXFUSE_DEVICE unsigned elements(const Arguments& a) {{ return {elements}; }}",
             "  static FXFUSE_DEVICE void make(const Arguments& a, unsigned i) {",
-            *(f"    {line}" for line in (*self.indices.lines, *self.arithmetic.lines, *stores)),
+            *(f"    {line}" for line in lines),
             "  }",
             "};",
         ])  # fmt: skip
@@ -221,9 +226,10 @@ class _Part:
             "permute": self._permute,
             "scale_weight": self._scale_weight,
             "to_channels": self._to_channels,
+            "linear": self._linear,
         }.get(instr.op)
         if special is None:
-            raise NotEmittable(f"`{instr}`: {instr.op} is neither pointwise nor a view")
+            raise NotEmittable(f"`{instr}`: {instr.op} is neither pointwise nor a view nor a product")
         return special(instr, at)
 
     def _operand(self, operand: object, instr: Instr, position: int, at: tuple[str, ...]) -> Given:
@@ -277,6 +283,41 @@ class _Part:
             factor = dataclasses.replace(value, rank=0 if math.prod(shape) == 1 else len(at))
         product = Instr(instr.outs, "mul", (Ref(_source(instr)), scale), ())
         return self.arithmetic.compute(product, [self.element(_source(instr), at), factor])
+
+    def _linear(self, instr: Instr, at: tuple[str, ...]) -> Value:
+        """A loop over what the sample's vector has: float32 sums, rounded once."""
+        (x, weight), bias = (_source(instr), instr.operands[1]), instr.operands[2]
+        dtype = self.types[instr.outs[0]].dtype
+        if dtype not in FLOATS or not isinstance(weight, Ref):
+            raise NotEmittable(f"`{instr}`: products of {dtype}")
+        features = self._shape(x)[1]
+        inside = _Part(self.program, self.types, self.strides, self.addresses, self.numbers)
+        inside.depth, inside.products = self.depth + 1, self.products * features
+        if inside.products > MOST_PRODUCTS:
+            raise NotEmittable(f"`{instr}`: more than {MOST_PRODUCTS} products in an element")
+        letter = f"i{self.depth}n{len(self.arithmetic.lines)}"
+        inside.indices = Indices(f"{letter}k")
+        one = ZERO if features == 1 else letter
+        left = inside.element(x, (at[0], one, *at[2:]))
+        right = inside.element(weight.name, (at[1], one, *at[2:]))
+        if left.dtype is not dtype or right.dtype is not dtype:
+            raise NotEmittable(f"`{instr}`: {left.dtype} times {right.dtype} makes {dtype}")
+        total = f"{letter}s"
+        self.arithmetic.lines.append("\n".join([
+            f"float {total} = 0.f;",
+            "#pragma unroll 8",
+            f"for (unsigned {letter} = 0; {letter} < {self.indices.product([features])}; ++{letter}) {{",
+            *(f"  {line}" for line in "\n".join((*inside.indices.lines, *inside.arithmetic.lines)).split("\n")),
+            f"  {total} = fmaf({left.code}, {right.code}, {total});",
+            "}",
+        ]))  # fmt: skip
+        if isinstance(bias, Ref):
+            total = f"{total} + {self.element(bias.name, (at[1],)).code}"
+        if dtype is not torch.float32:
+            total = f"fxfuse::pw::to_{DTYPE_NAMES[dtype]}({total})"
+        local = f"v{len(self.arithmetic.lines)}"
+        self.arithmetic.lines.append(f"const float {local} = {total};")
+        return Value(local, dtype, len(at))
 
     def _to_channels(self, instr: Instr, at: tuple[str, ...]) -> Value:
         """An element of a vector that is made of a number or of a tensor."""

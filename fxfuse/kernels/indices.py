@@ -63,8 +63,9 @@ class Size(int):
 class Indices:
     """Lines that compute indices, each of them once. Sizes are constants of the text, but for each :class:`Size`."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "k") -> None:
         self.lines: list[str] = []
+        self._prefix = prefix  # of variables' names
         self._names: dict[str, str] = {}
 
     def name(self, text: str) -> str:
@@ -72,7 +73,7 @@ class Indices:
         if text.isalnum():
             return text
         if text not in self._names:
-            self._names[text] = f"k{len(self._names)}"
+            self._names[text] = f"{self._prefix}{len(self._names)}"
             self.lines.append(f"const unsigned {self._names[text]} = {text};")
         return self._names[text]
 

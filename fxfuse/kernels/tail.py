@@ -137,7 +137,7 @@ class _Planner:
             assert isinstance(value, Ref)
             if self._readable(value.name):
                 return self._folded(value.name, Chain(value.name), instr) or (None, ())
-        if op.kind is Kind.POINTWISE:
+        if op.kind is Kind.POINTWISE and instr.outs[0] not in self.values.of_products:
             for name in instr.reads():
                 same = self.values.types[name].shape == self.values.types[instr.outs[0]].shape
                 if same and self._readable(name):

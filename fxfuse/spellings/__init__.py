@@ -5,7 +5,7 @@ torch, and returns a :class:`~fxfuse.call.Call`, or refuses with a sentence what
 """
 
 from fxfuse.call import ATEN, FUNCTIONS, INPLACE_FUNCTIONS, METHODS, MODULES
-from fxfuse.spellings import anchors, arithmetic, copies, norms, pointwise, pools, reductions, shapes
+from fxfuse.spellings import anchors, arithmetic, copies, norms, pointwise, pools, products, reductions, shapes
 from fxfuse.spellings.inplace import enter_inplace_functions
 
 enter_inplace_functions()
@@ -22,6 +22,7 @@ __all__ = [
     "norms",
     "pointwise",
     "pools",
+    "products",
     "reductions",
     "shapes",
 ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxfuse.call import Call, Param, call, ints, module, rank, refuse, spells, tensor
+from fxfuse.spellings.products import of_one_position
 from fxfuse.vocabulary.conv import output_size as natural_size
 
 
@@ -29,9 +30,10 @@ def _conv_transpose(n: int) -> None:
 
 @spells("aten::convolution")
 def _convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    n = rank(weight) - 2
     if not transposed:
-        refuse("a convolution that is not transposed is not an anchor")
-    return _call(rank(weight) - 2, input, weight, bias, stride, padding, output_padding, dilation, groups)
+        return of_one_position(n, input, weight, bias, padding, groups)
+    return _call(n, input, weight, bias, stride, padding, output_padding, dilation, groups)
 
 
 def _call(n, input, weight, bias, stride, padding, output_padding, dilation, groups) -> Call:

@@ -15,6 +15,7 @@ class Kind(enum.Enum):
     POINTWISE = "pointwise"  #: one output element from the elements at the same (broadcast) position
     POOL = "pool"  #: a window over the spatial dims
     NORM = "norm"  #: statistics of the input, applied to the input
+    PRODUCT = "product"  #: a vector per sample, times a matrix
     REDUCTION = "reduction"  #: dims folded into one value (softmax included: a reduction broadcast back)
     SHAPE = "shape"  #: the same elements under other indices
     DERIVED = "derived"  #: made by a rewrite rule only; no model spells it

@@ -184,8 +184,8 @@ def test_other_operators() -> None:
 @pytest.mark.parametrize(
     ("inputs", "lines", "reason"),
     [
-        ("x: f32[4]", "y = sum(x, dims=(0,), keepdim=True)", "sum is neither pointwise nor a view"),
-        ("x: f32[4]", "y = softmax(x, dim=0)", "softmax is neither pointwise nor a view"),
+        ("x: f32[4]", "y = sum(x, dims=(0,), keepdim=True)", "sum is neither pointwise nor a view nor a product"),
+        ("x: f32[4]", "y = softmax(x, dim=0)", "softmax is neither pointwise nor a view nor a product"),
         ("x: f64[4]", "y = exp(x)", "float64 arithmetic"),
         ("x: i64[4]", "y = add(x, 1)", "arithmetic of torch.int64"),
         ("x: c64[4]", "y = mul(x, x)", "torch.complex64"),

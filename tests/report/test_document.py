@@ -106,7 +106,7 @@ def test_why_a_node_stays() -> None:
 
     report = explained(Mixed(), (1, 1, 4, 4, 4))
     reasons = {n.label: n.reason for n in report.nodes}
-    assert reasons["conv"] == "Conv3d is not in the vocabulary"
+    assert reasons["conv"] == "a convolution is in the vocabulary only where it reads one position per sample"
     assert reasons["cat"] == "torch.cat is not in the vocabulary"
     assert reasons["add"] == "it also needs cat, which comes after the region"
     assert reasons["relu"] == "no transposed convolution is in front of it"
