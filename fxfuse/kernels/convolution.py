@@ -148,8 +148,8 @@ class Specialisation:
 
     @property
     def pads(self) -> bool:
-        """Whether there are more of them than of x, so that rows are made of it however it lies."""
-        return self.padded_channels != self.layer.in_channels
+        """Whether rows hold more than a position's channels of x, so that they are made of it however it lies."""
+        return self.padded_channels != self.layer.channels * self.layer.joined
 
     @property
     def chunk_channels(self) -> int:

@@ -33,8 +33,14 @@ KERNELS = ("convolution", "direct")
 THREADS, BLOCK = 128 * (CONSUMERS + 1), 256
 #: values of float32 x that `measure` looks at: of a sample, and of all of them
 SAMPLED_EACH, SAMPLED = 2**14, 2**21
+#: how much faster rows of several positions must be by estimate than others, where results are stored from registers:
+#: read off seven layers on an H100
+LEAD = 1.1
 #: seconds of the launches around a convolution that looks at its 16-bit x; the look itself: tiling.LOOKING
 WATCHING = 5e-6
+
+#: a kernel for finite values, a position in a row
+APART = functools.partial(specialise, finite=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,20 +105,34 @@ class Convolution:
                 made = with_more_room(made, extents, row, output.itemsize)
             return made
 
-        def time(made: Specialisation) -> float:
+        def positions() -> Extents:
+            """Of x, about."""
             assert extents is not None
             stride = layer.stride if epilogue.combine == "" else (1, 1, 1)
-            d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))  # of x, about
+            d, h, w = (-(-e // s) for e, s in zip(extents, stride, strict=True))
+            return d, h, w
+
+        def time(made: Specialisation) -> float:
+            assert extents is not None
             return seconds(
-                made, samples, (d, h, w), extents, row, output.itemsize, keeps=epilogue.keeps, in_place=in_place
+                made, samples, positions(), extents, row, output.itemsize, keeps=epilogue.keeps, in_place=in_place
             )
+
+        def lead(made: Specialisation) -> float:
+            """How much faster it must be than others by estimate."""
+            if not (row and made.layer.beside):
+                return 1.0
+            tiling = tile(made, positions(), row, output.itemsize)
+            return LEAD if store_of(made, tiling, positions(), row, output.itemsize)[0] is Store.DIRECT else 1.0
 
         if dtype is torch.float32:  # what is not finite is left to the kernel `direct`
             made = specialised(layer.join(), fastest)
         else:
             made = specialised(layer, specialise)
             if extents is not None and samples and not summed:
-                finite = specialised(layer.join(), functools.partial(specialise, finite=True))
+                finite, apart = (specialised(layer.join(), f) for f in (fastest, APART))
+                if lead(finite) > 1 and time(finite) * lead(finite) > time(apart):
+                    finite = apart
                 watched = dataclasses.replace(finite, watched=True)
                 if time(watched) + WATCHING < time(made):
                     made = watched
@@ -126,7 +146,7 @@ class Convolution:
                 made = with_sets(made, samples, extents, row, output.itemsize, keeps=True, finite=clean)
         if planes and not (exact or epilogue.along) and extents is not None and samples:
             with contextlib.suppress(Unsupported):
-                other = specialised(layer, functools.partial(specialise, finite=True))
+                other = specialised(layer, APART)
                 other = planar.as_planes(
                     other,
                     samples,
@@ -139,7 +159,7 @@ class Convolution:
                 )
                 slow = epilogue.fold is not None or epilogue.combine == "Maximum"
                 worth_it = planar.WORTH_IT * (planar.REDUCING if slow else 1.0)
-                if epilogue.step != ONE or time(other) * worth_it < time(made):
+                if epilogue.step != ONE or time(other) * worth_it < time(made) * lead(made):
                     made = other
         if extents is not None and samples:
             made = as_pingpong(made, samples, extents, row, output.itemsize, keeps=epilogue.keeps)

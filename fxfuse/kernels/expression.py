@@ -16,6 +16,10 @@ from fxfuse.instr import DTYPE_NAMES, Instr, Operand, Ref, TensorType
 from fxfuse.kernels.arithmetic import DIVISOR, FLOATS, STORED_AS, Arithmetic, Given, NotEmittable, Value, c_type
 from fxfuse.kernels.monotone import condition
 
+#: elements at least for which a thread has something ahead: the positions of a channel in its accumulators
+SHARED_BY = 4
+#: cost of dividing one of many elements by the same value: ``pw::Divisor`` in ``cuh/pointwise.cuh``
+DIVIDED = 3
 #: the coordinates of an element, in the order of the call operator's parameters
 COORDINATES = ("n", "c", "d", "h", "w")
 
@@ -40,8 +44,9 @@ class Expression:
     """C++ text ``struct <name> {fields; float operator()(float y, int n, int c, int d, int h, int w) const;};``.
 
     The fields lie in the struct in the order of ``fields``, 8 bytes each, no padding. ``flops`` is a
-    rough cost of one element, in additions. What does not depend on ``y`` nor on the place within a channel can be
-    had ahead, for many elements: ``channel(n, c)`` is it, a ``Channel``, which the operator takes in front of ``y``.
+    rough cost of one element, in additions, with its part of what is had ahead. What does not depend on ``y`` nor
+    on the place within a channel can be had ahead, for many elements: ``channel(n, c)`` is it, a ``Channel``, which
+    the operator takes in front of ``y``.
     ``local``: the struct reads operands that differ within a channel, so that the place must be one of the tensor.
     ``monotone``: in a channel the result only grows with ``y``, or only falls, where ``steady(channel)`` holds;
     ``always``: that holds for every channel.
@@ -91,7 +96,7 @@ def emit_expression(
         name,
         _struct(name, emitter, returned),
         tuple(emitter.fields),
-        emitter.flops,
+        emitter.flops + -(-emitter.flops_ahead // SHARED_BY),
         monotone=monotone,
         always=monotone and not conditions,
     )
@@ -190,6 +195,7 @@ class _Emitter(Arithmetic):
         self.made: list[str] = []  # what every line makes
         self.late = {"y"}  # what differs within a channel
         self.ahead: dict[str, str] = {}  # what does not, and is read by what does: its C++ type
+        self.flops_ahead = 0
         self.local = False
         self.conditions: list[str] | None = []  # for the result to be monotone in the value; None: it is not
 
@@ -213,15 +219,19 @@ class _Emitter(Arithmetic):
         except NotEmittable as reason:
             raise NotEmittable(f"`{instr}`: {reason}") from None
         (out,) = instr.outs
+        before = self.flops
         made = self.values[out] = dataclasses.replace(self.compute(instr, operands), small=out in self.small_numbers)
         self.made.append(made.code)
         read = [o for o in operands if isinstance(o, Value)]
-        if any(o.code in self.late for o in read):
-            self._bend(instr, operands)
-            self.late.add(made.code)
-            self.ahead |= {o.code: c_type(o.dtype) for o in read if o.code not in self.late}
-            if instr.op == "div" and len(read) == 2 and read[0].code in self.late and read[1].code not in self.late:
-                self._divide(made, *read)
+        if all(o.code not in self.late for o in read):
+            self.flops_ahead, self.flops = self.flops_ahead + self.flops - before, before
+            return
+        self._bend(instr, operands)
+        self.late.add(made.code)
+        self.ahead |= {o.code: c_type(o.dtype) for o in read if o.code not in self.late}
+        if instr.op == "div" and len(read) == 2 and read[0].code in self.late and read[1].code not in self.late:
+            self._divide(made, *read)
+            self.flops_ahead, self.flops = self.flops_ahead + self.flops - before, before + DIVIDED
 
     def _divide(self, made: Value, of: Value, by: Value) -> None:
         """Divide many elements by one and the same value as that is done fast."""

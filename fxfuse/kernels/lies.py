@@ -42,7 +42,8 @@ def channels_by_position(x: Tensor) -> bool:
 def lines_by_quads(x: Tensor) -> bool:
     """Whether positions along w are neighbours, and every four of them can be read at once."""
     *others, w = x.stride()
-    return w == 1 and x.shape[-1] % 4 == 0 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in others)
+    aligned = x.data_ptr() % (4 * x.element_size()) == 0 and all(s % 4 == 0 for s in others)
+    return w == 1 and x.shape[-1] % 4 == 0 and aligned
 
 
 def planes_in_place(x: Tensor) -> bool:

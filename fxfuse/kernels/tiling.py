@@ -27,6 +27,9 @@ from fxfuse.kernels.tiles import Extents, Tiling, any_run, joint_tilings, positi
 #: clock of a multiprocessor, and what one of the 132 of an H100 stores per second; how much longer a sector takes
 #: that is written in part: measured on an H100, rows of 95 floats against rows of 96
 CLOCK, STORE_RATE, PARTIAL_SECTOR, PROCESSORS = 1.7e9, 2e10, 5.0, 132
+#: bytes of a run of neighbours, and what stores of runs that are shorter by this part cost besides: of five layers
+#: whose tiles were 8 positions wide and up to 16 deep
+WHOLE_RUN, NARROW_RUN = 128, 0.3
 #: clock cycles of a multiprocessor that an accumulator costs where it becomes a part of a pool, outside the matrix
 #: units: read off chains on an H100
 POOLED = 0.2
@@ -97,6 +100,8 @@ def _fastest(
 ) -> tuple[tuple[float, int, int], Tiling] | None:
     """That of ``ways``, of the fewest tiles first, with its score: of equal times the smaller region, of fewer planes.
 
+    Rows of several positions hardly have a halo: there the fewest planes come first, whose rows are neighbours.
+
     Arguments as of :func:`tile`.
     """
     best: tuple[tuple[float, int, int], Tiling] | None = None
@@ -112,7 +117,8 @@ def _fastest(
         if made.by_channel and row and not sectors_fit(made, found, row, itemsize):
             continue
         estimate = multiply + store_seconds(made, found, extents, row, itemsize)
-        score = (estimate, math.prod(found.region), found.tile[0])
+        region, planes = math.prod(found.region), found.tile[0]
+        score = (estimate, planes, region) if row and made.layer.beside else (estimate, region, planes)
         if best is None or score < best[0]:
             best = score, found
     return best
@@ -219,7 +225,7 @@ def store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: i
     if made.samples > 1:
         return made.samples * _set_store_seconds(made, tiling, extents, row, itemsize)
     sectors = 1 + PARTIAL_SECTOR * _partial(made, tiling, extents, row, itemsize)
-    return _stored(made, extents, itemsize) / STORE_RATE * sectors
+    return _stored(made, extents, itemsize) / STORE_RATE * (sectors + _narrow(made, tiling, extents, row, itemsize))
 
 
 def _set_store_seconds(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
@@ -242,6 +248,17 @@ def _partial(made: Specialisation, tiling: Tiling, extents: Extents, row: int, i
     if kind in (Store.CHANNELS, Store.ONE, Store.ALONG) or (row * itemsize % 32 == 0 and run * itemsize % 32 == 0):
         return 0.0
     return min(1.0, 2 / (run * itemsize / 32 + 1))
+
+
+def _narrow(made: Specialisation, tiling: Tiling, extents: Extents, row: int, itemsize: int) -> float:
+    """What stores of a narrow tile cost beside its bytes, where nothing else asks for wide ones.
+
+    A tile of rows of several positions has no halo along w: one that is narrow and deep would cost no more products.
+    """
+    if not (row and made.layer.beside):
+        return 0.0
+    kind, run = store_of(made, tiling, extents, row, itemsize)
+    return NARROW_RUN * max(0.0, WHOLE_RUN / (run * itemsize) - 1) if kind is Store.DIRECT else 0.0
 
 
 def seconds(

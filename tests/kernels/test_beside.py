@@ -24,6 +24,7 @@ from fxfuse.kernels.emit import Epilogue
 from fxfuse.kernels.layer import Layer
 from fxfuse.kernels.specialise import specialise
 from fxfuse.kernels.tiles import Extents
+from fxfuse.kernels.tiling import WHOLE_RUN, tile
 
 ONE, TWO = (1, 1, 1), (2, 2, 2)
 UP = Layer(3, 16, 1, (3, 3, 3), TWO, ONE, ONE)
@@ -110,9 +111,40 @@ def test_sizes_do_not_tell() -> None:
 
 
 def test_numbers_that_may_be_infinite_stay_apart() -> None:
-    """Zero times Inf is not zero, and 16-bit numbers are not looked at."""
+    """Zero times Inf is not zero: 16-bit numbers are looked at, where sizes tell that this pays."""
     for dtype in (torch.float16, torch.bfloat16):
         assert Convolution.of(UP, dtype, dtype, dtype, Epilogue()).made.layer == UP
+        one = Convolution.of(UP, dtype, dtype, dtype, Epilogue(), extents=(31, 63, 63), samples=128).made
+        assert one.watched and one.layer.beside == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "stored", "layout", "beside"),
+    [
+        (dataclasses.replace(UP, out_channels=48), (64, 96, 96), "contiguous", ()),
+        (dataclasses.replace(UP, out_channels=48), (64, 96, 96), "channels_last", (1, 2)),
+        (dataclasses.replace(UP, out_channels=48), (63, 95, 95), "contiguous", (1, 2)),  # through shared memory
+        (Layer(4, 32, 1, (4, 4, 4), TWO, ONE, ONE), (64, 128, 128), "contiguous", (2,)),
+        (Layer(8, 32, 1, (3, 3, 3), TWO, ONE, ONE), (32, 96, 96), "contiguous", ()),
+    ],
+)
+def test_where_results_are_stored_from_registers(
+    layer: Layer, stored: Extents, layout: str, beside: tuple[int, ...]
+) -> None:
+    """A lead of less than a tenth is none: measured in float16."""
+    given = {"extents": stored, "samples": 16, "planes": True}
+    made = Convolution.of(layer, *[torch.float16] * 3, Epilogue(), layout, **given).made  # type: ignore[arg-type]
+    assert made.layer.beside == beside
+
+
+def test_tiles_are_wide_and_lie_in_few_planes() -> None:
+    """Rows of several positions have no halo along w: narrow tiles, 16 planes deep, took twice as long to store."""
+    layer = dataclasses.replace(UP, out_channels=32)
+    for itemsize in (2, 4):
+        made = fastest(layer, stored=(64, 128, 128), pooled=False, exact=False, contiguous=True, itemsize=itemsize)
+        assert made.layer.beside == (1, 2)
+        found = tile(made, (32, 64, 64), 128, itemsize)
+        assert found.tile[0] == 1 and found.tile[2] * 2 * itemsize >= WHOLE_RUN
 
 
 def test_without_a_kernel_the_refusal_is_the_layers() -> None:

@@ -1,4 +1,4 @@
-// Rows of several positions, for float32 x of few channels: number `channel * count + i` of a row is the channel at the
+// Rows of several positions, for x of few channels: number `channel * count + i` of a row is the channel at the
 // i-th offset from the row's own position, zero beyond a border of x (`Layer.beside` in convolution.py).
 #pragma once
 #include "prepare.cuh"
@@ -12,9 +12,9 @@ struct RowsBeside {
   static constexpr int numbers = Offsets::channels * count, units = (numbers + 15) / 16 * 2;  // 8 numbers are a unit
   static constexpr int low = Offsets::w(0), window = Offsets::w(along - 1) - low + 4;
 
-  // What neighbours along w have at `line` of x, from the first offset of the position w on; 16 bytes at once, or one by one.
-  template <bool quads>
-  static FXFUSE_INLINE void read_line(float (&to)[window], const float* line, const RowGeometry& g, bool inside, int w) {
+  // What neighbours along w have at `line` of x, from the first offset of the position w on; four at once, or one by one.
+  template <bool quads, class T>
+  static FXFUSE_INLINE void read_line(float (&to)[window], const T* line, const RowGeometry& g, bool inside, int w) {
     if constexpr (quads) {
       constexpr int begin = (low & ~3), skip = low - begin;
 #pragma unroll
@@ -22,20 +22,24 @@ struct RowsBeside {
         const int at = w + begin + i;
         const bool there = inside && (uint32_t)at < (uint32_t)g.width;
         if (i >= skip && i + 4 <= skip + window) {
-          const float4 read = there ? *(const float4*)(line + at) : make_float4(0.f, 0.f, 0.f, 0.f);
-          float* const into = to + (i - skip);
-          into[0] = read.x, into[1] = read.y, into[2] = read.z, into[3] = read.w;
+          alignas(16) T read[4] = {};
+          if (there) {
+            if constexpr (sizeof(T) == 4) *(uint4*)read = *(const uint4*)(line + at);
+            else *(uint2*)read = *(const uint2*)(line + at);
+          }
+#pragma unroll
+          for (int k = 0; k < 4; ++k) to[i + k - skip] = to_float(read[k]);
           continue;
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          if (i + k >= skip && i + k < skip + window) to[i + k - skip] = there ? line[at + k] : 0.f;
+          if (i + k >= skip && i + k < skip + window) to[i + k - skip] = there ? to_float(line[at + k]) : 0.f;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < window; ++i) {
         const int at = w + low + i;
-        to[i] = inside && (uint32_t)at < (uint32_t)g.width ? line[at * (int)g.stride_w] : 0.f;
+        to[i] = inside && (uint32_t)at < (uint32_t)g.width ? to_float(line[at * (int)g.stride_w]) : 0.f;
       }
     }
   }
@@ -47,7 +51,7 @@ struct RowsBeside {
     if constexpr (unit + 1 < units)
       if (wanted != unit) return read<quads, unit + 1>(to, wanted, x, g, n, group, d, h, w);
     const int before = group * g.channels;  // channels
-    const float* const sample = x.at + n * g.stride_n + (int64_t)before * g.stride_c;
+    const auto* const sample = x.at + n * g.stride_n + (int64_t)before * g.stride_c;
     constexpr int first = unit * 8, end = numbers < first + 8 ? numbers : first + 8;
 #pragma unroll
     for (int k = 0; k < 8; ++k) to[0][k] = to[1][k] = to[2][k] = to[3][k] = 0.f;
@@ -58,7 +62,7 @@ struct RowsBeside {
       const bool inside = (uint32_t)z < (uint32_t)g.depth && (uint32_t)y < (uint32_t)g.height;
       float values[window];
       // elements of a dense sample are counted in 32 bits
-      const float* const line = sample + (channel * (int)g.stride_c + z * (int)g.stride_d + y * (int)g.stride_h);
+      const auto* const line = sample + (channel * (int)g.stride_c + z * (int)g.stride_d + y * (int)g.stride_h);
       read_line<quads>(values, line, g, inside, w);
       if constexpr (!X::plain)
         if (inside) {
@@ -81,8 +85,8 @@ struct RowsBeside {
 
   // Look at what such a unit has of x, every value once: of all rows that have it one has it at the first offset, since there
   // is a row for each such position.
-  template <int unit = 0>
-  static FXFUSE_INLINE void look(const float (&values)[4][8], int wanted, int end, Taken<true, false>& take) {
+  template <int unit = 0, class Taking>
+  static FXFUSE_INLINE void look(const float (&values)[4][8], int wanted, int end, Taking& take) {
     if constexpr (unit + 1 < units)
       if (wanted != unit) return look<unit + 1>(values, wanted, end, take);
 #pragma unroll
@@ -116,7 +120,7 @@ struct RowsBeside {
     const int end = g.rows_w - w < 4 ? g.rows_w - w : 4;
     float values[4][8];
     read<quads>(values, unit, x, g, n, group, d, h, w);
-    Taken<true, false> take{by};
+    Taken<Problem::scaled, Problem::watched> take{by};
     look(values, unit, end, take);
     const int64_t row = ((int64_t)n * g.rows_d * g.rows_h + line) * g.rows_w + w;
     const int length = row_length + remainders<Problem>(row_length);
@@ -125,7 +129,8 @@ struct RowsBeside {
     for (int q = 0; q < 4; ++q) {
       if (q >= end) break;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) values[q][k] *= by.scale;
+      for (int k = 0; k < 8; ++k)
+        if (Problem::scaled) values[q][k] *= by.scale;
       store_eight<Half16, Problem>(to + q * length, values[q]);
     }
     take.tell(state, n);
