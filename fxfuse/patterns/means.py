@@ -17,6 +17,7 @@ from fxfuse.patterns.placement import (
     batched,
     moves_behind,
     moves_behind_pool,
+    of_numbers,
     source,
 )
 from fxfuse.patterns.rule import Legality, Match, P, Reject, Rule, X
@@ -41,9 +42,10 @@ class MoveAffineBehindMean(Rule):
     def rewrite(self, match: Match, build: Builder) -> fx.Node:
         node, reduce = match["map"], match["reduce"]
         value = moves_behind(node, reduce)
-        kept = build.call(op_of(reduce).name, value, dims=attributes(reduce)["dims"], keepdim=True)
+        keepdim = attributes(reduce)["keepdim"] or not of_numbers(node)
+        kept = build.call(op_of(reduce).name, value, dims=attributes(reduce)["dims"], keepdim=keepdim)
         new = _map_of(node, value, kept, build)
-        return new if attributes(reduce)["keepdim"] else build.call("reshape", new, shape=sizes(reduce))
+        return new if keepdim == attributes(reduce)["keepdim"] else build.call("reshape", new, shape=sizes(reduce))
 
 
 class MoveAffineBehindAvgPool(Rule):

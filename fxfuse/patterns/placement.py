@@ -180,9 +180,14 @@ def moves_behind(node: fx.Node, reduce: fx.Node) -> fx.Node | Reject:
     """The operand y of the affine map ``node`` = a*y + c that a mean or sum may take in its place, or why not."""
     if op_name(reduce) == "sum" and op_name(node) not in LINEAR:
         return Reject("a sum counts the shift once per element", node)
-    if not attributes(reduce)["keepdim"] and sizes(reduce) is None:
+    if not attributes(reduce)["keepdim"] and sizes(reduce) is None and not of_numbers(node):
         return Reject("dropped dims need sizes that are known", reduce)
     return affine_value(node, attributes(reduce)["dims"])
+
+
+def of_numbers(node: fx.Node) -> bool:
+    """Whether a map of one value has no other tensor, whose dims would have to be those of the value."""
+    return sum(isinstance(o, fx.Node) for o in operands(node)) == 1
 
 
 def moves_behind_pool(node: fx.Node, pool: fx.Node) -> fx.Node | Reject:

@@ -479,6 +479,7 @@ SHAPES = [((2, 3, 11), {0, 2}), ((3, 4, 3), set()), *[((4,), set())] * 5, ((4, 1
             "z = tanh(y)\ns = mul(z, 2.0)\nt = mul(s, 3.0)\nr = mean(t, dims=(2,), keepdim=True)\nr",
             ["MergeNumbers", "MoveAffineBehindMean"],
         ),
+        ("z = tanh(y)\ns = neg(z)\nr = mean(s, dims=(2,), keepdim=False)\nr", ["MoveAffineBehindMean"]),
         (f"z = tanh(y)\ns = sub(c, z)\nr = {avg_pool('s', 2, 2)}\nr", ["MoveAffineBehindAvgPool"]),
         ("z = add(y, 2.0)\nr = softmax(z, dim=1)\nr", ["DropShiftBeforeSoftmax"]),
         (
@@ -506,7 +507,7 @@ def test_rules_that_need_no_sizes_fire_without(chain: str, fired: list[str]) -> 
             "the boxes of inputs need sizes that are known",
         ),
         (
-            "z = tanh(y)\ns = neg(z)\nr = mean(s, dims=(2,), keepdim=False)\nr",
+            "z = tanh(y)\ns = sub(z, c)\nr = mean(s, dims=(2,), keepdim=False)\nr",
             "MoveAffineBehindMean",
             "dropped dims need sizes that are known",
         ),

@@ -73,6 +73,11 @@ NORM = "mean: f64[3], var: f64[3], g: f64[3], h: f64[3]"
             "sum(m, dims=(1,), keepdim=True)",
             ["sum(x0, dims=(1,), keepdim=True)", "div(v0, x3)"],
         ),
+        (
+            "add(y, 3.0)",
+            "mean(m, dims=(1, 2), keepdim=False)",
+            ["mean(x0, dims=(1, 2), keepdim=False)", "add(v0, 3.0)"],
+        ),
         ("neg(y)", "sum(m, dims=(0, 1), keepdim=True)", ["sum(x0, dims=(0, 1), keepdim=True)", "neg(v0)"]),
         (
             "batch_norm(y, mean, var, g, h, eps=0.1)",
