@@ -28,12 +28,24 @@ LONGER = os.environ.get("FXFUSE_CHAINS")
 SEED = int(os.environ.get("FXFUSE_SEED", "0" if LONGER is None else random.SystemRandom().randrange(2**32)))
 #: after ten examples hypothesis varies the ones that it has, which says little more about other operators
 BATCH = 10
+#: times as many chains as asked for, at most, until all that they should show is seen
+MORE = 4
 
 
-def search(strategy: Any, check: Callable[[Chain], None], examples: int) -> None:
-    """Check that many different chains, the same ones each time. A failure is made small and printed."""
+def search(
+    strategy: Any,
+    check: Callable[[Chain], None],
+    examples: int,
+    *,
+    seen: Collection[str] = (),
+    wanted: Collection[str] = (),
+) -> None:
+    """Check that many different chains, and more until ``wanted`` is ``seen``. A failure is made small and printed.
+
+    Which chains a seed makes also depends on the modules that are loaded: hypothesis draws constants of them.
+    """
     checked: set[str] = set()
-    wanted = examples if LONGER is None else int(LONGER)
+    least = examples if LONGER is None else int(LONGER)
     print(f"FXFUSE_SEED={SEED}")
 
     def each(chain: Chain) -> None:
@@ -43,7 +55,7 @@ def search(strategy: Any, check: Callable[[Chain], None], examples: int) -> None
 
     with rare_collections():
         for batch in itertools.count():
-            if len(checked) >= wanted:
+            if len(checked) >= least and (not missing(seen, wanted) or len(checked) >= MORE * least):
                 return
             once = given(strategy)(lambda chain: each(chain))
             hypothesis.seed(SEED * 2**32 + batch)(BATCHES(once))()

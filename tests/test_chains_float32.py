@@ -6,10 +6,11 @@ import torch
 from search import OPERATORS, RULES, Seen, check, missing, search
 from strategies import chains
 
-CHAINS = 1000
+CHAINS = 700
 
 
 def test_random_chains() -> None:
     seen = Seen()
-    search(chains(), lambda chain: check(chain, seen, dtype=torch.float32), CHAINS)
-    assert missing(seen, OPERATORS | RULES) == set()
+    wanted = OPERATORS | RULES
+    search(chains(), lambda chain: check(chain, seen, dtype=torch.float32), CHAINS, seen=seen, wanted=wanted)
+    assert missing(seen, wanted) == set()
