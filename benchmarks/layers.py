@@ -26,16 +26,16 @@ from torch import Tensor
 
 from fxfuse import environment
 from fxfuse.instr import TensorType
-from fxfuse.kernels.chains import dense
-from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import Unsupported
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.steps import Launch
-from fxfuse.kernels.tiling import seconds
+from fxfuse.kernels.codegen.chains import dense
+from fxfuse.kernels.compilation.jit import compile_cubin
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Unsupported
+from fxfuse.kernels.convolution.tiling import seconds
+from fxfuse.kernels.planning.choice import slower
+from fxfuse.kernels.runtime.convolution_engine import Calls
+from fxfuse.kernels.stages.steps import Launch
 from fxfuse.timing import queued
 
 CLASSES = {"tf32": (torch.float32, False), "ieee": (torch.float32, True), "float16": (torch.float16, False)}

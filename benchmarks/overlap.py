@@ -16,8 +16,8 @@ import torch
 import fxfuse
 from fxfuse import bench, ops, timing
 from fxfuse.bench.chains import CHAINS
-from fxfuse.kernels import launch
 from fxfuse.kernels.plan import Path
+from fxfuse.kernels.runtime import launch
 from fxfuse.models import CASES, Case
 
 #: calls of a graph

@@ -22,7 +22,8 @@ from torch import nn
 
 import fxfuse
 from fxfuse import environment, timing
-from fxfuse.kernels import choice, execute
+from fxfuse.kernels import execute
+from fxfuse.kernels.planning import choice
 
 #: in and out channels, kernel, stride, padding, output padding
 LAYERS = {

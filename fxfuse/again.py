@@ -1,4 +1,6 @@
-"""The short way of a call of a model that is like the one before: as :mod:`fxfuse.kernels.recent` has it for a region.
+"""The short way of a call of a model that is like the one before.
+
+As :mod:`fxfuse.kernels.runtime.recent` has it for a region.
 
 What :mod:`fxfuse.runtime` asks of the call's tensors and the model's one by one is compared at once, by the guards
 that torch.compile puts in front of its code. They do not hold where a tensor comes twice either, nor under
@@ -17,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fxfuse.capture import Capture
 from fxfuse.guards import Guards
-from fxfuse.kernels.recent import guards_of
+from fxfuse.kernels.runtime.recent import guards_of
 
 # asked on every call
 _default_dtype = torch.get_default_dtype

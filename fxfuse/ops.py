@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fxfuse.chain import no_autocast
-from fxfuse.kernels import execute, recent, running
+from fxfuse.kernels import execute, running
 from fxfuse.kernels.plan import Path, by_torch, chain_of, choose
+from fxfuse.kernels.runtime import recent
 from fxfuse.region import Region
 
 _library = torch.library.Library("fxfuse", "DEF")

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
-from fxfuse.kernels import cutter, execute, specialise
-from fxfuse.kernels.convolution import Along
-from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import specialise
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.specialisation import Along
+from fxfuse.kernels.planning import cutter
 
 
 @contextlib.contextmanager

@@ -41,14 +41,17 @@ from torch._prims_common import suggest_memory_format
 import fxfuse
 from fxfuse import ops, vocabulary
 from fxfuse.compare import relative_error
-from fxfuse.kernels import adapted, estimate, execute, schedule, tail
-from fxfuse.kernels.candidate import Candidate
-from fxfuse.kernels.collapsed import Sums
-from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.convolution_kernels import Convolution
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import adapted
+from fxfuse.kernels.convolution.kernels import Convolution
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.steps import Bundle, Gather, Schedule, Torch
-from fxfuse.kernels.tail_engine import kind_of
+from fxfuse.kernels.planning import estimate, schedule
+from fxfuse.kernels.planning.candidate import Candidate
+from fxfuse.kernels.stages import tail
+from fxfuse.kernels.stages.collapsed import Sums
+from fxfuse.kernels.stages.contraction import Contraction
+from fxfuse.kernels.stages.sources import kind_of
+from fxfuse.kernels.stages.steps import Bundle, Gather, Schedule, Torch
 from fxfuse.region import Region
 from fxfuse.vocabulary import Kind
 

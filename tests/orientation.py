@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from fxfuse.kernels import adapted, convolution_kernels, specialise
-from fxfuse.kernels.convolution import Specialisation, Unsupported
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.sets import SETS
-from fxfuse.kernels.tiling import tile
+from fxfuse.kernels.convolution import adapted, specialise
+from fxfuse.kernels.convolution import kernels as convolution_kernels
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.sets import SETS
+from fxfuse.kernels.convolution.specialisation import Specialisation, Unsupported
+from fxfuse.kernels.convolution.tiling import tile
 
 
 @contextlib.contextmanager

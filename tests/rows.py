@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.convolution.layer import Layer
 
 
 def rows_of(layer: Layer, x: Tensor) -> Tensor:

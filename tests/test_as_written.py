@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, plan, recent
+from fxfuse.kernels import execute, plan
 from fxfuse.kernels.cost import MACHINES, estimate
 from fxfuse.kernels.plan import Path
+from fxfuse.kernels.runtime import recent
 from fxfuse.ops import watch
 
 

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from fxfuse import forms
 from fxfuse.chain import to_graph
 from fxfuse.forms import Form
-from fxfuse.kernels.observe import observe
+from fxfuse.kernels.planning.observe import observe
 from fxfuse.vocabulary.op import Op
 
 TEXT = (

@@ -17,7 +17,7 @@ from agreement import F64, Block, assert_agree, assert_follows, assert_same, dat
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import recent
+from fxfuse.kernels.runtime import recent
 from fxfuse.ops import watch
 from fxfuse.runtime import Runtime
 

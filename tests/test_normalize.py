@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from fxfuse import vocabulary
 from fxfuse.call import ATEN, FUNCTIONS, INPLACE_FUNCTIONS, METHODS, MODULES
-from fxfuse.kernels.recent import computes
+from fxfuse.kernels.runtime.recent import computes
 from fxfuse.normalize import values_only
 from fxfuse.propagate import storages
 from fxfuse.spellings.reductions import max_values, min_values

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from fxfuse.cli.errors import Exit, UserError
-from fxfuse.kernels import cache, kept
+from fxfuse.kernels.compilation import cache, kept
 
 #: entries that are listed unless all are asked for
 LISTED = 20

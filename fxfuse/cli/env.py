@@ -10,7 +10,7 @@ from typing import Any
 from fxfuse import environment
 from fxfuse.cli.cache import summary
 from fxfuse.cli.errors import Exit
-from fxfuse.kernels import cache
+from fxfuse.kernels.compilation import cache
 
 EXAMPLES = """examples:
   python -m fxfuse env

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxfuse.cli.arguments import default_device
 from fxfuse.cli.errors import UserError, first_line
 from fxfuse.compare import fresh
-from fxfuse.kernels import cache
+from fxfuse.kernels.compilation import cache
 from fxfuse.patterns import Legality, Settings
 from fxfuse.state import State
 

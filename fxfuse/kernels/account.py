@@ -1,7 +1,7 @@
 """What a region costs on an H100, step by step: launches, bytes, multiply-adds, seconds by estimate. Pure.
 
 The chain as the model wrote it is counted operator by operator; the plan as :mod:`~fxfuse.kernels.execute` decides
-it for contiguous inputs. Seconds are those of :mod:`~fxfuse.kernels.estimate`.
+it for contiguous inputs. Seconds are those of :mod:`~fxfuse.kernels.planning.estimate`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Iterator
 import torch
 
 from fxfuse.kernels import execute
-from fxfuse.kernels.candidate import Candidate
-from fxfuse.kernels.collapsed import Sums
-from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
-from fxfuse.kernels.convolution_kernels import THREADS, Convolution
-from fxfuse.kernels.correlation import Correlation
+from fxfuse.kernels.convolution.correlation import Correlation
+from fxfuse.kernels.convolution.instructions import PRODUCTS
+from fxfuse.kernels.convolution.kernels import THREADS, Convolution
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, Shared, Specialisation
 from fxfuse.kernels.cost import operators
-from fxfuse.kernels.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
 from fxfuse.kernels.execute import Strides
-from fxfuse.kernels.instructions import PRODUCTS
-from fxfuse.kernels.steps import Bundle, Gather, Launch, Step, Torch
-from fxfuse.kernels.tail_engine import source_of
+from fxfuse.kernels.planning.candidate import Candidate
+from fxfuse.kernels.planning.estimate import BANDWIDTH, HALF_RATE, Work, by_torch, bytes_of, run_by, types_of, works
+from fxfuse.kernels.stages.collapsed import Sums
+from fxfuse.kernels.stages.contraction import Contraction
+from fxfuse.kernels.stages.sources import source_of
+from fxfuse.kernels.stages.steps import Bundle, Gather, Launch, Step, Torch
 from fxfuse.program import Program
 from fxfuse.region import Region
 

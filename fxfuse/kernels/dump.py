@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels.jit import HEADERS, compile_cubin
+from fxfuse.kernels.compilation.jit import HEADERS, compile_cubin
 from fxfuse.region import Region
 
 _log = logging.getLogger(__name__)

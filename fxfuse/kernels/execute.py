@@ -20,21 +20,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse import timing
 from fxfuse.instr import TensorType
-from fxfuse.kernels import dump, kept, measure, recent, replays
-from fxfuse.kernels.candidate import AHEAD, CUDNN, ENGINE, PRODUCTS, TORCH, TWICE, Candidate, convolution_of
-from fxfuse.kernels.choice import slower
-from fxfuse.kernels.convolution import Unsupported
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.estimate import Types, works
-from fxfuse.kernels.kept import Choice
-from fxfuse.kernels.observe import Unscheduled, examples
+from fxfuse.kernels import dump, measure
+from fxfuse.kernels.compilation import kept
+from fxfuse.kernels.compilation.kept import Choice
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.specialisation import Unsupported
 from fxfuse.kernels.plan import by_torch, chain_of
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.prologue import absorb
-from fxfuse.kernels.schedule import gathering, schedule
-from fxfuse.kernels.steps import Launch, Schedule, Torch
-from fxfuse.kernels.tail_engine import architecture
-from fxfuse.kernels.twice import from_products, sharing, twice
+from fxfuse.kernels.planning.candidate import AHEAD, CUDNN, ENGINE, PRODUCTS, TORCH, TWICE, Candidate, convolution_of
+from fxfuse.kernels.planning.choice import slower
+from fxfuse.kernels.planning.estimate import Types, works
+from fxfuse.kernels.planning.observe import Unscheduled, examples
+from fxfuse.kernels.planning.prologue import absorb
+from fxfuse.kernels.planning.schedule import gathering, schedule
+from fxfuse.kernels.planning.twice import from_products, sharing, twice
+from fxfuse.kernels.runtime import recent, replays
+from fxfuse.kernels.runtime.prepared import Prepared
+from fxfuse.kernels.runtime.tail_engine import architecture
+from fxfuse.kernels.stages.steps import Launch, Schedule, Torch
 from fxfuse.program import Program
 from fxfuse.region import Region
 from fxfuse.tolerance import tf32_allowed

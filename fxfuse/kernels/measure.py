@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
-from fxfuse.kernels.kept import Choice
+from fxfuse.kernels.compilation.kept import Choice
 from fxfuse.region import Region
 
 _log = logging.getLogger(__name__)

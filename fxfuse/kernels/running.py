@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fxfuse.instr import DTYPE_NAMES
-from fxfuse.kernels import execute, prepared, recent, tail_engine
-from fxfuse.kernels.arithmetic import FLOATS
-from fxfuse.kernels.emit_entries import TYPES
-from fxfuse.kernels.launch import Send, sender
+from fxfuse.kernels import execute
+from fxfuse.kernels.codegen.arithmetic import FLOATS
+from fxfuse.kernels.convolution.entries import TYPES
+from fxfuse.kernels.runtime import prepared, recent, tail_engine
+from fxfuse.kernels.runtime.launch import Send, sender
 
 log = logging.getLogger(__name__)
 

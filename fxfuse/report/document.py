@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fxfuse.kernels import estimate as rates
 from fxfuse.kernels.account import Account, Part
-from fxfuse.kernels.jit import Cubin, compile_cubin, compiled
+from fxfuse.kernels.compilation.jit import Cubin, compile_cubin, compiled
+from fxfuse.kernels.planning import estimate as rates
 from fxfuse.report import text, words
 from fxfuse.report.nodes import fused_nodes
 from fxfuse.version import __version__

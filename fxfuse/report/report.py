@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxfuse import vocabulary
 from fxfuse.kernels import execute
 from fxfuse.kernels.account import Account, account
-from fxfuse.kernels.chains import elements, needed_by
+from fxfuse.kernels.codegen.chains import elements, needed_by
 from fxfuse.partition import Draft
 from fxfuse.patterns import Application, Rejection
 from fxfuse.propagate import facts, label

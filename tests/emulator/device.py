@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import pytest
@@ -30,20 +30,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfuse.kernels import (
+from fxfuse.kernels import execute, running
+from fxfuse.kernels.compilation import jit
+from fxfuse.kernels.runtime import (
     collapsed_engine,
     convolution_engine,
     correlation_engine,
-    execute,
-    jit,
     launch,
     memory,
     prepared,
     recent,
-    running,
     tail_engine,
 )
-from fxfuse.kernels.launch import Kernel
+from fxfuse.kernels.runtime.launch import Kernel
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -146,7 +145,10 @@ def _library(source: str) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def broken(header: str, text: str, instead: str) -> Iterator[None]:
-    """Inside, ``instead`` stands in a header where ``text`` does: what tests should see. It has to compile."""
+    """Inside, ``instead`` stands in a header where ``text`` does: what tests should see. It has to compile.
+
+    A kernel that fails raises: nobody hands its call to torch's operators instead.
+    """
     whole = (jit.HEADERS / header).read_text("utf-8")
     assert whole.count(text) == 1, text
     made: dict[str, ctypes.CDLL] = {}
@@ -163,10 +165,14 @@ def broken(header: str, text: str, instead: str) -> Iterator[None]:
     kept = file.read_text("utf-8")
     file.write_text(translated(whole.replace(text, instead)), "utf-8")
     try:
-        with mock.patch(f"{__name__}.library", anew):
+        with mock.patch(f"{__name__}.library", anew), mock.patch.object(execute, "_warn", _fail):
             yield
     finally:
         file.write_text(kept, "utf-8")
+
+
+def _fail(message: str) -> NoReturn:
+    raise EmulationError(message)
 
 
 # --- the device -------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch
 from emulator.device import Device
 from torch import Tensor
 
-from fxfuse.kernels import graphs, launch, memory, prepared, replays
-from fxfuse.kernels.launch import Launch
+from fxfuse.kernels.runtime import graphs, launch, memory, prepared, replays
+from fxfuse.kernels.runtime.launch import Launch
 
 
 class Graphs:

@@ -13,8 +13,8 @@ from emulator.device import needs_compiler
 from test_emulated_folds import BF16, F16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels.convolution import Along
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.convolution.specialisation import Along
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

@@ -11,13 +11,13 @@ from emulator.device import Device, _module, emulated, needs_compiler
 from rows import rows_of
 from torch import Tensor
 
-from fxfuse.kernels.arguments import I32, I64, Samples
-from fxfuse.kernels.convolution_engine import _rows_geometry
-from fxfuse.kernels.convolution_kernels import BLOCK, Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.launch import Chain, Launch
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.lies import lines_by_quads
+from fxfuse.kernels.convolution.arguments import I32, I64, Samples
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import BLOCK, Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.lies import lines_by_quads
+from fxfuse.kernels.runtime.convolution_engine import _rows_geometry
+from fxfuse.kernels.runtime.launch import Chain, Launch
 
 pytestmark = needs_compiler
 

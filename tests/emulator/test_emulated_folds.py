@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.kernels import execute
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

@@ -10,7 +10,7 @@ from emulator.device import needs_compiler
 from test_emulated_folds import BF16, F16, F32, FOLDS, LIMIT, Then, assert_near, layer, run_prepared
 from torch import nn
 
-from fxfuse.kernels import planar
+from fxfuse.kernels.convolution import planar
 from fxfuse.models import CASES
 
 pytestmark = needs_compiler

@@ -12,7 +12,7 @@ from emulator.device import needs_compiler
 from test_emulated_folds import F16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels.steps import Launch
+from fxfuse.kernels.stages.steps import Launch
 
 pytestmark = needs_compiler
 

@@ -11,8 +11,8 @@ from emulator.device import EmulationError, needs_compiler
 from test_emulated_folds import run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels import convolution_engine
-from fxfuse.kernels.lies import at_once_of
+from fxfuse.kernels.convolution.lies import at_once_of
+from fxfuse.kernels.runtime import convolution_engine
 
 pytestmark = needs_compiler
 
@@ -51,7 +51,7 @@ def test_the_same_bits(
     name: str, dtype: torch.dtype, odd: float, watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if watched:
-        monkeypatch.setattr("fxfuse.kernels.convolution_kernels.WATCHING", -math.inf)
+        monkeypatch.setattr("fxfuse.kernels.convolution.kernels.WATCHING", -math.inf)
     together, apart = (made(name, dtype, at_once, monkeypatch, odd) for at_once in (True, False))
     assert torch.equal(together.nan_to_num(7), apart.nan_to_num(7))
 

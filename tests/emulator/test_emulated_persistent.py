@@ -10,7 +10,7 @@ from emulator.device import needs_compiler
 from persistents import FUNCTIONS
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, Then, assert_near, layer, rows, run
 
-from fxfuse.kernels.convolution import Along
+from fxfuse.kernels.convolution.specialisation import Along
 
 pytestmark = needs_compiler
 

@@ -16,9 +16,9 @@ from fronts import F32, FEW, FORMS, TWO, Behind, behind, of_places
 from test_emulated_folds import LIMIT, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels import convolution_kernels
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.steps import Map
+from fxfuse.kernels.convolution import kernels as convolution_kernels
+from fxfuse.kernels.runtime.prepared import Prepared
+from fxfuse.kernels.stages.steps import Map
 
 pytestmark = needs_compiler
 

@@ -12,8 +12,8 @@ from emulator.device import needs_compiler
 from test_emulated_folds import BF16, F32, LIMIT, Then, assert_near, layer, run_prepared, samples
 from torch import nn
 
-from fxfuse.kernels import adapted, tiling
-from fxfuse.kernels.convolution import CONSUMERS, MOST_TILES
+from fxfuse.kernels.convolution import adapted, tiling
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, MOST_TILES
 
 pytestmark = needs_compiler
 

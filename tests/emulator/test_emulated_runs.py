@@ -13,14 +13,14 @@ from orientation import by_channel_never
 from test_emulated_folds import BF16, F16, F32, LIMIT, TWO, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels import planar
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.tiles import Tiling, positions_over
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.convolution import planar
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.tiles import Tiling, positions_over
+from fxfuse.kernels.convolution.tiling import Store
+from fxfuse.kernels.runtime.convolution_engine import Calls
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

@@ -15,7 +15,7 @@ from test_emulated_folds import F32, LIMIT, Then, assert_near, layer, run_prepar
 from test_emulated_sets import sets_always
 from torch import nn
 
-from fxfuse.kernels import planar
+from fxfuse.kernels.convolution import planar
 
 pytestmark = needs_compiler
 
@@ -121,7 +121,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.defective
 @pytest.mark.parametrize("why", BROKEN)
 def test_what_is_broken_shows(why: str) -> None:
     header, text, instead, case = BROKEN[why]
@@ -129,7 +128,6 @@ def test_what_is_broken_shows(why: str) -> None:
         check(case)
 
 
-@pytest.mark.defective
 @pytest.mark.parametrize(
     ("text", "instead", "scale", "size"),
     [

@@ -14,9 +14,9 @@ from orientation import by_channel_always
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, Then, assert_near, layer, run_prepared, samples
 from torch import nn
 
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.tiles import Tiling
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.convolution.tiles import Tiling
+from fxfuse.kernels.convolution.tiling import Store
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

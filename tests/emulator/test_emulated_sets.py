@@ -17,13 +17,13 @@ from orientation import chosen_anew, of_sets, sets_always
 from test_emulated_folds import LIMIT, Then, assert_near, layer, run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels import convolution
-from fxfuse.kernels.convolution import Specialisation
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.convolution import specialisation
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Specialisation
+from fxfuse.kernels.convolution.tiling import Store
+from fxfuse.kernels.runtime.convolution_engine import Calls
 
 pytestmark = needs_compiler
 
@@ -166,7 +166,7 @@ def test_ways(name: str, dtype: torch.dtype) -> None:
     chosen, store = WAYS[name]
     layer = dataclasses.replace(UP, in_channels=48, out_channels=40)
     x = drawn(17, 48, 4, 4, 4, dtype=dtype)
-    with mock.patch.object(convolution, "BATCH", 0 if "slab" in name else convolution.BATCH), chosen_anew():
+    with mock.patch.object(specialisation, "BATCH", 0 if "slab" in name else specialisation.BATCH), chosen_anew():
         for seed in (1, 2):
             got, expected, of = convolved(layer, x, chosen, samples=16, inner=1, seed=seed)
             near(got, expected)
@@ -190,7 +190,7 @@ def _pairs(made: Specialisation) -> bool:
 def test_slabs_of_several_runs_are_given_back_once() -> None:
     """Of four slabs the first ones are given back before the last one is multiplied, by the last run."""
     layer = Layer(96, 24, 1, (4, 3, 4), (1, 2, 2), (2, 1, 1), ONE)
-    with mock.patch.object(convolution, "BATCH", 0), chosen_anew():
+    with mock.patch.object(specialisation, "BATCH", 0), chosen_anew():
         for seed in range(4):
             x = drawn(16, 96, 4, 3, 4)
             near(*convolved(layer, x, lambda m: m.by_slab and runs(m) > 1, samples=16, inner=1, seed=seed)[:2])
@@ -199,7 +199,7 @@ def test_slabs_of_several_runs_are_given_back_once() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_slabs_that_the_last_run_does_not_read(depth: int) -> None:
     layer = Layer(48, 8, 1, (2, 3, 3), TWO, NONE, (3, 1, 1))
-    with mock.patch.object(convolution, "BATCH", 0), chosen_anew():
+    with mock.patch.object(specialisation, "BATCH", 0), chosen_anew():
         for seed in range(4):
             got, expected, _ = convolved(
                 layer,

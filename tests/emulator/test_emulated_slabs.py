@@ -16,13 +16,13 @@ from orientation import by_channel_always, by_channel_never, chosen_anew
 from test_emulated_folds import LIMIT, assert_near, run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels import convolution
-from fxfuse.kernels.convolution import CONSUMERS, Specialisation
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.tiles import Tiling, first_planes
+from fxfuse.kernels.convolution import specialisation
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, Specialisation
+from fxfuse.kernels.convolution.tiles import Tiling, first_planes
+from fxfuse.kernels.runtime.convolution_engine import Calls
 
 pytestmark = needs_compiler
 
@@ -33,8 +33,8 @@ ONE, NONE = (1, 1, 1), (0, 0, 0)
 @pytest.fixture(autouse=True)
 def slabs_always() -> Iterator[None]:
     """Slabs are told apart in small layers, too."""
-    runs = mock.patch.object(convolution, "RUN_CYCLES", convolution.TURN_CYCLES)
-    with mock.patch.object(convolution, "BATCH", 0), runs, chosen_anew():
+    runs = mock.patch.object(specialisation, "RUN_CYCLES", specialisation.TURN_CYCLES)
+    with mock.patch.object(specialisation, "BATCH", 0), runs, chosen_anew():
         yield
 
 

@@ -13,7 +13,7 @@ from orientation import by_channel_always
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, Then, assert_near, layer, run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

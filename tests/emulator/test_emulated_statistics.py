@@ -12,11 +12,11 @@ from emulator.device import Device, emulated, needs_compiler
 from torch import Tensor
 
 from fxfuse import vocabulary
-from fxfuse.kernels import tail_engine
-from fxfuse.kernels.emit_tail import emit_statistics
-from fxfuse.kernels.launch import Kernel, sender
-from fxfuse.kernels.merge import MERGE_BLOCK, MERGED, pieces
-from fxfuse.kernels.tail_engine import FINISH_BLOCK, PARTIALS
+from fxfuse.kernels.runtime import tail_engine
+from fxfuse.kernels.runtime.launch import Kernel, sender
+from fxfuse.kernels.runtime.tail_engine import FINISH_BLOCK, PARTIALS
+from fxfuse.kernels.stages.emit_tail import emit_statistics
+from fxfuse.kernels.stages.merge import MERGE_BLOCK, MERGED, pieces
 
 pytestmark = needs_compiler
 

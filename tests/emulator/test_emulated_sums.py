@@ -11,8 +11,8 @@ from emulator.device import needs_compiler
 from test_emulated_folds import BF16, F16, F32, INF, LIMIT, NAN, TWO, Then, assert_near, layer, run_prepared, samples
 from torch import Tensor, nn
 
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.tiling import Store
+from fxfuse.kernels.convolution.tiling import Store
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytestmark = needs_compiler
 

@@ -11,7 +11,7 @@ from emulator.device import needs_compiler
 from emulator.test_emulated_folds import F16, F32, LIMIT, Then, assert_near, layer, run_prepared
 from torch import Tensor, nn
 
-from fxfuse.kernels.steps import Bundle, Torch
+from fxfuse.kernels.stages.steps import Bundle, Torch
 
 pytestmark = needs_compiler
 

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], torch.dtype, in
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.kernels.convolution_kernels.WATCHING", -math.inf)
+    monkeypatch.setattr("fxfuse.kernels.convolution.kernels.WATCHING", -math.inf)
 
 
 @pytest.mark.parametrize("lies", ["contiguous", "last", "a part"])

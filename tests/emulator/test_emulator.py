@@ -13,11 +13,11 @@ from emulator.device import Device, EmulationError, emulated, needs_compiler
 from orientation import chosen_anew
 from torch import Tensor
 
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.launch import Chain, Launch
-from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.runtime.convolution_engine import Calls
+from fxfuse.kernels.runtime.launch import Chain, Launch
 
 pytestmark = needs_compiler
 
@@ -172,7 +172,7 @@ def is_wrong(seed: int, layer: Layer = LAYER) -> bool:
 def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait of the convolution left out: some order of events, of a few, gives a wrong value or an error."""
     rest = "if (before" if "if (before" in text else ";"
-    monkeypatch.setattr("fxfuse.kernels.tiles.MOST_BLOCKS", 2)  # or they need not wait for each other
+    monkeypatch.setattr("fxfuse.kernels.convolution.tiles.MOST_BLOCKS", 2)  # or they need not wait for each other
     with device.broken(header, text, rest):
         assert any(is_wrong(seed) for seed in range(12))
 
@@ -204,7 +204,8 @@ def test_what_does_not_wait_shows(header: str, text: str, why: str, monkeypatch:
 )
 def test_steps_in_turn(layer: Layer, text: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a tile whose steps follow each other begin where the one before has ended, or ends."""
-    monkeypatch.setattr("fxfuse.kernels.convolution.RUN_CYCLES", 10**9)  # more than products with padding
+    # more than products with padding
+    monkeypatch.setattr("fxfuse.kernels.convolution.specialisation.RUN_CYCLES", 10**9)
     with chosen_anew():
         assert not is_wrong(0, layer)
         with device.broken("conv_wgmma.cuh", text, other):

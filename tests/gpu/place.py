@@ -12,7 +12,8 @@ import torch
 from emulator.device import emulated, needs_compiler
 from emulator.graphs import graphs_of
 
-from fxfuse.kernels import execute, planar
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import planar
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

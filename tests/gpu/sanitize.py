@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 if TYPE_CHECKING:
-    from fxfuse.kernels.convolution import Specialisation
+    from fxfuse.kernels.convolution.specialisation import Specialisation
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -103,8 +103,9 @@ def _each(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     from fronts import FRONTS
     from orientation import pingpong_always, sets_always
 
-    from fxfuse.kernels import execute, planar
-    from fxfuse.kernels.convolution import Along
+    from fxfuse.kernels import execute
+    from fxfuse.kernels.convolution import planar
+    from fxfuse.kernels.convolution.specialisation import Along
 
     def twice(kind: str, way: str, *shape: int) -> None:
         case = test_limits.Case.of(kind, way)

@@ -14,8 +14,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse.compare import relative_error
-from fxfuse.kernels import adapted, execute
-from fxfuse.kernels.convolution import Specialisation
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import adapted
+from fxfuse.kernels.convolution.specialisation import Specialisation
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

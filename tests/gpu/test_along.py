@@ -13,7 +13,7 @@ from stages import Stages, check, made, near, sample, spread
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels.convolution import Along
+from fxfuse.kernels.convolution.specialisation import Along
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

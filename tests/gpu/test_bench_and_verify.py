@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import bench
-from fxfuse.kernels import execute, recent
+from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path
+from fxfuse.kernels.runtime import recent
 from fxfuse.models import CASES, Case
 from fxfuse.tolerance import TF32
 

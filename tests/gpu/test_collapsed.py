@@ -17,10 +17,13 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import ops
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels import collapsed, execute, tail_engine
-from fxfuse.kernels.chains import dense
-from fxfuse.kernels.collapsed import Sums, sums_of
+from fxfuse.kernels import execute
+from fxfuse.kernels.codegen.chains import dense
 from fxfuse.kernels.plan import Path
+from fxfuse.kernels.runtime import tail_engine
+from fxfuse.kernels.stages import collapsed
+from fxfuse.kernels.stages.collapsed import Sums, sums_of
+from fxfuse.kernels.stages.sources import kind_of
 from fxfuse.vocabulary import lookup
 
 pytest.importorskip("cuda.bindings")
@@ -220,7 +223,7 @@ def test_the_model_takes_two_launches() -> None:
         fast(x)
     assert [r.path for r in runs] == [Path.KERNEL]
     (prepared,) = (p for p in execute._prepared.values() if p is not None)
-    assert [tail_engine.kind_of(s) for s in prepared.schedule.steps] == ["sums", "contraction"]
+    assert [kind_of(s) for s in prepared.schedule.steps] == ["sums", "contraction"]
     assert not prepared.asks_torch and prepared.apart and len(prepared.steps) == 2
 
 

@@ -18,9 +18,10 @@ from stages import LAST, Stages, check, made, sample, steps_run, trained
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.kernels import correlation, correlation_engine
-from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.convolution import correlation
+from fxfuse.kernels.convolution.correlation import Correlation
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.runtime import correlation_engine
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -128,8 +129,8 @@ def test_nothing_is_lost_to_what_cancels() -> None:
 
 def test_many_tiles_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block takes several of them, and the sums of a part are of several blocks."""
-    monkeypatch.setattr("fxfuse.kernels.correlation.ENOUGH_JOBS", 20)
-    monkeypatch.setattr("fxfuse.kernels.correlation.TILE_ELEMENTS", 200)
+    monkeypatch.setattr("fxfuse.kernels.convolution.correlation.ENOUGH_JOBS", 20)
+    monkeypatch.setattr("fxfuse.kernels.convolution.correlation.TILE_ELEMENTS", 200)
     convolution, x = made(3, 2, 3, 3, stride=2, padding=1), sample(2, 2, 6, 7, 11)
     with by_blocks():
         parts = correlation_of(convolution, x).parts((6, 7, 11), (11, 13, 21))

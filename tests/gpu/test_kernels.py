@@ -265,7 +265,7 @@ def test_long_sums_without_tf32(shape: tuple[int, ...]) -> None:
 
 
 def test_small_layers_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxfuse.kernels.choice import slower
+    from fxfuse.kernels.planning.choice import slower
 
     monkeypatch.setattr("fxfuse.kernels.execute.slower", slower)
     check(Chain(made(3, 7, 9, 2), F.relu), sample(1, 7, 2, 2, 2), Path.REWRITTEN)

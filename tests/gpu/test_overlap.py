@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, launch
+from fxfuse.kernels import execute
 from fxfuse.kernels.plan import Path
+from fxfuse.kernels.runtime import launch
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

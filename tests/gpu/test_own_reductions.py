@@ -12,7 +12,7 @@ from persistents import FUNCTIONS
 from place import CUDA, kernels_always, needs
 from stages import Stages, check, made, sample
 
-from fxfuse.kernels.convolution import Along
+from fxfuse.kernels.convolution.specialisation import Along
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

@@ -13,7 +13,8 @@ from place import kernels_always, needs
 from stages import NORMS, check, made, near, sample, steps_run, trained
 
 import fxfuse
-from fxfuse.kernels import execute, merge
+from fxfuse.kernels import execute
+from fxfuse.kernels.stages import merge
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))
@@ -31,7 +32,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return found[-1]
 
     for where in ("convolution_engine", "prepared", "tail_engine"):
-        monkeypatch.setattr(f"fxfuse.kernels.{where}.pieces", spy)
+        monkeypatch.setattr(f"fxfuse.kernels.runtime.{where}.pieces", spy)
     with kernels_always():
         yield found
 

@@ -17,8 +17,9 @@ import fxfuse
 from fxfuse import ops
 from fxfuse.bench.chains import Scale
 from fxfuse.compare import relative_error
-from fxfuse.kernels import execute, planar
-from fxfuse.kernels.geometry import ONE
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import planar
+from fxfuse.kernels.convolution.geometry import ONE
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")

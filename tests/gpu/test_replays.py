@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, replays
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels import execute
+from fxfuse.kernels.runtime import replays
+from fxfuse.kernels.runtime.prepared import Prepared
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

@@ -16,7 +16,7 @@ from place import DEVICE, kernels_always, needs
 from stages import Stages, check, made, sample, spread, steps_run
 from torch import Tensor, nn
 
-from fxfuse.kernels import reductions
+from fxfuse.kernels.codegen import reductions
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((8, 0))

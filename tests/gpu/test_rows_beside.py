@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import ops
 from fxfuse.compare import relative_error
-from fxfuse.kernels import convolution_kernels, execute
+from fxfuse.kernels import execute
+from fxfuse.kernels.convolution import kernels as convolution_kernels
 from fxfuse.kernels.plan import Path
 
 pytest.importorskip("cuda.bindings")

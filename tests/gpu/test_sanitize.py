@@ -16,16 +16,16 @@ from emulator.device import needs_compiler
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels import running
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.correlation import Correlation
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.emit_bundle import emit_bundle
-from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.observe import examples, observe
-from fxfuse.kernels.reductions import Fold, Window
-from fxfuse.kernels.statistics import KINDS
+from fxfuse.kernels.codegen.reductions import Fold, Window
+from fxfuse.kernels.codegen.statistics import KINDS
+from fxfuse.kernels.convolution.correlation import Correlation
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.planning.observe import examples, observe
+from fxfuse.kernels.stages.emit_bundle import emit_bundle
+from fxfuse.kernels.stages.emit_collapsed import emit_contraction, emit_sums
+from fxfuse.kernels.stages.emit_tail import emit_fold, emit_map, emit_pool, emit_statistics
 from fxfuse.program import Program
 
 

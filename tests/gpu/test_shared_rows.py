@@ -17,7 +17,8 @@ from stages import LAST, Stages, check, made, near, sample, steps_run, trained
 from torch import Tensor
 
 import fxfuse
-from fxfuse.kernels import convolution_engine, convolution_kernels, memory
+from fxfuse.kernels.convolution import kernels as convolution_kernels
+from fxfuse.kernels.runtime import convolution_engine, memory
 
 pytest.importorskip("cuda.bindings")
 pytestmark = needs((9, 0))

@@ -16,11 +16,11 @@ from fxfuse import ops
 from fxfuse.compare import relative_error
 from fxfuse.instr import TensorType
 from fxfuse.kernels import execute
-from fxfuse.kernels.emit_bundle import emit_bundle
-from fxfuse.kernels.observe import observe
 from fxfuse.kernels.plan import Path
-from fxfuse.kernels.steps import Bundle
-from fxfuse.kernels.tail_engine import prepare
+from fxfuse.kernels.planning.observe import observe
+from fxfuse.kernels.runtime.tail_engine import prepare
+from fxfuse.kernels.stages.emit_bundle import emit_bundle
+from fxfuse.kernels.stages.steps import Bundle
 from fxfuse.program import Program
 
 pytest.importorskip("cuda.bindings")
@@ -109,7 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_has_nothing_to_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("tail", "schedule"):
+    for module in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**12)  # vectors are small, samples are not
     execute.forget()  # what other tests have run
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import ops
 from fxfuse.compare import relative_error
-from fxfuse.kernels import execute, kept
+from fxfuse.kernels import execute
+from fxfuse.kernels.compilation import kept
 from fxfuse.kernels.plan import Path as Way
 from fxfuse.tuning import measured
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import DTYPE_NAMES, TensorType
-from fxfuse.kernels import arithmetic
-from fxfuse.kernels.expression import Expression, emit_expression
+from fxfuse.kernels.codegen import arithmetic
+from fxfuse.kernels.codegen.expression import Expression, emit_expression
 from fxfuse.program import Program
 
 CUH = Path(arithmetic.__file__).parent / "cuh"

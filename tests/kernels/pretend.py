@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import execute, kept
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.steps import Schedule
+from fxfuse.kernels import execute
+from fxfuse.kernels.compilation import kept
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.stages.steps import Schedule
 from fxfuse.program import Program
 
 

@@ -14,7 +14,7 @@ from reports import explained
 from torch import Tensor, nn
 
 from fxfuse.kernels.account import Account, account
-from fxfuse.kernels.estimate import BANDWIDTH, FLOAT_RATE, HALF_RATE, LAUNCH, TF32_RATE
+from fxfuse.kernels.planning.estimate import BANDWIDTH, FLOAT_RATE, HALF_RATE, LAUNCH, TF32_RATE
 from fxfuse.models import CASES
 from fxfuse.region import Region
 

@@ -15,16 +15,17 @@ from rows import rows_of
 from test_convolution import by_steps, convolved, extents_of, layers
 from torch import Tensor, nn
 
-from fxfuse.kernels import choice, execute
+from fxfuse.kernels import execute
 from fxfuse.kernels.account import account
-from fxfuse.kernels.beside import MOST_NUMBERS, fastest, side_by_side
-from fxfuse.kernels.convolution import Unsupported
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiles import Extents
-from fxfuse.kernels.tiling import WHOLE_RUN, tile
+from fxfuse.kernels.convolution.beside import MOST_NUMBERS, fastest, side_by_side
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Unsupported
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiles import Extents
+from fxfuse.kernels.convolution.tiling import WHOLE_RUN, tile
+from fxfuse.kernels.planning import choice
 
 ONE, TWO = (1, 1, 1), (2, 2, 2)
 UP = Layer(3, 16, 1, (3, 3, 3), TWO, ONE, ONE)

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxfuse.instr import DTYPES, TensorType
-from fxfuse.kernels import jit
-from fxfuse.kernels.arguments import MOST_PARAMETERS
-from fxfuse.kernels.arithmetic import NotEmittable
-from fxfuse.kernels.bundle import Bundler
-from fxfuse.kernels.candidate import convolution_of
-from fxfuse.kernels.emit_bundle import MOST_ELEMENTS, Emitted, emit_bundle
-from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.observe import examples, observe
-from fxfuse.kernels.operands import Place
-from fxfuse.kernels.prepared import Prepared, _in_rooms
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Bundle, Schedule, Step, Torch
-from fxfuse.kernels.tail_engine import prepare
+from fxfuse.kernels.codegen.arithmetic import NotEmittable
+from fxfuse.kernels.codegen.expression import Expression
+from fxfuse.kernels.codegen.operands import Place
+from fxfuse.kernels.compilation import jit
+from fxfuse.kernels.convolution.arguments import MOST_PARAMETERS
+from fxfuse.kernels.planning.candidate import convolution_of
+from fxfuse.kernels.planning.observe import examples, observe
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.runtime.prepared import Prepared, _in_rooms
+from fxfuse.kernels.runtime.tail_engine import prepare
+from fxfuse.kernels.stages.bundle import Bundler
+from fxfuse.kernels.stages.emit_bundle import MOST_ELEMENTS, Emitted, emit_bundle
+from fxfuse.kernels.stages.steps import Bundle, Schedule, Step, Torch
 from fxfuse.program import Program
 
 Draw = st.DrawFn
@@ -101,7 +101,7 @@ def test_a_folded_norm() -> None:
 def test_no_operators_are_contracted() -> None:
     source = emitted(program(FOLDED, "\n".join([*FOLD, "f, e"]))).text
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra fxfuse[cuda]")
-    from fxfuse.kernels.sass import sass
+    from fxfuse.kernels.compilation.sass import sass
 
     lines = sass(jit.compile_cubin(source), "bundle").splitlines()
     loose = sass(jit.compile_cubin(source.split("\n", 1)[1]), "bundle").splitlines()
@@ -358,7 +358,7 @@ NORM = ("z = relu(y)", "u, mean, var = batch_norm_train(z, g, h, eps=1e-5)")
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take tensors of any size; scales stay in the weights."""
-    monkeypatch.setattr("fxfuse.kernels.tail.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("fxfuse.kernels.stages.tail.LEAST_ELEMENTS", 1)
 
 
 def cut(*lines: str, anchored: bool = True, inputs: str = INPUTS) -> Schedule:
@@ -384,7 +384,7 @@ def test_what_runs_first_is_a_bundle() -> None:
 
 def test_all_that_can_run_runs_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel: what the map waits for, and what is an output and would have time."""
-    monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("fxfuse.kernels.planning.schedule.LEAST_ELEMENTS", 1)
     lines = (
         "k = sub(m, m)",
         "t = add(h, k)",
@@ -403,7 +403,7 @@ def sources(expression: Expression | None) -> list[tuple[str, int | None]]:
 
 
 def test_views_are_strides_of_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 1)
+    monkeypatch.setattr("fxfuse.kernels.planning.schedule.LEAST_ELEMENTS", 1)
     made = cut(CONV.format("w", "b"), "z = group_norm(y, g, h, groups=2, eps=1e-5)", "z")
     _, norm = made.steps
     assert not isinstance(norm, (Bundle, Torch)) and {"g", "h"} <= {*norm.reads}
@@ -528,7 +528,7 @@ def test_a_region_has_no_operator_of_torchs() -> None:
     chain = program(INPUTS, "\n".join([*lines, "p = add(mean, b)", "q = reshape(var, shape=(2, 4))", "u, p, q"]))
     inputs = [tensor(*t.shape, seed=i) for i, t in enumerate(examples(chain))]
     with pytest.MonkeyPatch.context() as patch, emulated() as device:
-        patch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 1)
+        patch.setattr("fxfuse.kernels.planning.schedule.LEAST_ELEMENTS", 1)
         made = schedule(chain, inputs)
         assert made.kernel is not None
         ready = Prepared.of(chain, made, convolution_of(made.kernel, exact=True), torch.device("cpu"))

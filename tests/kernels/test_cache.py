@@ -14,8 +14,8 @@ import pytest
 
 from fxfuse.__main__ import main
 from fxfuse.cli.cache import LISTED
-from fxfuse.kernels import cache
-from fxfuse.kernels.cache import Cache, Stored
+from fxfuse.kernels.compilation import cache
+from fxfuse.kernels.compilation.cache import Cache, Stored
 
 
 def stored(text: str = "kernel", size: int = 1000) -> Stored:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from fxfuse.kernels import choice
-from fxfuse.kernels.chains import dense
-from fxfuse.kernels.choice import slower
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import seconds
+from fxfuse.kernels.codegen.chains import dense
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiling import seconds
+from fxfuse.kernels.planning import choice
+from fxfuse.kernels.planning.choice import slower
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
 from fxfuse.program import Program
 
 CONV = (

@@ -10,18 +10,18 @@ import torch
 from harness import program
 
 from fxfuse.instr import Instr, Ref, TensorType
-from fxfuse.kernels import collapsed
-from fxfuse.kernels.arguments import Divisor
-from fxfuse.kernels.chains import dense
-from fxfuse.kernels.collapsed import Sums, sums_of
-from fxfuse.kernels.contraction import Contraction
-from fxfuse.kernels.emit_collapsed import emit_contraction, emit_sums
-from fxfuse.kernels.estimate import works
-from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Step, Torch
-from fxfuse.kernels.tail_engine import kind_of, source_of
+from fxfuse.kernels.codegen.chains import dense
+from fxfuse.kernels.compilation.jit import compile_cubin
+from fxfuse.kernels.convolution.arguments import Divisor
+from fxfuse.kernels.planning.estimate import works
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.stages import collapsed
+from fxfuse.kernels.stages.collapsed import Sums, sums_of
+from fxfuse.kernels.stages.contraction import Contraction
+from fxfuse.kernels.stages.emit_collapsed import emit_contraction, emit_sums
+from fxfuse.kernels.stages.sources import kind_of, source_of
+from fxfuse.kernels.stages.steps import Step, Torch
 from fxfuse.vocabulary import lookup
 
 F32 = torch.float32

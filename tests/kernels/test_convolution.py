@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfuse.kernels import convolution, tiles
-from fxfuse.kernels import specialise as specialising
-from fxfuse.kernels.adapted import may_pingpong, with_more_room, with_more_rows, with_more_tiles
-from fxfuse.kernels.convolution import (
+from fxfuse.kernels.convolution import specialisation, tiles
+from fxfuse.kernels.convolution import specialise as specialising
+from fxfuse.kernels.convolution.adapted import may_pingpong, with_more_room, with_more_rows, with_more_tiles
+from fxfuse.kernels.convolution.geometry import reach, residues_of, steps_of
+from fxfuse.kernels.convolution.instructions import WINDOW, held, window
+from fxfuse.kernels.convolution.layer import JOINED, Layer
+from fxfuse.kernels.convolution.specialisation import (
     CONSUMERS,
     GATHERED,
     MOST_BLOCKS,
@@ -30,11 +33,8 @@ from fxfuse.kernels.convolution import (
     Specialisation,
     Unsupported,
 )
-from fxfuse.kernels.geometry import reach, residues_of, steps_of
-from fxfuse.kernels.instructions import WINDOW, held, window
-from fxfuse.kernels.layer import JOINED, Layer
-from fxfuse.kernels.specialise import check_holding, specialise
-from fxfuse.kernels.tiles import (
+from fxfuse.kernels.convolution.specialise import check_holding, specialise
+from fxfuse.kernels.convolution.tiles import (
     MOST_COPIED,
     Extents,
     Tiling,
@@ -45,7 +45,7 @@ from fxfuse.kernels.tiles import (
     region_stride,
     tilings,
 )
-from fxfuse.kernels.tiling import RUNS, Store, multiply_seconds, seconds, store_of, store_seconds, tile
+from fxfuse.kernels.convolution.tiling import RUNS, Store, multiply_seconds, seconds, store_of, store_seconds, tile
 
 ONE, TWO = (1, 1, 1), (2, 2, 2)
 MODEL_1 = Layer(32, 64, 1, (5, 5, 5), (2, 2, 2), (2, 2, 2), ONE)
@@ -468,7 +468,7 @@ def test_runs_in_turn_are_worth_products_with_padding() -> None:
     few, many, chunks = made(5), made(7, 64), made(5, 80)
     assert few.turns and few.slabs == 1
     some = made(5, 32)  # of which products with padding would be told apart, if it were not for runs
-    with mock.patch.object(convolution, "RUN_CYCLES", convolution.TURN_CYCLES):
+    with mock.patch.object(specialisation, "RUN_CYCLES", specialisation.TURN_CYCLES):
         assert dataclasses.replace(some).slabs > 1
     assert some.turns and some.slabs == 1
     assert not many.turns and many.slabs > 1 and many.resident

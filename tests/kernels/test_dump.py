@@ -12,9 +12,9 @@ from torch import nn
 
 import fxfuse
 from fxfuse.kernels import dump, execute
-from fxfuse.kernels.candidate import Candidate
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.planning.candidate import Candidate
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
 from fxfuse.region import Region
 
 

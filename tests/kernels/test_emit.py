@@ -15,16 +15,16 @@ from reports import explained
 from torch import nn
 
 from fxfuse.kernels import execute
-from fxfuse.kernels.convolution import Along
-from fxfuse.kernels.convolution_kernels import KERNELS as KERNELS_OF_A_LAYER
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.sass import sass
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.tiling import RUNS, Store
+from fxfuse.kernels.compilation.jit import compile_cubin
+from fxfuse.kernels.compilation.sass import sass
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import KERNELS as KERNELS_OF_A_LAYER
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Along
+from fxfuse.kernels.convolution.tiling import RUNS, Store
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
 from fxfuse.program import Program
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -110,7 +110,7 @@ def along(reduction: str, way: Along, *behind: str, dtype: str = "f32") -> Convo
 
 def norm(name: str, *behind: str, monkeypatch: pytest.MonkeyPatch, **more: object) -> Convolution:
     """A convolution that gathers statistics of what it makes, for tensors of any size."""
-    for module in ("tail", "schedule"):
+    for module in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
     return kernel((64, 32), (2, 2, 2), *behind, f"n = {name}", **more)  # type: ignore[arg-type]
 

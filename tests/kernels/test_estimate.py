@@ -12,13 +12,13 @@ import torch
 from reports import explained
 
 from fxfuse.bench import chains
-from fxfuse.kernels.convolution import CONSUMERS
-from fxfuse.kernels.estimate import works
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import CONSUMERS
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiling import CLOCK, PROCESSORS, seconds, tile
 from fxfuse.kernels.execute import candidates
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import CLOCK, PROCESSORS, seconds, tile
+from fxfuse.kernels.planning.estimate import works
+from fxfuse.kernels.planning.observe import examples
 from fxfuse.models import CASES
 
 WAYS = json.loads((pathlib.Path(__file__).parents[2] / "benchmarks/results/h100_ways.json").read_text())["rows"]

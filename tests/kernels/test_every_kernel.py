@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.bench import chains, idioms
-from fxfuse.kernels.convolution import SHARED_BYTES
-from fxfuse.kernels.convolution_kernels import BLOCK, THREADS, Convolution
-from fxfuse.kernels.jit import Cubin, compile_cubin
-from fxfuse.kernels.merge import MERGE_BLOCK
-from fxfuse.kernels.sass import sass
-from fxfuse.kernels.statistics import KINDS
-from fxfuse.kernels.tail_engine import FINISH_BLOCK
+from fxfuse.kernels.codegen.statistics import KINDS
+from fxfuse.kernels.compilation.jit import Cubin, compile_cubin
+from fxfuse.kernels.compilation.sass import sass
+from fxfuse.kernels.convolution.kernels import BLOCK, THREADS, Convolution
+from fxfuse.kernels.convolution.specialisation import SHARED_BYTES
+from fxfuse.kernels.runtime.tail_engine import FINISH_BLOCK
+from fxfuse.kernels.stages.merge import MERGE_BLOCK
 from fxfuse.models import Case
 from fxfuse.region import Region
 

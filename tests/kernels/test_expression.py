@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fxfuse import vocabulary
 from fxfuse.instr import TensorType
-from fxfuse.kernels.arithmetic import NotEmittable, literal
-from fxfuse.kernels.expression import Expression, Field, emit_expression
+from fxfuse.kernels.codegen.arithmetic import NotEmittable, literal
+from fxfuse.kernels.codegen.expression import Expression, Field, emit_expression
 
 # --- every operator -------------------------------------------------------------------------------
 NAMES = {id(case): f"E{i}" for i, (_, case) in enumerate(ALL)}

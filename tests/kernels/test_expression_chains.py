@@ -16,9 +16,9 @@ from torch import Tensor
 
 import fxfuse
 from fxfuse.instr import TensorType
-from fxfuse.kernels import jit
-from fxfuse.kernels.arithmetic import HEADER, NotEmittable
-from fxfuse.kernels.expression import Expression, emit_expression
+from fxfuse.kernels.codegen.arithmetic import HEADER, NotEmittable
+from fxfuse.kernels.codegen.expression import Expression, emit_expression
+from fxfuse.kernels.compilation import jit
 from fxfuse.program import Program
 from fxfuse.region import Region
 

@@ -12,14 +12,15 @@ from reports import explained
 
 from fxfuse.bench import idioms
 from fxfuse.instr import TensorType
-from fxfuse.kernels import estimate, execute
+from fxfuse.kernels import execute
 from fxfuse.kernels.account import account_of
-from fxfuse.kernels.candidate import Candidate
+from fxfuse.kernels.codegen.reductions import Rows
 from fxfuse.kernels.execute import candidates
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.reductions import Rows
-from fxfuse.kernels.schedule import gathering, schedule
-from fxfuse.kernels.steps import Map
+from fxfuse.kernels.planning import estimate
+from fxfuse.kernels.planning.candidate import Candidate
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import gathering, schedule
+from fxfuse.kernels.stages.steps import Map
 from fxfuse.program import Program
 from fxfuse.region import Region
 

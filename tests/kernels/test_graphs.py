@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfuse.kernels import graphs, launch, memory, replays
-from fxfuse.kernels.launch import CudaError
-from fxfuse.kernels.replays import Output, Replays
+from fxfuse.kernels.runtime import graphs, launch, memory, replays
+from fxfuse.kernels.runtime.launch import CudaError
+from fxfuse.kernels.runtime.replays import Output, Replays
 
 FORM = (4,), (1,), torch.float32
 #: calls until a graph is there: one is measured, one is known, one is captured
@@ -321,7 +321,7 @@ def test_what_cannot_be_captured_goes_without(
     region: Region, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     region.machine.fails = error
-    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.replays"):
+    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.runtime.replays"):
         assert [region.call() for _ in range(2)] == ["queue"] * 2
         assert region.call() == "capture queue"
         assert region.replays.run is None
@@ -332,7 +332,7 @@ def test_what_cannot_be_captured_goes_without(
 
 def test_torchs_operators_go_without(region: Region, caplog: pytest.LogCaptureFixture) -> None:
     region.machine.torchs = True
-    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.replays"):
+    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.runtime.replays"):
         assert [region.call() for _ in range(4)] == ["queue"] * 4
     assert region.replays.run is None and "aten.ones" in caplog.text
 
@@ -359,7 +359,7 @@ def test_a_graph_that_cannot_be_queued_is_an_error(region: Region, monkeypatch: 
 
 def test_much_memory_is_not_held(region: Region, caplog: pytest.LogCaptureFixture) -> None:
     region.machine.room = replays.MOST_HELD + 1
-    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.replays"):
+    with caplog.at_level(logging.DEBUG, "fxfuse.kernels.runtime.replays"):
         assert [region.call() for _ in range(5)] == ["queue"] * 5
     assert region.replays.run is None and not replays._rooms and "bytes for themselves" in caplog.text
 

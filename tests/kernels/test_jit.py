@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fxfuse.kernels import cache, jit, sass
-from fxfuse.kernels.jit import CompileError, MissingPackage, Resources, compile_cubin
+from fxfuse.kernels.compilation import cache, jit, sass
+from fxfuse.kernels.compilation.jit import CompileError, MissingPackage, Resources, compile_cubin
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs the extra fxfuse[cuda]")
 

@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfuse.kernels import convolution_engine, execute, launch, prepared, running, tail_engine
-from fxfuse.kernels import memory as kernels_memory
-from fxfuse.kernels.convolution import Shared
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import KERNELS, Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.launch import Chain, CudaError, Kernel, Launch, sender
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Map, Torch
+from fxfuse.kernels import execute, running
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import KERNELS, Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Shared
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.runtime import convolution_engine, launch, prepared, tail_engine
+from fxfuse.kernels.runtime import memory as kernels_memory
+from fxfuse.kernels.runtime.convolution_engine import Calls
+from fxfuse.kernels.runtime.launch import Chain, CudaError, Kernel, Launch, sender
+from fxfuse.kernels.runtime.prepared import Prepared
+from fxfuse.kernels.stages.steps import Map, Torch
 from fxfuse.program import Program
 
 Call = tuple[str, tuple[int, ...], list[bytes]]
@@ -334,7 +335,7 @@ POOL = "max_pool(s, kernel=(3, 3, 3), stride=(3, 3, 3), padding=(0, 0, 0), dilat
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values of any size are worth a kernel."""
-    for name in ("fxfuse.kernels.tail", "fxfuse.kernels.schedule"):
+    for name in ("fxfuse.kernels.stages.tail", "fxfuse.kernels.planning.schedule"):
         monkeypatch.setattr(f"{name}.LEAST_ELEMENTS", 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxfuse.forms import Form
-from fxfuse.kernels.chains import dense, layout_of, layouts_of
+from fxfuse.kernels.codegen.chains import dense, layout_of, layouts_of
 
 LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 

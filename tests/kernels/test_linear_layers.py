@@ -11,9 +11,9 @@ from test_bundle import check, emitted, run, tensor
 from torch import Tensor, nn
 
 from fxfuse.bench.idioms import Excite
-from fxfuse.kernels import jit
-from fxfuse.kernels.arithmetic import NotEmittable
-from fxfuse.kernels.emit_bundle import MOST_PRODUCTS
+from fxfuse.kernels.codegen.arithmetic import NotEmittable
+from fxfuse.kernels.compilation import jit
+from fxfuse.kernels.stages.emit_bundle import MOST_PRODUCTS
 from fxfuse.program import Program
 
 #: inputs, and lines behind them

@@ -8,8 +8,8 @@ from harness import program
 
 from fxfuse import vocabulary
 from fxfuse.instr import Ref, TensorType
-from fxfuse.kernels.chains import needed_by
-from fxfuse.kernels.norms import split_norms
+from fxfuse.kernels.codegen.chains import needed_by
+from fxfuse.kernels.stages.norms import split_norms
 from fxfuse.program import Program
 
 INPUTS = "x: {0}[3, 6, 4, 5, 2], w: {1}[6], b: {1}[6], m: {1}[6], v: {1}[6], lw: {1}[6, 4, 5, 2]"

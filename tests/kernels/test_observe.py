@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fxfuse import forms as remembered
 from fxfuse.forms import Form
-from fxfuse.kernels import observe as observing
-from fxfuse.kernels.observe import Unscheduled, examples, observe
+from fxfuse.kernels.planning import observe as observing
+from fxfuse.kernels.planning.observe import Unscheduled, examples, observe
 from fxfuse.program import Program
 
 

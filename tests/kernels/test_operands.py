@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxfuse.instr import TensorType
-from fxfuse.kernels.expression import Expression, Field
-from fxfuse.kernels.operands import Operands, Place, views
+from fxfuse.kernels.codegen.expression import Expression, Field
+from fxfuse.kernels.codegen.operands import Operands, Place, views
 from fxfuse.program import Program
 
 VIEWS = """

@@ -9,12 +9,12 @@ import torch
 from harness import program
 
 from fxfuse.instr import TensorType
-from fxfuse.kernels.arithmetic import NotEmittable
-from fxfuse.kernels.emit_persistent import emit_persistent
-from fxfuse.kernels.observe import observe
-from fxfuse.kernels.persistent import MOST_REDUCTIONS, body_of, names_of, taken_together
-from fxfuse.kernels.reductions import Fold, Rows, fold_of, holds_rows, inner_of, rows_of
-from fxfuse.kernels.schedule import schedule
+from fxfuse.kernels.codegen.arithmetic import NotEmittable
+from fxfuse.kernels.codegen.emit_persistent import emit_persistent
+from fxfuse.kernels.codegen.persistent import MOST_REDUCTIONS, body_of, names_of, taken_together
+from fxfuse.kernels.codegen.reductions import Fold, Rows, fold_of, holds_rows, inner_of, rows_of
+from fxfuse.kernels.planning.observe import observe
+from fxfuse.kernels.planning.schedule import schedule
 from fxfuse.program import Program
 
 INPUTS = "x: f32[3, 6, 4, 5, 2], c: f32[6, 1, 1, 1]"

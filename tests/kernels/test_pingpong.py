@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.kernels import adapted
-from fxfuse.kernels.adapted import as_pingpong, may_pingpong
-from fxfuse.kernels.convolution import CONSUMERS, Shared, Specialisation
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import PROCESSORS, Store
+from fxfuse.kernels.convolution import adapted
+from fxfuse.kernels.convolution.adapted import as_pingpong, may_pingpong
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, Shared, Specialisation
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiling import PROCESSORS, Store
 
 F32, F16 = torch.float32, torch.float16
 ONE, TWO, NONE = (1, 1, 1), (2, 2, 2), (0, 0, 0)

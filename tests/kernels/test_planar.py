@@ -16,17 +16,17 @@ from test_convolution import convolved, extents_of, layers
 from test_twice import ways
 from torch import Tensor
 
-from fxfuse.kernels import planar
-from fxfuse.kernels.convolution import CONSUMERS, Specialisation, Unsupported
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.factors import DEPTH, factors_of, instructions
-from fxfuse.kernels.geometry import ONE, Pass, steps_of_sum, sum_of
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.lies import planes_in_place
-from fxfuse.kernels.reductions import Fold
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
+from fxfuse.kernels.codegen.reductions import Fold
+from fxfuse.kernels.convolution import planar
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.factors import DEPTH, factors_of, instructions
+from fxfuse.kernels.convolution.geometry import ONE, Pass, steps_of_sum, sum_of
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.lies import planes_in_place
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, Specialisation, Unsupported
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiles import MOST_COPIED, copied, joint_tilings, region_stride, tilings
 
 F32, Sizes = torch.float32, tuple[int, int, int]
 UP = Layer(3, 16, 1, (3, 3, 3), (2, 2, 2), ONE, ONE)

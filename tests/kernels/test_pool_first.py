@@ -7,8 +7,8 @@ import torch
 from harness import program
 
 from fxfuse.instr import TensorType
-from fxfuse.kernels.means import pool_first
-from fxfuse.kernels.observe import observe
+from fxfuse.kernels.planning.observe import observe
+from fxfuse.kernels.stages.means import pool_first
 from fxfuse.program import Program
 
 INPUTS = "x: f32[2, 3, 4, 6, 5], c: f32[3, 1, 1, 1], n: f32[2, 3, 1, 1, 1], w: f32[5], r: f32[2, 3, 4, 6, 5], s: f32[1]"

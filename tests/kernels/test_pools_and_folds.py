@@ -12,7 +12,7 @@ from harness import program
 from torch import Tensor
 
 from fxfuse.instr import TensorType
-from fxfuse.kernels.reductions import Fold, Rows, Window, fold_of, inner_of, rows_of, window_of
+from fxfuse.kernels.codegen.reductions import Fold, Rows, Window, fold_of, inner_of, rows_of, window_of
 from fxfuse.program import Program
 
 SIZES = {1: (11,), 2: (7, 8), 3: (5, 6, 7)}

@@ -14,8 +14,9 @@ from test_twice import region, ways
 
 from fxfuse.instr import TensorType
 from fxfuse.kernels.account import account
-from fxfuse.kernels.convolution import Unsupported
-from fxfuse.kernels.correlation import (
+from fxfuse.kernels.compilation.jit import MissingPackage, compile_cubin
+from fxfuse.kernels.compilation.sass import sass
+from fxfuse.kernels.convolution.correlation import (
     ALONE,
     CHANNELS,
     ENOUGH_JOBS,
@@ -28,12 +29,11 @@ from fxfuse.kernels.correlation import (
     WARPS,
     Correlation,
 )
-from fxfuse.kernels.correlation_engine import BLOCK, MOMENTS_BLOCK
-from fxfuse.kernels.estimate import BANDWIDTH, DOUBLE_RATE, LAUNCH, SQUARED, works
-from fxfuse.kernels.jit import MissingPackage, compile_cubin
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.sass import sass
-from fxfuse.kernels.twice import from_products
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Unsupported
+from fxfuse.kernels.planning.estimate import BANDWIDTH, DOUBLE_RATE, LAUNCH, SQUARED, works
+from fxfuse.kernels.planning.twice import from_products
+from fxfuse.kernels.runtime.correlation_engine import BLOCK, MOMENTS_BLOCK
 
 F32 = torch.float32
 

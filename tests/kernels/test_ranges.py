@@ -15,8 +15,8 @@ from test_schedule import conv, cut
 from torch import Tensor
 
 from fxfuse.instr import TensorType
-from fxfuse.kernels.formulas import SMALL_NUMBER
-from fxfuse.kernels.ranges import ALL, APPROXIMATE, Range, ranges_of
+from fxfuse.kernels.codegen.formulas import SMALL_NUMBER
+from fxfuse.kernels.codegen.ranges import ALL, APPROXIMATE, Range, ranges_of
 from fxfuse.program import Program
 
 SHAPE = (2, 3, 4, 4, 6)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import convolution_engine, execute, launch, memory, prepared, recent, running, tail_engine
-from fxfuse.kernels.launch import Kernel
-from fxfuse.kernels.prepared import Prepared
+from fxfuse.kernels import execute, running
+from fxfuse.kernels.runtime import convolution_engine, launch, memory, prepared, recent, tail_engine
+from fxfuse.kernels.runtime.launch import Kernel
+from fxfuse.kernels.runtime.prepared import Prepared
 
 UP = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
 Given = tuple[str, list[Tensor], Tensor]
@@ -227,7 +228,7 @@ def kernels(gpu: type[Stand], allocated: list[tuple[int, ...]], monkeypatch: pyt
     monkeypatch.setattr(execute, "slower", lambda *_: None)
     for where, name in ((execute, "_prepared"), (recent, "_recent"), (running, "_calls"), (running, "_launches")):
         monkeypatch.setattr(where, name, {})
-    for name in ("tail", "schedule"):
+    for name in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{name}.LEAST_ELEMENTS", 1)
     return launched
 

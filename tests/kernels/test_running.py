@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse
 from fxfuse import ops
-from fxfuse.kernels import execute, prepared, running, tail_engine
-from fxfuse.kernels.arithmetic import FLOATS
-from fxfuse.kernels.jit import compile_cubin
+from fxfuse.kernels import execute, running
+from fxfuse.kernels.codegen.arithmetic import FLOATS
+from fxfuse.kernels.compilation.jit import compile_cubin
+from fxfuse.kernels.runtime import prepared, tail_engine
 
 PAIRS = [*itertools.product(FLOATS, FLOATS)]
 MOMENTA = [0.1, 0.3, 1.0, 0.0, 1, None]
@@ -224,7 +225,7 @@ def test_a_model(device: Device, momentum: float | None) -> None:
 @needs_compiler
 def test_statistics_that_a_kernel_on_small_tensors_reads(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and variance lie in one tensor, one behind the other."""
-    for name in ("tail", "schedule"):
+    for name in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{name}.LEAST_ELEMENTS", 1)
     monkeypatch.setattr(execute, "slower", lambda *_: None)
     model = nn.Sequential(nn.ConvTranspose3d(3, 16, 3, 2, 1), nn.BatchNorm3d(16), nn.AvgPool3d(2))

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 import fxfuse
-from fxfuse.kernels import cutter, execute
-from fxfuse.kernels.expression import Expression
-from fxfuse.kernels.observe import Unscheduled, examples
-from fxfuse.kernels.reductions import Fold
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Gather, Map, Schedule, Torch
+from fxfuse.kernels import execute
+from fxfuse.kernels.codegen.expression import Expression
+from fxfuse.kernels.codegen.reductions import Fold
+from fxfuse.kernels.planning import cutter
+from fxfuse.kernels.planning.observe import Unscheduled, examples
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.stages.steps import Gather, Map, Schedule, Torch
 from fxfuse.program import Program
 from fxfuse.region import Region
 
@@ -478,7 +479,7 @@ def test_one_value_of_two_neighbours_is_held() -> None:
 
 
 def test_statistics_of_a_softmax_are_read_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("tail", "schedule"):
+    for module in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
     made = cut(conv(), "u = softmax(y, dim=1)", "v = instance_norm(u, None, None, eps=1e-05)")
     assert made.kernel.fold is not None and made.kernel.keeps and not made.kernel.gathers

@@ -16,18 +16,18 @@ from test_convolution import layers
 from torch import nn
 
 import fxfuse
-from fxfuse.kernels import adapted
-from fxfuse.kernels import specialise as specialising
-from fxfuse.kernels.adapted import may_have_sets, with_sets
-from fxfuse.kernels.convolution import CONSUMERS, ROWS, Shared, Specialisation, Unsupported
-from fxfuse.kernels.convolution_engine import Calls
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.sets import SETS, copy_cycles, may_be_wide, outer_inner, set_tilings
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiles import region_stride
-from fxfuse.kernels.tiling import Store, seconds
+from fxfuse.kernels.convolution import adapted
+from fxfuse.kernels.convolution import specialise as specialising
+from fxfuse.kernels.convolution.adapted import may_have_sets, with_sets
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.sets import SETS, copy_cycles, may_be_wide, outer_inner, set_tilings
+from fxfuse.kernels.convolution.specialisation import CONSUMERS, ROWS, Shared, Specialisation, Unsupported
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiles import region_stride
+from fxfuse.kernels.convolution.tiling import Store, seconds
+from fxfuse.kernels.runtime.convolution_engine import Calls
 
 F32, F16 = torch.float32, torch.float16
 ONE, TWO = (1, 1, 1), (2, 2, 2)

@@ -10,16 +10,16 @@ import torch
 from test_twice import of_rows, region, ways  # noqa: F401
 
 from fxfuse.kernels.account import account_of
-from fxfuse.kernels.convolution import Shared, Specialisation
-from fxfuse.kernels.convolution_kernels import Convolution, sampled
-from fxfuse.kernels.estimate import bytes_of
+from fxfuse.kernels.convolution.kernels import Convolution, sampled
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Shared, Specialisation
+from fxfuse.kernels.convolution.specialise import specialise
+from fxfuse.kernels.convolution.tiling import LAUNCHES_WEIGHTS, LAUNCHES_X, ROWS_RATE
+from fxfuse.kernels.convolution.workspace import ALIGNMENT, Workspace
 from fxfuse.kernels.execute import Candidate
-from fxfuse.kernels.layer import Layer
-from fxfuse.kernels.schedule import Schedule
-from fxfuse.kernels.specialise import specialise
-from fxfuse.kernels.tiling import LAUNCHES_WEIGHTS, LAUNCHES_X, ROWS_RATE
-from fxfuse.kernels.twice import sharing
-from fxfuse.kernels.workspace import ALIGNMENT, Workspace
+from fxfuse.kernels.planning.estimate import bytes_of
+from fxfuse.kernels.planning.schedule import Schedule
+from fxfuse.kernels.planning.twice import sharing
 
 F32 = torch.float32
 LAYER = Layer(64, 32, 1, (2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1))

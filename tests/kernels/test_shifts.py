@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fxfuse.kernels.shifts import BANKS, FACTORS, GAPS, ROWS, Box, Shifts
+from fxfuse.kernels.convolution.shifts import BANKS, FACTORS, GAPS, ROWS, Box, Shifts
 
 #: of taps that are neighbours; those of one plane; of taps two apart
 NEIGHBOURS: list[Box] = [lag for lag in itertools.product((-1, 0, 1), repeat=3) if lag >= (0, 0, 0)]

@@ -15,16 +15,16 @@ from torch import Tensor
 import fxfuse
 from fxfuse import vocabulary
 from fxfuse.instr import Instr, Ref
-from fxfuse.kernels.chains import dense
-from fxfuse.kernels.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics
-from fxfuse.kernels.jit import compile_cubin
-from fxfuse.kernels.observe import Unscheduled, examples, observe
-from fxfuse.kernels.reductions import Fold, Rows, Window
-from fxfuse.kernels.sass import sass
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Gather, Map, Schedule, Torch
-from fxfuse.kernels.tail import plan
-from fxfuse.kernels.tail_engine import prepare
+from fxfuse.kernels.codegen.chains import dense
+from fxfuse.kernels.codegen.reductions import Fold, Rows, Window
+from fxfuse.kernels.compilation.jit import compile_cubin
+from fxfuse.kernels.compilation.sass import sass
+from fxfuse.kernels.planning.observe import Unscheduled, examples, observe
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.runtime.tail_engine import prepare
+from fxfuse.kernels.stages.emit_tail import emit_fold, emit_map, emit_pool, emit_pool_fold, emit_rows, emit_statistics
+from fxfuse.kernels.stages.steps import Gather, Map, Schedule, Torch
+from fxfuse.kernels.stages.tail import plan
 from fxfuse.program import Program
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -33,7 +33,7 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture(autouse=True)
 def small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take tensors of any size."""
-    for module in ("tail", "schedule"):
+    for module in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 1)
 
 
@@ -179,7 +179,7 @@ def test_a_reduction_joins_the_pool_where_threads_are_enough(
     least: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 16 positions with eight threads each."""
-    monkeypatch.setattr("fxfuse.kernels.tail.ENOUGH_THREADS", least)
+    monkeypatch.setattr("fxfuse.kernels.stages.tail.ENOUGH_THREADS", least)
     pool = "m = max_pool(y, kernel=(3, 3, 3), stride=(3, 3, 3), padding=(0, 0, 0), dilation=(1, 1, 1), ceil_mode=False)"
     lines = [pool, "z = relu(m)", "v = sum(z, dims=(1,), keepdim=True)", "u = exp(v)", "u"]
     found = steps(*lines, anchored=False)[1:]
@@ -406,7 +406,7 @@ def test_a_map_keeps_the_memory_format() -> None:
     ids=["a small operand", "what is made first is an output", "what is made first is read behind"],
 )  # fmt: skip
 def test_values_of_one_part_are_there_in_the_others(lines: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfuse.kernels.schedule.LEAST_ELEMENTS", 2**40)  # scales stay where they are
+    monkeypatch.setattr("fxfuse.kernels.planning.schedule.LEAST_ELEMENTS", 2**40)  # scales stay where they are
     found = program(INPUTS, "\n".join(lines))
     made = schedule(found, examples(found))
     assert made.kernel is not None
@@ -423,7 +423,7 @@ def test_values_of_one_part_are_there_in_the_others(lines: tuple[str, ...], monk
 
 def test_tensors_that_are_small_are_torchs_behind_its_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind one of ours, kernels of ours alone are a graph."""
-    for module in ("tail", "schedule"):
+    for module in ("stages.tail", "planning.schedule"):
         monkeypatch.setattr(f"fxfuse.kernels.{module}.LEAST_ELEMENTS", 2**20)
     lines = "z = relu(y)", "v = exp(z)", "u = vector_norm(v, ord=1.0, dims=(2,), keepdim=True)", "t = sub(v, u)", "t"
     made = program(INPUTS, "\n".join([CONV, *lines]))

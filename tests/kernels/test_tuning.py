@@ -21,8 +21,9 @@ import fxfuse
 import fxfuse.dynamo
 from fxfuse import ops, timing
 from fxfuse.__main__ import main
-from fxfuse.kernels import cache, execute, kept
-from fxfuse.kernels.kept import Choice
+from fxfuse.kernels import execute
+from fxfuse.kernels.compilation import cache, kept
+from fxfuse.kernels.compilation.kept import Choice
 from fxfuse.kernels.measure import fastest
 from fxfuse.kernels.plan import Path as Way
 from fxfuse.tuning import Tuning, measured

@@ -16,16 +16,17 @@ from test_launch import Driver, driver, memory, small  # noqa: F401 - fixtures
 from torch import Tensor, nn
 
 from fxfuse.bench import chains
-from fxfuse.kernels import execute, planar
+from fxfuse.kernels import execute
 from fxfuse.kernels.account import account_of
-from fxfuse.kernels.candidate import Candidate
-from fxfuse.kernels.convolution import Shared
+from fxfuse.kernels.convolution import planar
+from fxfuse.kernels.convolution.specialisation import Shared
 from fxfuse.kernels.execute import candidates
-from fxfuse.kernels.observe import examples
-from fxfuse.kernels.prepared import Prepared
-from fxfuse.kernels.schedule import schedule
-from fxfuse.kernels.steps import Schedule
-from fxfuse.kernels.twice import _later, twice
+from fxfuse.kernels.planning.candidate import Candidate
+from fxfuse.kernels.planning.observe import examples
+from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.planning.twice import _later, twice
+from fxfuse.kernels.runtime.prepared import Prepared
+from fxfuse.kernels.stages.steps import Schedule
 from fxfuse.models import CASES
 from fxfuse.program import Program
 from fxfuse.region import Region
@@ -38,7 +39,7 @@ CONV = (
 POOL = "avg_pool({}, kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0), ceil_mode=False, count_include_pad=True, "
 POOL += "divisor_override=None)"
 NORM = "z = instance_norm(y, g, None, eps=1e-5)"
-PATHS = "fxfuse.kernels.tail", "fxfuse.kernels.schedule"
+PATHS = "fxfuse.kernels.stages.tail", "fxfuse.kernels.planning.schedule"
 
 
 @pytest.fixture

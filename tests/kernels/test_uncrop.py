@@ -6,8 +6,8 @@ import pytest
 import torch
 from harness import avg_pool, conv, max_pool, program
 
-from fxfuse.kernels.observe import examples, observe
-from fxfuse.kernels.uncrop import uncropped
+from fxfuse.kernels.planning.observe import examples, observe
+from fxfuse.kernels.planning.uncrop import uncropped
 from fxfuse.program import Program
 
 #: the convolution has 9 and 11 outputs

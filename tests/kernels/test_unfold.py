@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import conv, program
 
-from fxfuse.kernels.unfold import unfold
+from fxfuse.kernels.planning.unfold import unfold
 from fxfuse.program import Program
 
 INPUTS = "x: f64[2, 4, 5], w: f64[4, 3, 3], b: f64[6], s: f64[6], t: f64[6]"

@@ -8,11 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
-from fxfuse.kernels import convolution_kernels, tiling
-from fxfuse.kernels.convolution import Shared, Specialisation
-from fxfuse.kernels.convolution_kernels import Convolution
-from fxfuse.kernels.emit import Epilogue
-from fxfuse.kernels.layer import Layer
+from fxfuse.kernels.convolution import kernels as convolution_kernels
+from fxfuse.kernels.convolution import tiling
+from fxfuse.kernels.convolution.emit import Epilogue
+from fxfuse.kernels.convolution.kernels import Convolution
+from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.specialisation import Shared, Specialisation
 
 CLAMP_DIVIDE = Layer(64, 128, 1, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 GROUPS = Layer(8, 8, 4, (3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
@@ -49,7 +50,7 @@ def test_a_look_at_rows_that_lie_in_x_takes_time() -> None:
 def test_x_is_not_looked_at_for_nothing() -> None:
     same = Layer(64, 64, 1, (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1))
     assert not watched(same, 8).watched  # one class: there are no zeros
-    with mock.patch("fxfuse.kernels.convolution_kernels.WATCHING", 1.0):
+    with mock.patch("fxfuse.kernels.convolution.kernels.WATCHING", 1.0):
         assert not watched(dataclasses.replace(CLAMP_DIVIDE, out_channels=120), 8).watched  # not kept
 
 

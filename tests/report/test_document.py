@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse import dynamo
-from fxfuse.kernels import jit
+from fxfuse.kernels.compilation import jit
 from fxfuse.models import CASES
 from fxfuse.report import Report
 from fxfuse.report.document import SCHEMA

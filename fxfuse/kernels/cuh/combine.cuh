@@ -15,7 +15,7 @@ struct Sum {
   static FXFUSE_INLINE float scaled(float v, float factor) { return v * factor; }
 };
 
-// An expression as kernels/expression.py emits them: y itself.
+// An expression as kernels/codegen/expression.py emits them: y itself.
 struct Identity {
   static constexpr bool local = false;
   struct Channel {};

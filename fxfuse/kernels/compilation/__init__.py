@@ -1,0 +1,1 @@
+"""CUDA C++ text to cubins (`jit`), and what is kept on disk: those (`cache`), and measured choices (`kept`)."""
