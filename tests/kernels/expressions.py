@@ -21,9 +21,10 @@ from torch import Tensor
 from fxfuse.instr import DTYPE_NAMES, TensorType
 from fxfuse.kernels.codegen import arithmetic
 from fxfuse.kernels.codegen.expression import Expression, emit_expression
+from fxfuse.kernels.compilation import jit
 from fxfuse.program import Program
 
-CUH = Path(arithmetic.__file__).parent / "cuh"
+CUH = jit.HEADERS
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler for the host")
 
