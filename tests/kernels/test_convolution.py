@@ -22,6 +22,7 @@ from fxfuse.kernels.convolution.adapted import may_pingpong, with_more_room, wit
 from fxfuse.kernels.convolution.geometry import reach, residues_of, steps_of
 from fxfuse.kernels.convolution.instructions import WINDOW, held, window
 from fxfuse.kernels.convolution.layer import JOINED, Layer
+from fxfuse.kernels.convolution.passes import check_holding
 from fxfuse.kernels.convolution.specialisation import (
     CONSUMERS,
     GATHERED,
@@ -33,7 +34,7 @@ from fxfuse.kernels.convolution.specialisation import (
     Specialisation,
     Unsupported,
 )
-from fxfuse.kernels.convolution.specialise import check_holding, specialise
+from fxfuse.kernels.convolution.specialise import specialise
 from fxfuse.kernels.convolution.tiles import (
     MOST_COPIED,
     Extents,

@@ -26,8 +26,8 @@ from fxfuse.kernels.codegen.reductions import Rows, fold_of, rows_of
 from fxfuse.kernels.convolution import planar
 from fxfuse.kernels.convolution.geometry import ONE, three_of
 from fxfuse.kernels.convolution.layer import Layer
+from fxfuse.kernels.convolution.passes import check_holding
 from fxfuse.kernels.convolution.specialisation import Unsupported
-from fxfuse.kernels.convolution.specialise import check_holding
 from fxfuse.kernels.convolution.windows import Pooling, pooling
 from fxfuse.kernels.planning.candidate import convolution_of
 from fxfuse.kernels.planning.estimate import BANDWIDTH, LAUNCH, launch_seconds, size_of

@@ -26,7 +26,8 @@ from fxfuse.kernels.planning.prologue import steps_in_front
 from fxfuse.kernels.planning.uncrop import uncropped
 from fxfuse.kernels.planning.unfold import unfold
 from fxfuse.kernels.stages.bundle import Bundler, reads_of
-from fxfuse.kernels.stages.norms import OVER_SPACE, nothing, split_norms
+from fxfuse.kernels.stages.moments import OVER_SPACE
+from fxfuse.kernels.stages.norms import nothing, split_norms
 from fxfuse.kernels.stages.steps import Gather, Launch, Schedule, Step, Torch
 from fxfuse.kernels.stages.tail import LEAST_BEHIND_OURS, LEAST_ELEMENTS, plan
 from fxfuse.program import Program
