@@ -262,6 +262,7 @@ REFUSED = [
     (F.conv3d, S(T(2, 4, 1, 1, 1), T(4, 2, 1, 1, 1), groups=2), "a convolution of one position in 2 groups"),
     (F.conv2d, S(T(2, 3, 1, 1), T(4, 3, 1, 1), padding=(0, 1)), "a convolution of one position, padded"),
     (F.linear, S(X, T(2, 5)), "a linear layer is in the vocabulary only where it reads one vector per sample"),
+    (F.linear, S(T(3, 5), T(5)), "a linear layer whose weight is a vector"),
     (F.linear, S(T(5), T(2, 5)), "a linear layer is in the vocabulary only where it reads one vector"),
     (torch.ops.aten.round.decimals, S(X, decimals=1), "its arguments are not understood"),
     (torch.ops.aten._to_copy.default, S(X, device=torch.device("cpu")), "a move to another device, or a layout"),

@@ -14,6 +14,8 @@ from fxfuse.call import Call, Param, call, ints, module, rank, refuse, spells, t
 def linear(input, weight, bias=None):
     if rank(input) != 2:
         refuse("a linear layer is in the vocabulary only where it reads one vector per sample")
+    if rank(weight) != 2:
+        refuse("a linear layer whose weight is a vector")
     return call("linear", input, weight, bias)
 
 
