@@ -14,7 +14,7 @@ from fxfuse.kernels.codegen.emit_persistent import emit_persistent
 from fxfuse.kernels.codegen.persistent import MOST_REDUCTIONS, body_of, names_of, taken_together
 from fxfuse.kernels.codegen.reductions import Fold, Rows, fold_of, holds_rows, inner_of, rows_of
 from fxfuse.kernels.planning.observe import observe
-from fxfuse.kernels.planning.schedule import schedule
+from fxfuse.kernels.planning.schedule import _taken_together, schedule
 from fxfuse.program import Program
 
 INPUTS = "x: f32[3, 6, 4, 5, 2], c: f32[6, 1, 1, 1]"
@@ -179,6 +179,25 @@ def test_what_torch_would_run_is_not_taken_together(case: str) -> None:
     made = schedule(source, [x.contiguous(**last), w], anchored=False)
     assert "persistent" not in str(made) and "mean > sub" not in str(made) and "amax > sub" not in str(made)
     assert str(made).count("kernel") >= 1
+
+
+FEW, LAST, GAPS = "one element too few", "channels are neighbours", "elements between its own"
+
+
+@pytest.mark.parametrize(
+    ("how", "dims", "taken"),
+    [
+        (None, (1,), True), (None, (4,), True), (None, (3, 4), True), (FEW, (1,), False),
+        (LAST, (1,), True), (LAST, (4,), False), (LAST, (3, 4), False), (GAPS, (1,), False), (GAPS, (4,), False),
+    ],
+)  # fmt: skip
+def test_how_values_lie_whose_rows_are_held(how: str | None, dims: tuple[int, ...], taken: bool) -> None:
+    """Channels in either memory format, rows along w where they are neighbours; small values are others' affair."""
+    source = program("x: f32[3, 6, 4, 5, 2]", f"m = mean(x, dims={dims}, keepdim=True)\ny = sub(x, m)\ny")
+    x = torch.empty(3, 6, 4, 5, 4)[..., ::2] if how == GAPS else torch.empty(3, 6, 4, 5, 2)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if how == LAST else x
+    made = _taken_together(source, observe(source, [x]), x.numel() + (how == FEW))
+    assert [i.op for i in made.body] == (["persistent"] if taken else ["mean", "sub"])
 
 
 def test_values_of_few_dims_have_no_rows() -> None:
