@@ -28,6 +28,8 @@ CLASSES = {
 LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 #: elements of the convolution's output
 LARGEST = 2**21
+#: part of the stages that are products with matrices
+PRODUCED = 0.04
 #: continuous ones: where the others jump, rounding shows
 SMOOTH = (
     *("relu", "add", "sub", "mul", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin"),
@@ -63,6 +65,16 @@ OVER_SPACE = (
     "F.adaptive_max_pool{n}d({v}, 1)", "{v} * ({v}.amax({space}, True) - {v}.mean({space}, keepdim=True)).sigmoid()",
     "{v}.flatten(2).log_softmax(-1).reshape({v}.shape)",
 )  # fmt: skip
+#: {down}, {up}, {square}: matrices between channels and a few hidden features; {few}, {many}: as vectors
+PRODUCTS = (
+    "{v} * F.linear(F.relu(F.linear({v}.mean({space}), {down}, {few})), {up}).sigmoid()[(..., *{none})]",
+    "{v} * F.linear(F.silu(F.linear({v}.flatten(2).mean(-1), {down})), {up}, {many}).tanh().view(-1, {c}, *{one})",
+    "{v} + F.linear(F.linear({v}.amax({space}), {down}), {up}).reshape({v}.shape[0], {c}, *{one})",
+    "{v} * F.conv{n}d(F.relu(F.conv{n}d(F.adaptive_avg_pool{n}d({v}, 1), {down}[(..., *{none})], {few})),"
+    " {up}[(..., *{none})]).sigmoid()",
+    "{v} - F.linear({v}.var({space}, correction=0), {square}).sigmoid()[(..., *{none})]",
+    "F.linear({v}.mean({space}), {square}, {many})[(..., *{none})] * {v}.relu()",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +146,7 @@ class _Drawing:
         self.parameters: list[tuple[str, tuple[int, ...]]] = []
         self.lines: list[str] = []
         self.before = 0  #: lines in front of the layer
+        self.products = random.Random(f"products {seed}")
         self._layer(random.Random(-1 - seed))
 
     def _layer(self, front: random.Random) -> None:
@@ -194,12 +207,20 @@ class _Drawing:
 
     # --- stages -------------------------------------------------------------------------------------
     def stage(self, train: bool) -> None:
+        if self.products.random() < PRODUCED:
+            self._product(train)
+            return
         kind = self.pick.random()
         tables = ((0.42, None), (0.6, NORMS), (0.78, POOLS), (0.9, FOLDS), (1.0, OVER_SPACE))
         table = next(t for most, t in tables if kind <= most)
         if len(self.lines) < self.before + 3 and max(self.stride) > 1 and kind < 0.2:
             table = POOLS[:3]  # residue classes make these
         self._add(table, train)
+
+    def _product(self, train: bool) -> None:
+        own, self.pick = self.pick, self.products
+        self._add(PRODUCTS, train)
+        self.pick = own
 
     def _add(self, table: Sequence[str] | None, train: bool) -> None:
         """A line of a ``table``, None for pointwise operators, if it runs."""
@@ -216,11 +237,16 @@ class _Drawing:
         times = pick.choice([1, 1, 2])
         low, high = pick.choice([-1, -0.5, 0.0]), pick.choice([0.5, 1, 2.0, 6])
         groups = [g for g in (1, 2, 3, 4, 8) if self.channels % g == 0]
-        words = {
+        words: dict[str, object] = {
             "{n}": self.dims, "{c}": self.channels, "{g}": pick.choice(groups), "{lo}": low, "{hi}": high,
             "{t}": tuple(s * times for s in self.stride), "{space}": tuple(range(2, self.dims + 2)),
             "{s}": pick.choice([2, 0.5, -1, 1.5, -0.25, 3]), "{p}": pick.choice([1, 0.5, 2.5]),
         }  # fmt: skip
+        if "{none}" in text or "{one}" in text:
+            words |= {"{none}": (None,) * self.dims, "{one}": (1,) * self.dims}
+            many, few = self.channels, pick.choice([1, 3, 8])
+            shapes_of = {"{down}": (few, many), "{up}": (many, few), "{square}": (many, many), "{few}": (few,)}
+            words |= {w: self._parameter(s) for w, s in {**shapes_of, "{many}": (many,)}.items() if w in text}
         if "{a}" in text:
             words["{a}"] = self._parameter((pick.choice([1, self.channels]),))
         if "{w}" in text:

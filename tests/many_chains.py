@@ -179,6 +179,8 @@ def _compare(drawn: Drawn, eager: nn.Module, truth: nn.Module, x: Tensor, got: T
     """Assert that a result is right; whether that says little, since the chain makes noise of rounding."""
     others = [_off(eager, x, ROUNDING[drawn.numerics], i) for i in range(3)]  # before eager's buffers move on
     expected, exact = eager(x), truth(x.double())
+    if x.device.type == "cpu" and exact.isfinite().all() and not expected.isfinite().all():
+        raise _Refused("torch's bfloat16 convolutions on a CPU read memory that nobody wrote")
     for name in ("shape", "dtype"):
         assert getattr(got, name) == getattr(expected, name), (name, getattr(got, name), getattr(expected, name))
     strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (got, expected)]
