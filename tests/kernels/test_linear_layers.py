@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxfuse.bench.idioms import Excite
 from fxfuse.kernels.codegen.arithmetic import NotEmittable
 from fxfuse.kernels.compilation import jit
-from fxfuse.kernels.stages.emit_bundle import MOST_PRODUCTS
+from fxfuse.kernels.stages.emit_bundle import MOST_PRODUCTS, MOST_PRODUCTS_OF_ALL
 from fxfuse.program import Program
 
 #: inputs, and lines behind them
@@ -88,6 +88,39 @@ def test_so_many_products() -> None:
     emitted(deep(64, MOST_PRODUCTS // 64))
     with pytest.raises(NotEmittable, match=f"more than {MOST_PRODUCTS} products in an element"):
         emitted(deep(64, MOST_PRODUCTS // 64 + 1))
+
+
+def test_so_many_products_of_all_elements() -> None:
+    """A classifier's head is torch's affair, whose products share what they read."""
+    for rows, small in ((MOST_PRODUCTS_OF_ALL // (64 * 128), True), (MOST_PRODUCTS_OF_ALL // (64 * 128) + 1, False)):
+        head = program(f"x: f32[{rows}, 64], w: f32[128, 64]", "y = linear(x, w, None)\ny")
+        if small:
+            emitted(head)
+            continue
+        with pytest.raises(NotEmittable, match=f"more than {MOST_PRODUCTS_OF_ALL} products in all elements"):
+            emitted(head)
+
+
+def test_the_products_of_products_count() -> None:
+    """Each of 2 * 64 elements makes all hidden features anew."""
+    most = MOST_PRODUCTS_OF_ALL // (64 * 64 * 16)
+    for samples, small in ((most, True), (most + 1, False)):
+        text = deep(64, 16).text("chain").replace("f32[2, 64]", f"f32[{samples}, 64]")
+        chain = Program.parse(text)[1]
+        if small:
+            emitted(chain)
+            continue
+        with pytest.raises(NotEmittable, match="products in all elements"):
+            emitted(chain)
+
+
+def test_a_head_behind_a_mean_is_left_to_torch() -> None:
+    up = nn.ConvTranspose3d(16, 256, 3, 2, 1, 1)
+    for classes, kernels in ((10, 1), (1000, 0)):
+        model = nn.Sequential(up, nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(256, classes)).eval()
+        plan = str(explained(model, (16, 16, 8, 8, 8), precision="tf32").regions[0].plan)
+        assert plan.count("on small tensors: reshape > reshape > linear") == kernels, plan
+        assert "linear" in plan and "conv_transpose > relu -> statistics" in plan
 
 
 @pytest.mark.parametrize("kinds", [("f64", "f64"), ("f32", "f16"), ("i64", "i64")])

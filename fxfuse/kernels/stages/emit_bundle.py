@@ -35,8 +35,9 @@ from fxfuse.vocabulary import Kind
 
 #: elements of an output; and how far an element may be from its tensor's first one
 MOST_ELEMENTS, MOST_OFFSET = 2**20, 2**31 - 1
-#: products that an element may be made of
-MOST_PRODUCTS = 2**11
+#: products that an element may be made of, and all elements: a lane reads a row of its own, so that a multiprocessor
+#: takes about a cycle for each, while torch's kernel takes 10 us at least
+MOST_PRODUCTS, MOST_PRODUCTS_OF_ALL = 2**11, 2**21
 #: the same elements at the same places, or the first of them
 _SAME_PLACE = ("lay_out", "crop", "detach")
 
@@ -166,9 +167,11 @@ class _Part:
         self.numbers, self.indices, self.arithmetic = numbers, Indices(), _Arithmetic(numbers)
         self.found: dict[tuple[str, tuple[str, ...]], Value] = {}
         self.depth, self.products = 0, 1  # of loops, and turns of all of them
+        self.elements = 1
 
     def text(self, name: str, outputs: Sequence[str]) -> str:
         shape = self._shape(outputs[0])
+        self.elements = math.prod(shape)
         at, to = self._places(shape, self._strides(outputs[0]))
         elements = self.indices.product([self.numbers.size(math.prod(shape), (outputs[0], "elements", 0))])
         stores: list[str] = []
@@ -301,9 +304,11 @@ class _Part:
             raise NotEmittable(f"`{instr}`: products of {dtype}")
         features = self._shape(x)[1]
         inside = _Part(self.program, self.types, self.strides, self.addresses, self.numbers)
-        inside.depth, inside.products = self.depth + 1, self.products * features
+        inside.depth, inside.products, inside.elements = self.depth + 1, self.products * features, self.elements
         if inside.products > MOST_PRODUCTS:
             raise NotEmittable(f"`{instr}`: more than {MOST_PRODUCTS} products in an element")
+        if inside.products * inside.elements > MOST_PRODUCTS_OF_ALL:
+            raise NotEmittable(f"`{instr}`: more than {MOST_PRODUCTS_OF_ALL} products in all elements")
         letter = f"i{self.depth}n{len(self.arithmetic.lines)}"
         inside.indices = Indices(f"{letter}k")
         one = ZERO if features == 1 else letter
